@@ -1,0 +1,193 @@
+"""Every setting, with its unit and range, and the checks that refuse an impossible run before anything is allocated.
+
+For: `base()`, which the files in `configs/` start from, and `validate()`. Not for: what a setting does (each is read
+in one place, named in the comment's section) or named runs (`configs/`).
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ngc_jax.core.rules import GATES
+from ngc_jax.errors import UserError
+from ngc_jax.nn.shape import ModelShape
+
+RULES_OF_A_MODEL = ("addressed", "broadcast", "none", "dense")
+
+
+def base() -> ConfigDict:
+    """All fields, with the values of `configs/ngc_small.py`."""
+    c = ConfigDict()
+    c.seed = 0  # any integer >= 0: parameters and order of the data follow from it
+
+    c.data = ConfigDict()
+    c.data.path = ""  # a text file or a folder of text files; "" = this interpreter's library source
+    c.data.tfds_name = ""  # a prepared TFDS text set instead, such as "lm1b" or "wiki40b/en"; "" = none
+    c.data.tfds_data_dir = ""  # where TFDS sets are kept; "" = TFDS's own default
+    c.data.train_split = "train"  # of the TFDS set, slices allowed: "train[:95%]"
+    c.data.validation_split = "validation"  # of the TFDS set, likewise
+    c.data.text_key = "text"  # the TFDS feature that holds the text
+    c.data.validation_fraction = 0.1  # of data.path held out, in (0, 0.5]
+    c.data.tokenizer = "bytes"  # "bytes", or "bpe": byte pairs learned on the train text
+    c.data.vocab_size = 4096  # tokens of a BPE, 258 to 1,000,000; bytes have 257
+    c.data.context = 128  # tokens of a window, >= 1: what attention can look back on
+    c.data.isolate_documents = False  # True: a token attends within its own document only
+    c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
+
+    c.model = ConfigDict()
+    c.model.rule = "addressed"  # between groups: "addressed", "broadcast", "none"; "dense" = the ordinary Transformer
+    c.model.width = 128  # neurons of the stream, D: a multiple of groups
+    c.model.hidden = 384  # neurons of the exchange's hidden layer, F: a multiple of groups
+    c.model.groups = 8  # groups of neurons, G >= 1
+    c.model.heads = 4  # attention heads: a divisor of groups, for a head is one group or several
+    c.model.p_intra = 128  # numbers of a state within its group: 0 = no such part, >= the group's size = dense block
+    c.model.p_inter = 2  # numbers of one port (addressed) or of one state (broadcast), >= 1
+    c.model.message_activation = "none"  # on the signal between groups: "none", "silu", "gelu", "relu"
+    c.model.prelude = 1  # stages before the loop, >= 0
+    c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
+    c.model.rounds = 2  # times that the core runs, with the same states, >= 1
+    c.model.coda = 1  # stages after the loop, >= 0
+    c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
+    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
+
+    c.train = ConfigDict()
+    c.train.steps = 2400  # updates, >= 1
+    c.train.batch_size = 16  # windows of one update, over all devices: a multiple of accumulation x data devices
+    c.train.accumulation = 1  # parts that a batch is computed in, one after another, >= 1
+    c.train.optimizer = "adamw"  # "adamw", or "muon" for matrices and states with adamw for the rest
+    c.train.learning_rate = 1e-2  # peak, for all that is no neuron state, > 0
+    c.train.state_learning_rate = 1e-2  # peak, for neuron states, > 0
+    c.train.schedule = "cosine"  # after the warm-up: "cosine", or "wsd" (stable, then linear decay)
+    c.train.warmup_steps = 100  # linear, >= 0, < steps
+    c.train.decay_fraction = 0.2  # of the steps, the decay at the end of "wsd", in (0, 1]
+    c.train.final_fraction = 0.1  # of the peak rate, where the schedule ends, in [0, 1]
+    c.train.weight_decay = 0.1  # of matrices and states, per unit of learning rate, >= 0
+    c.train.b1 = 0.9  # AdamW's first moment, in [0, 1)
+    c.train.b2 = 0.99  # AdamW's second moment, in [0, 1)
+    c.train.clip_norm = 1.0  # of the whole gradient, > 0
+    c.train.compute_dtype = "float32"  # "float32" or "bfloat16"; parameters and optimizer are float32 always
+    c.train.max_bad_steps = 20  # updates with a non-finite loss or gradient, skipped in a row, before the run stops
+    c.train.log_every = 20  # updates between rows of metrics, >= 1
+
+    c.eval = ConfigDict()
+    c.eval.every = 400  # updates between evaluations, >= 1; the last update is always followed by one
+    c.eval.windows = 512  # held-out windows of each, spread over the text; 0 = all
+    c.eval.batch_size = 32  # windows at a time: a multiple of the data devices
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 400  # updates between checkpoints, >= 1; the last update always has one
+    c.checkpoint.every_minutes = 10.0  # and at least this often, > 0
+    c.checkpoint.keep = 3  # newest checkpoints kept, >= 2, so that a damaged one has a sound one behind it
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices that the batch is split over, >= 1; -1 = all there are
+
+    c.stability = ConfigDict()
+    c.stability.record = True  # measure contraction, drive and boundedness per round at each evaluation
+    return c
+
+
+def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
+    """The frozen shape of `config.model` for a vocabulary."""
+    fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
+    if fields["message_activation"] == "none":
+        fields["message_activation"] = None
+    return ModelShape(**fields)
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuse what cannot run. Raises UserError naming the field, its value, and a value that works."""
+    m, t, d = config.model, config.train, config.data
+
+    def need(holds: bool, field: str, wants: str) -> None:
+        if not holds:
+            value: Any = config
+            for name in field.split("."):
+                value = value[name]
+            raise UserError(f"{field}={value!r}: must be {wants}")
+
+    def choice(field: str, value: str, options: Any) -> None:
+        need(value in options, field, "one of " + ", ".join(map(repr, options)))
+
+    need(config.seed >= 0, "seed", "0 or more")
+    choice("data.tokenizer", d.tokenizer, ("bytes", "bpe"))
+    need(258 <= d.vocab_size <= 1_000_000, "data.vocab_size", "from 258 to 1,000,000, for instance 4096")
+    need(d.context >= 1, "data.context", "1 or more, for instance 128")
+    need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
+
+    choice("model.rule", m.rule, RULES_OF_A_MODEL)
+    choice("model.message_activation", m.message_activation, ("none", *GATES))
+    choice("model.form", m.form, ("weights", "signals"))
+    choice("model.remat", m.remat, ("none", "rounds", "stages"))
+    for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):
+        need(m[field] >= 1, f"model.{field}", "1 or more")
+    for field in ("prelude", "core", "coda", "p_intra"):
+        need(m[field] >= 0, f"model.{field}", "0 or more")
+    need(m.prelude + m.core + m.coda >= 1, "model.prelude", "1 or more where core and coda are 0")
+    need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
+    for field in ("width", "hidden"):
+        near = max(m.groups, round(m[field] / m.groups) * m.groups)
+        divides = f"a multiple of model.groups={m.groups}, for instance {near}"
+        need(m[field] % m.groups == 0, f"model.{field}", divides)
+    fits = [h for h in range(1, m.groups + 1) if m.groups % h == 0 and m.width // h % 2 == 0]
+    need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
+    best = min(fits, key=lambda h: abs(h - m.heads))
+    whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
+    need(m.heads in fits, "model.heads", whole)
+
+    choice("train.optimizer", t.optimizer, ("adamw", "muon"))
+    choice("train.schedule", t.schedule, ("cosine", "wsd"))
+    choice("train.compute_dtype", t.compute_dtype, ("float32", "bfloat16"))
+    for field in ("steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
+        need(t[field] >= 1, f"train.{field}", "1 or more")
+    for field in ("learning_rate", "state_learning_rate", "clip_norm"):
+        need(t[field] > 0, f"train.{field}", "above 0")
+    need(t.weight_decay >= 0, "train.weight_decay", "0 or more")
+    need(0 <= t.b1 < 1, "train.b1", "from 0 to below 1, for instance 0.9")
+    need(0 <= t.b2 < 1, "train.b2", "from 0 to below 1, for instance 0.99")
+    need(0 < t.decay_fraction <= 1, "train.decay_fraction", "above 0 and at most 1, for instance 0.2")
+    need(0 <= t.final_fraction <= 1, "train.final_fraction", "from 0 to 1, for instance 0.1")
+    warm = f"at least 0 and below train.steps={t.steps}, for instance {t.steps // 10}"
+    need(0 <= t.warmup_steps < t.steps, "train.warmup_steps", warm)
+
+    need(config.eval.every >= 1, "eval.every", "1 or more")
+    need(config.eval.windows >= 0, "eval.windows", "1 or more, or 0 for all")
+    need(config.eval.batch_size >= 1, "eval.batch_size", "1 or more")
+    need(config.checkpoint.every_steps >= 1, "checkpoint.every_steps", "1 or more")
+    need(config.checkpoint.every_minutes > 0, "checkpoint.every_minutes", "above 0")
+    need(config.checkpoint.keep >= 2, "checkpoint.keep", "2 or more, so that a damaged one has a sound one behind it")
+
+    devices = jax.device_count()
+    usable = config.mesh.data == -1 or (config.mesh.data >= 1 and devices == config.mesh.data)
+    need(usable, "mesh.data", f"the number of devices here, {devices}, or -1 for all of them")
+    unit = t.accumulation * devices
+    multiple = f"a multiple of train.accumulation={t.accumulation} x {devices} data devices, for instance "
+    need(t.batch_size % unit == 0, "train.batch_size", multiple + str(-(-t.batch_size // unit) * unit))
+    of_devices = f"a multiple of the {devices} data devices, for instance {-(-config.eval.batch_size // devices) * devices}"
+    need(config.eval.batch_size % devices == 0, "eval.batch_size", of_devices)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields of two configs that make two different runs, as "field: old -> new".
+
+    How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
+    """
+    free = {"eval", "checkpoint", "mesh", "stability", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for name, value in tree.items():
+            path = prefix + name
+            if path not in free:
+                leaves |= flat(value, path + ".") if isinstance(value, dict) else {path: value}
+        return leaves
+
+    a, b = flat(old), flat(new)
+    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def workdir_of(config_file: str) -> pathlib.Path:
+    """The default work directory, runs/<config name>, for a config file given as PATH or PATH:ARGUMENT."""
+    return pathlib.Path("runs") / pathlib.Path(config_file.partition(":")[0]).stem

@@ -1,0 +1,227 @@
+"""Where text comes from: this interpreter's own library source, a user's files, or a prepared TFDS set.
+
+For: finding documents, splitting them, and keeping them as a TFDS dataset of ArrayRecord files, which is read without
+TensorFlow. Not for: tokens or batches.
+
+Everything written here is built in a directory of its own and renamed into place, so a build that is killed leaves
+nothing that a later one could take for whole, and two builds at once both succeed: the second to finish is dropped.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ngc_jax.errors import UserError
+
+# Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
+
+Documents = dict[str, list[tuple[str, bytes]]]  # split -> (name, text)
+
+
+class Corpus(NamedTuple):
+    """Documents by split, read lazily, and what identifies them."""
+
+    name: str
+    fingerprint: str  # sha256, hex: equal fingerprints are equal texts
+    splits: Mapping[str, Iterable[bytes]]  # "train", "validation"
+    summary: str  # one line for the log and the card
+
+
+def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
+    """The corpus that `config.data` asks for. Raises UserError for one that is missing, empty, or not readable."""
+    if config.path and config.tfds_name:
+        raise UserError(
+            f"data.path={config.path!r} and data.tfds_name={config.tfds_name!r} are both set: give one of them"
+        )
+    if config.tfds_name:
+        return _prepared(config)
+    if config.path:
+        name, documents = "text", text_documents(pathlib.Path(config.path).expanduser(), config.validation_fraction)
+    else:
+        name, documents = "python_stdlib", stdlib_documents()
+    return _keep(name, documents, cache)
+
+
+def stdlib_documents() -> Documents:
+    """The source of this interpreter's standard library, without duplicates: about 10 MB, a third of it prose.
+
+    A file's split follows from the hash of its path (1 in 20 is held out), so it stays in its split from one patch
+    release to the next.
+    """
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    documents: Documents = {"train": [], "validation": []}
+    for name, text in _unique(root, (p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.parts[:-1]))):
+        documents["validation" if _hash(name) % 20 == 0 else "train"].append((name, text))
+    if not documents["train"] or not documents["validation"]:
+        raise UserError(f"this Python ships no library source under {root}: give a text of your own with data.path")
+    return documents
+
+
+def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
+    """A user's text. One file: its tail is held out. A folder: every text file, split by the hash of its path.
+
+    Files with a NUL byte (not text), hidden files and duplicates are left out. All of it is held in memory while it
+    is prepared; a text of many gigabytes is better given as a TFDS set. Raises UserError.
+    """
+    if not path.exists():
+        raise UserError(f"data.path={str(path)!r} does not exist: give a text file or a folder of them")
+    root = path if path.is_dir() else path.parent
+    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)] or paths[:1]
+    try:
+        found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
+    except OSError as error:
+        raise UserError(f"data.path={str(path)!r} cannot be read: {error}") from error
+    if not found:
+        raise UserError(f"data.path={str(path)!r} holds no text: give a file, or a folder of files, with text in it")
+    if len(found) == 1:
+        name, text = found[0]
+        cut = round(len(text) * (1 - validation_fraction))
+        return {"train": [(name, text[:cut])], "validation": [(name + " (tail)", text[cut:])]}
+    # The files with the smallest hashes are held out: a fixed share of them, and at least one.
+    ordered = sorted(found, key=lambda document: _hash(document[0]))
+    held_out = max(1, round(len(ordered) * validation_fraction))
+    return {"train": ordered[held_out:], "validation": ordered[:held_out]}
+
+
+def _unique(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> Iterator[tuple[str, bytes]]:
+    seen = set()
+    for path in paths:
+        text = path.read_bytes()
+        digest = hashlib.sha256(text).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield path.relative_to(root).as_posix(), text
+
+
+def _hash(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+
+
+def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
+    """Write the documents once as a TFDS dataset of ArrayRecord files, named by their fingerprint."""
+    digest = hashlib.sha256()
+    for split, texts in sorted(documents.items()):
+        for key, text in texts:
+            digest.update(f"{split}\0{key}\0{hashlib.sha256(text).hexdigest()}\n".encode())
+    fingerprint = digest.hexdigest()
+    home = cache / f"{name}-{fingerprint[:16]}"
+    if not home.is_dir():
+        with build_directory(home) as building:
+            _write_tfds(name, documents, building)
+    counts = {split: (len(texts), sum(len(text) for _, text in texts)) for split, texts in documents.items()}
+    summary = ", ".join(f"{split} {files} files {size / 1e6:.2f} MB" for split, (files, size) in counts.items())
+    if name == "python_stdlib":
+        name = f"python_stdlib {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    splits = {split: _Stored(home, split) for split in documents}
+    return Corpus(name, fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
+
+
+class _Stored:
+    """The documents of one split, in the order in which TFDS stored them (by hash of their key)."""
+
+    def __init__(self, home: pathlib.Path, split: str):
+        self.home, self.split = home, split
+
+    def __iter__(self) -> Iterator[bytes]:
+        import tensorflow_datasets as tfds  # late: a run whose tokens are cached never needs it
+
+        (info,) = self.home.rglob("dataset_info.json")
+        for example in tfds.builder_from_directory(str(info.parent)).as_data_source(self.split):
+            yield example["text"]
+
+
+def _write_tfds(name: str, documents: Documents, directory: pathlib.Path) -> None:
+    import tensorflow_datasets as tfds
+
+    class Text(tfds.core.GeneratorBasedBuilder):
+        """Documents of text, as bytes, with their names."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {split: self._generate_examples(texts) for split, texts in documents.items()}
+
+        def _generate_examples(self, texts: list[tuple[str, bytes]]) -> Any:
+            for key, text in texts:
+                yield key, {"name": key, "text": text}
+
+    Text.name = name
+    tfds.disable_progress_bar()
+    Text(data_dir=str(directory), file_format="array_record").download_and_prepare()
+
+
+def _prepared(config: Any) -> Corpus:
+    """A TFDS set that has been prepared before, by name. Splits and the text's key are fields of `config.data`."""
+    import tensorflow_datasets as tfds
+
+    asked = f"data.tfds_name={config.tfds_name!r}"
+    where = {"data_dir": config.tfds_data_dir} if config.tfds_data_dir else {}
+    recipe = f"tfds.builder({config.tfds_name!r}, file_format='array_record').download_and_prepare()"
+    try:
+        builder = tfds.builder(config.tfds_name, **where)
+        source = {
+            split: builder.as_data_source(getattr(config, f"{split}_split")) for split in ("train", "validation")
+        }
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"{asked} is not a TFDS set, nor prepared in data.tfds_data_dir: {_line(error)}") from error
+    except (AssertionError, FileNotFoundError, NotImplementedError, ImportError, ValueError) as error:
+        raise UserError(
+            f"{asked} is not prepared as ArrayRecord, which is what can be read without TensorFlow, or lacks a split: "
+            f"prepare it once with {recipe} ({_line(error)})"
+        ) from error
+    info = builder.info
+    if config.text_key not in info.features:
+        raise UserError(f"data.text_key={config.text_key!r} is no feature of {info.full_name}: {sorted(info.features)}")
+    identity = f"{info.full_name} {config.train_split} {config.validation_split} {config.text_key} " + " ".join(
+        f"{split}:{list(info.splits[split].shard_lengths)}:{info.splits[split].num_bytes}"
+        for split in sorted(info.splits)
+    )
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    sizes = ", ".join(f"{split} {len(texts)} documents" for split, texts in source.items())
+    splits = {split: _Texts(texts, config.text_key) for split, texts in source.items()}
+    return Corpus(info.full_name, fingerprint, splits, f"{info.full_name}: {sizes}, fingerprint {fingerprint[:16]}")
+
+
+class _Texts:
+    def __init__(self, source: Any, key: str):
+        self.source, self.key = source, key
+
+    def __iter__(self) -> Iterator[bytes]:
+        for example in self.source:
+            text = example[self.key]
+            yield text.encode() if isinstance(text, str) else text
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to build in, renamed to `home` if the block ends well and removed if it does not."""
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        building = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    except OSError as error:
+        raise UserError(f"data.cache_dir={str(home.parent)!r} cannot be written: {error}") from error
+    try:
+        yield building
+        with contextlib.suppress(OSError):  # somebody else's build of the same thing came first: theirs stays
+            os.rename(building, home)
+        if not home.is_dir():
+            raise UserError(f"could not move a finished build to {home}: is there a file in its place?")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

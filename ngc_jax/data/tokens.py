@@ -1,0 +1,154 @@
+"""Text to tokens and back, and the token cache: one flat file for each split, read by memory map.
+
+For: the two tokenizers (bytes; a byte-level BPE trained on the corpus) and turning documents into one stream in which
+each document begins with a mark. Not for: windows and batches (`batches.py`).
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ngc_jax.data.corpus import Corpus, build_directory, open_corpus
+from ngc_jax.errors import UserError
+
+MARK = "<|document|>"
+
+
+class Bytes:
+    """Token = byte. 256 of them, and the mark that begins a document."""
+
+    name = "bytes"
+    vocab = 257
+    mark = 256
+    lengths = np.array([1] * 256 + [0], np.int32)  # bytes of each token; the mark is no text
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, np.uint8)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return bytes(token for token in tokens if token < 256)
+
+
+class BPE:
+    """Byte-level byte pair encoding (the `tokenizers` library), trained on the corpus's own train split."""
+
+    name = "bpe"
+
+    def __init__(self, serialised: str):
+        from tokenizers import Tokenizer
+
+        self.model = Tokenizer.from_str(serialised)
+        self.vocab = self.model.get_vocab_size()
+        self.mark = self.model.token_to_id(MARK)
+        # In the byte-level alphabet one character stands for one byte.
+        self.lengths = np.array([len(self.model.id_to_token(i)) for i in range(self.vocab)], np.int32)
+        self.lengths[self.mark] = 0
+        alphabet = {char: byte for byte, char in _byte_alphabet().items()}
+        self.spelling = [bytes(alphabet.get(c, 0) for c in self.model.id_to_token(i)) for i in range(self.vocab)]
+        self.spelling[self.mark] = b""
+
+    @staticmethod
+    def train(texts: Iterable[bytes], vocab: int) -> str:
+        """Learn `vocab` tokens, the mark among them; returns the tokenizer in serialised form."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        model = Tokenizer(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=[MARK],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        model.train_from_iterator((text.decode(errors="replace") for text in texts), trainer)
+        return model.to_str()
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.array(self.model.encode(text.decode(errors="replace"), add_special_tokens=False).ids)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return b"".join(self.spelling[token] for token in tokens)
+
+
+Tokenizer = Bytes | BPE
+
+
+class Tokens(NamedTuple):
+    """A corpus as tokens, ready to be cut into windows."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray  # flat, memory-mapped
+    validation: np.ndarray
+    fingerprint: str
+    summary: str
+
+
+def load_tokens(config: Any) -> Tokens:
+    """The tokens that `config.data` asks for, from the cache if they were made before. Raises UserError."""
+    cache = cache_directory(config)
+    corpus = open_corpus(config, cache)
+    vocab = f"-{config.vocab_size}" if config.tokenizer == "bpe" else ""
+    home = cache / f"tokens-{config.tokenizer}{vocab}-{corpus.fingerprint[:16]}"
+    if not (home / "meta.json").is_file():
+        with build_directory(home) as building:
+            _tokenise(config, corpus, building)
+    meta = json.loads((home / "meta.json").read_text())
+    tokenizer = load_tokenizer(home)
+
+    def stream(split: str) -> np.ndarray:
+        tokens = np.memmap(home / f"{split}.bin", meta["dtype"], mode="r") if meta["tokens"][split] else np.zeros(0)
+        if len(tokens) < config.context + 1:
+            raise UserError(
+                f"the {split} text has {len(tokens)} tokens, fewer than a window of data.context={config.context} "
+                f"and its target: give more text, or data.context of at most {max(1, len(tokens) - 1)}"
+            )
+        return tokens
+
+    summary = corpus.summary + "; " + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
+    return Tokens(tokenizer, stream("train"), stream("validation"), corpus.fingerprint, summary)
+
+
+def load_tokenizer(home: pathlib.Path) -> Tokenizer:
+    """The tokenizer kept in a token cache or a work directory: BPE if there is a tokenizer.json, else bytes."""
+    file = home / "tokenizer.json"
+    return BPE(file.read_text()) if file.is_file() else Bytes()
+
+
+def save_tokenizer(tokenizer: Tokenizer, home: pathlib.Path) -> None:
+    """Keep what `load_tokenizer` needs; bytes need nothing."""
+    if isinstance(tokenizer, BPE):
+        (home / "tokenizer.json").write_text(tokenizer.model.to_str())
+
+
+def cache_directory(config: Any) -> pathlib.Path:
+    """`data.cache_dir`, or the user's cache."""
+    return pathlib.Path(config.cache_dir or "~/.cache/ngc_jax").expanduser()
+
+
+def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
+    tokenizer: Tokenizer = Bytes()
+    if config.tokenizer == "bpe":
+        try:
+            tokenizer = BPE(BPE.train(corpus.splits["train"], config.vocab_size))
+        except ImportError as error:
+            raise UserError("data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'") from error
+    save_tokenizer(tokenizer, directory)
+    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
+    counts = {}
+    for split, texts in corpus.splits.items():
+        with open(directory / f"{split}.bin", "wb") as file:
+            for text in texts:
+                file.write(np.array([tokenizer.mark], dtype).tobytes() + tokenizer.encode(text).astype(dtype).tobytes())
+            counts[split] = file.tell() // np.dtype(dtype).itemsize
+    (directory / "meta.json").write_text(json.dumps({"dtype": dtype, "tokens": counts, "corpus": corpus.summary}))
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Byte -> the printable character that stands for it in byte-level BPE (the map that GPT-2 introduced)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

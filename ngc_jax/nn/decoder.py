@@ -1,0 +1,124 @@
+"""The decoder language model: embed, prelude stages, core stages in rounds of communication, coda stages, logits.
+
+For: the order of things and the loops. Not for: what a stage holds (`layers.py`) or sizes (`shape.py`). A model of
+another kind (images, streams) is a file beside this one, with the same three functions.
+
+Axes: B batch, T tokens, D width, V vocabulary, R rounds.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.core.communicate import communicate
+from ngc_jax.core.stability import Round
+from ngc_jax.nn.layers import RMSNorm, Stage
+from ngc_jax.nn.shape import ModelShape
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Functions of one model shape; holds no arrays."""
+
+    shape: ModelShape
+
+    def init(self, key: Array) -> Params:
+        """Parameters, float32. Stages of a stack lie behind one another on a leading axis."""
+        s = self.shape
+        embed, prelude, core, coda, unembed = jax.random.split(key, 5)
+        stage = partial(Stage(s).init, x=jnp.zeros((1, 1, s.width)), positions=jnp.zeros((1,), jnp.int32))
+
+        def stack(key: Array, stages: int) -> Params:
+            return jax.vmap(lambda k: stage(k)["params"])(jax.random.split(key, stages))
+
+        params = {
+            "embed": jax.random.normal(embed, (s.vocab, s.width)),
+            "norm": {"scale": jnp.ones(s.width)},
+            # Logits start near zero, so training starts from the uniform distribution, ln V nats per token.
+            "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
+        }
+        if s.prelude:
+            params["prelude"] = stack(prelude, s.prelude)
+        if s.core:
+            # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
+            leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(KEEP))))
+            params["core"] = {"stages": stack(core, s.core), "leak": leak, "drive": jnp.full(s.width, 1 - KEEP)}
+        if s.coda:
+            params["coda"] = stack(coda, s.coda)
+        return params
+
+    def apply(
+        self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
+    ) -> tuple[Array, Round | None]:
+        """Logits [B, T, V] in float32 for tokens [B, T], and the rounds' stability records [R] if asked for.
+
+        Computes in the dtype of `params`. segments [B, T], if given, number the documents, and a token sees its own.
+        """
+        logits, _, records = self._forward(params, tokens, jnp.arange(tokens.shape[1]), segments, None, record)
+        return logits, records
+
+    def decode(self, params: Params, tokens: Array, cache: Params, position: Array) -> tuple[Array, Params]:
+        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
+        positions = position + jnp.arange(tokens.shape[1])
+        logits, cache, _ = self._forward(params, tokens, positions, None, cache, False)
+        return logits, cache
+
+    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
+        """An empty key-value cache for `length` tokens: every stage in every round keeps its own."""
+        s = self.shape
+
+        def stack(*leading: int) -> Params:
+            shape = (*leading, batch, length, s.heads, s.width // s.heads)
+            return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+        return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
+
+    def _forward(
+        self, params: Params, tokens: Array, positions: Array, segments: Array | None, cache: Params | None, record: bool
+    ) -> tuple[Array, Params, Round | None]:
+        s = self.shape
+        cache = dict(cache or {})
+        records = None
+        stage = Stage(s)
+
+        def run(stages: Params, x: Array, cache: Any, remat: bool) -> tuple[Array, Any]:
+            def body(x: Array, layer: Any) -> tuple[Array, Any]:
+                weights, kept = layer
+                return stage.apply({"params": weights}, x, positions, segments, kept)
+
+            return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (stages, cache))
+
+        x = params["embed"][tokens]
+        if s.prelude:
+            x, cache["prelude"] = run(params["prelude"], x, cache.get("prelude"), s.remat == "stages")
+        if s.core:
+            core = params["core"]
+
+            def update(x: Array, memory: Any) -> tuple[Array, Any]:
+                after, memory = run(core["stages"], x, memory, s.remat == "stages")
+                return after - x, memory
+
+            x, cache["core"], records = communicate(
+                update,
+                x,
+                keep=jnp.exp(-jax.nn.softplus(core["leak"])),
+                drive=core["drive"],
+                rounds=s.rounds,
+                remat=s.remat != "none",
+                record=record,
+                memory=cache.get("core"),
+            )
+        if s.coda:
+            x, cache["coda"] = run(params["coda"], x, cache.get("coda"), s.remat == "stages")
+        x = RMSNorm().apply({"params": params["norm"]}, x)
+        logits = x.reshape(-1, s.width) @ params["unembed"]
+        return logits.reshape(*tokens.shape, s.vocab).astype(jnp.float32), cache, records
+
+
+KEEP = 0.9  # of the state, from one round to the next, at the start of training

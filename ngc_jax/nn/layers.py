@@ -1,0 +1,105 @@
+"""The layers of a stage: synapses, norm, attention across tokens, exchange across groups.
+
+For: holding parameters, one Flax module for each thing that owns some. Not for: loops over stages or rounds
+(`decoder.py`), nor mathematics (`core/`).
+
+Axes: B batch, T tokens, D width, F hidden, G groups, H heads.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.core import attention
+from ngc_jax.core.rules import RULES, activation_gain, transmit, weights
+from ngc_jax.nn.shape import ModelShape, SynapsePart
+
+Array = jax.Array
+
+
+class Synapse(nn.Module):
+    """`fan` synapses that read the same x: [..., n_in] -> [..., fan, n_out], in one wide product.
+
+    Each is the sum of the parts its shape names (inside a group, between groups), scaled so that unit-variance x gives
+    y of variance gain^2 at start. Under form="weights" the linear parts' weights are generated, summed and multiplied
+    once, for the dense layer's FLOPs but none of its parameters; under form="signals" no weight is ever formed.
+    """
+
+    parts: tuple[SynapsePart, ...]
+    n_in: int
+    n_out: int
+    form: str
+    fan: int = 1
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        tokens = x.reshape(-1, self.n_in)  # a weight's gradient then sums over one axis, which XLA:CPU does 2x faster
+        outputs, generated = [], []
+        for part in self.parts:
+            scale = self.gain * len(self.parts) ** -0.5 * activation_gain(part.activation)
+            states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale)
+            pre, post = states.get("pre", ()), states["weight" if part.place == "dense" else "post"]
+            if self.form == "weights" and part.activation is None:
+                generated.append(jax.vmap(partial(weights, part.rule))(pre, post))
+            else:  # x is shared by the fan: only the states carry its axis
+                heard = partial(transmit, part.rule, activation=part.activation)
+                outputs.append(jax.vmap(heard, in_axes=(None, 0, 0), out_axes=-2)(tokens, pre, post))
+        if generated:
+            product = tokens @ sum(generated).reshape(-1, self.n_in).T
+            outputs.append(product.reshape(-1, self.fan, self.n_out))
+        return sum(outputs).reshape(*x.shape[:-1], self.fan, self.n_out)
+
+    def _init_part(self, key: Array, part: SynapsePart, scale: float) -> dict[str, Array]:
+        init = partial(RULES[part.rule].init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
+        pre, post = jax.vmap(init)(jax.random.split(key, self.fan))
+        # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
+        states = {"weight" if part.place == "dense" else "post": post * scale}
+        return states if part.rule == "block" else states | {"pre": pre}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a learned scale per channel (arXiv 1910.07467), in float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        return (wide * scale).astype(x.dtype)
+
+
+class Stage(nn.Module):
+    """Attention across tokens, then gated exchange across groups, each added to the stream: x [B, T, D] -> x.
+
+    A head is made of whole groups, so a group's signals stay together. With a cache, keys and values of these tokens
+    are written from positions[0] on, and attention runs over the whole cache. Returns (x, cache).
+    """
+
+    shape: ModelShape
+
+    @nn.compact
+    def __call__(
+        self, x: Array, positions: Array, segments: Array | None = None, cache: attention.Cache | None = None
+    ) -> tuple[Array, attention.Cache | None]:
+        s = self.shape
+        square = partial(Synapse, s.parts(s.width, s.width), s.width, s.width, s.form)
+        heads = (*x.shape[:2], s.heads, s.width // s.heads)
+
+        read = square(fan=3, name="query_key_value")(RMSNorm(name="attention_norm")(x))
+        query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
+        query, key = attention.rotate(query, positions), attention.rotate(key, positions)
+        keys = positions
+        if cache is not None:
+            cache = attention.extend(cache, key, value, positions[0])
+            key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
+            keys = jnp.arange(key.shape[1])
+        mixed = attention.attend(query, key, value, attention.visible(positions, keys, s.context, segments))
+        x = x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :]
+
+        up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, fan=2, name="gate_up")
+        down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, gain=s.branch_gain, name="down")
+        both = up(RMSNorm(name="exchange_norm")(x))
+        return x + down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])[..., 0, :], cache

@@ -1,0 +1,62 @@
+"""The shape of a model: its sizes as a frozen, hashable value, checked before anything is allocated.
+
+For: what a model *is*, and the synapse parts that follow from it. Not for: parameters (`layers.py`) or training.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+
+class SynapsePart(NamedTuple):
+    """One summand of a synapse."""
+
+    place: str  # "intra", "inter", or "dense" for the baseline
+    rule: str  # a name of RULES
+    groups: int
+    dim: int  # numbers of a state (r) or of a port (p)
+    activation: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder. The fields are those of `config.model`, where each is described, and the vocabulary."""
+
+    vocab: int
+    context: int
+    rule: str
+    width: int
+    hidden: int
+    groups: int
+    heads: int
+    p_intra: int
+    p_inter: int
+    message_activation: str | None
+    prelude: int
+    core: int
+    rounds: int
+    coda: int
+    form: str
+    remat: str
+
+    @property
+    def depth(self) -> int:
+        """Stages that a token passes through, rounds counted."""
+        return self.prelude + self.core * self.rounds + self.coda
+
+    @property
+    def branch_gain(self) -> float:
+        """Scale of what a branch adds to the stream, so that 2 depth branches together add unit variance."""
+        return (2 * self.depth) ** -0.5
+
+    def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
+        """The summands of a synapse from n_in to n_out neurons under this shape."""
+        if self.rule == "dense":
+            return (SynapsePart("dense", "block", 1, 0, None),)
+        full = min(n_in, n_out) // self.groups  # from here on the states of one side are one-hot: a dense block
+        intra, inter = [], []
+        if self.p_intra > 0:
+            rule = "block" if self.p_intra >= full else "within"
+            intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None)]
+        if self.rule != "none":
+            inter = [SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation)]
+        return (*intra, *inter)

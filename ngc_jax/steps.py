@@ -1,0 +1,125 @@
+"""One update and one evaluation, as pure functions; `train.py` compiles and calls them.
+
+For: the train state, the loss, gradient accumulation, the guard against non-finite updates. Not for: the loop, or how
+a gradient becomes a direction (`optim.py`).
+
+Axes: A accumulated parts, B windows of a batch, T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ngc_jax import optim
+from ngc_jax.core.stability import summarise
+from ngc_jax.nn.decoder import Decoder
+
+Array = jax.Array
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run is, after `step` updates. Batch, learning rate and everything random follow from `step`."""
+
+    step: Array  # int32: batches consumed, skipped ones counted
+    params: Tree  # float32
+    optimizer: Tree
+    skipped: Array  # int32: updates skipped so far because loss or gradient was not finite
+    bad: Array  # int32: of these, the latest in a row
+
+
+def init_state(model: Decoder, config: Any, seed: int) -> TrainState:
+    """The state before the first update."""
+    params = model.init(jax.random.key(seed))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero)
+
+
+def losses(
+    model: Decoder, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any, record: bool = False
+) -> tuple[Array, Array, Any]:
+    """Nats of each target [B, T], which of them count [B, T] bool, and the rounds' records, for tokens [B, T + 1].
+
+    The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    logits, records = model.apply(params, inputs, segments, record)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark, records
+
+
+def make_train_step(
+    model: Decoder, config: Any, mark: int, isolate: bool
+) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
+    """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it)."""
+    dtype = jnp.dtype(config.compute_dtype)
+    chain = optim.optimizer(config)
+
+    def summed(params: Tree, tokens: Array) -> tuple[Array, Array]:
+        nats, counts, _ = losses(model, params, tokens, mark, isolate, dtype)
+        return jnp.sum(nats * counts), jnp.sum(counts)
+
+    def gradient(params: Tree, tokens: Array) -> tuple[Array, Array, Tree]:
+        (nats, count), grads = jax.value_and_grad(summed, has_aux=True)(params, tokens)
+        return nats, count, grads
+
+    def accumulated(params: Tree, tokens: Array) -> tuple[Array, Array, Tree]:
+        # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
+        parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), params))
+
+        def add(total: Tree, part: Array) -> tuple[Tree, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+        return jax.lax.scan(add, zero, parts)[0]
+
+    def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state.params, tokens)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        loss, norm = nats / count, optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        direction, memory = chain.update(grads, state.optimizer, state.params)
+        params = optim.apply(config, state.params, direction, state.step)
+        params, memory = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, memory), (state.params, state.optimizer)
+        )
+        bad = jnp.where(good, 0, state.bad + 1)
+        skipped = state.skipped + jnp.where(good, 0, 1)
+        scalars = {
+            "train/loss": loss,
+            "train/grad_norm": norm,
+            "train/learning_rate": config.learning_rate * optim.schedule(config, state.step),
+            "train/skipped": skipped,
+            "train/bad_in_a_row": bad,
+        }
+        return TrainState(state.step + 1, params, memory, skipped, bad), scalars
+
+    return step
+
+
+def make_eval_step(
+    model: Decoder, config: Any, mark: int, lengths: np.ndarray, isolate: bool, record: bool
+) -> Callable[[Tree, Array, Array], dict[str, Array]]:
+    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes, stability/..."""
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def step(params: Tree, tokens: Array, real: Array) -> dict[str, Array]:
+        nats, counts, records = losses(model, params, tokens, mark, isolate, dtype, record)
+        counts = counts & real[:, None]
+        sums = {
+            "nats": jnp.sum(nats * counts),
+            "tokens": jnp.sum(counts),
+            "bytes": jnp.sum(jnp.asarray(lengths)[tokens[:, 1:]] * counts),
+        }
+        if records is not None:
+            sums |= {f"stability/{name}": value for name, value in summarise(records).items()}
+        return sums
+
+    return step
