@@ -43,7 +43,7 @@ def base() -> ConfigDict:
     c.model.groups = 8  # groups of neurons, G >= 1
     c.model.heads = 4  # attention heads: a divisor of groups, for a head is one group or several
     c.model.p_intra = 128  # numbers of a state within its group: 0 = no such part, >= the group's size = dense block
-    c.model.p_inter = 2  # numbers of one port (addressed) or of one state (broadcast), >= 1
+    c.model.p_inter = 3  # numbers of one port (addressed) or of one state (broadcast), >= 1
     c.model.message_activation = "none"  # on the signal between groups: "none", "silu", "gelu", "relu"
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
@@ -53,7 +53,7 @@ def base() -> ConfigDict:
     c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
 
     c.train = ConfigDict()
-    c.train.steps = 2400  # updates, >= 1
+    c.train.steps = 1600  # updates, >= 1
     c.train.batch_size = 16  # windows of one update, over all devices: a multiple of accumulation x data devices
     c.train.accumulation = 1  # parts that a batch is computed in, one after another, >= 1
     c.train.optimizer = "adamw"  # "adamw", or "muon" for matrices and states with adamw for the rest

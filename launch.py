@@ -1,0 +1,51 @@
+"""Train a model: python launch.py --config=configs/ngc_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 2 a mistake in what was asked for,
+3 training diverged, 75 asked to stop (saved; run again).
+"""
+
+import pathlib
+import sys
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from ngc_jax.config import workdir_of
+from ngc_jax.errors import UserError
+from ngc_jax.preemption import EXIT_CODE
+from ngc_jax.train import Diverged, run
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
+    workdir = pathlib.Path(WORKDIR.value) if WORKDIR.value else workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
+    try:
+        done = run(CONFIG.value, workdir)
+    except UserError as error:
+        fail(2, error)
+    except Diverged as error:
+        fail(3, error)
+    sys.exit(0 if done else EXIT_CODE)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Read the flags; a misspelt or mistyped field ends in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(2, error)
+
+
+def fail(code: int, error: object) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse)

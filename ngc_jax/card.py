@@ -1,0 +1,68 @@
+"""The card of a finished run: what was trained, on what, how, how good, and how to use it.
+
+For: writing card.md from the config and the rows of a run. Not for: measuring anything.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from ngc_jax.checkpoint import write_durably
+from ngc_jax.count import Parameters
+from ngc_jax.metrics import Row, duration, read_rows
+
+
+def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, generated: int) -> None:
+    """Write DIR/card.md."""
+    rows = read_rows(workdir)
+    last = {name: value for row in rows for name, value in row.items()}  # the latest value of every name
+    m, t = config.model, config.train
+    if m.rule == "dense":
+        kind = "a dense Transformer decoder (the baseline)"
+    else:
+        intra = "none" if m.p_intra == 0 else f"up to {m.p_intra} numbers a neuron"
+        kind = (
+            f"a Neuronal Group Communication decoder: {m.groups} groups, intra-group part: {intra}; between groups: "
+            f"{m.rule} with {m.p_inter} numbers, message activation {m.message_activation}"
+        )
+    stability = [f"| {name} | {last[name]:.4f} |" for name in sorted(last) if name.startswith("stability/")]
+    text = f"""# {workdir.name}
+
+**What.** A language model trained from scratch, {kind}.
+Width {m.width}, hidden {m.hidden}, {m.heads} heads; {m.prelude} stages, then {m.core} in {m.rounds} rounds, then {m.coda}.
+Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and {stored.embeddings:,} in embeddings;
+{generated:,} weights are generated in a forward pass.
+
+**Data.** {data}. Tokens: {config.data.tokenizer}; windows of {config.data.context}.
+
+**How.** {t.steps:,} updates of {t.batch_size} windows ({t.steps * t.batch_size * config.data.context / 1e6:.2f} M tokens), {t.optimizer}, peak learning rate
+{t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule}, weight decay {t.weight_decay:g}, {t.compute_dtype}, seed {config.seed}.
+{duration(last["seconds"])} of training on {jax.device_count()} x {jax.devices()[0].device_kind} with jax {jax.__version__}; {last["train/skipped"]} updates were skipped as not finite.
+
+**How good**, at the end, on text that was not trained on:
+
+| measure | value |
+| --- | --- |
+| loss, whole held-out text (nats per token) | {last["final/loss"]:.4f} |
+| bits per byte, whole held-out text | {last["final/bits_per_byte"]:.4f} |
+{_lines(stability)}
+{_curve(rows)}
+**Use.**
+
+    python -m ngc_jax.sample --workdir={workdir} --prompt="def " --tokens=200
+    python -m ngc_jax.evaluate --workdir={workdir}
+    python -m ngc_jax.inspect --workdir={workdir}
+
+**Limits.** Trained on one small corpus, without alignment or filtering: it continues text, and states no facts.
+"""
+    write_durably(workdir / "card.md", text)
+
+
+def _lines(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)
+
+
+def _curve(rows: list[Row]) -> str:
+    points = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]
+    return "Held-out loss on the way: " + ", ".join(f"{loss:.4f} at {step}" for step, loss in points) + ".\n"

@@ -1,0 +1,157 @@
+"""Checkpoints: saved asynchronously, sealed with checksums, and read back only if the seal holds.
+
+For: the only file that touches Orbax. Checkpoint s is the state after s updates. Not for: when to save (`train.py`).
+
+Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind; but it restores a
+step with a flipped byte without a word. So each committed step is sealed with the SHA-256 of its files, and a step
+whose seal is missing or broken is passed over for the newest one that is sound.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+Tree = Any
+MANIFEST = "MANIFEST.json"
+
+
+class Restored(NamedTuple):
+    """A state, the step it belongs to, and what was saved beside it."""
+
+    step: int
+    state: Tree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in one directory. `read_only` never writes or moves anything there."""
+
+    def __init__(self, directory: pathlib.Path, keep: int = 3, read_only: bool = False):
+        self.directory = directory.absolute()
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save in ten lines
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._sealing: concurrent.futures.Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first, sound or not."""
+        return sorted(self._manager.all_steps()) if self.directory.is_dir() else []
+
+    def fault(self, step: int) -> str | None:
+        """What is wrong with a step, or None if its seal holds."""
+        home = self.directory / str(step)
+        try:
+            manifest = json.loads((home / MANIFEST).read_text())
+        except FileNotFoundError:
+            return "it was never sealed: the run ended while it was written"
+        except (OSError, ValueError):
+            return f"{MANIFEST} cannot be read"
+        found = _checksums(home)
+        for name in sorted(manifest.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != manifest.get(name):
+                return f"{name} does not match its checksum"
+        return None
+
+    def newest_sound(self) -> tuple[int | None, dict[int, str]]:
+        """The newest sound step, if any, and the faults of the steps after it."""
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            fault = self.fault(step)
+            if fault is None:
+                return step, faults
+            faults[step] = fault
+        return None, faults
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Move an unsound step out of the way, so that it can be saved again; returns where it lies now."""
+        aside = self.directory.parent / "damaged" / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(self.directory / str(step), aside)
+        self._manager.reload()
+        return aside
+
+    def restore(self, step: int, abstract: Tree) -> Restored:
+        """Read a step into the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct leaves)."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        read = self._manager.restore(step, args=items)
+        return Restored(step, read["state"], read["meta"])
+
+    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
+        """Save in the background. Waits for the save before this one; raises what went wrong with it."""
+        self.wait()
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items, force=True)
+        self._sealing = self._pool.submit(self._seal, step)
+
+    def check(self) -> None:
+        """Raise at once what went wrong with a save in the background, if anything did."""
+        if self._sealing is not None and self._sealing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is saved and sealed."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
+
+    def close(self) -> None:
+        """Wait, then let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._manager.close()
+
+    def _seal(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            home = self.directory / str(step)
+            write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256, hex, over every array of a tree: path, dtype, shape and bytes. Equal digests are equal states."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(jax.device_get(leaf))
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def write_durably(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all, and have it on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _checksums(home: pathlib.Path) -> dict[str, str]:
+    files = (p for p in sorted(home.rglob("*")) if p.is_file() and MANIFEST not in p.name)
+    return {str(p.relative_to(home)): _sha256(p) for p in files}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

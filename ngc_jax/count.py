@@ -1,0 +1,70 @@
+"""What a model costs: parameters stored, weights generated, FLOPs.
+
+For: numbers that are counted from shapes and programs. Not for: measured speed.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from ngc_jax import optim
+from ngc_jax.nn.shape import ModelShape
+
+Tree = Any
+
+
+class Parameters(NamedTuple):
+    """Stored parameters: all; in matrices (neuron states, or dense weights); in embeddings (both ends)."""
+
+    total: int
+    matrices: int
+    embeddings: int
+
+
+def parameters(params: Tree) -> Parameters:
+    """Count a tree of arrays or shapes."""
+    sizes = [(optim.kind(path), math.prod(leaf.shape)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    matrices = sum(size for kind, size in sizes if kind in ("state", "matrix"))
+    return Parameters(sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding"))
+
+
+def weights_of_a_stage(shape: ModelShape) -> dict[str, int]:
+    """Weights that each synapse of a stage acts with, n_in n_out of them, whatever it stores."""
+    square, tall = shape.width * shape.width, shape.width * shape.hidden
+    return {"query_key_value": 3 * square, "attention_out": square, "gate_up": 2 * tall, "down": tall}
+
+
+def generated_weights(shape: ModelShape) -> int:
+    """Weights generated in one forward pass: those of every stage, each time it is run; a dense model has none."""
+    return 0 if shape.rule == "dense" else shape.depth * sum(weights_of_a_stage(shape).values())
+
+
+def forward_flops(function: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the matrix products (2 per multiply-add) in one call, loops counted as often as they run.
+
+    Read from the traced program, since XLA's own count takes the body of a loop once. `args` may be abstract.
+    """
+    return _flops(jax.make_jaxpr(function)(*args))
+
+
+def _flops(jaxpr: Any) -> int:
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+            continue
+        inner = [_flops(j) for value in equation.params.values() for j in _jaxprs(value)]
+        if inner:
+            times = equation.params["length"] if equation.primitive.name == "scan" else 1
+            total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+        return [value]
+    return [j for item in value for j in _jaxprs(item)] if isinstance(value, list | tuple) else []

@@ -1,0 +1,80 @@
+"""Held-out loss of a model. As a command: `python -m ngc_jax.evaluate --workdir=DIR`, over the whole held-out text.
+
+For: turning batches of held-out windows into nats per token, bits per byte and stability measures. Not for: what one
+batch is worth (`steps.py`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ngc_jax import mesh as meshes
+from ngc_jax.data.batches import Windows, held_out_batches
+from ngc_jax.data.tokens import Tokens, load_tokens
+from ngc_jax.errors import UserError
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.steps import make_eval_step
+from ngc_jax.workdir import command, open_trained, parser
+
+
+def compile_eval(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[..., Any]:
+    """The jitted evaluation of one batch for a config, on a mesh."""
+    record = config.stability.record and config.model.core > 0
+    tokenizer = tokens.tokenizer
+    isolate = config.data.isolate_documents
+    step = make_eval_step(model, config.train, tokenizer.mark, tokenizer.lengths, isolate, record)
+    rows, whole = meshes.rows(mesh), meshes.whole(mesh)
+    return jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=whole)
+
+
+def held_out(step: Callable[..., Any], params: Any, config: Any, mesh: Mesh, tokens: Tokens, limit: int) -> dict[str, float]:
+    """{"loss": nats per token, "bits_per_byte", "stability/...": mean over batches} on `limit` windows (0 = all).
+
+    Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers.
+    """
+    batches = held_out_batches(
+        Windows(tokens.validation, config.data.context),
+        batch_size=config.eval.batch_size,
+        limit=limit,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    total: dict[str, float] = {}
+    count = 0
+    for windows, real in batches:
+        sums = step(params, meshes.put_rows(mesh, windows), meshes.put_rows(mesh, real))
+        for name, value in jax.device_get(sums).items():
+            total[name] = total.get(name, 0.0) + float(value)
+        count += 1
+    nats, seen, size = total.pop("nats"), total.pop("tokens"), total.pop("bytes")
+    means = {name: value / count for name, value in total.items()}
+    return {"loss": nats / seen, "bits_per_byte": nats / math.log(2) / size, **means}
+
+
+def main() -> None:
+    """Print the held-out loss of a checkpoint."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--windows", type=int, default=0, help="held-out windows; default 0: all")
+    args = arguments.parse_args()
+    trained = open_trained(args.workdir, args.step)
+    config = trained.config
+    config.mesh.data = 1
+    tokens = load_tokens(config.data)
+    if trained.meta["data"] != tokens.fingerprint:
+        raise UserError(
+            f"this is not the text that {args.workdir} was trained on: fingerprint {tokens.fingerprint[:16]}, "
+            f"trained on {trained.meta['data'][:16]} (another Python version, or changed files at data.path)"
+        )
+    mesh = meshes.make_mesh(config.mesh)
+    step = compile_eval(trained.model, config, mesh, tokens)
+    result = held_out(step, trained.state.params, config, mesh, tokens, args.windows)
+    print(f"{args.workdir}, step {trained.step}, held out from {tokens.summary}")
+    for name, value in result.items():
+        print(f"{name:40} {value:.6f}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,140 @@
+"""What a run says of itself: rows in metrics.jsonl (the truth), a view of them for TensorBoard, and the live line.
+
+For: writing and reading rows. Not for: computing them. A row is {"step": s, name: value, ...}: its values belong to
+update s, so a run that goes on from checkpoint s keeps the rows up to s and writes the later ones anew.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+from ngc_jax.checkpoint import write_durably
+
+Row = dict[str, Any]
+TIMES = ("seconds", "tokens_per_second")  # the only values that two runs of one config do not share
+
+
+def read_rows(workdir: pathlib.Path) -> list[Row]:
+    """All whole rows; a last line that was cut off by a kill is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Metrics:
+    """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from."""
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        path = workdir / "metrics.jsonl"
+        kept = [row for row in read_rows(workdir) if row["step"] <= start] if start else []
+        write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "a")
+        self._board = _Board.open(workdir / "tensorboard")
+        if self._board:
+            for row in kept:
+                self._board.write(row)
+
+    def write(self, row: Row) -> None:
+        """Add a row. What is not finite becomes null, as JSON has no such numbers."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board:
+            self._board.write(row)
+
+    def sync(self) -> None:
+        """Have all rows on disk. Called before a checkpoint, so that a checkpoint never lacks the rows before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+class _Board:
+    """TensorBoard event files, rewritten from the rows each time a run goes on: they are only a view."""
+
+    def __init__(self, directory: pathlib.Path):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        shutil.rmtree(directory, ignore_errors=True)
+        self._writer = EventFileWriter(str(directory))
+
+    @classmethod
+    def open(cls, directory: pathlib.Path) -> "_Board | None":
+        try:
+            return cls(directory)
+        except ImportError:
+            return None  # the extra is not installed; metrics.jsonl has everything
+
+    def write(self, row: Row) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step" and v is not None]
+        self._writer.add_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Clock:
+    """Seconds spent training: compiling, evaluating and saving do not count. `before` are those of earlier starts."""
+
+    def __init__(self, before: float):
+        self._before, self._since = before, time.monotonic()
+        self._mark = (0, self.seconds())
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._since
+
+    def lap(self, step: int) -> float:
+        """Seconds per step since the last lap (or since the start, for the first)."""
+        last, then = self._mark
+        now = self.seconds()
+        self._mark = (step, now)
+        return (now - then) / max(1, step - last)
+
+    def start(self, step: int) -> None:
+        self._mark = (step, self.seconds())
+
+    def pause(self) -> "Clock":
+        return self
+
+    def __enter__(self) -> "Clock":
+        self._paused = time.monotonic()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        away = time.monotonic() - self._paused
+        self._since += away
+
+
+class Progress:
+    """One live line on a terminal; plain lines elsewhere."""
+
+    def __init__(self, steps: int):
+        self.steps, self.live = steps, sys.stdout.isatty()
+
+    def show(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+        left = duration(seconds_per_step * (self.steps - step))
+        line = f"step {step}/{self.steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  ETA {left}"
+        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print(f"\r\x1b[K{text}" if self.live else text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """125.0 -> "2:05"; 3725.0 -> "1:02:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,86 @@
+"""Continue a text: `python -m ngc_jax.sample --workdir=DIR --prompt="def " --tokens=200`.
+
+For: prefill, then a scanned decode with a key-value cache; temperature and top-p. Not for: serving.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.errors import UserError
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.workdir import command, open_trained, parser
+
+Array = jax.Array
+
+
+@partial(jax.jit, static_argnames=("model", "count"))
+def generate(
+    model: Decoder, params: Any, prompt: Array, count: int, key: Array, temperature: Array, top_p: Array
+) -> Array:
+    """`count` tokens [B, count] after the prompts [B, T], T >= 1.
+
+    temperature >= 0 divides the logits, 0 takes the likeliest token; top_p in (0, 1] keeps the smallest set of tokens
+    that together have at least that probability (nucleus sampling, arXiv 1904.09751).
+    """
+    batch, length = prompt.shape
+    dtype = jax.tree.leaves(params)[0].dtype
+    cache = model.init_cache(batch, length + count, dtype)
+    logits, cache = model.decode(params, prompt, cache, jnp.zeros((), jnp.int32))
+
+    def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
+        logits, cache = carry
+        token = choose(logits, jax.random.fold_in(key, i), temperature, top_p)
+        after, cache = model.decode(params, token[:, None], cache, length + i)
+        return (after[:, -1], cache), token
+
+    _, tokens = jax.lax.scan(step, (logits[:, -1], cache), jnp.arange(count))
+    return tokens.T
+
+
+def choose(logits: Array, key: Array, temperature: Array, top_p: Array) -> Array:
+    """Draw one token for each row of logits [B, V]; see `generate`."""
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    share = jax.nn.softmax(scaled, axis=-1)
+    ranked = jnp.sort(share, axis=-1)[:, ::-1]
+    before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all likelier tokens
+    least = jnp.min(jnp.where(before < top_p, ranked, 1.0), axis=-1, keepdims=True)
+    drawn = jax.random.categorical(key, jnp.where(share >= least, scaled, -jnp.inf))
+    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn)
+
+
+def main() -> None:
+    """Print the prompt and its continuation."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
+    arguments.add_argument("--tokens", type=int, default=200, help="tokens to add, >= 1")
+    arguments.add_argument("--temperature", type=float, default=0.8, help=">= 0; 0 = the likeliest token each time")
+    arguments.add_argument("--top_p", type=float, default=0.95, help="in (0, 1]")
+    arguments.add_argument("--seed", type=int, default=0)
+    args = arguments.parse_args()
+    if args.tokens < 1:
+        raise UserError(f"--tokens={args.tokens}: must be 1 or more")
+    if args.temperature < 0:
+        raise UserError(f"--temperature={args.temperature}: must be 0 or more, for instance 0.8")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p={args.top_p}: must be above 0 and at most 1, for instance 0.95")
+    trained = open_trained(args.workdir, args.step)
+    tokenizer = trained.tokenizer
+    prompt = np.array([[tokenizer.mark, *tokenizer.encode(args.prompt.encode())]], np.int32)
+    tokens = generate(
+        trained.model,
+        trained.state.params,
+        jnp.asarray(prompt),
+        args.tokens,
+        jax.random.key(args.seed),
+        jnp.float32(args.temperature),
+        jnp.float32(args.top_p),
+    )
+    print(args.prompt + tokenizer.decode(tokens[0].tolist()).decode(errors="replace"))
+
+
+if __name__ == "__main__":
+    command(main)

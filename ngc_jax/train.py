@@ -1,0 +1,194 @@
+"""The training loop: `run(config, workdir)`, read from top to bottom in the order in which things happen.
+
+For: the order, and what happens between updates. Not for: what an update is (`steps.py`).
+
+The run's one counter is the number of updates made. Update s reads batch s - 1 at learning rate s - 1; row s and
+checkpoint s are made after it. Rows are on disk before the checkpoint of their step, so whatever checkpoint a run
+goes on from, no row before it is missing, and the rows after it are dropped and made again.
+"""
+
+import pathlib
+import time
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import ngc_jax
+from ngc_jax import card, count
+from ngc_jax import mesh as meshes
+from ngc_jax.checkpoint import Checkpoints
+from ngc_jax.config import model_shape, validate
+from ngc_jax.data.batches import Windows, train_batches
+from ngc_jax.data.tokens import load_tokens
+from ngc_jax.errors import UserError
+from ngc_jax.evaluate import compile_eval, held_out
+from ngc_jax.metrics import Clock, Metrics, Progress, duration
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.preemption import Preemption
+from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.workdir import abstract_state, claim
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Train from scratch, or go on from the newest sound checkpoint in `workdir`. True: done; False: asked to stop.
+
+    Raises UserError for what the user can mend, before anything is written, and Diverged.
+    """
+    train, data = config.train, config.data
+
+    # ---- What is asked for -------------------------------------------------------------------------------------
+    validate(config)
+    tokens = load_tokens(data)
+    model = Decoder(model_shape(config, tokens.tokenizer.vocab))
+    mesh = meshes.make_mesh(config.mesh)
+    claim(workdir, config, tokens.tokenizer)
+    print(f"data: {tokens.summary}")
+
+    # ---- Compile, before anything is allocated -----------------------------------------------------------------
+    whole, rows = meshes.whole(mesh), meshes.rows(mesh)
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), abstract_state(model, config))
+    batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=rows)
+    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents)
+    began = time.monotonic()
+    update = (
+        jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
+        .lower(like, batch)
+        .compile()
+    )
+    evaluate = compile_eval(model, config, mesh, tokens)
+    print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices()}")
+
+    # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    start, faults = checkpoints.newest_sound()
+    for step, fault in faults.items():
+        print(f"checkpoint {step} is passed over: {fault}; moved to {checkpoints.set_aside(step)}")
+    if start is None:
+        state = jax.jit(lambda: init_state(model, train, config.seed), out_shardings=whole)()
+        step, spent = 0, 0.0
+    else:
+        step, state, meta = checkpoints.restore(start, like)
+        spent = meta["seconds"]
+        if meta["data"] != tokens.fingerprint:
+            raise UserError(
+                f"the text has changed since checkpoint {step} of --workdir={workdir}: fingerprint "
+                f"{tokens.fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for the library source: the "
+                "same Python), or another --workdir"
+            )
+        print(f"going on from checkpoint {step} of {train.steps} in {workdir}")
+
+    # ---- The loop ------------------------------------------------------------------------------------------------
+    metrics, progress, clock = Metrics(workdir, step), Progress(train.steps), Clock(spent)
+    last_save = time.monotonic()
+    late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
+
+    def settle() -> None:
+        """Read the scalars of the update before this one, log them, and stop where training has broken down."""
+        nonlocal late
+        if late is None:
+            return
+        (at, scalars), late = late, None
+        row = {name: value.item() for name, value in jax.device_get(scalars).items()}
+        broken = row["train/bad_in_a_row"]
+        if broken or at == 1 or at % train.log_every == 0 or at == train.steps:
+            per_step = clock.lap(at)
+            speed = train.batch_size * data.context / per_step
+            metrics.write({"step": at, **row, "tokens_per_second": speed, "seconds": clock.seconds()})
+            progress.show(at, row["train/loss"], speed, per_step)
+        if broken:
+            progress.say(f"step {at}: loss {row['train/loss']}, gradient norm {row['train/grad_norm']}: update skipped")
+        if broken >= train.max_bad_steps:
+            checkpoints.wait()
+            sound, _ = checkpoints.newest_sound()
+            raise Diverged(
+                f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound "
+                f"checkpoint: {sound}; try a smaller train.learning_rate={train.learning_rate} or "
+                f"train.state_learning_rate={train.state_learning_rate}, or more train.warmup_steps={train.warmup_steps}"
+            )
+
+    def measure(name: str, limit: int) -> None:
+        with clock:
+            result = held_out(evaluate, state.params, config, mesh, tokens, limit)
+            metrics.write({"step": step} | {k if "/" in k else f"{name}/{k}": v for k, v in result.items()})
+            kind = "held-out" if name == "eval" else "held-out, whole text"
+            progress.say(f"step {step}: {kind} loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte")
+
+    batches = train_batches(
+        Windows(tokens.train, data.context),
+        batch_size=train.batch_size,
+        seed=config.seed,
+        start=step,
+        stop=train.steps,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    with Preemption() as asked_to_stop:
+        clock.start(step)
+        for windows in batches:
+            placed = meshes.put_rows(mesh, windows)
+            with jax.transfer_guard("disallow"):
+                state, scalars = update(state, placed)
+            settle()  # of the update before, while this one runs
+            step, late = step + 1, (step + 1, scalars)
+            checkpoints.check()
+
+            last = step == train.steps
+            if last or step % config.eval.every == 0:
+                settle()
+                measure("eval", config.eval.windows)
+            if last:
+                measure("final", 0)
+            minutes = (time.monotonic() - last_save) / 60
+            due = step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
+            if last or due or asked_to_stop:
+                settle()
+                with clock:
+                    metrics.sync()
+                    meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
+                    checkpoints.save(step, state, meta)
+                last_save = time.monotonic()
+            if asked_to_stop and not last:
+                break
+
+    # ---- The end ---------------------------------------------------------------------------------------------------
+    checkpoints.close()
+    metrics.close()
+    if step < train.steps:
+        progress.say(f"asked to stop: step {step} is saved; the same command goes on from there")
+        return False
+    card.write(workdir, config, tokens.summary, count.parameters(like.params), count.generated_weights(model.shape))
+    progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
+    return True
+
+
+def costs(model: Decoder, like: Any, batch: Any, compiled: Any) -> str:
+    """What the run costs, in one line: counted parameters and FLOPs, and the compiled step's memory."""
+    stored = count.parameters(like.params)
+    inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
+    # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
+    flops = 3 * count.forward_flops(model.apply, like.params, inputs)
+    memory = compiled.memory_analysis()
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return (
+        f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
+        f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
+        f"{(peak - memory.alias_size_in_bytes) / 2**20:.0f} MiB peak per device"
+    )
+
+
+def devices() -> str:
+    """For instance "8 x cpu"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {module.__name__: module.__version__ for module in (ngc_jax, jax, flax, optax)}

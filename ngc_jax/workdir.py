@@ -1,0 +1,126 @@
+"""The work directory: what lies where, who may use it, and opening a trained model from it.
+
+For: the contract DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, card.md}, `damaged/`
+beside them where a checkpoint had to be set aside. Not for: writing rows (`metrics.py`) or checkpoints.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from ngc_jax.checkpoint import Checkpoints, write_durably
+from ngc_jax.config import base, differences, model_shape
+from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
+from ngc_jax.errors import UserError
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.steps import TrainState, init_state
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's."""
+    if (workdir / "config.json").exists():
+        changed = differences(read_config(workdir).to_dict(), config.to_dict())
+        if changed:
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
+                "give another --workdir, or the config that it was made with"
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} is there already and is no run's: give another --workdir, or empty it")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(tokenizer, workdir)
+        # Last, for it is what makes the directory a run's.
+        write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run. Raises UserError if there is none."""
+    try:
+        stored = json.loads((workdir / "config.json").read_text())
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} holds no run: no config.json in it") from error
+    except ValueError as error:
+        raise UserError(f"{workdir / 'config.json'} is damaged ({error})") from error
+    config = base()  # a run of an older version gets the defaults of the fields that it did not know
+    for section, value in stored.items():
+        if isinstance(value, dict):
+            config[section].update(value)
+        else:
+            config[section] = value
+    return config
+
+
+class Trained(NamedTuple):
+    """A model as it was after `step` updates."""
+
+    config: ConfigDict
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+    state: TrainState
+    meta: dict[str, Any]
+
+
+def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
+    """Read the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
+    config = read_config(workdir)
+    tokenizer = load_tokenizer(workdir)
+    model = Decoder(model_shape(config, tokenizer.vocab))
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        wanted, faults = (step, {}) if step is not None else checkpoints.newest_sound()
+        for bad, fault in faults.items():
+            print(f"checkpoint {bad} is passed over: {fault}", file=sys.stderr)
+        steps = checkpoints.steps()
+        if wanted is None or wanted not in steps:
+            named = "no sound checkpoint" if wanted is None else f"no checkpoint {wanted}"
+            raise UserError(f"--workdir={workdir} holds {named}; there are: {steps or 'none'}")
+        fault = checkpoints.fault(wanted)
+        if fault is not None:
+            raise UserError(f"checkpoint {wanted} in {workdir} is not sound: {fault}")
+        read = checkpoints.restore(wanted, jax.tree.map(_here, abstract_state(model, config)))
+    finally:
+        checkpoints.close()
+    return Trained(config, model, tokenizer, wanted, read.state, read.meta)
+
+
+def abstract_state(model: Decoder, config: ConfigDict) -> TrainState:
+    """Shapes and dtypes of a run's state; nothing is allocated."""
+    return jax.eval_shape(lambda: init_state(model, config.train, 0))
+
+
+def _here(leaf: Any) -> jax.ShapeDtypeStruct:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every command on a work directory takes."""
+    arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    arguments.add_argument("--workdir", type=pathlib.Path, required=True, help="work directory of a run")
+    arguments.add_argument("--step", type=int, help="checkpoint to read; default: the newest sound one")
+    return arguments
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a command; a UserError becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_one_line(error))
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _one_line(error: UserError) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
