@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ngc_jax.config import workdir_of
@@ -36,9 +36,11 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """Read the flags; a misspelt or mistyped field ends in one line."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        CONFIG.value.seed  # noqa: B018 (a config file that did not load says so only when it is read)
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(2, error)
+        fail(2, f"--config: {error.args[0]}" if isinstance(error, AttributeError | KeyError) else error)
 
 
 def fail(code: int, error: object) -> NoReturn:
@@ -47,5 +49,6 @@ def fail(code: int, error: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse)

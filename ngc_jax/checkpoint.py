@@ -10,7 +10,6 @@ whose seal is missing or broken is passed over for the newest one that is sound.
 import concurrent.futures
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shutil
@@ -37,7 +36,6 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int = 3, read_only: bool = False):
         self.directory = directory.absolute()
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save in ten lines
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=not read_only,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from ngc_jax.checkpoint import Checkpoints, write_durably
@@ -113,6 +114,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def command(main: Callable[[], None]) -> None:
     """Run a command; a UserError becomes one line and exit code 2."""
+    logging.set_verbosity(logging.ERROR)
     try:
         main()
     except UserError as error:

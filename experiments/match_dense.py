@@ -1,0 +1,113 @@
+"""Is ngc_small as good as dense_small? The question of the README's table, answered by one command:
+
+    python -m experiments.match_dense --workdir=runs/match_dense --jobs=2
+
+For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of four, at half length,
+with a seed that is not used again), then three seeds each at full length. Killed, it goes on where it was; every run
+is a plain `launch.py` run. Writes results.md beside the runs. Not for: any other comparison.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import math
+import os
+import pathlib
+import queue
+import statistics
+import subprocess
+import sys
+
+from ngc_jax.metrics import read_rows
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODELS = ("dense_small", "ngc_small")
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+TUNING_SEED, SEEDS = 1000, (0, 1, 2)
+T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%: the interval of a mean of three
+
+
+def arguments(model: str, rate: float, seed: int, steps: int) -> list[str]:
+    """The command line of one run, without its work directory."""
+    return [
+        f"--config=configs/{model}.py",
+        f"--config.seed={seed}",
+        f"--config.train.steps={steps}",
+        f"--config.train.learning_rate={rate}",
+        f"--config.train.state_learning_rate={rate}",
+    ]
+
+
+def run(workdir: pathlib.Path, args: list[str], cores: "queue.Queue[set[int]]") -> float:
+    """Train, unless it is done already, on cores taken from the queue; returns the loss on the whole held-out text."""
+    mine = cores.get()
+    try:
+        command = [sys.executable, "launch.py", *args, f"--workdir={workdir}"]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, mine)
+        )
+    finally:
+        cores.put(mine)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode} from: {' '.join(command)}")
+    loss = next(row["final/loss"] for row in reversed(read_rows(workdir)) if "final/loss" in row)
+    print(f"{workdir.name}: {loss:.4f}", flush=True)
+    return loss
+
+
+def interval(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f} ± {T95 * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/match_dense"))
+    parser.add_argument("--steps", type=int, default=1600, help="updates of the final runs; tuning takes half")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
+    args = parser.parse_args()
+    home = args.workdir.absolute()
+    available = sorted(os.sched_getaffinity(0))
+    cores: queue.Queue[set[int]] = queue.Queue()
+    for job in range(args.jobs):
+        cores.put(set(available[job :: args.jobs]))
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        tuning = {
+            (model, rate): pool.submit(
+                run, home / f"tune-{model}-{rate:g}", arguments(model, rate, TUNING_SEED, args.steps // 2), cores
+            )
+            for model in MODELS
+            for rate in RATES
+        }
+        tuned = {key: future.result() for key, future in tuning.items()}
+        best = {model: min(RATES, key=lambda rate: tuned[model, rate]) for model in MODELS}
+        final = {
+            (model, seed): pool.submit(
+                run, home / f"{model}-seed{seed}", arguments(model, best[model], seed, args.steps), cores
+            )
+            for seed in SEEDS
+            for model in MODELS
+        }
+        losses: dict[str, list[float]] = collections.defaultdict(list)
+        for (model, _), future in final.items():
+            losses[model].append(future.result())
+
+    lines = [
+        f"Made by `python -m experiments.match_dense --steps={args.steps}`; loss in nats per byte on the whole held-out",
+        "text of this Python's library source; mean and 95% interval over seeds 0, 1, 2.",
+        "",
+        "| config | loss at each learning rate tried, half length | chosen | loss, three seeds | bits per byte |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for model in MODELS:
+        tried = ", ".join(f"{tuned[model, rate]:.4f} at {rate:g}" for rate in RATES)
+        bits = statistics.mean(losses[model]) / math.log(2)
+        lines.append(f"| {model} | {tried} | {best[model]:g} | {interval(losses[model])} | {bits:.4f} |")
+    ratios = [ngc / dense for ngc, dense in zip(losses["ngc_small"], losses["dense_small"], strict=True)]
+    lines += ["", f"ngc_small / dense_small, paired by seed: {interval(ratios)}."]
+    (home / "results.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
