@@ -2,8 +2,9 @@
 
     python -m experiments.match_dense --workdir=runs/match_dense --jobs=2
 
-For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of four, at half length,
-with a seed that is not used again), then three seeds each at full length. Killed, it goes on where it was; every run
+For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of four, a factor of two
+apart and with the best one inside, at half length, with a seed that is not used again), then three seeds each at full
+length. Killed, it goes on where it was; every run
 is a plain `launch.py` run. Writes results.md beside the runs. Not for: any other comparison.
 """
 
@@ -21,8 +22,7 @@ import sys
 from ngc_jax.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODELS = ("dense_small", "ngc_small")
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+RATES = {"dense_small": (6.25e-4, 1.25e-3, 2.5e-3, 5e-3), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
 TUNING_SEED, SEEDS = 1000, (0, 1, 2)
 T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%: the interval of a mean of three
 
@@ -76,17 +76,17 @@ def main() -> None:
             (model, rate): pool.submit(
                 run, home / f"tune-{model}-{rate:g}", arguments(model, rate, TUNING_SEED, args.steps // 2), cores
             )
-            for model in MODELS
-            for rate in RATES
+            for model in RATES
+            for rate in RATES[model]
         }
         tuned = {key: future.result() for key, future in tuning.items()}
-        best = {model: min(RATES, key=lambda rate: tuned[model, rate]) for model in MODELS}
+        best = {model: min(RATES[model], key=lambda rate: tuned[model, rate]) for model in RATES}
         final = {
             (model, seed): pool.submit(
                 run, home / f"{model}-seed{seed}", arguments(model, best[model], seed, args.steps), cores
             )
             for seed in SEEDS
-            for model in MODELS
+            for model in RATES
         }
         losses: dict[str, list[float]] = collections.defaultdict(list)
         for (model, _), future in final.items():
@@ -99,8 +99,8 @@ def main() -> None:
         "| config | loss at each learning rate tried, half length | chosen | loss, three seeds | bits per byte |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for model in MODELS:
-        tried = ", ".join(f"{tuned[model, rate]:.4f} at {rate:g}" for rate in RATES)
+    for model in RATES:
+        tried = ", ".join(f"{tuned[model, rate]:.4f} at {rate:g}" for rate in RATES[model])
         bits = statistics.mean(losses[model]) / math.log(2)
         lines.append(f"| {model} | {tried} | {best[model]:g} | {interval(losses[model])} | {bits:.4f} |")
     ratios = [ngc / dense for ngc, dense in zip(losses["ngc_small"], losses["dense_small"], strict=True)]

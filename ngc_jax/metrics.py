@@ -86,7 +86,7 @@ class _Board:
 
 
 class Clock:
-    """Seconds spent training: compiling, evaluating and saving do not count. `before` are those of earlier starts."""
+    """Seconds spent training: what runs inside `with clock:` does not count. `before` are those of earlier starts."""
 
     def __init__(self, before: float):
         self._before, self._since = before, time.monotonic()
@@ -95,26 +95,23 @@ class Clock:
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._since
 
+    def start(self, step: int) -> None:
+        """Begin the first lap."""
+        self._mark = (step, self.seconds())
+
     def lap(self, step: int) -> float:
-        """Seconds per step since the last lap (or since the start, for the first)."""
+        """Seconds per step since the last lap."""
         last, then = self._mark
         now = self.seconds()
         self._mark = (step, now)
         return (now - then) / max(1, step - last)
-
-    def start(self, step: int) -> None:
-        self._mark = (step, self.seconds())
-
-    def pause(self) -> "Clock":
-        return self
 
     def __enter__(self) -> "Clock":
         self._paused = time.monotonic()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        away = time.monotonic() - self._paused
-        self._since += away
+        self._since += time.monotonic() - self._paused
 
 
 class Progress:

@@ -83,7 +83,7 @@ def make_train_step(
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
         nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state.params, tokens)
         grads = jax.tree.map(lambda g: g / count, grads)
-        loss, norm = nats / count, optax.global_norm(grads)
+        loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         direction, memory = chain.update(grads, state.optimizer, state.params)
         params = optim.apply(config, state.params, direction, state.step)

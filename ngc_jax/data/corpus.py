@@ -9,6 +9,7 @@ nothing that a later one could take for whole, and two builds at once both succe
 
 import contextlib
 import hashlib
+import io
 import os
 import pathlib
 import shutil
@@ -142,25 +143,28 @@ class _Stored:
 def _write_tfds(name: str, documents: Documents, directory: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
-    class Text(tfds.core.GeneratorBasedBuilder):
-        """Documents of text, as bytes, with their names."""
+    with tfds.core.registered.skip_registration():  # one process may keep several texts
 
-        VERSION = tfds.core.Version("1.0.0")
+        class Text(tfds.core.GeneratorBasedBuilder):
+            """Documents of text, as bytes, with their names."""
 
-        def _info(self) -> Any:
-            features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _split_generators(self, dl_manager: Any) -> Any:
-            return {split: self._generate_examples(texts) for split, texts in documents.items()}
+            def _info(self) -> Any:
+                features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-        def _generate_examples(self, texts: list[tuple[str, bytes]]) -> Any:
-            for key, text in texts:
-                yield key, {"name": key, "text": text}
+            def _split_generators(self, dl_manager: Any) -> Any:
+                return {split: self._generate_examples(texts) for split, texts in documents.items()}
+
+            def _generate_examples(self, texts: list[tuple[str, bytes]]) -> Any:
+                for key, text in texts:
+                    yield key, {"name": key, "text": text}
 
     Text.name = name
     tfds.disable_progress_bar()
-    Text(data_dir=str(directory), file_format="array_record").download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # two lines on a "download" that there is none of
+        Text(data_dir=str(directory), file_format="array_record").download_and_prepare()
 
 
 def _prepared(config: Any) -> Corpus:

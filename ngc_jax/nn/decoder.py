@@ -32,25 +32,26 @@ class Decoder:
         """Parameters, float32. Stages of a stack lie behind one another on a leading axis."""
         s = self.shape
         embed, prelude, core, coda, unembed = jax.random.split(key, 5)
+        stacks = {"prelude": (prelude, s.prelude), "core": (core, s.core), "coda": (coda, s.coda)}
         stage = partial(Stage(s).init, x=jnp.zeros((1, 1, s.width)), positions=jnp.zeros((1,), jnp.int32))
-
-        def stack(key: Array, stages: int) -> Params:
-            return jax.vmap(lambda k: stage(k)["params"])(jax.random.split(key, stages))
-
-        params = {
+        # All stages in one go and then apart: a program that draws for each stack by itself compiles 3 times as long.
+        keys = jnp.concatenate([jax.random.split(k, stages) for k, stages in stacks.values()])
+        stages = jax.vmap(lambda k: stage(k)["params"])(keys)
+        params: Params = {
             "embed": jax.random.normal(embed, (s.vocab, s.width)),
             "norm": {"scale": jnp.ones(s.width)},
             # Logits start near zero, so training starts from the uniform distribution, ln V nats per token.
             "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
         }
-        if s.prelude:
-            params["prelude"] = stack(prelude, s.prelude)
+        first = 0
+        for name, (_, count) in stacks.items():
+            if count:
+                params[name] = jax.tree.map(lambda p, a=first, b=first + count: p[a:b], stages)
+            first += count
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
             leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(KEEP))))
-            params["core"] = {"stages": stack(core, s.core), "leak": leak, "drive": jnp.full(s.width, 1 - KEEP)}
-        if s.coda:
-            params["coda"] = stack(coda, s.coda)
+            params["core"] = {"stages": params["core"], "leak": leak, "drive": jnp.full(s.width, 1 - KEEP)}
         return params
 
     def apply(

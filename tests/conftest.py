@@ -1,0 +1,96 @@
+"""What all tests share: a small text, small configs, and commands run as a user would run them."""
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Processes that tests start compile the same programs again and again: let them share.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ["JAX_PLATFORMS"] = "cpu"
+# What these processes test is mathematics, and compiling is most of their time. Commands run as a user runs them.
+USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = USERS_FLAGS + " --xla_backend_optimization_level=0"
+
+import pytest  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from ngc_jax.config import base  # noqa: E402
+
+WORDS = "group state signal round port weight drive neuron token core leak send read rule".split()
+
+
+def make_text(size: int, seed: int = 0) -> str:
+    """Lines of words from a fixed generator: the same on every Python."""
+    words = random.Random(seed)
+    lines, length = [], 0
+    while length < size:
+        lines.append(" ".join(words.choice(WORDS) for _ in range(words.randint(3, 9))))
+        length += len(lines[-1]) + 1
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(make_text(60_000))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+TINY = {
+    "data.context": 16,
+    "model.width": 16,
+    "model.hidden": 32,
+    "model.groups": 4,
+    "model.heads": 2,
+    "train.steps": 30,
+    "train.batch_size": 8,
+    "train.warmup_steps": 3,
+    "train.log_every": 1,
+    "eval.every": 10,
+    "eval.windows": 16,
+    "eval.batch_size": 8,
+    "checkpoint.every_steps": 5,
+}
+
+
+@pytest.fixture
+def tiny(text: pathlib.Path, cache: pathlib.Path) -> ConfigDict:
+    """A run of seconds."""
+    config = base()
+    config.update_from_flattened_dict(TINY)
+    config.data.path, config.data.cache_dir = str(text), str(cache)
+    return config
+
+
+@pytest.fixture
+def tiny_flags(text: pathlib.Path, cache: pathlib.Path) -> list[str]:
+    """The same run on a command line."""
+    fields = {**TINY, "data.path": text, "data.cache_dir": cache}
+    return ["--config=configs/ngc_tiny.py", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+def launch(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run launch.py to its end."""
+    return python("launch.py", *args, **environment)
+
+
+def python(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the repository's root."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": USERS_FLAGS, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

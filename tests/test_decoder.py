@@ -1,0 +1,227 @@
+"""The decoder: a plain NumPy forward, causality, the cache, remat, documents, initial scale."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+import ngc_jax
+from ngc_jax.config import base, model_shape
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.layers import Synapse
+from ngc_jax.nn.shape import SynapsePart
+from ngc_jax.steps import losses
+
+VARIANTS = {
+    "addressed": {},
+    "signals": {"form": "signals"},
+    "broadcast_silu": {"rule": "broadcast", "message_activation": "silu", "p_inter": 5},
+    "low_intra": {"p_intra": 2},
+    "no_intra": {"p_intra": 0},
+    "blocks_only": {"rule": "none"},
+    "dense": {"rule": "dense"},
+    "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0},
+    "no_loop": {"prelude": 2, "core": 0},
+}
+
+
+def build(**fields):
+    config = base()
+    config.update_from_flattened_dict(TINY)
+    config.model.update(fields)
+    model = Decoder(model_shape(config, 50))
+    # Away from the special values of the start (ones, equal leaks), so that each parameter matters.
+    params = jax.jit(model.init)(jax.random.key(0))
+    noise = jax.random.split(jax.random.key(7), len(jax.tree.leaves(params)))
+    noise = jax.tree.unflatten(jax.tree.structure(params), list(noise))
+    return model, jax.tree.map(lambda p, k: p + 0.1 * jax.random.normal(k, p.shape), params, noise)
+
+
+def tokens(batch=2, length=16):
+    return jax.random.randint(jax.random.key(5), (batch, length), 0, 50)
+
+
+def numpy_synapse(params, stage, x, activation):
+    """y for the fan of a synapse, token by token, from `weights`: [..., fan, n_out]."""
+    flat = x.reshape(-1, x.shape[-1])
+    total = 0
+    for name, states in params.items():
+        place, rule = name.split("_")
+        active = activation if place == "inter" else None
+        fan = []
+        for c in range(jax.tree.leaves(states)[0].shape[1]):
+            pre = states["pre"][stage, c] if "pre" in states else ()
+            post = states["weight" if place == "dense" else "post"][stage, c]
+            if active:
+                each = [np.asarray(ngc_jax.weights(rule, pre, post, jnp.asarray(t, jnp.float32), active)) @ t for t in flat]
+                fan.append(np.stack(each))
+            else:
+                fan.append(flat @ np.asarray(ngc_jax.weights(rule, pre, post), np.float64).T)
+        total = total + np.stack(fan, axis=1)
+    return total.reshape(*x.shape[:-1], *total.shape[1:])
+
+
+def numpy_norm(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(scale)
+
+
+def numpy_rotate(x):
+    length, half = x.shape[1], x.shape[-1] // 2
+    out = np.zeros_like(x)
+    for t, c in itertools.product(range(length), range(half)):
+        angle = t * 10_000.0 ** (-c / half)
+        a, b = x[:, t, :, c], x[:, t, :, c + half]
+        out[:, t, :, c] = a * np.cos(angle) - b * np.sin(angle)
+        out[:, t, :, c + half] = a * np.sin(angle) + b * np.cos(angle)
+    return out
+
+
+def numpy_stage(s, params, stage, x):
+    def synapse(name, x):
+        return numpy_synapse(params[name], stage, x, s.message_activation)
+
+    heads = (*x.shape[:2], s.heads, -1)
+    read = synapse("query_key_value", numpy_norm(x, params["attention_norm"]["scale"][stage]))
+    query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
+    query, key = numpy_rotate(query), numpy_rotate(key)
+    mixed = np.zeros_like(value)
+    for b, t, h in itertools.product(range(x.shape[0]), range(x.shape[1]), range(s.heads)):
+        seen = slice(max(0, t - s.context + 1), t + 1)
+        score = key[b, seen, h] @ query[b, t, h] / np.sqrt(query.shape[-1])
+        share = np.exp(score - score.max())
+        mixed[b, t, h] = share / share.sum() @ value[b, seen, h]
+    x = x + synapse("attention_out", mixed.reshape(x.shape))[..., 0, :]
+    both = synapse("gate_up", numpy_norm(x, params["exchange_norm"]["scale"][stage]))
+    gate = both[..., 0, :]
+    return x + synapse("down", gate / (1 + np.exp(-gate)) * both[..., 1, :])[..., 0, :]
+
+
+def numpy_forward(model, params, tokens):
+    """The decoder of docs and docstrings, in float64 loops."""
+    s = model.shape
+
+    def run(stages, count, x):
+        for stage in range(count):
+            x = numpy_stage(s, stages, stage, x)
+        return x
+
+    x = np.asarray(params["embed"], np.float64)[np.asarray(tokens)]
+    x = run(params.get("prelude"), s.prelude, x)
+    if s.core:
+        keep = 1 / (1 + np.exp(np.asarray(params["core"]["leak"], np.float64)))  # exp(-softplus(a)) = sigmoid(-a)
+        start = x
+        for _ in range(s.rounds):
+            added = run(params["core"]["stages"], s.core, x) - x
+            x = keep * x + np.asarray(params["core"]["drive"]) * start + added
+    x = run(params.get("coda"), s.coda, x)
+    return numpy_norm(x, params["norm"]["scale"]) @ np.asarray(params["unembed"], np.float64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_is_the_numpy_forward(variant):
+    model, params = build(**VARIANTS[variant])
+    x = tokens(1, 6)
+    logits = jax.jit(model.apply)(params, x)[0]
+    np.testing.assert_allclose(logits, numpy_forward(model, params, x), rtol=2e-4, atol=2e-4)
+
+
+def test_jit_changes_nothing():
+    model, params = build()
+    with jax.disable_jit():
+        plain = model.apply(params, tokens(1, 4))[0]
+    np.testing.assert_allclose(jax.jit(model.apply)(params, tokens(1, 4))[0], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["addressed", "broadcast_silu", "deep"])
+def test_no_logit_depends_on_a_later_token(variant):
+    model, params = build(**VARIANTS[variant])
+    embedded = jax.nn.one_hot(tokens(1, 8), 50)
+
+    def logits(embedded):
+        # Tokens enter by their embedding only: a table of these rows, read in order, makes them differentiable.
+        table = {**params, "embed": embedded[0] @ params["embed"]}
+        return model.apply(table, jnp.arange(8)[None])[0][0]
+
+    reach = jnp.abs(jax.jacobian(logits)(embedded)).sum((1, 2, 4))  # [T of the logit, T of the token]
+    assert np.all(np.asarray(reach)[np.triu_indices(8, 1)] == 0)
+    assert np.all(np.asarray(reach)[np.tril_indices(8)] > 0)
+
+
+@pytest.mark.parametrize("variant", ["addressed", "deep", "dense"])
+def test_cached_logits_are_the_full_forwards(variant):
+    model, params = build(**VARIANTS[variant])
+    x = tokens(2, 24)  # longer than the context of 16, so the window matters
+    full = jax.jit(model.apply)(params, x)[0]
+    decode = jax.jit(model.decode)
+    cache = model.init_cache(2, 24)
+    first, cache = decode(params, x[:, :5], cache, 0)
+    np.testing.assert_allclose(first, full[:, :5], rtol=1e-4, atol=1e-5)
+    for t in range(5, 24):
+        one, cache = decode(params, x[:, t : t + 1], cache, t)
+        np.testing.assert_allclose(one[:, 0], full[:, t], rtol=1e-4, atol=2e-5)
+
+
+def test_decoding_leaves_the_callers_cache_alone():
+    model, params = build()
+    cache = model.init_cache(1, 4)
+    model.decode(params, tokens(1, 2), cache, 0)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(cache))
+
+
+def test_forms_and_remat_agree_in_value_and_gradient():
+    x = tokens()
+    reference = None
+    for form, remat in itertools.product(("weights", "signals"), ("none", "rounds", "stages")):
+        model, params = build(form=form, remat=remat)
+
+        def loss(params, model=model):
+            return losses(model, params, x, 49, False, jnp.float32)[0].mean()
+
+        found = jax.jit(jax.value_and_grad(loss))(params)
+        reference = reference or found
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, reference)
+
+
+def test_isolated_documents_do_not_see_each_other():
+    model, params = build()
+    x = tokens(1, 12)
+    segments = jnp.array([[1] * 5 + [2] * 7])
+    together = model.apply(params, x, segments)[0]
+    # Rotary attention sees distances only, so a document gives the same logits wherever it stands.
+    np.testing.assert_allclose(together[:, 5:], model.apply(params, x[:, 5:])[0], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(together[:, 5:], model.apply(params, x)[0][:, 5:], atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["addressed", "broadcast_silu", "low_intra", "no_intra", "blocks_only", "dense"])
+@pytest.mark.parametrize("form", ["weights", "signals"])
+def test_synapses_keep_unit_variance_at_start(variant, form):
+    config = base()
+    config.model.update({**VARIANTS[variant], "width": 256, "hidden": 768, "p_inter": 16, "form": form})
+    shape = model_shape(config, 50)
+    for n_in, n_out in ((256, 768), (768, 256)):
+        synapse = Synapse(shape.parts(n_in, n_out), n_in, n_out, form, fan=2)
+        x = jax.random.normal(jax.random.key(0), (400, n_in))
+        y, _ = jax.jit(synapse.init_with_output)(jax.random.key(1), x)
+        assert y.shape == (400, 2, n_out)
+        assert np.var(y) == pytest.approx(1, abs=0.12)
+
+
+def test_the_stream_stays_of_order_one_at_start():
+    config = base()
+    model = Decoder(model_shape(config, 257))
+    params = jax.jit(model.init)(jax.random.key(0))
+    x = jax.random.randint(jax.random.key(1), (4, 64), 0, 257)
+    logits, records = jax.jit(lambda p, x: model.apply(p, x, record=True))(params, x)
+    assert np.std(logits) < 0.2, "training should start from about the uniform distribution"
+    assert 0.5 < np.max(records.growth) < 2
+
+
+def test_states_of_one_side_are_one_hot_from_the_group_size_on():
+    config = base()
+    shape = model_shape(config, 257)  # groups of 16 neurons, and of 48 in the hidden layer
+    assert shape.parts(128, 384)[0] == SynapsePart("intra", "block", 8, 128, None)
+    config.model.p_intra = 15
+    assert model_shape(config, 257).parts(128, 384)[0].rule == "within"

@@ -1,0 +1,112 @@
+"""The optimizer: schedules, which parameter is what, learning rates and decay by kind, Muon."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ngc_jax import optim
+from ngc_jax.config import base, model_shape
+from ngc_jax.nn.decoder import Decoder
+
+
+def settings(**fields):
+    config = base().train
+    config.update({"steps": 100, "warmup_steps": 10, "learning_rate": 0.01, "state_learning_rate": 0.03, **fields})
+    return config
+
+
+def rate(config, step):
+    return float(optim.schedule(config, jnp.asarray(step)))
+
+
+def test_cosine_warms_up_and_ends_at_its_share():
+    config = settings(final_fraction=0.1)
+    assert rate(config, 0) == pytest.approx(1 / 11)
+    assert rate(config, 10) == pytest.approx(1)
+    assert rate(config, 55) == pytest.approx(0.55)
+    assert rate(config, 100) == pytest.approx(0.1)
+    ours = [rate(config, s) for s in range(10, 101)]
+    reference = optax.cosine_decay_schedule(1.0, 90, 0.1)
+    np.testing.assert_allclose(ours, [reference(s - 10) for s in range(10, 101)], rtol=1e-5)
+
+
+def test_wsd_is_stable_then_decays_linearly():
+    config = settings(schedule="wsd", decay_fraction=0.2, final_fraction=0.0)
+    assert [rate(config, s) for s in (10, 50, 80)] == pytest.approx([1, 1, 1])
+    assert rate(config, 90) == pytest.approx(0.5)
+    assert rate(config, 100) == pytest.approx(0)
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert rate(settings(warmup_steps=0), 0) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def params():
+    config = base()
+    config.model.update({"width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_intra": 2})
+    return jax.jit(Decoder(model_shape(config, 20)).init)(jax.random.key(0))
+
+
+def test_every_parameter_has_its_kind(params):
+    kinds = optim.kinds(params)
+    assert kinds["embed"] == kinds["unembed"] == "embedding"
+    assert kinds["norm"]["scale"] == kinds["core"]["leak"] == kinds["core"]["drive"] == "scale"
+    synapse = kinds["core"]["stages"]["gate_up"]
+    assert set(jax.tree.leaves(synapse)) == {"state"}
+    config = base()
+    config.model.rule = "dense"
+    dense = jax.eval_shape(Decoder(model_shape(config, 20)).init, jax.random.key(0))
+    assert set(jax.tree.leaves(optim.kinds(dense["coda"]["down"]))) == {"matrix"}
+
+
+def test_states_have_their_own_learning_rate(params):
+    config = settings()
+    moved = optim.apply(config, params, jax.tree.map(jnp.ones_like, params), jnp.asarray(10))
+    for kind, old, new in zip(*map(jax.tree.leaves, (optim.kinds(params), params, moved)), strict=True):
+        np.testing.assert_allclose(old - new, 0.03 if kind == "state" else 0.01, rtol=1e-4)
+
+
+def test_only_matrices_and_states_decay(params):
+    for name in ("adamw", "muon"):
+        chain = optim.optimizer(settings(weight_decay=0.5, optimizer=name))
+        direction, _ = chain.update(jax.tree.map(jnp.zeros_like, params), chain.init(params), params)
+        for kind, p, d in zip(*map(jax.tree.leaves, (optim.kinds(params), params, direction)), strict=True):
+            np.testing.assert_allclose(d, 0.5 * p if kind in ("state", "matrix") else 0 * p, atol=1e-6)
+
+
+def test_adamw_is_optaxs(params):
+    config = settings(learning_rate=0.01, state_learning_rate=0.01, weight_decay=0.1, schedule="wsd", warmup_steps=0)
+    ours, theirs = params, params
+    chain = optim.optimizer(config)
+    mask = jax.tree.map(lambda kind: kind in ("state", "matrix"), optim.kinds(params))
+    reference = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask))
+    memory, reference_memory = chain.init(ours), reference.init(theirs)
+    for step in range(3):
+        grads = jax.tree.map(lambda p: jnp.sin(p + step), params)  # noqa: B023
+        direction, memory = chain.update(grads, memory, ours)
+        ours = optim.apply(config, ours, direction, jnp.asarray(step))
+        updates, reference_memory = reference.update(grads, reference_memory, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+@pytest.mark.parametrize("rule", ["addressed", "broadcast", "dense"])
+def test_muon_orthogonalises_each_matrix(rule):
+    config = base()
+    config.model.update({"rule": rule, "width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_inter": 4})
+    params = jax.jit(Decoder(model_shape(config, 20)).init)(jax.random.key(0))
+    chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
+    grads = jax.tree.map(lambda p: jnp.cos(100 * p), params)
+    direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(direction)}
+    for path, leaf in flat.items():
+        if "coda" not in path or "norm" in path:
+            continue
+        lead = 2 if "broadcast" in path else 3
+        for matrix in np.asarray(leaf).reshape(-1, leaf.shape[lead], int(np.prod(leaf.shape[lead + 1 :]))):
+            values = np.linalg.svd(matrix, compute_uv=False)
+            assert values.max() / values.min() < 3, path  # Newton-Schulz leaves them between about 0.7 and 1.2
+        assert np.sqrt(np.mean(np.square(leaf))) == pytest.approx(0.2, rel=0.01)
