@@ -144,6 +144,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             checkpoints.check()
 
             last = step == train.steps
+            stop = bool(asked_to_stop)  # once: asked after the save, the run would leave with a step unsaved
             if last or step % config.eval.every == 0:
                 settle()
                 measure("eval", config.eval.windows)
@@ -151,14 +152,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                 measure("final", 0)
             minutes = (time.monotonic() - last_save) / 60
             due = step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
-            if last or due or asked_to_stop:
+            if last or due or stop:
                 settle()
                 with clock:
                     metrics.sync()
                     meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
                     checkpoints.save(step, state, meta)
                 last_save = time.monotonic()
-            if asked_to_stop and not last:
+            if stop:
                 break
 
     # ---- The end ---------------------------------------------------------------------------------------------------

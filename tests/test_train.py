@@ -1,0 +1,205 @@
+"""The loop as a user meets it: a whole run, going on, being asked to stop, breaking down, killed at any instant."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, launch
+
+from ngc_jax import train
+from ngc_jax.checkpoint import Checkpoints, digest
+from ngc_jax.errors import UserError
+from ngc_jax.metrics import TIMES, read_rows
+from ngc_jax.preemption import EXIT_CODE, Preemption
+from ngc_jax.workdir import open_trained
+
+
+def rows_but_for_times(workdir):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(workdir)]
+
+
+def final_digest(workdir):
+    return digest(open_trained(workdir).state)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Where the unbroken run of `tiny` is kept once it has been made."""
+    return tmp_path_factory.mktemp("runs") / "whole"
+
+
+@pytest.fixture
+def unbroken(whole, tiny):
+    assert train.run(tiny, whole)
+    return whole
+
+
+def test_a_run_leaves_what_the_contract_says(unbroken, tiny):
+    assert json.loads((unbroken / "config.json").read_text()) == tiny.to_dict()
+    rows = read_rows(unbroken)
+    updates = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in updates] == list(range(1, 31))
+    assert {"train/grad_norm", "train/learning_rate", "tokens_per_second", "seconds"} <= updates[0].keys()
+    assert updates[-1]["train/loss"] < updates[0]["train/loss"] - 1
+    evaluated = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluated] == [10, 20, 30]
+    wanted = {"eval/bits_per_byte", "stability/contraction_per_round", "stability/drive_ratio", "stability/boundedness"}
+    assert wanted <= evaluated[0].keys()
+    assert [row["step"] for row in rows if "final/loss" in row] == [30]
+    assert any((unbroken / "tensorboard").iterdir())
+    card = (unbroken / "card.md").read_text()
+    final = rows[-1]
+    assert f"{final['final/loss']:.4f}" in card
+    assert "fingerprint" in card
+    checkpoints = Checkpoints(unbroken / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [20, 25, 30]
+    assert checkpoints.newest_sound() == (30, {})
+    checkpoints.close()
+    assert int(open_trained(unbroken, 25).state.step) == 25
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken, tiny, capsys):
+    before, state = rows_but_for_times(unbroken), final_digest(unbroken)
+    assert train.run(tiny, unbroken)
+    assert (rows_but_for_times(unbroken), final_digest(unbroken)) == (before, state)
+
+
+def test_asked_to_stop_saves_and_goes_on_to_the_bit(unbroken, tiny, tmp_path, monkeypatch):
+    stops = iter([False] * 12 + [True])
+    monkeypatch.setattr(Preemption, "__bool__", lambda self: next(stops))
+    assert train.run(tiny, tmp_path / "run") is False
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [5, 10, 13]
+    checkpoints.close()
+    monkeypatch.undo()
+    assert train.run(tiny, tmp_path / "run") is True
+    assert rows_but_for_times(tmp_path / "run") == rows_but_for_times(unbroken)
+    assert final_digest(tmp_path / "run") == final_digest(unbroken)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroken, tiny, tmp_path, monkeypatch, capsys):
+    stops = iter([False] * 23 + [True])
+    monkeypatch.setattr(Preemption, "__bool__", lambda self: next(stops))
+    assert train.run(tiny, tmp_path / "run") is False
+    monkeypatch.undo()
+    home = tmp_path / "run" / "checkpoints"
+    newest = 24
+    data = max((p for p in (home / str(newest)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    data.write_bytes(flipped)
+    capsys.readouterr()
+    assert train.run(tiny, tmp_path / "run") is True
+    said = capsys.readouterr().out
+    assert f"checkpoint {newest} is passed over" in said
+    assert "does not match its checksum" in said
+    assert "going on from checkpoint 20" in said
+    assert rows_but_for_times(tmp_path / "run") == rows_but_for_times(unbroken)
+    assert final_digest(tmp_path / "run") == final_digest(unbroken)
+
+
+def test_breaking_down_stops_and_says_what_to_try(tiny, tmp_path):
+    tiny.train.learning_rate = tiny.train.state_learning_rate = 1e30
+    tiny.train.max_bad_steps = 4
+    with pytest.raises(train.Diverged, match=r"4 times in a row; last sound checkpoint: .*; try a smaller train.learning"):
+        train.run(tiny, tmp_path / "run")
+    rows = [row for row in read_rows(tmp_path / "run") if row.get("train/bad_in_a_row")]
+    assert [row["train/bad_in_a_row"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_another_configs_directory_is_refused_and_says_what_differs(unbroken, tiny):
+    tiny.model.p_inter = 5
+    tiny.train.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"model.p_inter: 3 -> 5; train.learning_rate: 0.01 -> 0.5"):
+        train.run(tiny, unbroken)
+
+
+def test_how_often_a_run_is_saved_or_evaluated_may_change(unbroken, tiny):
+    tiny.eval.every, tiny.checkpoint.every_steps, tiny.train.log_every = 7, 9, 3
+    assert train.run(tiny, unbroken)
+
+
+def test_changed_text_is_refused(unbroken, tiny, tmp_path):
+    config = json.loads((unbroken / "config.json").read_text())
+    path = tmp_path / "other.txt"
+    path.write_text("other words " * 1000)
+    config["data"]["path"] = str(path)
+    original = (unbroken / "config.json").read_text()
+    (unbroken / "config.json").write_text(json.dumps(config))
+    tiny.data.path = str(path)
+    try:
+        with pytest.raises(UserError, match="text has changed since checkpoint 30"):
+            train.run(tiny, unbroken)
+    finally:
+        (unbroken / "config.json").write_text(original)
+
+
+def test_a_directory_that_is_no_runs_is_refused(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is no run's"):
+        train.run(tiny, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_saving_by_time(tiny, tmp_path, monkeypatch):
+    tiny.checkpoint.every_steps, tiny.checkpoint.every_minutes, tiny.checkpoint.keep = 1000, 1e-9, 50
+    assert train.run(tiny, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    assert checkpoints.steps() == list(range(1, 31))
+    checkpoints.close()
+
+
+def test_document_isolation_accumulation_and_bfloat16_in_one_run(tiny, tmp_path):
+    tiny.data.isolate_documents, tiny.train.accumulation, tiny.train.compute_dtype = True, 2, "bfloat16"
+    tiny.train.optimizer, tiny.train.schedule = "muon", "wsd"
+    assert train.run(tiny, tmp_path / "run")
+    losses = [row["train/loss"] for row in read_rows(tmp_path / "run") if "train/loss" in row]
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_its_own_code(tiny_flags, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "launch.py", *tiny_flags, "--config.train.steps=100000", f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout
+    for line in run.stdout:
+        if line.startswith("step 20/"):
+            run.send_signal(signal.SIGTERM)
+            break
+    rest = run.stdout.read()
+    assert run.wait(60) == EXIT_CODE
+    assert "is saved; the same command goes on from there" in rest
+    trained = open_trained(tmp_path / "run")
+    assert trained.step >= 20
+    assert read_rows(tmp_path / "run")[-1]["step"] == trained.step
+
+
+@pytest.mark.slow
+def test_killed_at_random_ends_where_an_unbroken_run_ends(tiny_flags, tmp_path):
+    """A short form of `python -m experiments.chaos`."""
+    from experiments.chaos import campaign
+
+    assert campaign(tmp_path, tiny_flags, kills=3, seed=0) >= 3
+
+
+@pytest.mark.slow
+def test_a_run_on_eight_devices_is_the_run_on_one(tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--config.train.steps=50"]
+    devices = {1: "", 8: "--xla_force_host_platform_device_count=8"}
+    for count, setting in devices.items():
+        done = launch(*flags, f"--workdir={tmp_path / str(count)}", XLA_FLAGS=setting)
+        assert done.returncode == 0, done.stderr
+        assert f"on {count} x cpu" in done.stdout
+    one, eight = (rows_but_for_times(tmp_path / str(count)) for count in devices)
+    assert len(one) == len(eight) > 50
+    for a, b in zip(one, eight, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("train/loss", "eval/loss", "final/loss"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-5)
