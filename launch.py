@@ -23,7 +23,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    workdir = pathlib.Path(WORKDIR.value) if WORKDIR.value else workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = (
+        pathlib.Path(WORKDIR.value)
+        if WORKDIR.value
+        else workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )
     try:
         done = run(CONFIG.value, workdir)
     except UserError as error:
@@ -40,7 +44,9 @@ def parse(argv: list[str]) -> list[str]:
         CONFIG.value.seed  # noqa: B018 (a config file that did not load says so only when it is read)
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(2, f"--config: {error.args[0]}" if isinstance(error, AttributeError | KeyError) else error)
+        # ml_collections quotes its hint ("did you mean") several times over.
+        text = str(error).replace("\\n", " ").replace("\\'", "'")
+        fail(2, text[1:-1] if text[:1] == text[-1:] == "'" else text)
 
 
 def fail(code: int, error: object) -> NoReturn:

@@ -1,6 +1,6 @@
 """NGC language model on the Python library source.
 
-    python launch.py --config=configs/ngc_small.py
+python launch.py --config=configs/ngc_small.py
 """
 
 from ngc_jax.config import base

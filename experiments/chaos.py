@@ -76,7 +76,8 @@ def campaign(home: pathlib.Path, flags: list[str], kills: int, seed: int) -> int
                 if process.poll() is None:
                     process.kill()
                     killed, writes = killed + 1, writes + in_write
-                    print(f"kill {killed} of {kills}{' while a checkpoint was written' if in_write else ''}", flush=True)
+                    when = " while a checkpoint was written" if in_write else ""
+                    print(f"kill {killed} of {kills}{when}", flush=True)
             process.communicate()
             if process.returncode == 0:
                 break
@@ -87,8 +88,8 @@ def campaign(home: pathlib.Path, flags: list[str], kills: int, seed: int) -> int
         if found != expected:
             raise RuntimeError(f"{workdir} ended elsewhere than {home / 'unbroken'}: {found[0]}, not {expected[0]}")
     print(
-        f"{killed} kills, {writes} of them while a checkpoint was written, in {runs} runs: each ended with state sha256 "
-        f"{expected[0]} and the {len(expected[1])} rows of the unbroken run"
+        f"{killed} kills, {writes} of them while a checkpoint was written, in {runs} runs: each ended with state "
+        f"sha256 {expected[0]} and the {len(expected[1])} rows of the unbroken run"
     )
     return killed
 

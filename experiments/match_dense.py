@@ -93,8 +93,8 @@ def main() -> None:
             losses[model].append(future.result())
 
     lines = [
-        f"Made by `python -m experiments.match_dense --steps={args.steps}`; loss in nats per byte on the whole held-out",
-        "text of this Python's library source; mean and 95% interval over seeds 0, 1, 2.",
+        f"Made by `python -m experiments.match_dense --steps={args.steps}`; loss in nats per byte on the whole",
+        "held-out text of this Python's library source; mean and 95% interval over seeds 0, 1, 2.",
         "",
         "| config | loss at each learning rate tried, half length | chosen | loss, three seeds | bits per byte |",
         "| --- | --- | --- | --- | --- |",

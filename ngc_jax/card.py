@@ -27,18 +27,21 @@ def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, gen
             f"{m.rule} with {m.p_inter} numbers, message activation {m.message_activation}"
         )
     stability = [f"| {name} | {last[name]:.4f} |" for name in sorted(last) if name.startswith("stability/")]
+    seen = t.steps * t.batch_size * config.data.context / 1e6
     text = f"""# {workdir.name}
 
 **What.** A language model trained from scratch, {kind}.
-Width {m.width}, hidden {m.hidden}, {m.heads} heads; {m.prelude} stages, then {m.core} in {m.rounds} rounds, then {m.coda}.
+Width {m.width}, hidden {m.hidden}, {m.heads} heads; stages: {m.prelude}, then {m.core} in {m.rounds} rounds, then {m.coda}.
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and {stored.embeddings:,} in embeddings;
 {generated:,} weights are generated in a forward pass.
 
 **Data.** {data}. Tokens: {config.data.tokenizer}; windows of {config.data.context}.
 
-**How.** {t.steps:,} updates of {t.batch_size} windows ({t.steps * t.batch_size * config.data.context / 1e6:.2f} M tokens), {t.optimizer}, peak learning rate
-{t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule}, weight decay {t.weight_decay:g}, {t.compute_dtype}, seed {config.seed}.
-{duration(last["seconds"])} of training on {jax.device_count()} x {jax.devices()[0].device_kind} with jax {jax.__version__}; {last["train/skipped"]} updates were skipped as not finite.
+**How.** {t.steps:,} updates of {t.batch_size} windows ({seen:.2f} M tokens), {t.optimizer},
+peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule}, weight decay
+{t.weight_decay:g}, {t.compute_dtype}, seed {config.seed}. {duration(last["seconds"])} of training on
+{jax.device_count()} x {jax.devices()[0].device_kind} with jax {jax.__version__}.
+Updates skipped as not finite: {last["train/skipped"]}.
 
 **How good**, at the end, on text that was not trained on:
 

@@ -165,7 +165,9 @@ def validate(config: ConfigDict) -> None:
     unit = t.accumulation * devices
     multiple = f"a multiple of train.accumulation={t.accumulation} x {devices} data devices, for instance "
     need(t.batch_size % unit == 0, "train.batch_size", multiple + str(-(-t.batch_size // unit) * unit))
-    of_devices = f"a multiple of the {devices} data devices, for instance {-(-config.eval.batch_size // devices) * devices}"
+    of_devices = (
+        f"a multiple of the {devices} data devices, for instance {-(-config.eval.batch_size // devices) * devices}"
+    )
     need(config.eval.batch_size % devices == 0, "eval.batch_size", of_devices)
 
 

@@ -30,7 +30,9 @@ def compile_eval(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Cal
     return jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=whole)
 
 
-def held_out(step: Callable[..., Any], params: Any, config: Any, mesh: Mesh, tokens: Tokens, limit: int) -> dict[str, float]:
+def held_out(
+    step: Callable[..., Any], params: Any, config: Any, mesh: Mesh, tokens: Tokens, limit: int
+) -> dict[str, float]:
     """{"loss": nats per token, "bits_per_byte", "stability/...": mean over batches} on `limit` windows (0 = all).
 
     Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers.

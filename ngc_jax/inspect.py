@@ -39,7 +39,10 @@ def parameter_table(params: Any, shape: ModelShape) -> str:
     rows.append(("total", "", "", f"{total.total:,}", f"{sum(generated.values()):,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(
-        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )
 

@@ -33,7 +33,7 @@ class Metrics:
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(workdir) if row["step"] <= start] if start else []
         write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115 (closed by close())
         self._board = _Board.open(workdir / "tensorboard")
         if self._board:
             for row in kept:

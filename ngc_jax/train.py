@@ -112,9 +112,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             checkpoints.wait()
             sound, _ = checkpoints.newest_sound()
             raise Diverged(
-                f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound "
-                f"checkpoint: {sound}; try a smaller train.learning_rate={train.learning_rate} or "
-                f"train.state_learning_rate={train.state_learning_rate}, or more train.warmup_steps={train.warmup_steps}"
+                f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound checkpoint: "
+                f"{sound}; try a smaller train.learning_rate={train.learning_rate:g} or train.state_learning_rate="
+                f"{train.state_learning_rate:g}, or more train.warmup_steps={train.warmup_steps}"
             )
 
     def measure(name: str, limit: int) -> None:
@@ -122,7 +122,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             result = held_out(evaluate, state.params, config, mesh, tokens, limit)
             metrics.write({"step": step} | {k if "/" in k else f"{name}/{k}": v for k, v in result.items()})
             kind = "held-out" if name == "eval" else "held-out, whole text"
-            progress.say(f"step {step}: {kind} loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte")
+            progress.say(
+                f"step {step}: {kind} loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
+            )
 
     batches = train_batches(
         Windows(tokens.train, data.context),

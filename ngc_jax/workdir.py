@@ -79,8 +79,8 @@ def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
         wanted, faults = (step, {}) if step is not None else checkpoints.newest_sound()
-        for bad, fault in faults.items():
-            print(f"checkpoint {bad} is passed over: {fault}", file=sys.stderr)
+        for bad, damage in faults.items():
+            print(f"checkpoint {bad} is passed over: {damage}", file=sys.stderr)
         steps = checkpoints.steps()
         if wanted is None or wanted not in steps:
             named = "no sound checkpoint" if wanted is None else f"no checkpoint {wanted}"

@@ -21,7 +21,22 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from ngc_jax.config import base  # noqa: E402
 
-WORDS = "group state signal round port weight drive neuron token core leak send read rule".split()
+WORDS = [
+    "group",
+    "state",
+    "signal",
+    "round",
+    "port",
+    "weight",
+    "drive",
+    "neuron",
+    "token",
+    "core",
+    "leak",
+    "send",
+    "read",
+    "rule",
+]
 
 
 def make_text(size: int, seed: int = 0) -> str:

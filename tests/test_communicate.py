@@ -1,5 +1,7 @@
 """The loop: rounds and their measures against NumPy; what its gradient costs in memory."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +39,8 @@ def test_rounds_and_records_are_the_numpy_loop(loop):
         states.append(keep * x + drive * start + added)
         driven = np.linalg.norm(drive * start, axis=-1)
         shares.append(np.mean(driven / (driven + np.linalg.norm(added, axis=-1))))
-    changes = [np.linalg.norm(b - a, axis=-1) for a, b in zip(states, states[1:], strict=False)]
-    factors = [np.exp(np.mean(np.log(b / a))) for a, b in zip(changes, changes[1:], strict=False)]
+    changes = [np.linalg.norm(b - a, axis=-1) for a, b in itertools.pairwise(states)]
+    factors = [np.exp(np.mean(np.log(b / a))) for a, b in itertools.pairwise(changes)]
     growth = [np.mean(np.linalg.norm(x, axis=-1) / np.linalg.norm(start, axis=-1)) for x in states[1:]]
 
     x, _, records = run(*loop, record=True)

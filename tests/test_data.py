@@ -1,5 +1,6 @@
 """Corpora, tokens and batches: what is read, how it is split and kept, and that a batch is a function of the step."""
 
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -27,7 +28,7 @@ def settings(tmp_path: pathlib.Path, **fields: object) -> ConfigDict:
 
 def document_set(tokens: np.ndarray) -> set[bytes]:
     starts = [*np.flatnonzero(np.asarray(tokens) == Bytes.mark), len(tokens)]
-    return {Bytes().decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)}
+    return {Bytes().decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)}
 
 
 # ---- Corpora ---------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def test_no_text_is_a_clear_error(tmp_path, make, message):
 
 def test_text_shorter_than_a_window_is_a_clear_error(tmp_path):
     (tmp_path / "a.txt").write_text("too short")
-    with pytest.raises(UserError, match="fewer than a window of data.context=8"):
+    with pytest.raises(UserError, match=r"fewer than a window of data\.context=8"):
         load_tokens(settings(tmp_path, path=str(tmp_path / "a.txt")))
 
 
@@ -132,7 +133,9 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"poem": tfds.features.Text()}))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"poem": tfds.features.Text()})
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples(range(8)), "test": self._generate_examples(range(8, 10))}
@@ -150,7 +153,7 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
         load_tokens(settings(tmp_path, **where))
     with pytest.raises(UserError, match="ArrayRecord"):
         load_tokens(settings(tmp_path, tfds_name="lm1b", tfds_data_dir=str(tmp_path / "tfds")))
-    with pytest.raises(UserError, match="no_such_set.*not a TFDS set"):
+    with pytest.raises(UserError, match=r"no_such_set.*not a TFDS set"):
         load_tokens(settings(tmp_path, tfds_name="no_such_set"))
 
 
@@ -177,7 +180,8 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(tmp_path):
         "    (d / 'part').write_text('half'); print('building', flush=True); time.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-    assert child.stdout and child.stdout.readline() == b"building\n"
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"building\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "set").exists()

@@ -56,7 +56,9 @@ def numpy_synapse(params, stage, x, activation):
             pre = states["pre"][stage, c] if "pre" in states else ()
             post = states["weight" if place == "dense" else "post"][stage, c]
             if active:
-                each = [np.asarray(ngc_jax.weights(rule, pre, post, jnp.asarray(t, jnp.float32), active)) @ t for t in flat]
+                each = [
+                    np.asarray(ngc_jax.weights(rule, pre, post, jnp.asarray(t, jnp.float32), active)) @ t for t in flat
+                ]
                 fan.append(np.stack(each))
             else:
                 fan.append(flat @ np.asarray(ngc_jax.weights(rule, pre, post), np.float64).T)

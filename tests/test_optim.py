@@ -82,7 +82,9 @@ def test_adamw_is_optaxs(params):
     ours, theirs = params, params
     chain = optim.optimizer(config)
     mask = jax.tree.map(lambda kind: kind in ("state", "matrix"), optim.kinds(params))
-    reference = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask))
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask)
+    )
     memory, reference_memory = chain.init(ours), reference.init(theirs)
     for step in range(3):
         grads = jax.tree.map(lambda p: jnp.sin(p + step), params)  # noqa: B023

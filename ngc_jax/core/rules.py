@@ -171,9 +171,7 @@ def transmit(rule: str, x: Array, pre: States, post: States, activation: str | N
     return RULES[rule].receive(signal, post)
 
 
-def weights(
-    rule: str, pre: States, post: States, x: Array | None = None, activation: str | None = None
-) -> Array:
+def weights(rule: str, pre: States, post: States, x: Array | None = None, activation: str | None = None) -> Array:
     """The weights that `transmit` acts with: W [n_out, n_in], `y == x @ W.T` to rounding.
 
     Without an activation W does not depend on x. With one, W(x) is the transient weight of a single token, and
@@ -213,5 +211,7 @@ def _merge(y: Array) -> Array:
 def _block_diagonal(blocks: Array) -> Array:
     """[G, m, n] -> [G m, G n]."""
     groups, m, n = blocks.shape
-    full = jnp.einsum("gji,gh->gjhi", blocks, jnp.eye(groups, dtype=blocks.dtype))
+    if groups == 1:
+        return blocks[0]
+    full = blocks[:, :, None, :] * jnp.eye(groups, dtype=blocks.dtype)[:, None, :, None]
     return full.reshape(groups * m, groups * n)

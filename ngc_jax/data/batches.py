@@ -57,4 +57,4 @@ def held_out_batches(
     for first in range(process * rows, -(-count // batch_size) * batch_size, batch_size):
         index = np.arange(first, first + rows)
         real = index < count
-        yield np.stack([windows[chosen[min(i, count - 1)]] for i in index]), real
+        yield np.stack([windows[chosen[i]] for i in np.minimum(index, count - 1)]), real

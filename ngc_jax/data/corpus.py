@@ -176,9 +176,7 @@ def _prepared(config: Any) -> Corpus:
     recipe = f"tfds.builder({config.tfds_name!r}, file_format='array_record').download_and_prepare()"
     try:
         builder = tfds.builder(config.tfds_name, **where)
-        source = {
-            split: builder.as_data_source(getattr(config, f"{split}_split")) for split in ("train", "validation")
-        }
+        source = {split: builder.as_data_source(getattr(config, f"{split}_split")) for split in ("train", "validation")}
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"{asked} is not a TFDS set, nor prepared in data.tfds_data_dir: {_line(error)}") from error
     except (AssertionError, FileNotFoundError, NotImplementedError, ImportError, ValueError) as error:

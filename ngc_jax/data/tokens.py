@@ -41,14 +41,14 @@ class BPE:
         from tokenizers import Tokenizer
 
         self.model = Tokenizer.from_str(serialised)
-        self.vocab = self.model.get_vocab_size()
-        self.mark = self.model.token_to_id(MARK)
+        self.vocab: int = self.model.get_vocab_size()
+        ids: dict[str, int] = self.model.get_vocab()
+        self.mark = ids.pop(MARK)
         # In the byte-level alphabet one character stands for one byte.
-        self.lengths = np.array([len(self.model.id_to_token(i)) for i in range(self.vocab)], np.int32)
-        self.lengths[self.mark] = 0
         alphabet = {char: byte for byte, char in _byte_alphabet().items()}
-        self.spelling = [bytes(alphabet.get(c, 0) for c in self.model.id_to_token(i)) for i in range(self.vocab)]
-        self.spelling[self.mark] = b""
+        spelling = {i: bytes(alphabet[char] for char in token) for token, i in ids.items()}
+        self.spelling = [spelling.get(i, b"") for i in range(self.vocab)]
+        self.lengths = np.array([len(token) for token in self.spelling], np.int32)
 
     @staticmethod
     def train(texts: Iterable[bytes], vocab: int) -> str:
@@ -108,7 +108,9 @@ def load_tokens(config: Any) -> Tokens:
             )
         return tokens
 
-    summary = corpus.summary + "; " + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
+    summary = (
+        corpus.summary + "; " + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
+    )
     return Tokens(tokenizer, stream("train"), stream("validation"), corpus.fingerprint, summary)
 
 

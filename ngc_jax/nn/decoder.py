@@ -81,7 +81,13 @@ class Decoder:
         return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
 
     def _forward(
-        self, params: Params, tokens: Array, positions: Array, segments: Array | None, cache: Params | None, record: bool
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segments: Array | None,
+        cache: Params | None,
+        record: bool,
     ) -> tuple[Array, Params, Round | None]:
         s = self.shape
         cache = dict(cache or {})
@@ -117,7 +123,7 @@ class Decoder:
             )
         if s.coda:
             x, cache["coda"] = run(params["coda"], x, cache.get("coda"), s.remat == "stages")
-        x = RMSNorm().apply({"params": params["norm"]}, x)
+        x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
         logits = x.reshape(-1, s.width) @ params["unembed"]
         return logits.reshape(*tokens.shape, s.vocab).astype(jnp.float32), cache, records
 

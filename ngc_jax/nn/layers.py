@@ -6,7 +6,7 @@ For: holding parameters, one Flax module for each thing that owns some. Not for:
 Axes: B batch, T tokens, D width, F hidden, G groups, H heads.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import flax.linen as nn
 import jax
@@ -48,9 +48,9 @@ class Synapse(nn.Module):
                 heard = partial(transmit, part.rule, activation=part.activation)
                 outputs.append(jax.vmap(heard, in_axes=(None, 0, 0), out_axes=-2)(tokens, pre, post))
         if generated:
-            product = tokens @ sum(generated).reshape(-1, self.n_in).T
+            product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
             outputs.append(product.reshape(-1, self.fan, self.n_out))
-        return sum(outputs).reshape(*x.shape[:-1], self.fan, self.n_out)
+        return reduce(jnp.add, outputs).reshape(*x.shape[:-1], self.fan, self.n_out)
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float) -> dict[str, Array]:
         init = partial(RULES[part.rule].init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)

@@ -1,0 +1,108 @@
+"""What a person does with a finished run: sample, evaluate, inspect, plot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import python
+
+from ngc_jax import train
+from ngc_jax.checkpoint import digest
+from ngc_jax.inspect import parameter_table
+from ngc_jax.metrics import read_rows
+from ngc_jax.sample import choose, generate
+from ngc_jax.workdir import open_trained
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "run"
+
+
+@pytest.fixture
+def run(home, tiny):
+    assert train.run(tiny, home)
+    return home
+
+
+def test_greedy_sampling_is_the_likeliest_token_of_the_full_forward(run):
+    trained = open_trained(run)
+    prompt = jnp.array([[256, 103, 114], [256, 115, 105]])
+    new = generate(trained.model, trained.state.params, prompt, 20, jax.random.key(0), 0.0, 1.0)
+    text = prompt
+    for _ in range(20):
+        logits = trained.model.apply(trained.state.params, text)[0]
+        text = jnp.concatenate([text, jnp.argmax(logits[:, -1:], axis=-1)], axis=1)
+    np.testing.assert_array_equal(new, text[:, 3:])
+
+
+def test_sampling_follows_its_seed(run):
+    trained = open_trained(run)
+    prompt = jnp.array([[256, 103]])
+    draw = [generate(trained.model, trained.state.params, prompt, 30, jax.random.key(k), 1.0, 0.95) for k in (0, 0, 1)]
+    np.testing.assert_array_equal(draw[0], draw[1])
+    assert not np.array_equal(draw[0], draw[2])
+
+
+def test_top_p_keeps_the_smallest_likely_set_and_temperature_sharpens():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def shares(temperature, top_p):
+        drawn = jax.vmap(lambda key: choose(logits, key, temperature, top_p)[0])(keys)
+        return np.bincount(drawn, minlength=4) / len(keys)
+
+    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(shares(1.0, 0.6), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(1.0, 1e-6), [1, 0, 0, 0])
+    squared = np.square([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(shares(0.5, 1.0), squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
+
+
+def test_the_parameter_table_adds_up(run):
+    trained = open_trained(run)
+    table = parameter_table(trained.state.params, trained.model.shape).splitlines()
+    total = sum(leaf.size for leaf in jax.tree.leaves(trained.state.params))
+    assert table[-1].split() == ["total", f"{total:,}", f"{4 * (4 * 16 * 16 + 3 * 16 * 32):,}"]
+    assert len(table) == len(jax.tree.leaves(trained.state.params)) + 2
+
+
+@pytest.mark.slow
+def test_the_commands_print_what_was_trained(run, tmp_path):
+    final = read_rows(run)[-1]
+    evaluated = python("-m", "ngc_jax.evaluate", f"--workdir={run}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    shown = dict(line.split() for line in evaluated.stdout.splitlines()[1:])
+    assert float(shown["bits_per_byte"]) == pytest.approx(final["final/bits_per_byte"], abs=1e-4)
+
+    sampled = python("-m", "ngc_jax.sample", f"--workdir={run}", "--prompt=group ", "--tokens=40")
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.startswith("group ")
+    assert len(sampled.stdout) > 30
+
+    inspected = python("-m", "ngc_jax.inspect", f"--workdir={run}", "--step=25")
+    assert inspected.returncode == 0, inspected.stderr
+    assert "checkpoint 30: sound" in inspected.stdout
+    assert f"state at step 25, sha256 {digest(open_trained(run, 25).state)}" in inspected.stdout
+
+    picture = tmp_path / "curve.png"
+    plotted = python("-m", "ngc_jax.plot", f"--out={picture}", run)
+    assert plotted.returncode == 0, plotted.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("sample", ["--tokens=0"], "--tokens=0: must be 1 or more"),
+        ("sample", ["--top_p=2"], "--top_p=2.0: must be above 0 and at most 1"),
+        ("inspect", ["--step=7"], "holds no checkpoint 7; there are: [20, 25, 30]"),
+    ],
+)
+def test_mistakes_are_one_line(run, command, flags, message):
+    done = python("-m", f"ngc_jax.{command}", f"--workdir={run}", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,122 @@
+"""The shipped configs, and the checks of a config's numbers."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from ngc_jax import count
+from ngc_jax.config import base, differences, model_shape, validate
+from ngc_jax.data.tokens import Bytes
+from ngc_jax.errors import UserError
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.steps import make_train_step
+from ngc_jax.train import costs
+from ngc_jax.workdir import abstract_state
+
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def counted(name):
+    config = load(name)
+    model = Decoder(model_shape(config, Bytes.vocab))
+    return model, count.parameters(abstract_state(model, config).params)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_configs_are_valid_and_begin_with_their_command(name):
+    validate(load(name))
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"python launch.py --config=configs/{name}.py" in text.split('"""')[1]
+
+
+def test_ngc_small_is_a_third_of_dense_small_at_the_same_depth():
+    ngc, ngc_parameters = counted("ngc_small")
+    dense, dense_parameters = counted("dense_small")
+    assert ngc.shape.depth == dense.shape.depth == 4
+    assert ngc.shape.rounds >= 2
+    assert ngc_parameters.matrices <= 0.33 * dense_parameters.matrices
+    assert (ngc_parameters.embeddings, ngc.shape.width) == (dense_parameters.embeddings, dense.shape.width)
+    a, b = load("ngc_small"), load("dense_small")
+    free = ("model.", "train.learning_rate", "train.state_learning_rate")
+    assert not [d for d in differences(a.to_dict(), b.to_dict()) if not d.startswith(free)]
+
+
+def test_parameters_and_weights_are_what_the_docstrings_say():
+    model, parameters = counted("ngc_small")
+    d, f, g, p = 128, 384, 8, 3
+    square, tall = d * d // g + p * g * 2 * d, d * f // g + p * g * (d + f)
+    assert parameters.matrices == 3 * (4 * square + 3 * tall)
+    assert parameters.embeddings == 2 * 257 * d
+    assert count.generated_weights(model.shape) == 4 * (4 * d * d + 3 * d * f)
+    assert count.generated_weights(counted("dense_small")[0].shape) == 0
+
+
+def test_flops_count_loops_as_often_as_they_run():
+    def flops(rounds):
+        config = base()
+        config.model.update({"rounds": rounds, "rule": "dense"})
+        model = Decoder(model_shape(config, 257))
+        params = abstract_state(model, config).params
+        return count.forward_flops(model.apply, params, jax.ShapeDtypeStruct((2, 128), jnp.int32))
+
+    d, f, tokens = 128, 384, 2 * 128
+    stage = 2 * tokens * (4 * d * d + 3 * d * f + 2 * 128 * d)  # matrices, and attention's two products
+    assert flops(1) == 3 * stage + 2 * tokens * d * 257
+    assert flops(9) - flops(1) == 8 * stage
+
+
+@pytest.mark.slow
+def test_ngc_base_compiles_abstractly():
+    config = load("ngc_base")
+    model = Decoder(model_shape(config, config.data.vocab_size))
+    like = abstract_state(model, config)
+    assert count.parameters(like.params).total == pytest.approx(125e6, rel=0.1)
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context + 1), jnp.int32)
+    step = jax.jit(make_train_step(model, config.train, 0, config.data.isolate_documents), donate_argnums=0)
+    compiled = step.lower(like, batch).compile()
+    print(costs(model, like, batch, compiled))
+    assert compiled.memory_analysis().temp_size_in_bytes < 80 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", -1, "seed=-1: must be 0 or more"),
+        ("data.tokenizer", "words", "one of 'bytes', 'bpe'"),
+        ("data.validation_fraction", 0.0, "above 0 and at most 0.5"),
+        ("model.rule", "x", "one of 'addressed'"),
+        ("model.heads", 3, "a divisor of model.groups=8 .* for instance 2"),
+        ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
+        ("model.rounds", 0, "1 or more"),
+        ("model.message_activation", "tanh", "one of 'none', 'silu'"),
+        ("train.accumulation", 3, "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18"),
+        ("train.warmup_steps", 1600, "at least 0 and below train.steps=1600, for instance 160"),
+        ("train.learning_rate", 0.0, "above 0"),
+        ("train.b2", 1.0, "from 0 to below 1"),
+        ("checkpoint.keep", 1, "2 or more"),
+        ("mesh.data", 3, "the number of devices here, 1, or -1"),
+    ],
+)
+def test_impossible_values_are_refused(field, value, message):
+    config = base()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_differences_ignore_how_a_run_is_watched():
+    old, new = base(), base()
+    new.eval.every, new.checkpoint.keep, new.train.log_every, new.data.cache_dir = 5, 9, 1, "elsewhere"
+    assert differences(old.to_dict(), new.to_dict()) == []
+    new.seed, new.model.width = 3, 256
+    assert differences(old.to_dict(), new.to_dict()) == ["model.width: 128 -> 256", "seed: 0 -> 3"]
