@@ -31,7 +31,8 @@ def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, gen
     text = f"""# {workdir.name}
 
 **What.** A language model trained from scratch, {kind}.
-Width {m.width}, hidden {m.hidden}, {m.heads} heads; stages: {m.prelude}, then {m.core} in {m.rounds} rounds, then {m.coda}.
+Width {m.width}, hidden {m.hidden}, {m.heads} heads.
+Stages: {m.prelude}, then {m.core} in {m.rounds} rounds, then {m.coda}.
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and {stored.embeddings:,} in embeddings;
 {generated:,} weights are generated in a forward pass.
 

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import sys
 import time
+import types
 from typing import Any
 
 from ngc_jax.checkpoint import write_durably
@@ -62,6 +63,8 @@ class _Board:
     """TensorBoard event files, rewritten from the rows each time a run goes on: they are only a view."""
 
     def __init__(self, directory: pathlib.Path):
+        # With this name importable TensorBoard leaves TensorFlow alone, which it would else load where it is installed.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         shutil.rmtree(directory, ignore_errors=True)

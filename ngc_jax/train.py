@@ -112,9 +112,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             checkpoints.wait()
             sound, _ = checkpoints.newest_sound()
             raise Diverged(
-                f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound checkpoint: "
-                f"{sound}; try a smaller train.learning_rate={train.learning_rate:g} or train.state_learning_rate="
-                f"{train.state_learning_rate:g}, or more train.warmup_steps={train.warmup_steps}"
+                f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound "
+                f"checkpoint: {sound}; try a smaller train.learning_rate={train.learning_rate:g} or "
+                f"train.state_learning_rate={train.state_learning_rate:g}, or more "
+                f"train.warmup_steps={train.warmup_steps}"
             )
 
     def measure(name: str, limit: int) -> None:
