@@ -58,11 +58,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=rows)
     step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents)
     began = time.monotonic()
-    update = (
-        jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
-        .lower(like, batch)
-        .compile()
-    )
+    jitted = jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
+    update = jitted.lower(like, batch).compile()
     evaluate = compile_eval(model, config, mesh, tokens)
     print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices()}")
 
@@ -75,8 +72,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         # It runs once: at optimization level 1 it compiles three times faster, to the same bits.
         options = {"xla_backend_optimization_level": 1}
         init = jax.jit(lambda: init_state(model, train, config.seed), out_shardings=whole, compiler_options=options)
-        state = init()
-        step, spent = 0, 0.0
+        step, state, spent = 0, init(), 0.0
+        print(f"starting from step 0 in {workdir}")
     else:
         step, state, meta = checkpoints.restore(start, like)
         spent = meta["seconds"]

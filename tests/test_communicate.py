@@ -55,8 +55,9 @@ def test_rounds_and_records_are_the_numpy_loop(loop):
 def test_recording_and_remat_change_nothing(loop):
     plain = run(*loop, remat=False)[0]
     assert run(*loop)[2] is None
-    np.testing.assert_array_equal(plain, run(*loop)[0])
-    np.testing.assert_array_equal(plain, run(*loop, record=True)[0])
+    # Equal to rounding: two programs, and the compiler may fuse them differently.
+    np.testing.assert_allclose(run(*loop)[0], plain, rtol=1e-6)
+    np.testing.assert_allclose(run(*loop, record=True)[0], plain, rtol=1e-6)
     gradients = [jax.grad(lambda w, r=r: jnp.sum(run(w, *loop[1:], remat=r)[0] ** 2))(loop[0]) for r in (True, False)]
     np.testing.assert_allclose(*gradients, rtol=1e-5)
 

@@ -1,0 +1,51 @@
+"""Does compile time grow with rounds or depth? `python -m benchmarks.compile_time`
+
+For: the train step of ngc_small's shape compiled at 4 and at 64 rounds, and at 2 and at 32 core stages, in turn, so
+that a machine that slows down slows both; prints medians and their ratio. Not for: run time, and no test: it asserts
+nothing about wall time.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.config import base, model_shape
+from ngc_jax.data.tokens import Bytes
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.steps import make_train_step
+from ngc_jax.workdir import abstract_state
+
+
+def seconds(**fields: int) -> float:
+    """Seconds to compile one train step (tracing included), from a cold start of everything but Python."""
+    config = base()
+    config.model.update(fields)
+    model = Decoder(model_shape(config, Bytes.vocab))
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context + 1), jnp.int32)
+    like = abstract_state(model, config)
+    jax.clear_caches()
+    began = time.perf_counter()
+    jax.jit(make_train_step(model, config.train, Bytes.mark, False)).lower(like, batch).compile()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    seconds()  # what only the first compilation of a process pays
+    for few, many in (({"rounds": 4}, {"rounds": 64}), ({"core": 2}, {"core": 32})):
+        pairs = [(seconds(**few), seconds(**many)) for _ in range(args.repeats)]
+        a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(y / x for x, y in pairs)
+        print(f"{few}: {a:.2f} s   {many}: {b:.2f} s   ratio, median of {args.repeats} pairs: {ratio:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
