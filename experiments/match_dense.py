@@ -22,7 +22,7 @@ import sys
 from ngc_jax.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-RATES = {"dense_small": (6.25e-4, 1.25e-3, 2.5e-3, 5e-3), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
+RATES = {"dense_small": (1.25e-3, 2.5e-3, 5e-3, 1e-2), "ngc_small": (5e-3, 1e-2, 2e-2, 4e-2)}
 TUNING_SEED, SEEDS = 1000, (0, 1, 2)
 T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%: the interval of a mean of three
 
@@ -62,7 +62,7 @@ def interval(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/match_dense"))
-    parser.add_argument("--steps", type=int, default=1600, help="updates of the final runs; tuning takes half")
+    parser.add_argument("--steps", type=int, default=1000, help="updates of the final runs; tuning takes half")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
     args = parser.parse_args()
     home = args.workdir.absolute()

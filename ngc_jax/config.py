@@ -53,7 +53,7 @@ def base() -> ConfigDict:
     c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
 
     c.train = ConfigDict()
-    c.train.steps = 1600  # updates, >= 1
+    c.train.steps = 1000  # updates, >= 1
     c.train.batch_size = 16  # windows of one update, over all devices: a multiple of accumulation x data devices
     c.train.accumulation = 1  # parts that a batch is computed in, one after another, >= 1
     c.train.optimizer = "adamw"  # "adamw", or "muon" for matrices and states with adamw for the rest
@@ -62,7 +62,7 @@ def base() -> ConfigDict:
     c.train.schedule = "cosine"  # after the warm-up: "cosine", or "wsd" (stable, then linear decay)
     c.train.warmup_steps = 100  # linear, >= 0, < steps
     c.train.decay_fraction = 0.2  # of the steps, the decay at the end of "wsd", in (0, 1]
-    c.train.final_fraction = 0.1  # of the peak rate, where the schedule ends, in [0, 1]
+    c.train.final_fraction = 0.0  # of the peak rate, where the schedule ends, in [0, 1]
     c.train.weight_decay = 0.1  # of matrices and states, per unit of learning rate, >= 0
     c.train.b1 = 0.9  # AdamW's first moment, in [0, 1)
     c.train.b2 = 0.99  # AdamW's second moment, in [0, 1)
@@ -72,12 +72,12 @@ def base() -> ConfigDict:
     c.train.log_every = 20  # updates between rows of metrics, >= 1
 
     c.eval = ConfigDict()
-    c.eval.every = 400  # updates between evaluations, >= 1; the last update is always followed by one
+    c.eval.every = 200  # updates between evaluations, >= 1; the last update is always followed by one
     c.eval.windows = 512  # held-out windows of each, spread over the text; 0 = all
     c.eval.batch_size = 32  # windows at a time: a multiple of the data devices
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every_steps = 400  # updates between checkpoints, >= 1; the last update always has one
+    c.checkpoint.every_steps = 200  # updates between checkpoints, >= 1; the last update always has one
     c.checkpoint.every_minutes = 10.0  # and at least this often, > 0
     c.checkpoint.keep = 3  # newest checkpoints kept, >= 2, so that a damaged one has a sound one behind it
 
