@@ -1,7 +1,7 @@
 """Train a model: python launch.py --config=configs/ngc_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 2 a mistake in what was asked for,
-3 training diverged, 75 asked to stop (saved; run again).
+Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 1 a failure of the machine, 2 a
+mistake in what was asked for, 3 training diverged, 75 asked to stop (saved; run again).
 """
 
 import pathlib
@@ -30,10 +30,8 @@ def main(argv: list[str]) -> None:
     )
     try:
         done = run(CONFIG.value, workdir)
-    except UserError as error:
-        fail(2, error)
-    except Diverged as error:
-        fail(3, error)
+    except (UserError, Diverged, OSError) as error:  # OSError: a full disk, say; what was saved before is sound
+        fail(2 if isinstance(error, UserError) else 3 if isinstance(error, Diverged) else 1, error)
     sys.exit(0 if done else EXIT_CODE)
 
 

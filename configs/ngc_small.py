@@ -1,11 +1,12 @@
-"""NGC language model on the Python library source.
+"""An NGC language model on the source of this Python's standard library, in a few minutes on two cores.
 
-python launch.py --config=configs/ngc_small.py
+    python launch.py --config=configs/ngc_small.py
+
+RESULT
 """
 
 from ngc_jax.config import base
 
 
 def get_config():
-    config = base()  # its defaults are this run
-    return config
+    return base()  # its defaults are this run

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ngc_jax.checkpoint import write_durably
+from ngc_jax.atomic import write_durably
 from ngc_jax.count import Parameters
 from ngc_jax.metrics import Row, duration, read_rows
 
@@ -26,7 +26,7 @@ def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, gen
             f"a Neuronal Group Communication decoder: {m.groups} groups, intra-group part: {intra}; between groups: "
             f"{m.rule} with {m.p_inter} numbers, message activation {m.message_activation}"
         )
-    stability = [f"| {name} | {last[name]:.4f} |" for name in sorted(last) if name.startswith("stability/")]
+    stability = [f"| {name} | {_number(last[name])} |" for name in sorted(last) if name.startswith("stability/")]
     seen = t.steps * t.batch_size * config.data.context / 1e6
     text = f"""# {workdir.name}
 
@@ -48,8 +48,8 @@ Updates skipped as not finite: {last["train/skipped"]}.
 
 | measure | value |
 | --- | --- |
-| loss, whole held-out text (nats per token) | {last["final/loss"]:.4f} |
-| bits per byte, whole held-out text | {last["final/bits_per_byte"]:.4f} |
+| loss, whole held-out text (nats per token) | {_number(last["final/loss"])} |
+| bits per byte, whole held-out text | {_number(last["final/bits_per_byte"])} |
 {_lines(stability)}
 {_curve(rows)}
 **Use.**
@@ -58,9 +58,13 @@ Updates skipped as not finite: {last["train/skipped"]}.
     python -m ngc_jax.evaluate --workdir={workdir}
     python -m ngc_jax.inspect --workdir={workdir}
 
-**Limits.** Trained on one small corpus, without alignment or filtering: it continues text, and states no facts.
+**Limits.** Trained on this text alone, without alignment or filtering: it continues text, and states no facts.
 """
     write_durably(workdir / "card.md", text)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"  # rows hold null for what is not finite
 
 
 def _lines(lines: list[str]) -> str:
@@ -69,4 +73,4 @@ def _lines(lines: list[str]) -> str:
 
 def _curve(rows: list[Row]) -> str:
     points = [(row["step"], row["eval/loss"]) for row in rows if "eval/loss" in row]
-    return "Held-out loss on the way: " + ", ".join(f"{loss:.4f} at {step}" for step, loss in points) + ".\n"
+    return "Held-out loss on the way: " + ", ".join(f"{_number(loss)} at {step}" for step, loss in points) + ".\n"

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ngc_jax.atomic import write_durably
+
 Tree = Any
 MANIFEST = "MANIFEST.json"
 
@@ -55,11 +57,13 @@ class Checkpoints:
         home = self.directory / str(step)
         try:
             manifest = json.loads((home / MANIFEST).read_text())
+            found = _checksums(home)
         except FileNotFoundError:
-            return "it was never sealed: the run ended while it was written"
-        except (OSError, ValueError):
-            return f"{MANIFEST} cannot be read"
-        found = _checksums(home)
+            return "it is not sealed: it is being written, or the run ended meanwhile"
+        except (OSError, ValueError) as error:
+            return f"it cannot be read: {error}"
+        if not isinstance(manifest, dict):
+            return f"{MANIFEST} is no list of checksums"
         for name in sorted(manifest.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
@@ -133,16 +137,6 @@ def digest(tree: Tree) -> str:
         total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
-
-
-def write_durably(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all, and have it on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _checksums(home: pathlib.Path) -> dict[str, str]:

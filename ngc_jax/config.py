@@ -4,6 +4,7 @@ For: `base()`, which the files in `configs/` start from, and `validate()`. Not f
 in one place, named in the comment's section) or named runs (`configs/`).
 """
 
+import math
 import pathlib
 from typing import Any
 
@@ -20,7 +21,7 @@ RULES_OF_A_MODEL = ("addressed", "broadcast", "none", "dense")
 def base() -> ConfigDict:
     """All fields, with the values of `configs/ngc_small.py`."""
     c = ConfigDict()
-    c.seed = 0  # any integer >= 0: parameters and order of the data follow from it
+    c.seed = 0  # 0 to 4,294,967,295: parameters and the order of the data follow from it
 
     c.data = ConfigDict()
     c.data.path = ""  # a text file or a folder of text files; "" = this interpreter's library source
@@ -82,7 +83,7 @@ def base() -> ConfigDict:
     c.checkpoint.keep = 3  # newest checkpoints kept, >= 2, so that a damaged one has a sound one behind it
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices that the batch is split over, >= 1; -1 = all there are
+    c.mesh.data = -1  # devices that the batch is split over: the number there is, or -1 for all of them
 
     c.stability = ConfigDict()
     c.stability.record = True  # measure contraction, drive and boundedness per round at each evaluation
@@ -111,7 +112,7 @@ def validate(config: ConfigDict) -> None:
     def choice(field: str, value: str, options: Any) -> None:
         need(value in options, field, "one of " + ", ".join(map(repr, options)))
 
-    need(config.seed >= 0, "seed", "0 or more")
+    need(0 <= config.seed < 2**32, "seed", "from 0 to 4,294,967,295")
     choice("data.tokenizer", d.tokenizer, ("bytes", "bpe"))
     need(258 <= d.vocab_size <= 1_000_000, "data.vocab_size", "from 258 to 1,000,000, for instance 4096")
     need(d.context >= 1, "data.context", "1 or more, for instance 128")
@@ -128,7 +129,8 @@ def validate(config: ConfigDict) -> None:
     need(m.prelude + m.core + m.coda >= 1, "model.prelude", "1 or more where core and coda are 0")
     need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
     for field in ("width", "hidden"):
-        near = max(m.groups, round(m[field] / m.groups) * m.groups)
+        unit = math.lcm(m.groups, 2)  # rotary positions turn pairs of channels
+        near = max(unit, round(m[field] / unit) * unit)
         divides = f"a multiple of model.groups={m.groups}, for instance {near}"
         need(m[field] % m.groups == 0, f"model.{field}", divides)
     fits = [h for h in range(1, m.groups + 1) if m.groups % h == 0 and m.width // h % 2 == 0]

@@ -61,6 +61,8 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--windows", type=int, default=0, help="held-out windows; default 0: all")
     args = arguments.parse_args()
+    if args.windows < 0:
+        raise UserError(f"--windows={args.windows}: must be 1 or more, or 0 for all")
     trained = open_trained(args.workdir, args.step)
     config = trained.config
     config.mesh.data = 1

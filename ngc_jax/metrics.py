@@ -14,7 +14,7 @@ import time
 import types
 from typing import Any
 
-from ngc_jax.checkpoint import write_durably
+from ngc_jax.atomic import write_durably
 
 Row = dict[str, Any]
 TIMES = ("seconds", "tokens_per_second")  # the only values that two runs of one config do not share

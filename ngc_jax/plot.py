@@ -38,7 +38,10 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     axes.set_title("points: held-out text; thin: each logged training batch", fontsize=9)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(out)
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out={out} cannot be written: {error}") from error
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 For: prefill, then a scanned decode with a key-value cache; temperature and top-p. Not for: serving.
 """
 
+import os
 from functools import partial
 from typing import Any
 
@@ -67,9 +68,11 @@ def main() -> None:
         raise UserError(f"--temperature={args.temperature}: must be 0 or more, for instance 0.8")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p={args.top_p}: must be above 0 and at most 1, for instance 0.95")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed}: must be from 0 to 4,294,967,295")
     trained = open_trained(args.workdir, args.step)
     tokenizer = trained.tokenizer
-    prompt = np.array([[tokenizer.mark, *tokenizer.encode(args.prompt.encode())]], np.int32)
+    prompt = np.array([[tokenizer.mark, *tokenizer.encode(os.fsencode(args.prompt))]], np.int32)
     tokens = generate(
         trained.model,
         trained.state.params,

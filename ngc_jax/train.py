@@ -84,15 +84,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                 "same Python), or another --workdir"
             )
         print(f"going on from checkpoint {step} of {train.steps} in {workdir}")
+        if meta["versions"] != versions():
+            print(f"it was made with {meta['versions']}, this is {versions()}: equal to rounding, not to the bit")
 
     # ---- The loop ------------------------------------------------------------------------------------------------
     metrics, progress, clock = Metrics(workdir, step), Progress(train.steps), Clock(spent)
     last_save = time.monotonic()
     late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
+    broken = 0  # updates skipped in a row
 
     def settle() -> None:
         """Read the scalars of the update before this one, log them, and stop where training has broken down."""
-        nonlocal late
+        nonlocal late, broken
         if late is None:
             return
         (at, scalars), late = late, None
@@ -112,7 +115,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                 f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound "
                 f"checkpoint: {sound}; try a smaller train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
-                f"train.warmup_steps={train.warmup_steps}"
+                f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )
 
     def measure(name: str, limit: int) -> None:
@@ -154,16 +157,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             due = step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
             if last or due or stop:
                 settle()
-                with clock:
-                    metrics.sync()
-                    meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
-                    checkpoints.save(step, state, meta)
-                last_save = time.monotonic()
+                # While updates are skipped nothing is saved: the checkpoints stay those from before the trouble.
+                if last or stop or not broken:
+                    with clock:
+                        metrics.sync()
+                        meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
+                        checkpoints.save(step, state, meta)
+                    last_save = time.monotonic()
             if stop:
                 break
+        checkpoints.close()
 
     # ---- The end ---------------------------------------------------------------------------------------------------
-    checkpoints.close()
     metrics.close()
     if step < train.steps:
         progress.say(f"asked to stop: step {step} is saved; the same command goes on from there")

@@ -15,7 +15,8 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ngc_jax.checkpoint import Checkpoints, write_durably
+from ngc_jax.atomic import write_durably
+from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base, differences, model_shape
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.errors import UserError
@@ -25,38 +26,40 @@ from ngc_jax.steps import TrainState, init_state
 
 def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's."""
-    if (workdir / "config.json").exists():
-        changed = differences(read_config(workdir).to_dict(), config.to_dict())
-        if changed:
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
-                "give another --workdir, or the config that it was made with"
-            )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir={workdir} is there already and is no run's: give another --workdir, or empty it")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(tokenizer, workdir)
+        if (workdir / "config.json").exists():
+            changed = differences(read_config(workdir).to_dict(), config.to_dict())
+            if changed:
+                raise UserError(
+                    f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
+                    "give another --workdir, or the config that it was made with"
+                )
+        elif workdir.exists() and (not workdir.is_dir() or any(not _ours(path) for path in workdir.iterdir())):
+            raise UserError(f"--workdir={workdir} is there already and is no run's: give another, or empty it")
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(tokenizer, workdir)
         # Last, for it is what makes the directory a run's.
         write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
 
 
+def _ours(path: pathlib.Path) -> bool:
+    """Whether `claim` may have left this, killed before it came to its end."""
+    return path.name == "tokenizer.json" or path.name.startswith((".config.json", ".tokenizer.json"))
+
+
 def read_config(workdir: pathlib.Path) -> ConfigDict:
     """The config of a run. Raises UserError if there is none."""
     try:
         stored = json.loads((workdir / "config.json").read_text())
-    except OSError as error:
+        config = base()  # a run of an older version gets the defaults of the fields that it did not know
+        config.update(stored)
+    except FileNotFoundError as error:
         raise UserError(f"--workdir={workdir} holds no run: no config.json in it") from error
-    except ValueError as error:
-        raise UserError(f"{workdir / 'config.json'} is damaged ({error})") from error
-    config = base()  # a run of an older version gets the defaults of the fields that it did not know
-    for section, value in stored.items():
-        if isinstance(value, dict):
-            config[section].update(value)
-        else:
-            config[section] = value
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
     return config
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngc_jax.checkpoint import MANIFEST, Checkpoints, digest, write_durably
+from ngc_jax.atomic import write_durably
+from ngc_jax.checkpoint import MANIFEST, Checkpoints, digest
 
 
 def state(seed):
@@ -86,7 +87,7 @@ DAMAGE = {
     "truncated": (truncate, "does not match its checksum"),
     "missing file": (lambda home: data_file(home).unlink(), "is missing"),
     "added file": (lambda home: (home / "extra").write_text("x"), "extra does not match"),
-    "never sealed": (lambda home: (home / MANIFEST).unlink(), "never sealed"),
+    "never sealed": (lambda home: (home / MANIFEST).unlink(), "not sealed"),
     "broken seal": (lambda home: (home / MANIFEST).write_text("{"), "cannot be read"),
 }
 

@@ -91,7 +91,7 @@ def test_ngc_base_compiles_abstractly():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("seed", -1, "seed=-1: must be 0 or more"),
+        ("seed", 2**32, "seed=4294967296: must be from 0 to"),
         ("data.tokenizer", "words", "one of 'bytes', 'bpe'"),
         ("data.validation_fraction", 0.0, "above 0 and at most 0.5"),
         ("model.rule", "x", "one of 'addressed'"),

@@ -13,9 +13,10 @@ import pytest
 from conftest import ROOT, make_text
 from ml_collections import ConfigDict
 
+from ngc_jax.atomic import build_directory
 from ngc_jax.config import base
 from ngc_jax.data.batches import Windows, held_out_batches, train_batches
-from ngc_jax.data.corpus import SKIPPED, build_directory, stdlib_documents, text_documents
+from ngc_jax.data.corpus import SKIPPED, stdlib_documents, text_documents
 from ngc_jax.data.tokens import Bytes, load_tokens
 from ngc_jax.errors import UserError
 
@@ -124,6 +125,24 @@ def test_bpe_gives_the_text_back_and_counts_its_bytes(tmp_path):
     whole = [*tokens.train.tolist(), *tokens.validation.tolist()]
     assert tokenizer.decode(whole) == text.encode()
     assert tokenizer.lengths[whole].sum() == len(text.encode())
+    spelt_out = b"a mark, <|document|>, in a text is text"
+    assert tokenizer.mark not in tokenizer.encode(spelt_out)
+    assert tokenizer.decode(tokenizer.encode(spelt_out)) == spelt_out
+
+
+def test_bpe_wants_utf8_and_says_so(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 100)
+    with pytest.raises(UserError, match=r"not UTF-8.*use 'bytes'"):
+        load_tokens(settings(tmp_path, path=str(tmp_path / "latin.txt"), tokenizer="bpe"))
+
+
+def test_a_shortened_token_cache_is_made_again(tmp_path):
+    (tmp_path / "a.txt").write_text(make_text(5_000))
+    config = settings(tmp_path, path=str(tmp_path / "a.txt"))
+    before = np.array(load_tokens(config).train)
+    (cached,) = (tmp_path / "cache").glob("tokens-*/train.bin")
+    os.truncate(cached, cached.stat().st_size - 100)
+    np.testing.assert_array_equal(load_tokens(config).train, before)
 
 
 def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
@@ -149,8 +168,10 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
     tokens = load_tokens(settings(tmp_path, **where, text_key="poem"))
     assert document_set(tokens.train) == {b"poem %d " % i * 5 for i in range(8)}
     assert document_set(tokens.validation) == {b"poem %d " % i * 5 for i in range(8, 10)}
-    with pytest.raises(UserError, match=r"data.text_key='text' is no feature of poems.*poem"):
+    with pytest.raises(UserError, match=r"data.text_key='text' is no text feature of poems.*\['poem'\]"):
         load_tokens(settings(tmp_path, **where))
+    with pytest.raises(UserError, match=r"data.validation_split='validation': poems.* has \['test', 'train'\]"):
+        load_tokens(settings(tmp_path, **{**where, "validation_split": "validation"}))
     with pytest.raises(UserError, match="ArrayRecord"):
         load_tokens(settings(tmp_path, tfds_name="lm1b", tfds_data_dir=str(tmp_path / "tfds")))
     with pytest.raises(UserError, match=r"no_such_set.*not a TFDS set"):
@@ -175,7 +196,7 @@ def test_many_processes_may_build_at_once(tmp_path):
 def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(tmp_path):
     script = (
         "import pathlib, sys, time\n"
-        "from ngc_jax.data.corpus import build_directory\n"
+        "from ngc_jax.atomic import build_directory\n"
         "with build_directory(pathlib.Path(sys.argv[1]) / 'set') as d:\n"
         "    (d / 'part').write_text('half'); print('building', flush=True); time.sleep(60)\n"
     )

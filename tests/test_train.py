@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT, launch
 
@@ -109,6 +111,32 @@ def test_breaking_down_stops_and_says_what_to_try(tiny, tmp_path):
     assert [row["train/bad_in_a_row"] for row in rows] == [1, 2, 3, 4]
 
 
+def test_a_passing_trouble_is_skipped_and_checkpoints_stay_those_from_before(tiny, tmp_path, monkeypatch):
+    make = train.make_train_step
+
+    def troubled(*args):
+        step = make(*args)
+
+        def poisoned(state, tokens):
+            unembed = jnp.where((state.step >= 9) & (state.step < 12), jnp.nan, state.params["unembed"])
+            after, scalars = step(state.replace(params={**state.params, "unembed": unembed}), tokens)
+            bad = scalars["train/bad_in_a_row"] > 0
+            params = jax.tree.map(lambda new, old: jnp.where(bad, old, new), after.params, state.params)
+            return after.replace(params=params), scalars
+
+        return poisoned
+
+    monkeypatch.setattr(train, "make_train_step", troubled)
+    tiny.train.steps, tiny.checkpoint.keep = 15, 9
+    assert train.run(tiny, tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows if row.get("train/bad_in_a_row")] == [10, 11, 12]
+    assert rows[-1]["final/loss"] > 0
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [5, 15], "10 fell into the trouble"
+    checkpoints.close()
+
+
 def test_another_configs_directory_is_refused_and_says_what_differs(unbroken, tiny):
     tiny.model.p_inter = 5
     tiny.train.learning_rate = 0.5
@@ -141,6 +169,11 @@ def test_a_directory_that_is_no_runs_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="is no run's"):
         train.run(tiny, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_start_that_was_killed_early_is_no_obstacle(tiny, tmp_path):
+    (tmp_path / ".config.json.4711").write_text("{")
+    assert train.run(tiny, tmp_path)
 
 
 def test_saving_by_time(tiny, tmp_path, monkeypatch):

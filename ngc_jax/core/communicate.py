@@ -7,6 +7,7 @@ Not for: the update itself, or what a stage is (`nn/layers.py`).
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -34,6 +35,8 @@ def communicate(
     that training memory grows by x alone, one [..., D] a round. With `record`, the third result holds each round's
     stability measures, else it is None. Returns (x_R, memory, records).
     """
+
+    chex.assert_shape([keep, drive], start.shape[-1:])
 
     def one_round(carry: tuple[Array, Array | None], memory: Any) -> tuple[tuple[Array, Array | None], Any]:
         x, change = carry

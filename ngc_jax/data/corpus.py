@@ -2,9 +2,6 @@
 
 For: finding documents, splitting them, and keeping them as a TFDS dataset of ArrayRecord files, which is read without
 TensorFlow. Not for: tokens or batches.
-
-Everything written here is built in a directory of its own and renamed into place, so a build that is killed leaves
-nothing that a later one could take for whole, and two builds at once both succeed: the second to finish is dropped.
 """
 
 import contextlib
@@ -12,13 +9,13 @@ import hashlib
 import io
 import os
 import pathlib
-import shutil
+import re
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ngc_jax.atomic import build_directory
 from ngc_jax.errors import UserError
 
 # Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
@@ -45,7 +42,7 @@ def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
     if config.tfds_name:
         return _prepared(config)
     if config.path:
-        name, documents = "text", text_documents(pathlib.Path(config.path).expanduser(), config.validation_fraction)
+        name, documents = "text", text_documents(expand(config.path), config.validation_fraction)
     else:
         name, documents = "python_stdlib", stdlib_documents()
     return _keep(name, documents, cache)
@@ -59,7 +56,8 @@ def stdlib_documents() -> Documents:
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     documents: Documents = {"train": [], "validation": []}
-    for name, text in _unique(root, (p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.parts[:-1]))):
+    paths = (p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.relative_to(root).parts[:-1]))
+    for name, text in _unique(root, paths):
         documents["validation" if _hash(name) % 20 == 0 else "train"].append((name, text))
     if not documents["train"] or not documents["validation"]:
         raise UserError(f"this Python ships no library source under {root}: give a text of your own with data.path")
@@ -72,12 +70,13 @@ def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     Files with a NUL byte (not text), hidden files and duplicates are left out. All of it is held in memory while it
     is prepared; a text of many gigabytes is better given as a TFDS set. Raises UserError.
     """
-    if not path.exists():
-        raise UserError(f"data.path={str(path)!r} does not exist: give a text file or a folder of them")
-    root = path if path.is_dir() else path.parent
-    paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)] or paths[:1]
     try:
+        if not path.exists():
+            raise UserError(f"data.path={str(path)!r} does not exist: give a text file or a folder of them")
+        root, paths = path.parent, [path] if path.is_file() else []
+        if path.is_dir():
+            root, paths = path, sorted(p for p in path.rglob("*") if p.is_file())
+            paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)]
         found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
     except OSError as error:
         raise UserError(f"data.path={str(path)!r} cannot be read: {error}") from error
@@ -86,6 +85,8 @@ def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     if len(found) == 1:
         name, text = found[0]
         cut = round(len(text) * (1 - validation_fraction))
+        while cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
+            cut += 1
         return {"train": [(name, text[:cut])], "validation": [(name + " (tail)", text[cut:])]}
     # The files with the smallest hashes are held out: a fixed share of them, and at least one.
     ordered = sorted(found, key=lambda document: _hash(document[0]))
@@ -100,7 +101,16 @@ def _unique(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> Iterator[tuple
         digest = hashlib.sha256(text).digest()
         if digest not in seen:
             seen.add(digest)
-            yield path.relative_to(root).as_posix(), text
+            # A name that is not UTF-8 is spelt with escapes.
+            yield os.fsencode(path.relative_to(root).as_posix()).decode(errors="backslashreplace"), text
+
+
+def expand(path: str) -> pathlib.Path:
+    """A user's path, with ~ resolved. Raises UserError for a ~name that nobody has."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path!r} is no path here: {error}") from error
 
 
 def _hash(name: str) -> int:
@@ -173,20 +183,27 @@ def _prepared(config: Any) -> Corpus:
 
     asked = f"data.tfds_name={config.tfds_name!r}"
     where = {"data_dir": config.tfds_data_dir} if config.tfds_data_dir else {}
-    recipe = f"tfds.builder({config.tfds_name!r}, file_format='array_record').download_and_prepare()"
     try:
         builder = tfds.builder(config.tfds_name, **where)
-        source = {split: builder.as_data_source(getattr(config, f"{split}_split")) for split in ("train", "validation")}
-    except tfds.core.DatasetNotFoundError as error:
+        info = builder.info
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
         raise UserError(f"{asked} is not a TFDS set, nor prepared in data.tfds_data_dir: {_line(error)}") from error
+    for field in ("train_split", "validation_split"):
+        wanted = config[field]
+        if info.splits and re.split(r"[\[+]", wanted)[0] not in info.splits:
+            raise UserError(f"data.{field}={wanted!r}: {info.full_name} has {sorted(info.splits)}")
+    features = info.features or {}
+    if config.text_key not in features or not isinstance(features[config.text_key], tfds.features.Text):
+        raise UserError(f"data.text_key={config.text_key!r} is no text feature of {info.full_name}: {sorted(features)}")
+    try:
+        source = {split: builder.as_data_source(config[f"{split}_split"]) for split in ("train", "validation")}
     except (AssertionError, FileNotFoundError, NotImplementedError, ImportError, ValueError) as error:
+        arguments = "".join(f", {name}={value!r}" for name, value in where.items())
         raise UserError(
-            f"{asked} is not prepared as ArrayRecord, which is what can be read without TensorFlow, or lacks a split: "
-            f"prepare it once with {recipe} ({_line(error)})"
+            f"{asked} is not prepared as ArrayRecord, which is what can be read without TensorFlow: prepare it once "
+            f"with tfds.builder({config.tfds_name!r}, file_format='array_record'{arguments}).download_and_prepare() "
+            f"({_line(error)})"
         ) from error
-    info = builder.info
-    if config.text_key not in info.features:
-        raise UserError(f"data.text_key={config.text_key!r} is no feature of {info.full_name}: {sorted(info.features)}")
     identity = f"{info.full_name} {config.train_split} {config.validation_split} {config.text_key} " + " ".join(
         f"{split}:{list(info.splits[split].shard_lengths)}:{info.splits[split].num_bytes}"
         for split in sorted(info.splits)
@@ -209,21 +226,3 @@ class _Texts:
 
 def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-@contextlib.contextmanager
-def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to build in, renamed to `home` if the block ends well and removed if it does not."""
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        building = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
-    except OSError as error:
-        raise UserError(f"data.cache_dir={str(home.parent)!r} cannot be written: {error}") from error
-    try:
-        yield building
-        with contextlib.suppress(OSError):  # somebody else's build of the same thing came first: theirs stays
-            os.rename(building, home)
-        if not home.is_dir():
-            raise UserError(f"could not move a finished build to {home}: is there a file in its place?")
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -4,14 +4,17 @@ For: the two tokenizers (bytes; a byte-level BPE trained on the corpus) and turn
 each document begins with a mark. Not for: windows and batches (`batches.py`).
 """
 
+import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.data.corpus import Corpus, build_directory, open_corpus
+from ngc_jax.atomic import build_directory, write_durably
+from ngc_jax.data.corpus import Corpus, expand, open_corpus
 from ngc_jax.errors import UserError
 
 MARK = "<|document|>"
@@ -20,7 +23,6 @@ MARK = "<|document|>"
 class Bytes:
     """Token = byte. 256 of them, and the mark that begins a document."""
 
-    name = "bytes"
     vocab = 257
     mark = 256
     lengths = np.array([1] * 256 + [0], np.int32)  # bytes of each token; the mark is no text
@@ -35,12 +37,12 @@ class Bytes:
 class BPE:
     """Byte-level byte pair encoding (the `tokenizers` library), trained on the corpus's own train split."""
 
-    name = "bpe"
-
     def __init__(self, serialised: str):
         from tokenizers import Tokenizer
 
+        self.serialised = serialised
         self.model = Tokenizer.from_str(serialised)
+        self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
         self.vocab: int = self.model.get_vocab_size()
         ids: dict[str, int] = self.model.get_vocab()
         self.mark = ids.pop(MARK)
@@ -64,11 +66,11 @@ class BPE:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        model.train_from_iterator((text.decode(errors="replace") for text in texts), trainer)
+        model.train_from_iterator((text.decode() for text in texts), trainer)
         return model.to_str()
 
     def encode(self, text: bytes) -> np.ndarray:
-        return np.array(self.model.encode(text.decode(errors="replace"), add_special_tokens=False).ids)
+        return np.array(self.model.encode(text.decode(), add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         return b"".join(self.spelling[token] for token in tokens)
@@ -88,30 +90,48 @@ class Tokens(NamedTuple):
 
 
 def load_tokens(config: Any) -> Tokens:
-    """The tokens that `config.data` asks for, from the cache if they were made before. Raises UserError."""
+    """The tokens that `config.data` asks for, from the cache if they were made before. Raises UserError.
+
+    The fingerprint is the corpus's, with a learned tokenizer's own: equal fingerprints are equal tokens.
+    """
     cache = cache_directory(config)
     corpus = open_corpus(config, cache)
     vocab = f"-{config.vocab_size}" if config.tokenizer == "bpe" else ""
     home = cache / f"tokens-{config.tokenizer}{vocab}-{corpus.fingerprint[:16]}"
-    if not (home / "meta.json").is_file():
+    if not _whole(home):
+        shutil.rmtree(home, ignore_errors=True)
         with build_directory(home) as building:
             _tokenise(config, corpus, building)
     meta = json.loads((home / "meta.json").read_text())
     tokenizer = load_tokenizer(home)
 
     def stream(split: str) -> np.ndarray:
-        tokens = np.memmap(home / f"{split}.bin", meta["dtype"], mode="r") if meta["tokens"][split] else np.zeros(0)
-        if len(tokens) < config.context + 1:
+        count = meta["tokens"][split]
+        if count < config.context + 1:
+            smaller = f", or data.context of at most {count - 1}" if count > 1 else ""
             raise UserError(
-                f"the {split} text has {len(tokens)} tokens, fewer than a window of data.context={config.context} "
-                f"and its target: give more text, or data.context of at most {max(1, len(tokens) - 1)}"
+                f"the {split} text has {count} tokens, fewer than a window of data.context={config.context} and its "
+                f"target: give more text{smaller}"
             )
-        return tokens
+        return np.memmap(home / f"{split}.bin", meta["dtype"], mode="r")
 
     summary = (
         corpus.summary + "; " + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
     )
-    return Tokens(tokenizer, stream("train"), stream("validation"), corpus.fingerprint, summary)
+    fingerprint = corpus.fingerprint
+    if isinstance(tokenizer, BPE):
+        fingerprint = hashlib.sha256((fingerprint + tokenizer.serialised).encode()).hexdigest()
+    return Tokens(tokenizer, stream("train"), stream("validation"), fingerprint, summary)
+
+
+def _whole(home: pathlib.Path) -> bool:
+    """Whether a token cache is there, and as long as it says (a full disk or a power cut may have shortened it)."""
+    try:
+        meta = json.loads((home / "meta.json").read_text())
+        size = np.dtype(meta["dtype"]).itemsize
+        return all((home / f"{split}.bin").stat().st_size == n * size for split, n in meta["tokens"].items())
+    except (OSError, ValueError):
+        return False
 
 
 def load_tokenizer(home: pathlib.Path) -> Tokenizer:
@@ -123,30 +143,33 @@ def load_tokenizer(home: pathlib.Path) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, home: pathlib.Path) -> None:
     """Keep what `load_tokenizer` needs; bytes need nothing."""
     if isinstance(tokenizer, BPE):
-        (home / "tokenizer.json").write_text(tokenizer.model.to_str())
+        write_durably(home / "tokenizer.json", tokenizer.serialised)
 
 
 def cache_directory(config: Any) -> pathlib.Path:
     """`data.cache_dir`, or the user's cache."""
-    return pathlib.Path(config.cache_dir or "~/.cache/ngc_jax").expanduser()
+    return expand(config.cache_dir or "~/.cache/ngc_jax")
 
 
 def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
     tokenizer: Tokenizer = Bytes()
-    if config.tokenizer == "bpe":
-        try:
+    try:
+        if config.tokenizer == "bpe":
             tokenizer = BPE(BPE.train(corpus.splits["train"], config.vocab_size))
-        except ImportError as error:
-            raise UserError("data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'") from error
-    save_tokenizer(tokenizer, directory)
-    dtype = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
-    counts = {}
-    for split, texts in corpus.splits.items():
-        with open(directory / f"{split}.bin", "wb") as file:
-            for text in texts:
-                file.write(np.array([tokenizer.mark], dtype).tobytes() + tokenizer.encode(text).astype(dtype).tobytes())
-            counts[split] = file.tell() // np.dtype(dtype).itemsize
-    (directory / "meta.json").write_text(json.dumps({"dtype": dtype, "tokens": counts, "corpus": corpus.summary}))
+        save_tokenizer(tokenizer, directory)
+        dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
+        counts = {}
+        for split, texts in corpus.splits.items():
+            with open(directory / f"{split}.bin", "wb") as file:
+                for text in texts:
+                    file.write(np.array([tokenizer.mark], dtype).tobytes())
+                    file.write(tokenizer.encode(text).astype(dtype).tobytes())
+                counts[split] = file.tell() // dtype.itemsize
+    except ImportError as error:
+        raise UserError("data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text is not UTF-8 ({error}), as data.tokenizer='bpe' wants it: use 'bytes'") from error
+    (directory / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))
 
 
 def _byte_alphabet() -> dict[int, str]:

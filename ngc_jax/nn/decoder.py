@@ -10,6 +10,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -90,6 +91,9 @@ class Decoder:
         record: bool,
     ) -> tuple[Array, Params, Round | None]:
         s = self.shape
+        chex.assert_rank([tokens, positions], [2, 1])
+        if segments is not None:
+            chex.assert_equal_shape([tokens, segments])
         cache = dict(cache or {})
         records = None
         stage = Stage(s)
