@@ -63,7 +63,7 @@ def base() -> ConfigDict:
     c.train.schedule = "cosine"  # after the warm-up: "cosine", or "wsd" (stable, then linear decay)
     c.train.warmup_steps = 100  # linear, >= 0, < steps
     c.train.decay_fraction = 0.2  # of the steps, the decay at the end of "wsd", in (0, 1]
-    c.train.final_fraction = 0.0  # of the peak rate, where the schedule ends, in [0, 1]
+    c.train.final_fraction = 0.1  # of the peak rate, where the schedule ends, in [0, 1]
     c.train.weight_decay = 0.1  # of matrices and states, per unit of learning rate, >= 0
     c.train.b1 = 0.9  # AdamW's first moment, in [0, 1)
     c.train.b2 = 0.99  # AdamW's second moment, in [0, 1)

@@ -56,8 +56,8 @@ def test_recording_and_remat_change_nothing(loop):
     plain = run(*loop, remat=False)[0]
     assert run(*loop)[2] is None
     # Equal to rounding: two programs, and the compiler may fuse them differently.
-    np.testing.assert_allclose(run(*loop)[0], plain, rtol=1e-6)
-    np.testing.assert_allclose(run(*loop, record=True)[0], plain, rtol=1e-6)
+    np.testing.assert_allclose(run(*loop)[0], plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(*loop, record=True)[0], plain, rtol=1e-5, atol=1e-6)
     gradients = [jax.grad(lambda w, r=r: jnp.sum(run(w, *loop[1:], remat=r)[0] ** 2))(loop[0]) for r in (True, False)]
     np.testing.assert_allclose(*gradients, rtol=1e-5)
 
