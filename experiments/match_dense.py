@@ -3,9 +3,9 @@
     python -m experiments.match_dense --workdir=runs/match_dense --jobs=2
 
 For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of four, a factor of two
-apart, at four fifths of the length, with a seed that is not used again), then three seeds each at full
-length. Killed, it goes on where it was; every run
-is a plain `launch.py` run. Writes results.md beside the runs. Not for: any other comparison.
+apart, at four fifths of the length, with a seed that is not used again), then three seeds each at full length. Killed,
+it goes on where it was; every run is a plain `launch.py` run. Writes results.md beside the runs. Not for: any other
+comparison.
 """
 
 import argparse
