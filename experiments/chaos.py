@@ -17,7 +17,7 @@ import time
 
 from ngc_jax.checkpoint import digest
 from ngc_jax.metrics import TIMES, read_rows
-from ngc_jax.workdir import open_trained
+from ngc_jax.workdir import command, open_trained
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -29,8 +29,8 @@ def outcome(workdir: pathlib.Path) -> tuple[str, list[dict[str, object]]]:
 
 
 def start(flags: list[str], workdir: pathlib.Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "launch.py", *flags, f"--workdir={workdir}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    line = [sys.executable, "launch.py", *flags, f"--workdir={workdir}"]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def await_training(process: "subprocess.Popen[str]") -> bool:
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
