@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/dense_small.py
 
-RESULT
+851,968 parameters in matrices. Held out after its 1,000 updates: 1.3937 ± 0.0068 nats per byte, 2.011 bits per byte
+(three seeds, CPython 3.11.7; see experiments/results/match_dense.md).
 """
 
 from ngc_jax.config import base
