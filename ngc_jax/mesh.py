@@ -4,7 +4,6 @@ For: the one place that says what is split over which devices. Today that is the
 whole on each device. Not for: what is computed.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -31,8 +30,3 @@ def rows(mesh: Mesh) -> NamedSharding:
 def put_rows(mesh: Mesh, local: np.ndarray) -> jax.Array:
     """The global array whose rows on this process are `local`."""
     return jax.make_array_from_process_local_data(rows(mesh), local)
-
-
-def put_whole(mesh: Mesh, tree: Any) -> Any:
-    """The tree, whole on every device."""
-    return jax.tree.map(functools.partial(jax.device_put, device=whole(mesh)), tree)

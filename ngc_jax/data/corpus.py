@@ -27,7 +27,6 @@ Documents = dict[str, list[tuple[str, bytes]]]  # split -> (name, text)
 class Corpus(NamedTuple):
     """Documents by split, read lazily, and what identifies them."""
 
-    name: str
     fingerprint: str  # sha256, hex: equal fingerprints are equal texts
     splits: Mapping[str, Iterable[bytes]]  # "train", "validation"
     summary: str  # one line for the log and the card
@@ -133,7 +132,7 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
     if name == "python_stdlib":
         name = f"python_stdlib {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     splits = {split: _Stored(home, split) for split in documents}
-    return Corpus(name, fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
+    return Corpus(fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
 
 
 class _Stored:
@@ -211,7 +210,7 @@ def _prepared(config: Any) -> Corpus:
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     sizes = ", ".join(f"{split} {len(texts)} documents" for split, texts in source.items())
     splits = {split: _Texts(texts, config.text_key) for split, texts in source.items()}
-    return Corpus(info.full_name, fingerprint, splits, f"{info.full_name}: {sizes}, fingerprint {fingerprint[:16]}")
+    return Corpus(fingerprint, splits, f"{info.full_name}: {sizes}, fingerprint {fingerprint[:16]}")
 
 
 class _Texts:
