@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from ngc_jax.core.rules import GATES
 from ngc_jax.errors import UserError
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.stability.regulariser import REGULARISERS
+from ngc_jax.stability.watch import MEASURES
 
 RULES_OF_A_MODEL = ("addressed", "broadcast", "none", "dense")
 
@@ -86,7 +88,15 @@ def base() -> ConfigDict:
     c.mesh.data = -1  # devices that the batch is split over: the number there is, or -1 for all of them
 
     c.stability = ConfigDict()
-    c.stability.record = True  # measure contraction, drive and boundedness per round at each evaluation
+    c.stability.every = 200  # updates between measurements on held-out text, >= 1 (the last has one), or 0 for none
+    c.stability.measures = MEASURES  # which: "rounds", "tokens", "departure", "exponents" (ngc_jax/stability/watch.py)
+    c.stability.tokens = 1024  # held-out tokens of each, >= 1, rounded up to whole windows
+    c.stability.rounds = 8  # rounds that the exponent along rounds is followed, >= 1
+    c.stability.regulariser = "none"  # a band held by the loss: "none", "contraction", "exponent" (log per round)
+    c.stability.low = -2.0  # lower end of the band, natural logarithm per round
+    c.stability.high = 0.0  # upper end, > low
+    c.stability.weight = 1.0  # nats per token for each squared unit outside the band, >= 0
+    c.stability.jacobian = 0.0  # nats per token for each unit of |Jacobian of the settled round|^2 / n, >= 0; 0 = off
     return c
 
 
@@ -161,6 +171,20 @@ def validate(config: ConfigDict) -> None:
     need(config.checkpoint.every_minutes > 0, "checkpoint.every_minutes", "above 0")
     need(config.checkpoint.keep >= 2, "checkpoint.keep", "2 or more, so that a damaged one has a sound one behind it")
 
+    s = config.stability
+    need(s.every >= 0, "stability.every", "1 or more, or 0 for none")
+    named = all(name in MEASURES for name in s.measures)
+    need(named, "stability.measures", f"some of {MEASURES}, for instance ('rounds',)")
+    need(s.tokens >= 1, "stability.tokens", "1 or more, for instance 1024")
+    need(s.rounds >= 1, "stability.rounds", "1 or more, for instance 8")
+    choice("stability.regulariser", s.regulariser, REGULARISERS)
+    need(s.weight >= 0, "stability.weight", "0 or more")
+    need(s.jacobian >= 0, "stability.jacobian", "0 or more")
+    need(s.low < s.high, "stability.low", f"below stability.high={s.high}, for instance {s.high - 1}")
+    looped = s.regulariser == "none" or (m.core > 0 and m.rounds > 1)
+    need(looped, "stability.regulariser", "'none' where the model has no loop of 2 rounds or more (model.core, rounds)")
+    need(s.jacobian == 0 or m.core > 0, "stability.jacobian", "0 where the model has no loop (model.core=0)")
+
     devices = jax.device_count()
     usable = config.mesh.data == -1 or (config.mesh.data >= 1 and devices == config.mesh.data)
     need(usable, "mesh.data", f"the number of devices here, {devices}, or -1 for all of them")
@@ -178,7 +202,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
     """
-    free = {"eval", "checkpoint", "mesh", "stability", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
+    free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
+    free |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         leaves: dict[str, Any] = {}

@@ -1,10 +1,11 @@
 """Held-out loss of a model. As a command: `python -m ngc_jax.evaluate --workdir=DIR`, over the whole held-out text.
 
 For: turning batches of held-out windows into nats per token, bits per byte and stability measures. Not for: what one
-batch is worth (`steps.py`).
+batch is worth (`steps.py`), or what is measured of stability (`stability/watch.py`).
 """
 
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,15 @@ from ngc_jax.data.batches import Windows, held_out_batches
 from ngc_jax.data.tokens import Tokens, load_tokens
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability.watch import make_watch
 from ngc_jax.steps import make_eval_step
-from ngc_jax.workdir import command, open_trained, parser
+from ngc_jax.workdir import Trained, command, open_trained, parser
 
 
 def compile_eval(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[..., Any]:
     """The jitted evaluation of one batch for a config, on a mesh."""
-    record = config.stability.record and config.model.core > 0
     tokenizer = tokens.tokenizer
-    isolate = config.data.isolate_documents
-    step = make_eval_step(model, config.train, tokenizer.mark, tokenizer.lengths, isolate, record)
+    step = make_eval_step(model, config.train, tokenizer.mark, tokenizer.lengths, config.data.isolate_documents)
     rows, whole = meshes.rows(mesh), meshes.whole(mesh)
     return jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=whole)
 
@@ -33,7 +33,7 @@ def compile_eval(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Cal
 def held_out(
     step: Callable[..., Any], params: Any, config: Any, mesh: Mesh, tokens: Tokens, limit: int
 ) -> dict[str, float]:
-    """{"loss": nats per token, "bits_per_byte", "stability/...": mean over batches} on `limit` windows (0 = all).
+    """{"loss": nats per token, "bits_per_byte": ...} on `limit` windows (0 = all).
 
     Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers.
     """
@@ -45,15 +45,45 @@ def held_out(
         processes=jax.process_count(),
     )
     total: dict[str, float] = {}
-    count = 0
     for windows, real in batches:
         sums = step(params, meshes.put_rows(mesh, windows), meshes.put_rows(mesh, real))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
-        count += 1
-    nats, seen, size = total.pop("nats"), total.pop("tokens"), total.pop("bytes")
-    means = {name: value / count for name, value in total.items()}
-    return {"loss": nats / seen, "bits_per_byte": nats / math.log(2) / size, **means}
+    bits = total["nats"] / math.log(2)
+    return {"loss": total["nats"] / total["tokens"], "bits_per_byte": bits / total["bytes"]}
+
+
+def compile_watch(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[[Any], dict[str, float]]:
+    """The stability measures of `config.stability` on held-out text: params -> {"stability/...": value}."""
+    devices = mesh.devices.size
+    wanted = -(-config.stability.tokens // config.data.context)
+    wanted = -(-wanted // devices) * devices
+    batches = held_out_batches(
+        Windows(tokens.validation, config.data.context),
+        batch_size=wanted,
+        limit=wanted,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    windows = meshes.put_rows(mesh, next(iter(batches))[0])
+    rows, whole = meshes.rows(mesh), meshes.whole(mesh)
+    # It runs seldom: at optimization level 1 it compiles several times faster.
+    options = {"xla_backend_optimization_level": 1}
+    step = jax.jit(
+        make_watch(model, config.stability), in_shardings=(whole, rows), out_shardings=whole, compiler_options=options
+    )
+    return lambda params: {name: float(value) for name, value in jax.device_get(step(params, windows)).items()}
+
+
+def tokens_of(trained: Trained, workdir: pathlib.Path) -> Tokens:
+    """The text that a run was trained on, and its held-out part. Raises UserError where this is another text by now."""
+    tokens = load_tokens(trained.config.data)
+    if trained.meta["data"] != tokens.fingerprint:
+        raise UserError(
+            f"this is not the text that {workdir} was trained on: fingerprint {tokens.fingerprint[:16]}, "
+            f"trained on {trained.meta['data'][:16]} (another Python version, or changed files at data.path)"
+        )
+    return tokens
 
 
 def main() -> None:
@@ -66,15 +96,11 @@ def main() -> None:
     trained = open_trained(args.workdir, args.step)
     config = trained.config
     config.mesh.data = 1
-    tokens = load_tokens(config.data)
-    if trained.meta["data"] != tokens.fingerprint:
-        raise UserError(
-            f"this is not the text that {args.workdir} was trained on: fingerprint {tokens.fingerprint[:16]}, "
-            f"trained on {trained.meta['data'][:16]} (another Python version, or changed files at data.path)"
-        )
+    tokens = tokens_of(trained, args.workdir)
     mesh = meshes.make_mesh(config.mesh)
     step = compile_eval(trained.model, config, mesh, tokens)
     result = held_out(step, trained.state.params, config, mesh, tokens, args.windows)
+    result |= compile_watch(trained.model, config, mesh, tokens)(trained.state.params)
     print(f"{args.workdir}, step {trained.step}, held out from {tokens.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from ngc_jax import optim
-from ngc_jax.core.stability import summarise
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability.regulariser import Penalty
 
 Array = jax.Array
 Tree = Any
@@ -41,47 +41,51 @@ def init_state(model: Decoder, config: Any, seed: int) -> TrainState:
     return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero)
 
 
-def losses(
-    model: Decoder, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any, record: bool = False
-) -> tuple[Array, Array, Any]:
-    """Nats of each target [B, T], which of them count [B, T] bool, and the rounds' records, for tokens [B, T + 1].
+def losses(model: Decoder, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any) -> tuple[Array, Array]:
+    """Nats of each target [B, T] and which of them count [B, T] bool, for tokens [B, T + 1].
 
     The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
     params = jax.tree.map(lambda p: p.astype(dtype), params)
-    logits, records = model.apply(params, inputs, segments, record)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark, records
+    logits, _ = model.apply(params, inputs, segments)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark
 
 
 def make_train_step(
-    model: Decoder, config: Any, mark: int, isolate: bool
+    model: Decoder, config: Any, mark: int, isolate: bool, penalty: Penalty | None = None
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it)."""
+    """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it).
+
+    `penalty` (stability/regulariser.py), nats per token, is added to what is minimised, and not to train/loss.
+    """
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(params: Tree, tokens: Array) -> tuple[Array, Array]:
-        nats, counts, _ = losses(model, params, tokens, mark, isolate, dtype)
-        return jnp.sum(nats * counts), jnp.sum(counts)
+    def summed(params: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+        total, count = jnp.sum(nats * counts), jnp.sum(counts)
+        extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
+        return total + extra, (total, count)
 
-    def gradient(params: Tree, tokens: Array) -> tuple[Array, Array, Tree]:
-        (nats, count), grads = jax.value_and_grad(summed, has_aux=True)(params, tokens)
+    def gradient(params: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(params, tokens, key)
         return nats, count, grads
 
-    def accumulated(params: Tree, tokens: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(params: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
         parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), params))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+            return jax.tree.map(jnp.add, total, gradient(params, part, key)), None
 
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state.params, tokens)
+        key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state.params, tokens, key)
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -105,21 +109,18 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Decoder, config: Any, mark: int, lengths: np.ndarray, isolate: bool, record: bool
+    model: Decoder, config: Any, mark: int, lengths: np.ndarray, isolate: bool
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
-    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes, stability/..."""
+    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes."""
     dtype = jnp.dtype(config.compute_dtype)
 
     def step(params: Tree, tokens: Array, real: Array) -> dict[str, Array]:
-        nats, counts, records = losses(model, params, tokens, mark, isolate, dtype, record)
+        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
         counts = counts & real[:, None]
-        sums = {
+        return {
             "nats": jnp.sum(nats * counts),
             "tokens": jnp.sum(counts),
             "bytes": jnp.sum(jnp.asarray(lengths)[tokens[:, 1:]] * counts),
         }
-        if records is not None:
-            sums |= {f"stability/{name}": value for name, value in summarise(records).items()}
-        return sums
 
     return step

@@ -25,10 +25,11 @@ from ngc_jax.config import model_shape, validate
 from ngc_jax.data.batches import Windows, train_batches
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.errors import UserError
-from ngc_jax.evaluate import compile_eval, held_out
+from ngc_jax.evaluate import compile_eval, compile_watch, held_out
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.preemption import Preemption
+from ngc_jax.stability.regulariser import make_penalty
 from ngc_jax.steps import init_state, make_train_step
 from ngc_jax.workdir import abstract_state, claim
 
@@ -56,11 +57,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     whole, rows = meshes.whole(mesh), meshes.rows(mesh)
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), abstract_state(model, config))
     batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=rows)
-    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents)
+    penalty = make_penalty(model, config.stability)
+    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty)
     began = time.monotonic()
     jitted = jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
     update = jitted.lower(like, batch).compile()
     evaluate = compile_eval(model, config, mesh, tokens)
+    watch = compile_watch(model, config, mesh, tokens) if config.stability.every else None
     print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices()}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
@@ -121,7 +124,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     def measure(name: str, limit: int) -> None:
         with clock:
             result = held_out(evaluate, state.params, config, mesh, tokens, limit)
-            metrics.write({"step": step} | {k if "/" in k else f"{name}/{k}": v for k, v in result.items()})
+            metrics.write({"step": step} | {f"{name}/{k}": v for k, v in result.items()})
             kind = "held-out" if name == "eval" else "held-out, whole text"
             progress.say(
                 f"step {step}: {kind} loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
@@ -151,6 +154,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             if last or step % config.eval.every == 0:
                 settle()
                 measure("eval", config.eval.windows)
+            if watch and (last or step % config.stability.every == 0):
+                settle()
+                with clock:
+                    metrics.write({"step": step, **watch(state.params)})
             if last:
                 measure("final", 0)
             minutes = (time.monotonic() - last_save) / 60

@@ -1,8 +1,8 @@
-"""Stability of the communication loop: what is recorded of one round, and what a run of rounds says.
+"""Measures of stability that are read from states as they pass: of rounds, of tokens, of signals.
 
-For: measures along *rounds* that are cheap enough to be taken inside the loop. Not for: exponents along tokens or
-depth, which need tangent vectors of their own. The published method describes its stability metric in words only;
-these definitions are this project's.
+For: what is recorded of a round inside the loop, and numbers that sequences of states have. Not for: exponents, which
+need tangent vectors (`lyapunov.py`), or bounds from the weights alone (`bound.py`). The published method describes its
+stability metric in words only; these definitions are this project's.
 
 x_k is the state after k rounds, x_0 = e what the loop was started from. Norms are taken per token, over channels.
 """
@@ -32,10 +32,9 @@ def norm(x: Array) -> Array:
 def record_round(start: Array, before: Array, after: Array, drive: Array, update: Array, change: Array) -> Round:
     """Measure one round. All but `change` are [..., D]; `change` [...] is |x_k - x_{k-1}|, 0 in the first round."""
     ratio = jnp.log(norm(after - before) + TINY) - jnp.log(change + TINY)
-    driven, updated = norm(drive), norm(update)
     return Round(
         log_contraction=jnp.mean(jnp.where(change > 0, ratio, 0.0)),
-        drive_ratio=jnp.mean(driven / (driven + updated + TINY)),
+        drive_ratio=jnp.mean(drive_ratio(drive, update)),
         growth=jnp.mean(norm(after) / (norm(start) + TINY)),
     )
 
@@ -52,3 +51,86 @@ def summarise(rounds: Round) -> dict[str, Array]:
         scalars["contraction_per_round"] = jnp.exp(jnp.mean(rounds.log_contraction[1:]))
         scalars["contraction_per_round_max"] = jnp.exp(jnp.max(rounds.log_contraction[1:]))
     return scalars
+
+
+def contraction(states: Array) -> Array:
+    """|x_{k+1} - x_k| / |x_k - x_{k-1}| for states [K + 1, ..., D] after 0 to K rounds: [K - 1, ...], per round.
+
+    Below 1 the loop settles, above 1 its steps grow. Raises ValueError where K < 2.
+    """
+    if states.shape[0] < 3:
+        raise ValueError(f"states: {states.shape[0]} of them; a ratio of two steps needs 3 or more")
+    step = norm(jnp.diff(states.astype(jnp.float32), axis=0))
+    return step[1:] / jnp.maximum(step[:-1], TINY)
+
+
+def boundedness(states: Array) -> Array:
+    """max over k of |x_k| / |x_0| for states [K + 1, ..., D]: [...], at least 1."""
+    size = norm(states)
+    return jnp.max(size, axis=0) / jnp.maximum(size[0], TINY)
+
+
+def drive_ratio(drive: Array, update: Array) -> Array:
+    """|drive| / (|drive| + |update|) of [..., D]: [...], in [0, 1]: how much of what is added comes from outside."""
+    driven, updated = norm(drive), norm(update)
+    return driven / jnp.maximum(driven + updated, TINY)
+
+
+def token_contraction(states: Array) -> Array:
+    """Slope of log d_t over tokens, by least squares, per token: states [..., T, D] -> [...].
+
+    d_t = |x_t - x_{t-1}| / mean norm is how far a token's state is from the one before. A negative slope says that a
+    sequence settles as it is read. The slope, since the mean of log d_{t+1} / d_t telescopes to its two ends.
+    Raises ValueError where T < 3.
+    """
+    if states.shape[-2] < 3:
+        raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
+    scale = jnp.mean(norm(states), axis=-1, keepdims=True)
+    moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
+    return slope(jnp.log(moved + TINY))
+
+
+def slope(values: Array) -> Array:
+    """Least-squares slope of values [..., T] over 0, 1, ..., T - 1: [...]."""
+    at = jnp.arange(values.shape[-1], dtype=values.dtype)
+    at = at - jnp.mean(at)
+    return values @ at / jnp.sum(jnp.square(at))
+
+
+def departure(state: Array, without: Array) -> Array:
+    """|x - x~| / |x~| of [..., D]: [...]. x~ is the same model's state with its messages, or its drive, off."""
+    return norm(state.astype(jnp.float32) - without.astype(jnp.float32)) / jnp.maximum(norm(without), TINY)
+
+
+class Transport(NamedTuple):
+    """The linear map A that best carries a signal to the next, s_{t+1} = A s_t, and what it is like."""
+
+    map: Array  # [S, S]
+    trace: Array  # trace(A) / S: 1 where signals persist, 0 where each is new
+    norm: Array  # largest singular value: the most that a signal grows by
+    residual: Array  # |s_{t+1} - A s_t| / |s_{t+1}|, root mean squares: 0 linear in the last one, 1 unforeseeable
+    flatness: Array  # geometric over arithmetic mean of squared singular values, in [0, 1]: 1 = all directions alike
+
+
+def transport(signals: Array, ridge: float = 1e-4) -> Transport:
+    """Fit A by least squares on signals [..., T, S], all pairs of neighbours together.
+
+    ridge: added to the signals' covariance, as a share of its mean eigenvalue, so that directions that no signal uses
+    are carried to nothing. Raises ValueError where T < 2.
+    """
+    if signals.shape[-2] < 2:
+        raise ValueError(f"signals: {signals.shape[-2]} tokens; a map from one to the next needs 2 or more")
+    size = signals.shape[-1]
+    before = signals[..., :-1, :].reshape(-1, size).astype(jnp.float32)
+    after = signals[..., 1:, :].reshape(-1, size).astype(jnp.float32)
+    covariance = before.T @ before
+    covariance += (ridge * jnp.trace(covariance) / size + TINY) * jnp.eye(size)
+    carried = jnp.linalg.solve(covariance, before.T @ after).T
+    square = jnp.square(jnp.linalg.svd(carried, compute_uv=False))
+    return Transport(
+        map=carried,
+        trace=jnp.trace(carried) / size,
+        norm=jnp.sqrt(square[0]),
+        residual=jnp.sqrt(jnp.sum(jnp.square(after - before @ carried.T)) / (jnp.sum(jnp.square(after)) + TINY)),
+        flatness=jnp.exp(jnp.mean(jnp.log(square + TINY))) / (jnp.mean(square) + TINY),
+    )

@@ -7,6 +7,7 @@ Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from ngc_jax.nn.shape import ModelShape
 
 Array = jax.Array
 Params = dict[str, Any]
+Update = Callable[[Array, Any], tuple[Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,62 @@ class Decoder:
 
         return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
 
+    def update(self, params: Params, positions: Array, segments: Array | None = None) -> Update:
+        """What a round adds to the stream, update(x, cache) -> (core(x), cache), for `communicate`."""
+
+        def update(x: Array, memory: Any) -> tuple[Array, Any]:
+            after, memory = self.stages(params["core"]["stages"], x, positions, segments, memory)
+            return after - x, memory
+
+        return update
+
+    def scales(self, params: Params) -> tuple[Array, Array]:
+        """keep and drive [D] of the loop: the leak exp(-softplus(a)), in (0, 1), and the external potential."""
+        return jnp.exp(-jax.nn.softplus(params["core"]["leak"])), params["core"]["drive"]
+
+    def stages(
+        self, stages: Params | None, x: Array, positions: Array, segments: Array | None = None, cache: Any = None
+    ) -> tuple[Array, Any]:
+        """Run a stack of stages (None: no stage) on the stream [B, T, D]; returns the stream and the cache."""
+        if stages is None:
+            return x, cache
+        stage = Stage(self.shape)
+
+        def body(x: Array, layer: Any) -> tuple[Array, Any]:
+            weights, kept = layer
+            return stage.apply({"params": weights}, x, positions, segments, kept)
+
+        if self.shape.remat == "stages":
+            body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, x, (stages, cache))
+
+    def stream(
+        self,
+        params: Params,
+        x: Array,
+        positions: Array,
+        segments: Array | None = None,
+        cache: Params | None = None,
+        record: bool = False,
+    ) -> tuple[Array, Params, Round | None]:
+        """All stages on the stream of embedded tokens [B, T, D]: the stream after them, the cache, the records."""
+        s, cache, records = self.shape, dict(cache or {}), None
+        x, cache["prelude"] = self.stages(params.get("prelude"), x, positions, segments, cache.get("prelude"))
+        if s.core:
+            keep, drive = self.scales(params)
+            x, cache["core"], records = communicate(
+                self.update(params, positions, segments),
+                x,
+                keep=keep,
+                drive=drive,
+                rounds=s.rounds,
+                remat=s.remat != "none",
+                record=record,
+                memory=cache.get("core"),
+            )
+        x, cache["coda"] = self.stages(params.get("coda"), x, positions, segments, cache.get("coda"))
+        return x, cache, records
+
     def _forward(
         self,
         params: Params,
@@ -94,39 +152,7 @@ class Decoder:
         chex.assert_rank([tokens, positions], [2, 1])
         if segments is not None:
             chex.assert_equal_shape([tokens, segments])
-        cache = dict(cache or {})
-        records = None
-        stage = Stage(s)
-
-        def run(stages: Params, x: Array, cache: Any, remat: bool) -> tuple[Array, Any]:
-            def body(x: Array, layer: Any) -> tuple[Array, Any]:
-                weights, kept = layer
-                return stage.apply({"params": weights}, x, positions, segments, kept)
-
-            return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (stages, cache))
-
-        x = params["embed"][tokens]
-        if s.prelude:
-            x, cache["prelude"] = run(params["prelude"], x, cache.get("prelude"), s.remat == "stages")
-        if s.core:
-            core = params["core"]
-
-            def update(x: Array, memory: Any) -> tuple[Array, Any]:
-                after, memory = run(core["stages"], x, memory, s.remat == "stages")
-                return after - x, memory
-
-            x, cache["core"], records = communicate(
-                update,
-                x,
-                keep=jnp.exp(-jax.nn.softplus(core["leak"])),
-                drive=core["drive"],
-                rounds=s.rounds,
-                remat=s.remat != "none",
-                record=record,
-                memory=cache.get("core"),
-            )
-        if s.coda:
-            x, cache["coda"] = run(params["coda"], x, cache.get("coda"), s.remat == "stages")
+        x, cache, records = self.stream(params, params["embed"][tokens], positions, segments, cache, record)
         x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
         logits = x.reshape(-1, s.width) @ params["unembed"]
         return logits.reshape(*tokens.shape, s.vocab).astype(jnp.float32), cache, records

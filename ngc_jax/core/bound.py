@@ -1,0 +1,88 @@
+"""Bounds that hold before anything is run: the most that a synapse, or a loop of rounds, can stretch a difference.
+
+For: upper bounds from states alone, by small Gram matrices (a port's p by p, a state's r by r, a block's n by n) and
+one power iteration over groups; no weight is formed. Not for: what a trained loop does on real inputs, which is less
+and is measured (`stability.py`, `lyapunov.py`).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.core.rules import States
+
+Array = jax.Array
+ROUNDING = 1 + 1e-5  # a bound computed in float32 is rounded up by this, so that it stays one
+
+
+def gain_bound(parts: Sequence[tuple[str, States, States]]) -> Array:
+    """At least the spectral norm of a synapse's W, the sum of `parts` (rule, pre, post): a scalar.
+
+    Every part is reduced to norms between groups, N[g, h] >= |W[g, h]|, and |W| <= |N|, the norm of a G by G matrix
+    (`broadcast` knows no groups: G = 1). max_g |W_gg| + |R| |M| |S| bounds the same from above; this is tighter.
+    Raises KeyError for an unknown rule.
+    """
+    norms = [_NORMS[rule](pre, post) for rule, pre, post in parts]
+    grouped = [n for n in norms if n.shape != (1, 1)]
+    single = [n[0, 0] for n in norms if n.shape == (1, 1)]
+    together = _nonnegative_norm(sum(grouped[1:], grouped[0])) if grouped else jnp.zeros(())
+    return (together + sum(single)) * ROUNDING
+
+
+def contraction_bound(
+    parts: Sequence[tuple[str, States, States]], *, eta: float = 1.0, lipschitz: float = 1.0
+) -> Array:
+    """At least the factor by which a round of x <- (1 - eta) x + eta phi(W x + U u + b) stretches a difference.
+
+    Below 1 the loop has one fixed point for each input and every start settles there. lipschitz: of phi (1 for relu
+    and tanh, 1.1 for silu). A decoder's round has no such bound: attention is not Lipschitz on all of space (Kim et
+    al. 2021, arXiv 2006.04710). Raises ValueError for eta outside (0, 1].
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta={eta}: must be above 0 and at most 1, for instance 0.5")
+    return (1 - eta) + eta * lipschitz * gain_bound(parts)
+
+
+def _product_norm(left: Array, right: Array) -> Array:
+    """|R S^T| for R [..., m, p], S [..., n, p], from Gram matrices: the root of the top eigenvalue of A^1/2 B A^1/2."""
+    a, b = (jnp.swapaxes(m, -1, -2) @ m for m in (left, right))
+    values, vectors = jnp.linalg.eigh(a)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(jnp.swapaxes(root, -1, -2) @ b @ root)[..., -1], 0))
+
+
+def _matrix_norm(matrix: Array) -> Array:
+    """|W| for W [..., m, n], from the Gram matrix of its smaller side."""
+    small = matrix if matrix.shape[-2] <= matrix.shape[-1] else jnp.swapaxes(matrix, -1, -2)
+    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(small @ jnp.swapaxes(small, -1, -2))[..., -1], 0))
+
+
+def _addressed(pre: Array, post: Array) -> Array:
+    # pre S [h, i, g, p], post R [g, j, h, p]: for each pair g, h the product of R[g, :, h, :] and S[h, :, g, :]^T.
+    return _product_norm(jnp.transpose(post, (0, 2, 1, 3)), jnp.transpose(pre, (2, 0, 1, 3)))
+
+
+_NORMS = {
+    "broadcast": lambda pre, post: _product_norm(post, pre)[None, None],
+    "addressed": _addressed,
+    "within": lambda pre, post: jnp.diag(_product_norm(post, pre)),
+    "block": lambda pre, post: jnp.diag(_matrix_norm(post)),
+}
+
+
+def _nonnegative_norm(norms: Array) -> Array:
+    """Spectral norm of a matrix without negative entries, from above.
+
+    Power iteration comes from below, but each iterate v > 0 also gives the upper bound max_i (N^T N v)_i / v_i
+    (Collatz 1942, Wielandt 1950).
+    """
+    square = norms.T @ norms
+
+    def better(v: Array, _: None) -> tuple[Array, None]:
+        after = square @ v
+        # A group that nobody hears would leave a zero, and no bound: any positive v gives one.
+        return jnp.maximum(after / (jnp.max(after) + 1e-30), 1e-3), None
+
+    v, _ = jax.lax.scan(better, jnp.ones(norms.shape[0], norms.dtype), length=50)
+    return jnp.sqrt(jnp.max(square @ v / v))

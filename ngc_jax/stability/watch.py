@@ -1,0 +1,54 @@
+"""What is measured of a model's stability while it trains, on a little held-out text, as `config.stability` chooses.
+
+For: the numbers of one row of the log. Not for: pages and spectra of a finished model (`page.py`), what is added to
+the loss (`regulariser.py`), or warnings (`monitor.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.core.stability import departure, summarise, token_contraction
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability.systems import depth_exponents, round_exponents, silenced
+
+Array = jax.Array
+MEASURES = ("rounds", "tokens", "departure", "exponents")
+
+
+def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, Array]]:
+    """The measures of `config.measures`: (params, tokens [B, T + 1]) -> {"stability/...": scalar}, in float32.
+
+    "rounds": contraction, drive ratio and boundedness of the loop. "tokens": contraction_per_token, the slope over the
+    last stream. "departure": how far messages, and the drive, move the last stream. "exponents": the leading one per
+    stage, and per round, followed for `config.rounds` rounds. Each is a mean over sequences; what a model does not have
+    (a loop, messages) is left out.
+    """
+    s = model.shape
+    positions = jnp.arange(s.context)
+
+    def last_stream(params: Any, tokens: Array) -> Any:
+        return model.stream(params, params["embed"][tokens], positions, record=s.core > 0)
+
+    def watch(params: Any, tokens: Array) -> dict[str, Array]:
+        tokens = tokens[:, :-1]  # what the model reads; the last token is only foretold
+        found: dict[str, Array] = {}
+        x, _, records = last_stream(params, tokens)
+        if "rounds" in config.measures and records is not None:
+            found |= summarise(records)
+        if "tokens" in config.measures and s.context >= 3:
+            found["contraction_per_token"] = jnp.mean(token_contraction(x))
+        if "departure" in config.measures:
+            kinds = ["messages"] * (s.rule not in ("dense", "none")) + ["drive"] * (s.core > 0)
+            for what in kinds:
+                without = last_stream(silenced(params, what), tokens)[0]
+                found[f"departure_{what}"] = jnp.mean(departure(x, without))
+        if "exponents" in config.measures:
+            found["exponent_per_stage"] = jnp.mean(depth_exponents(model, params, tokens))
+            if s.core:
+                found["exponent_per_round"] = jnp.mean(round_exponents(model, params, tokens, rounds=config.rounds))
+        return {f"stability/{name}": value for name, value in found.items()}
+
+    return watch

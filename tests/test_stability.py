@@ -1,0 +1,329 @@
+"""Measures, bounds and models as systems: against NumPy, explicit Jacobians, and on eight devices as on one."""
+
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, python
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ngc_jax import stability
+from ngc_jax.config import base, model_shape
+from ngc_jax.core.communicate import communicate
+from ngc_jax.core.rules import RULES, transmit, weights
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability.regulariser import jacobian_penalty, make_penalty
+from ngc_jax.stability.watch import MEASURES, make_watch
+
+
+def build(**fields):
+    config = base()
+    config.update_from_flattened_dict({**TINY, "data.context": 6, "model.rounds": 3, **fields})
+    model = Decoder(model_shape(config, 40))
+    return model, jax.jit(model.init)(jax.random.key(0)), config
+
+
+def text(rows=2, seed=1, length=6):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, 40)
+
+
+# ---- Measures of states ----
+
+
+def test_measures_are_their_formulas():
+    x = np.random.default_rng(0).normal(size=(5, 2, 7, 4)).astype(np.float32)
+    step = np.linalg.norm(np.diff(x, axis=0), axis=-1)
+    np.testing.assert_allclose(stability.contraction(x), step[1:] / step[:-1], rtol=1e-5)
+    size = np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(stability.boundedness(x), (size / size[0]).max(0), rtol=1e-5)
+    far = np.linalg.norm(x[0] - x[1], axis=-1) / size[1]
+    np.testing.assert_allclose(stability.departure(x[0], x[1]), far, rtol=1e-5)
+    share = size[0] / (size[0] + size[1])
+    np.testing.assert_allclose(stability.drive_ratio(x[0], x[1]), share, rtol=1e-5)
+    moved = np.linalg.norm(np.diff(x[0], axis=1), axis=-1) / size[0].mean(-1, keepdims=True)
+    slopes = [np.polyfit(np.arange(6), np.log(row), 1)[0] for row in moved]
+    np.testing.assert_allclose(stability.token_contraction(x[0]), slopes, rtol=1e-3, atol=1e-5)
+
+
+def test_token_contraction_reads_the_rate_at_which_a_sequence_settles():
+    states = 5 + 0.8 ** jnp.arange(20)[:, None] * jnp.ones(3)
+    assert float(stability.token_contraction(states)) == pytest.approx(np.log(0.8), abs=1e-3)
+
+
+def test_transport_finds_the_map_that_made_the_signals():
+    turn = 0.95 * jnp.linalg.qr(jax.random.normal(jax.random.key(0), (3, 3)))[0]
+    signals = [jax.random.normal(jax.random.key(1), (8, 3))]
+    for _ in range(20):
+        signals.append(signals[-1] @ turn.T)
+    found = stability.transport(jnp.stack(signals, axis=1), ridge=1e-6)
+    np.testing.assert_allclose(found.map, turn, atol=1e-3)
+    assert float(found.norm) == pytest.approx(0.95, abs=1e-3)
+    assert float(found.flatness) == pytest.approx(1, abs=1e-3)
+    assert float(found.residual) < 1e-2
+    noise = stability.transport(jax.random.normal(jax.random.key(2), (50, 40, 3)))
+    assert float(noise.residual) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: stability.contraction(jnp.ones((2, 4))), "states: 2"),
+        (lambda: stability.token_contraction(jnp.ones((2, 4))), "states: 2 tokens"),
+        (lambda: stability.transport(jnp.ones((1, 4))), "signals: 1"),
+        (lambda: stability.contraction_bound([], eta=0.0), "eta=0.0"),
+        (lambda: stability.bootstrap_interval(jnp.ones((1, 4))), "blocks: 1"),
+        (lambda: stability.silenced({}, "everything"), "what='everything'"),
+        (lambda: stability.silenced({}, "drive"), "what='drive'"),
+    ],
+)
+def test_refusals_name_the_argument(call, named):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 (the message is what is tested)
+        call()
+    assert named in str(refusal.value)
+
+
+# ---- The bound ----
+
+PARTS = [*itertools.combinations(RULES, 1), *itertools.combinations(RULES, 2)]
+
+
+@pytest.mark.parametrize("names", PARTS, ids="+".join)
+def test_gain_bound_is_no_less_than_the_norm_and_not_far_above(names):
+    for seed in range(5):
+        keys = jax.random.split(jax.random.key(seed), len(names))
+        parts = [(name, *RULES[name].init(key, 4, 24, 16, 2)) for name, key in zip(names, keys, strict=True)]
+        norm = np.linalg.norm(sum(np.asarray(weights(*part)) for part in parts), 2)
+        bound = float(stability.gain_bound(parts))
+        assert norm <= bound <= 3.5 * norm
+        if len(names) == 1 and names[0] != "addressed":
+            assert bound == pytest.approx(norm, rel=1e-4)  # exact where groups do not mix
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("rule", ["broadcast", "addressed"])
+def test_no_round_stretches_more_than_the_bound(rule, eta):
+    """On random models, random inputs and the worst of many pairs of neighbouring starts."""
+    for seed in range(8):
+        keys = jax.random.split(jax.random.key(seed), 5)
+        scale = 0.2 + 0.2 * seed
+        parts = [
+            ("block", *RULES["block"].init(keys[0], 4, 16, 16, 0)),
+            (rule, *RULES[rule].init(keys[1], 4, 16, 16, 2)),
+        ]
+        parts = [(name, pre, scale * post) for name, pre, post in parts]
+        u = jax.random.normal(keys[2], (16,))
+
+        def update(x, memory, parts=parts, u=u):
+            return eta * jnp.tanh(sum(transmit(name, x, pre, post) for name, pre, post in parts) + u), memory
+
+        def after(x, update=update):
+            return communicate(update, x, keep=jnp.full(16, 1 - eta), drive=jnp.zeros(16), rounds=1)[0]
+
+        x = jax.random.normal(keys[3], (64, 16))
+        near = x + 1e-2 * jax.random.normal(keys[4], (64, 16))
+        measured = jnp.linalg.norm(after(x) - after(near), axis=-1) / jnp.linalg.norm(x - near, axis=-1)
+        bound = float(stability.contraction_bound(parts, eta=eta))
+        assert float(jnp.max(measured)) <= bound
+        jacobians = jax.vmap(jax.jacobian(after))(x)
+        assert float(jnp.max(jnp.linalg.norm(jacobians, ord=2, axis=(1, 2)))) <= bound
+
+
+# ---- Our models as systems ----
+
+
+def test_round_exponents_are_those_of_the_explicit_jacobian():
+    model, params, _ = build(**{"model.width": 8, "model.groups": 2, "model.hidden": 8})
+    tokens = text(rows=1, length=4)
+    found = stability.round_exponents(model, params, tokens, rounds=6, k=3)[0]
+    step, x = stability.rounds_step(model, params, tokens)
+    jacobian = jax.jit(jax.jacobian(lambda x: step(x, None)))
+    # The same start as the kernel's: what is compared is J formed and J never formed.
+    q = np.linalg.qr(np.asarray(jax.random.normal(jax.random.key(0), (3, x.size)), np.float64).T)[0]
+    total = np.zeros(3)
+    for _ in range(6):
+        q, r = np.linalg.qr(np.asarray(jacobian(x)).reshape(x.size, x.size) @ q)
+        total += np.log(np.abs(np.diag(r)))
+        x = step(x, None)
+    np.testing.assert_allclose(found, -np.sort(-total / 6), atol=1e-4)
+
+
+def test_depth_exponents_are_those_of_the_explicit_jacobian():
+    model, params, _ = build(**{"model.core": 0, "model.coda": 2, "model.width": 8, "model.groups": 2})
+    tokens = text(rows=1, length=4)
+    found = stability.depth_exponents(model, params, tokens, k=1)[0, 0]
+    x = params["embed"][tokens]
+    jacobian = jax.jacobian(lambda x: model.stream(params, x, jnp.arange(4))[0])(x).reshape(x.size, x.size)
+    start = jax.random.normal(jax.random.key(0), (x.size, 1))
+    stretch = jnp.linalg.norm(jacobian @ start) / jnp.linalg.norm(start)
+    assert float(found) == pytest.approx(float(jnp.log(stretch)) / 3, abs=1e-4)
+
+
+def test_token_exponents_are_slopes_of_the_response():
+    model, params, _ = build()
+    tokens = text(rows=1)
+    found = stability.token_exponents(model, params, tokens, k=16)[0]
+    x = params["embed"][tokens]
+    jacobian = jax.jacobian(lambda x: model.stream(params, x, jnp.arange(6))[0])(x)[0, 1:, :, 0, 0]  # [lag, D, D]
+    values = np.log(np.linalg.svd(np.asarray(jacobian), compute_uv=False))
+    slopes = np.polyfit(np.arange(5), values, 1)[0]
+    np.testing.assert_allclose(found[:4], slopes[:4], atol=2e-2)
+
+
+def test_round_states_are_the_loop_and_go_on_after_it():
+    model, params, _ = build(**{"model.coda": 0})
+    tokens = text()
+    states = stability.round_states(model, params, tokens, 5)
+    trained = model.stream(params, params["embed"][tokens], jnp.arange(6))[0]
+    np.testing.assert_allclose(states[3], trained, atol=1e-5)
+    assert states.shape == (6, *trained.shape)
+
+
+def test_departure_is_zero_with_everything_on_and_not_without():
+    model, params, _ = build()
+    tokens = text()
+    run = jax.jit(lambda p: model.stream(p, p["embed"][tokens], jnp.arange(6))[0])
+    assert float(jnp.max(stability.departure(run(params), run(params)))) == 0
+    for what in ("messages", "drive"):
+        assert float(jnp.min(stability.departure(run(params), run(stability.silenced(params, what))))) > 1e-3
+
+
+def test_silenced_messages_leave_only_the_groups():
+    model, params, config = build()
+    config.model.rule = "none"
+    alone = Decoder(model_shape(config, 40))
+    tokens = text()
+    silent = model.apply(stability.silenced(params, "messages"), tokens)[0]
+    # A model without messages reads the same parameters and knows nothing of the ports.
+    np.testing.assert_allclose(silent, alone.apply(params, tokens)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_traffic_adds_up_to_what_the_groups_hear(activation):
+    model, params, _ = build(**{"model.message_activation": activation})
+    loud = stability.traffic(model, params, text())
+    assert list(loud) == ["prelude 1", "core 1, round 1", "core 1, round 2", "core 1, round 3", "coda 1"]
+    assert all(table.shape == (4, 4) and bool(jnp.all(table > 0)) for table in loud.values())
+    # A group that sends nothing is heard by nobody.
+    mute = jax.tree_util.tree_map_with_path(
+        lambda path, p: p.at[:, :, 2].set(0) if "'pre'" in str(path) and "core" not in str(path) else p, params
+    )
+    table = stability.traffic(model, mute, text())["prelude 1"]
+    assert float(jnp.max(table[:, 2])) == 0
+    assert float(jnp.min(table[:, 0])) > 0
+
+
+def test_models_without_a_loop_or_messages_say_so():
+    model, params, _ = build(**{"model.rule": "dense", "model.core": 0})
+    with pytest.raises(ValueError, match=r"model\.core=0"):
+        stability.rounds_step(model, params, text())
+    with pytest.raises(ValueError, match=r"model\.rule='dense'"):
+        stability.traffic(model, params, text())
+
+
+# ---- In training ----
+
+
+def watched(model, params, tokens, names=MEASURES, **jit):
+    settings = types.SimpleNamespace(measures=names, rounds=4)
+    return jax.device_get(jax.jit(make_watch(model, settings), **jit)(params, tokens))
+
+
+def test_what_is_watched_is_what_was_chosen():
+    model, params, _ = build()
+    tokens = text(length=7)
+    everything = watched(model, params, tokens)
+    parts = [watched(model, params, tokens, (name,)) for name in MEASURES]
+    assert all(parts)
+    together = {name: value for part in parts for name, value in part.items()}
+    assert together.keys() == everything.keys()
+    for name, value in everything.items():
+        assert together[name] == pytest.approx(float(value), rel=1e-4), name
+    dense, params, _ = build(**{"model.rule": "dense", "model.core": 0})
+    assert set(watched(dense, params, tokens)) == {"stability/contraction_per_token", "stability/exponent_per_stage"}
+
+
+def compare_devices():
+    """Run by the test below in a process that has eight devices."""
+    model, params, _ = build(**{"model.groups": 8, "model.width": 16, "model.hidden": 32})
+    tokens = text(rows=8, length=7)
+    alone = watched(model, params, tokens)
+    for axis in ("data", "group"):
+        mesh = jax.make_mesh((8,), (axis,), axis_types=(AxisType.Auto,))
+
+        def lie(path, p, mesh=mesh, axis=axis):
+            grouped = axis == "group" and str(path[-1]) in ("['pre']", "['post']")
+            return NamedSharding(mesh, PartitionSpec(None, None, "group") if grouped else PartitionSpec())
+
+        shardings = jax.tree_util.tree_map_with_path(lie, params)
+        rows = NamedSharding(mesh, PartitionSpec("data") if axis == "data" else PartitionSpec())
+        spread = watched(model, jax.device_put(params, shardings), jax.device_put(tokens, rows))
+        for name, value in alone.items():
+            assert spread[name] == pytest.approx(float(value), rel=2e-4, abs=1e-5), (axis, name)
+
+
+@pytest.mark.slow
+def test_measures_on_eight_devices_are_those_on_one():
+    """With sequences over the devices, and with the groups of every state over the devices."""
+    script = "import sys; sys.path.insert(0, 'tests'); import test_stability as t; t.compare_devices(); print('equal')"
+    done = python("-c", script, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.stdout.endswith("equal\n"), done.stderr
+
+
+def minimise(penalty, params, tokens, steps=60, rate=0.04):
+    """Values of the penalty under plain gradient descent with normalised steps."""
+
+    @jax.jit
+    def step(params, i):
+        value, grads = jax.value_and_grad(penalty)(params, tokens, jax.random.fold_in(jax.random.key(0), i))
+        size = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))) + 1e-12
+        return jax.tree.map(lambda p, g: p - rate * g / size, params, grads), value
+
+    values = []
+    for i in range(steps):
+        params, value = step(params, i)
+        values.append(float(value))
+    return params, values
+
+
+@pytest.mark.parametrize("name", ["contraction", "exponent"])
+def test_the_band_moves_what_is_measured_into_it(name):
+    model, params, config = build()
+    settings = config.stability
+    assert make_penalty(model, settings) is None
+    settings.regulariser, settings.low, settings.high = name, -2.0, -0.3
+    tokens = text(rows=4)
+
+    def measure(params):
+        if name == "exponent":
+            return float(jnp.mean(stability.round_exponents(model, params, tokens, rounds=3)))
+        return float(jnp.mean(jnp.log(stability.contraction(stability.round_states(model, params, tokens, 3)))))
+
+    before = measure(params)
+    assert before > -0.25
+    params, _ = minimise(make_penalty(model, settings), params, tokens)
+    assert -2.01 < measure(params) < -0.25
+
+
+def test_the_jacobian_penalty_is_unbiased_and_shrinks_the_jacobian():
+    a = jax.random.normal(jax.random.key(0), (6, 6))
+    keys = jax.random.split(jax.random.key(1), 4000)
+    estimate = jnp.mean(jax.vmap(lambda key: jacobian_penalty(lambda x: a @ x, jnp.ones(6), key))(keys))
+    assert float(estimate) == pytest.approx(float(jnp.sum(a**2)) / 6, rel=0.05)
+
+    model, params, config = build()
+    config.stability.jacobian = 1.0
+    tokens = text(rows=4)
+
+    @jax.jit
+    def size(params):
+        step, _ = stability.rounds_step(model, params, tokens)
+        settled = stability.round_states(model, params, tokens, 3)[-1]
+        keys = jax.random.split(jax.random.key(9), 20)
+        return jnp.mean(jax.vmap(lambda key: jacobian_penalty(lambda x: step(x, None), settled, key))(keys))
+
+    before = float(size(params))
+    params, _ = minimise(make_penalty(model, config.stability), params, tokens)
+    assert float(size(params)) < 0.8 * before
