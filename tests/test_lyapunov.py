@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ngc_jax import count
+from ngc_jax.core.lyapunov import orthonormalise
 from ngc_jax.stability import (
     bootstrap_interval,
     entropy_rate,
@@ -97,6 +98,26 @@ def test_a_lost_direction_is_minus_infinity_and_no_nan():
     assert found[1] == -jnp.inf
 
 
+def test_tall_tangents_are_orthonormalised_as_by_qr():
+    """By Gram matrices, also where the rows are all but one, or lack a direction altogether."""
+    basis = jax.random.normal(jax.random.key(0), (5, 400))
+    mixed = jnp.array([[1.0, 0, 0, 0, 0], [1, 1e-3, 0, 0, 0], [1, 1, 1e-2, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1e-4]])
+    rows, growth = orthonormalise(mixed @ basis)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(5), atol=1e-3)
+    r = np.linalg.qr(np.asarray(mixed @ basis, np.float64).T, mode="r")
+    np.testing.assert_allclose(growth, np.log(np.abs(np.diag(r))), atol=1e-2)
+    rows, growth = orthonormalise(basis.at[3].set(0))
+    assert growth[3] == -jnp.inf
+    assert bool(jnp.all(jnp.isfinite(rows)))
+    assert bool(jnp.all(jnp.isfinite(jnp.delete(growth, 3))))
+
+
+def test_a_large_state_has_the_exponents_of_its_parts():
+    rates = jnp.concatenate([jnp.array([1.2, 0.9, 0.4]), jnp.full(400, 1e-3)])
+    found = lyapunov_spectrum(lambda x, u: rates * x, jnp.zeros(403), steps=60, transient=40, k=3)
+    np.testing.assert_allclose(found, jnp.log(rates[:3]), atol=1e-5)
+
+
 def test_orthonormalising_seldom_changes_nothing_but_the_cost():
     x0 = jnp.array([0.1, 0.1])
     often, seldom = (lyapunov_spectrum(henon, x0, steps=4_000, transient=40, qr_every=q) for q in (1, 4))
@@ -140,7 +161,7 @@ def test_many_starts_at_once():
     np.testing.assert_allclose(together, jnp.stack(alone), atol=1e-4)
 
 
-W = jax.random.normal(jax.random.key(3), (64, 64)) / 8
+W = jax.random.normal(jax.random.key(3), (256, 256)) / 16
 
 
 def recurrent(x, u):
@@ -150,7 +171,7 @@ def recurrent(x, u):
 def test_memory_does_not_grow_with_steps():
     def temporary(steps):
         run = jax.jit(lambda x: lyapunov_spectrum(recurrent, x, steps=steps, k=4))
-        return run.lower(jnp.zeros(64)).compile().memory_analysis().temp_size_in_bytes
+        return run.lower(jnp.zeros(256)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(1024) <= 1.1 * temporary(64)
 
@@ -161,9 +182,9 @@ def test_cost_is_that_of_one_tangent_for_each_exponent():
     def steps_of(x):
         return jax.lax.scan(lambda x, _: (recurrent(x, None), None), x, length=10)[0]
 
-    forward = count.forward_flops(steps_of, jnp.zeros(64))
-    one = count.forward_flops(lambda x: leading_exponent(recurrent, x, steps=10), jnp.zeros(64))
-    four = count.forward_flops(lambda x: lyapunov_spectrum(recurrent, x, steps=10, k=4), jnp.zeros(64))
+    forward = count.forward_flops(steps_of, jnp.zeros(256))
+    one = count.forward_flops(lambda x: leading_exponent(recurrent, x, steps=10), jnp.zeros(256))
+    four = count.forward_flops(lambda x: lyapunov_spectrum(recurrent, x, steps=10, k=4), jnp.zeros(256))
     assert one <= 2.2 * forward
     assert four <= 5.5 * forward
 

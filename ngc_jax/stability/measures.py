@@ -94,7 +94,7 @@ def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> 
         tokens=tokens,
         loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
         traffic=_traffic(model, params, tokens) if _has_messages(model) else {},
-        bounds={} if model.shape.message_activation else _bounds(params),
+        bounds={} if model.shape.message_activation else gain_bounds(params),
         **streams,
     )
 
@@ -217,8 +217,8 @@ def _place(stage: str) -> tuple[int, ...]:
     return STACKS.index(stack), *(int(number) for number in reversed(numbers))
 
 
-def _bounds(params: Params) -> dict[str, dict[str, float]]:
-    """The gain bound of every synapse of every stage."""
+def gain_bounds(params: Params) -> dict[str, dict[str, float]]:
+    """The most that each synapse stretches a difference by, {stage: {synapse: factor}}; for linear messages only."""
     stacks = {name: params[name] for name in STACKS if name in params}
     if "core" in stacks:
         stacks["core"] = stacks["core"]["stages"]

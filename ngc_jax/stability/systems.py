@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.lyapunov import lyapunov_spectrum
+from ngc_jax.core.lyapunov import lyapunov_spectrum, orthonormalise
 from ngc_jax.core.rules import GATES, RULES
 from ngc_jax.core.stability import slope
 from ngc_jax.nn.decoder import Decoder
@@ -79,8 +79,8 @@ def depth_exponents(model: Decoder, params: Params, tokens: Array, *, k: int = 1
             return Stage(s).apply({"params": weights}, x, positions)[0]
 
         x = params["embed"][row[None]]
-        tangents = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (x.size, k)))[0].T.reshape(k, *x.shape)
-        carry = (x, tangents, jnp.zeros(k))
+        tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
+        carry = (x, tangents.reshape(k, *x.shape), jnp.zeros(k))
         if s.prelude:
             carry = _follow(stage, carry, params["prelude"])
         if s.core:
@@ -102,8 +102,8 @@ def _follow(step: Step, carry: tuple[Array, Array, Array], inputs: Any) -> tuple
     def body(carry: tuple[Array, Array, Array], u: Any) -> tuple[tuple[Array, Array, Array], None]:
         x, tangents, total = carry
         after, pushed = jax.vmap(lambda t: jax.jvp(lambda x: step(x, u), (x,), (t,)), out_axes=(None, 0))(tangents)
-        q, r = jnp.linalg.qr(pushed.reshape(pushed.shape[0], -1).T)
-        return (after, q.T.reshape(pushed.shape), total + jnp.log(jnp.abs(jnp.diagonal(r)))), None
+        rows, growth = orthonormalise(pushed.reshape(pushed.shape[0], -1))
+        return (after, rows.reshape(pushed.shape), total + growth), None
 
     return jax.lax.scan(body, carry, inputs)[0]
 
@@ -121,7 +121,7 @@ def token_exponents(model: Decoder, params: Params, tokens: Array, *, k: int = 1
 
     def one(row: Array) -> Array:
         x = params["embed"][row[None]]
-        directions = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (x.shape[-1], k)))[0].T
+        directions, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.shape[-1])))
 
         def respond(direction: Array) -> Array:
             change = jnp.zeros_like(x).at[0, source].set(direction)
@@ -185,7 +185,8 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
             loud[name.format(i + 1)] = jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
         return x, loud
 
-    x, loud = params["embed"][tokens], {}
+    x: Array = params["embed"][tokens]
+    loud: dict[str, Array] = {}
     if s.prelude:
         x, loud = stages("prelude {}", params["prelude"], s.prelude, x)
     if s.core:

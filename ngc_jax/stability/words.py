@@ -117,8 +117,8 @@ def _rounds(measured: Measured) -> str:
 def _tokens(measured: Measured) -> str:
     same = float(np.mean(measured.moves < SAME))
     repeats = (
-        f" At {same:.1%} of the positions the distance is 0 to rounding, as where a window starts with one token over and "
-        "over: they pull the curve down and tilt the line."
+        f" At {same:.1%} of the positions the distance is 0 to rounding, as where a window starts with one token over "
+        "and over: they pull the curve down and tilt the line."
     )
     return (
         "How far the last stage's state moves from each token to the next. Up: natural logarithm of the distance "

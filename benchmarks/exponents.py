@@ -1,0 +1,74 @@
+"""What exponents cost: time and memory against plain forward passes of the same step, in one run.
+
+    python -m benchmarks.exponents
+
+For: the ratios that docs/stability.md quotes. Not for: correctness (`tests/test_lyapunov.py`). Each ratio is the median
+of paired rounds, forward and exponents one after the other, since machines are shared and drift.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.config import base, model_shape
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability import leading_exponent, lyapunov_spectrum, rounds_step
+
+Array = jax.Array
+STEPS, PAIRS = 32, 9
+
+
+def forward(step: Callable[[Any, Any], Any], x: Array) -> Array:
+    return jax.lax.scan(lambda x, _: (step(x, None), None), x, length=STEPS)[0]
+
+
+def ratio(plain: Callable[[Array], Array], other: Callable[[Array], Array], x: Array) -> float:
+    """Median of time(other) / time(plain) over pairs."""
+
+    def took(function: Callable[[Array], Array]) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(function(x))
+        return time.perf_counter() - began
+
+    for function in (plain, other):
+        took(function)
+    return statistics.median(took(other) / took(plain) for _ in range(PAIRS))
+
+
+def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
+    """A dense recurrent network on 64 states at once, and the loop of configs/ngc_small.py on 4 sequences."""
+    w = jax.random.normal(jax.random.key(0), (512, 512)) / 512**0.5
+    start = jax.random.normal(jax.random.key(1), (64, 512))
+    config = base()
+    model = Decoder(model_shape(config, 257))
+    params = jax.jit(model.init)(jax.random.key(2))
+    tokens = jax.random.randint(jax.random.key(3), (4, config.data.context), 0, 257)
+    step, entered = rounds_step(model, params, tokens)
+    return {"recurrent, 64 x 512": (lambda x, u: jnp.tanh(x @ w), start), "rounds of ngc_small": (step, entered)}
+
+
+def main() -> None:
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; time as a multiple of {STEPS} forward steps")
+    for name, (step, x) in systems().items():
+        plain = jax.jit(lambda x, step=step: forward(step, x))
+        found = [("leading", 2.2, jax.jit(lambda x, step=step: leading_exponent(step, x, steps=STEPS)))]
+        for k in (4, 8):
+            spectrum = jax.jit(lambda x, step=step, k=k: lyapunov_spectrum(step, x, steps=STEPS, k=k))
+            found.append((f"k = {k}", k + 1.5, spectrum))
+        for label, allowed, other in found:
+            print(f"{name:22} {label:8} {ratio(plain, other, x):6.2f}   (wanted: at most {allowed})", flush=True)
+        sizes = []
+        for steps in (64, 1024):
+            spectrum = jax.jit(lambda x, step=step, steps=steps: lyapunov_spectrum(step, x, steps=steps, k=4))
+            memory = spectrum.lower(x).compile().memory_analysis()
+            assert memory is not None, "this backend does not say what memory a program needs"
+            sizes.append(memory.temp_size_in_bytes)
+        print(f"{name:22} temporary memory, 1,024 steps over 64: {sizes[1] / sizes[0]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
