@@ -9,19 +9,12 @@ comparison.
 """
 
 import argparse
-import collections
-import concurrent.futures
 import math
-import os
 import pathlib
-import queue
 import statistics
-import subprocess
-import sys
 
-from ngc_jax.metrics import read_rows
+from experiments.runs import train
 
-ROOT = pathlib.Path(__file__).parent.parent
 RATES = {"dense_small": (6.25e-4, 1.25e-3, 2.5e-3, 5e-3), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
 TUNING_SEED, SEEDS = 1000, (0, 1, 2)
 T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%: the interval of a mean of three
@@ -38,23 +31,6 @@ def arguments(model: str, rate: float, seed: int, steps: int) -> list[str]:
     ]
 
 
-def run(workdir: pathlib.Path, args: list[str], cores: "queue.Queue[set[int]]") -> float:
-    """Train, unless it is done already, on cores taken from the queue; returns the loss on the whole held-out text."""
-    mine = cores.get()
-    try:
-        command = [sys.executable, "launch.py", *args, f"--workdir={workdir}"]
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, mine)
-        )
-    finally:
-        cores.put(mine)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode} from: {' '.join(command)}")
-    loss = next(row["final/loss"] for row in reversed(read_rows(workdir)) if "final/loss" in row)
-    print(f"{workdir.name}: {loss:.4f}", flush=True)
-    return loss
-
-
 def interval(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {T95 * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
@@ -66,31 +42,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
     args = parser.parse_args()
     home = args.workdir.absolute()
-    available = sorted(os.sched_getaffinity(0))
-    cores: queue.Queue[set[int]] = queue.Queue()
-    for job in range(args.jobs):
-        cores.put(set(available[job :: args.jobs]))
-
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        tuning = {
-            (model, rate): pool.submit(
-                run, home / f"tune-{model}-{rate:g}", arguments(model, rate, TUNING_SEED, args.steps * 4 // 5), cores
-            )
+    tuning = train(
+        home,
+        {
+            f"tune-{model}-{rate:g}": arguments(model, rate, TUNING_SEED, args.steps * 4 // 5)
             for model in RATES
             for rate in RATES[model]
-        }
-        tuned = {key: future.result() for key, future in tuning.items()}
-        best = {model: min(RATES[model], key=lambda rate: tuned[model, rate]) for model in RATES}
-        final = {
-            (model, seed): pool.submit(
-                run, home / f"{model}-seed{seed}", arguments(model, best[model], seed, args.steps), cores
-            )
-            for seed in SEEDS
-            for model in RATES
-        }
-        losses: dict[str, list[float]] = collections.defaultdict(list)
-        for (model, _), future in final.items():
-            losses[model].append(future.result())
+        },
+        args.jobs,
+    )
+    tuned = {(model, rate): tuning[f"tune-{model}-{rate:g}"] for model in RATES for rate in RATES[model]}
+    best = {model: min(RATES[model], key=lambda rate: tuned[model, rate]) for model in RATES}
+    final = train(
+        home,
+        {f"{model}-seed{seed}": arguments(model, best[model], seed, args.steps) for seed in SEEDS for model in RATES},
+        args.jobs,
+    )
+    losses = {model: [final[f"{model}-seed{seed}"] for seed in SEEDS] for model in RATES}
 
     lines = [
         f"Made by `python -m experiments.match_dense --steps={args.steps}`; loss in nats per byte on the whole",

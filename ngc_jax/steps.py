@@ -17,6 +17,7 @@ import optax
 
 from ngc_jax import optim
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability import monitor
 from ngc_jax.stability.regulariser import Penalty
 
 Array = jax.Array
@@ -32,13 +33,14 @@ class TrainState:
     optimizer: Tree
     skipped: Array  # int32: updates skipped so far because loss or gradient was not finite
     bad: Array  # int32: of these, the latest in a row
+    monitor: monitor.Memory  # of the early warning
 
 
 def init_state(model: Decoder, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
     params = model.init(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero)
+    return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero, monitor.begin())
 
 
 def losses(model: Decoder, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any) -> tuple[Array, Array]:
@@ -94,6 +96,8 @@ def make_train_step(
         params, memory = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, memory), (state.params, state.optimizer)
         )
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)) / optax.tree.norm(state.params)
+        watched, warning = monitor.advance(state.monitor, change)
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(good, 0, 1)
         scalars = {
@@ -102,8 +106,10 @@ def make_train_step(
             "train/learning_rate": config.learning_rate * optim.schedule(config, state.step),
             "train/skipped": skipped,
             "train/bad_in_a_row": bad,
+            "stability/relative_update": change,
+            "stability/warning": warning,
         }
-        return TrainState(state.step + 1, params, memory, skipped, bad), scalars
+        return TrainState(state.step + 1, params, memory, skipped, bad, watched), scalars
 
     return step
 

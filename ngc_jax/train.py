@@ -95,10 +95,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     last_save = time.monotonic()
     late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
     broken = 0  # updates skipped in a row
+    warned = 0  # the update at which the standing warning of divergence began; 0 = none stands
 
     def settle() -> None:
         """Read the scalars of the update before this one, log them, and stop where training has broken down."""
-        nonlocal late, broken
+        nonlocal late, broken, warned
         if late is None:
             return
         (at, scalars), late = late, None
@@ -109,14 +110,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             speed = train.batch_size * data.context / per_step
             metrics.write({"step": at, **row, "tokens_per_second": speed, "seconds": clock.seconds()})
             progress.show(at, row["train/loss"], speed, per_step)
+        likely = row["stability/warning"] > 0
+        if likely and not warned:
+            change = f"the parameters change by {row['stability/relative_update']:.1%} in an update"
+            progress.say(f"step {at}: divergence likely: {change}; a smaller learning rate is safer")
+        warned = (warned or at) if likely or (broken and warned) else 0
         if broken:
             progress.say(f"step {at}: loss {row['train/loss']}, gradient norm {row['train/grad_norm']}: update skipped")
         if broken >= train.max_bad_steps:
             checkpoints.wait()
             sound, _ = checkpoints.newest_sound()
+            foretold = f"the warning stood from step {warned} on" if warned else "no warning came before it"
             raise Diverged(
                 f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound "
-                f"checkpoint: {sound}; try a smaller train.learning_rate={train.learning_rate:g} or "
+                f"checkpoint: {sound}; {foretold}; try a smaller train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )

@@ -88,7 +88,8 @@ def numpy_stage(s, params, stage, x):
     heads = (*x.shape[:2], s.heads, -1)
     read = synapse("query_key_value", numpy_norm(x, params["attention_norm"]["scale"][stage]))
     query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
-    query, key = numpy_rotate(query), numpy_rotate(key)
+    query = numpy_rotate(numpy_norm(query, params["query_norm"]["scale"][stage]))
+    key = numpy_rotate(numpy_norm(key, params["key_norm"]["scale"][stage]))
     mixed = np.zeros_like(value)
     for b, t, h in itertools.product(range(x.shape[0]), range(x.shape[1]), range(s.heads)):
         seen = slice(max(0, t - s.context + 1), t + 1)

@@ -69,6 +69,7 @@ def pixels(png):
     return np.frombuffer(zlib.decompress(data), np.uint8)
 
 
+@pytest.mark.slow
 def test_the_page_has_every_section_and_needs_nothing_but_itself(run, written):
     text, _ = written
     assert list(sections(text)) == SECTIONS
@@ -84,6 +85,7 @@ def test_the_page_has_every_section_and_needs_nothing_but_itself(run, written):
         assert len(np.unique(pixels(png))) > 20, name
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_measured(written):
     text, printed = written
     assert "Stability of a&lt;b&gt;, step 5" in text
@@ -97,6 +99,7 @@ def test_the_page_says_what_was_measured(written):
     assert "index.html" in printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "unit"),
     [

@@ -223,7 +223,7 @@ def kaplan_yorke_dimension(exponents: Array) -> Array:
 
 
 def entropy_rate(exponents: Array) -> Array:
-    """Nats per step that the map creates at most: the sum of the positive exponents (Ruelle's bound, Pesin's formula)."""
+    """Nats that the map creates per step, at most: the sum of the positive exponents (Ruelle 1978; Pesin 1977)."""
     return jnp.sum(jnp.maximum(exponents, 0))
 
 

@@ -80,21 +80,24 @@ def token_contraction(states: Array) -> Array:
     """Slope of log d_t over tokens, by least squares, per token: states [..., T, D] -> [...].
 
     d_t = |x_t - x_{t-1}| / mean norm is how far a token's state is from the one before. A negative slope says that a
-    sequence settles as it is read. The slope, since the mean of log d_{t+1} / d_t telescopes to its two ends.
-    Raises ValueError where T < 3.
+    sequence settles as it is read. The slope, since the mean of log d_{t+1} / d_t telescopes to its two ends. Tokens
+    whose state is the one before (a sequence that begins with a repeated token has such) have no log d_t and are left
+    out. Raises ValueError where T < 3.
     """
     if states.shape[-2] < 3:
         raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
     scale = jnp.mean(norm(states), axis=-1, keepdims=True)
     moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
-    return slope(jnp.log(moved + TINY))
+    return slope(jnp.log(moved + TINY), moved > 1e-6)
 
 
-def slope(values: Array) -> Array:
-    """Least-squares slope of values [..., T] over 0, 1, ..., T - 1: [...]."""
+def slope(values: Array, where: Array | None = None) -> Array:
+    """Least-squares slope of values [..., T] over 0, 1, ..., T - 1, of those alone that `where` names: [...]."""
+    weight = jnp.ones_like(values) if where is None else where.astype(values.dtype)
+    count = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1)
     at = jnp.arange(values.shape[-1], dtype=values.dtype)
-    at = at - jnp.mean(at)
-    return values @ at / jnp.sum(jnp.square(at))
+    at = (at - jnp.sum(weight * at, axis=-1, keepdims=True) / count) * weight
+    return jnp.sum(values * at, axis=-1) / jnp.maximum(jnp.sum(jnp.square(at), axis=-1), TINY)
 
 
 def departure(state: Array, without: Array) -> Array:

@@ -6,7 +6,10 @@ For: holding parameters, one Flax module for each thing that owns some. Not for:
 Axes: B batch, T tokens, D width, F hidden, G groups, H heads.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, reduce
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -60,6 +63,19 @@ class Synapse(nn.Module):
         return states if part.rule == "block" else states | {"pre": pre}
 
 
+@contextmanager
+def overhearing(listener: Callable[[Synapse, Array], None]) -> Iterator[None]:
+    """While it lasts, `listener(synapse, x)` is called with what each synapse reads, before it acts."""
+
+    def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Synapse) and context.method_name == "__call__":
+            listener(context.module, args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(listen):
+        yield
+
+
 class RMSNorm(nn.Module):
     """x / rms(x), times a learned scale per channel (arXiv 1910.07467), in float32."""
 
@@ -74,7 +90,7 @@ class RMSNorm(nn.Module):
 class Stage(nn.Module):
     """Attention across tokens, then gated exchange across groups, each added to the stream: x [B, T, D] -> x.
 
-    A head is made of whole groups, so a group's signals stay together. With a cache, keys and values of these tokens
+    Queries and keys are normalised in each head (arXiv 2302.05442, section 2). A head is made of whole groups, so a group's signals stay together. With a cache, keys and values of these tokens
     are written from positions[0] on, and attention runs over the whole cache. Returns (x, cache).
     """
 
@@ -90,6 +106,8 @@ class Stage(nn.Module):
 
         read = square(fan=3, name="query_key_value")(RMSNorm(name="attention_norm")(x))
         query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
+        # Each head's query and key at unit rms: bounded logits bear the high learning rates that states want.
+        query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         query, key = attention.rotate(query, positions), attention.rotate(key, positions)
         keys = positions
         if cache is not None:

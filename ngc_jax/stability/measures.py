@@ -89,13 +89,16 @@ def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> 
 
     Takes B >= 2 for intervals, T >= LEAST_TOKENS and rounds >= LEAST_ROUNDS; ValueError where a measure wants more.
     """
-    streams = _each(partial(_streams, model), params, tokens)
+    k = min(EXPONENTS, model.shape.width)
+    # A program for each: two in one that call LAPACK at the same time can wait for each other for ever on XLA:CPU.
     return Measured(
+        depth=_each(partial(depth_exponents, model, k=k), params, tokens)[:, 0],
+        along=_each(partial(token_exponents, model, k=k), params, tokens)[:, 0],
         tokens=tokens,
         loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
         traffic=_traffic(model, params, tokens) if _has_messages(model) else {},
         bounds={} if model.shape.message_activation else gain_bounds(params),
-        **streams,
+        **_each(partial(_streams, model), params, tokens),
     )
 
 
@@ -156,7 +159,7 @@ def _has_messages(model: Decoder) -> bool:
 
 
 def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
-    """What can be said of every model: the last stream of row [1, T], and how it answers to changes."""
+    """What the last stream of row [1, T] is like, and how far it is from that with parts of the model off."""
     positions = jnp.arange(row.shape[1])
 
     def last(params: Params) -> Array:
@@ -165,10 +168,7 @@ def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
     state = last(params)
     parts = [*(["drive"] if model.shape.core else []), *(["messages"] if _has_messages(model) else [])]
     moved = norm(jnp.diff(state, axis=0)) / jnp.maximum(jnp.mean(norm(state)), TINY)
-    k = min(EXPONENTS, model.shape.width)
     return {
-        "depth": depth_exponents(model, params, row, k=k)[0],
-        "along": token_exponents(model, params, row, k=k)[0],
         "moves": jnp.log(moved + TINY),
         "settling": token_contraction(state),
         "departures": {part: departure(state, last(silenced(params, part))) for part in parts},
@@ -179,7 +179,9 @@ def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Lo
     trained = model.shape.rounds
     followed = max(rounds, trained)
     dropped = followed // 4
-    k = min(EXPONENTS, model.shape.width)
+    exponents = partial(round_exponents, model, k=min(EXPONENTS, model.shape.width))
+    start = _each(partial(exponents, rounds=trained), params, tokens)[:, 0]
+    later = _each(partial(exponents, rounds=followed - dropped, transient=dropped), params, tokens)[:, 0]
 
     def one(params: Params, row: Array) -> dict[str, Array]:
         states = round_states(model, params, row, followed)[:, 0]
@@ -187,12 +189,7 @@ def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Lo
         update = states[1:] - keep * states[:-1] - drive * states[0]
         step = norm(jnp.diff(states, axis=0))
         resolved = jnp.minimum(step[1:], step[:-1]) > RESOLVED * norm(states[2:])
-        exponents = round_exponents(model, params, row, rounds=followed - dropped, transient=dropped, k=k)[0]
         return {
-            "start": round_exponents(model, params, row, rounds=trained, k=k)[0],
-            "exponents": exponents,
-            "dimension": kaplan_yorke_dimension(exponents),
-            "entropy": entropy_rate(exponents),
             "contraction": jnp.where(resolved, contraction(states), jnp.nan),
             "drive_ratio": drive_ratio(drive * states[0], update)[:trained],
             "boundedness": boundedness(states[: trained + 1]),
@@ -201,7 +198,17 @@ def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Lo
 
     path = jax.jit(lambda params, row: round_states(model, params, row, followed)[:, 0])
     states = np.asarray(path(params, jnp.asarray(tokens[:1])))
-    return Loop(trained=trained, followed=followed, dropped=dropped, path=states, **_each(one, params, tokens))
+    return Loop(
+        trained=trained,
+        followed=followed,
+        dropped=dropped,
+        start=start,
+        exponents=later,
+        dimension=np.asarray(jax.jit(jax.vmap(kaplan_yorke_dimension))(later)),
+        entropy=np.asarray(jax.jit(jax.vmap(entropy_rate))(later)),
+        path=states,
+        **_each(one, params, tokens),
+    )
 
 
 def _traffic(model: Decoder, params: Params, tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -222,35 +229,25 @@ def gain_bounds(params: Params) -> dict[str, dict[str, float]]:
     stacks = {name: params[name] for name in STACKS if name in params}
     if "core" in stacks:
         stacks["core"] = stacks["core"]["stages"]
-    found = jax.device_get(jax.jit(lambda stacks: jax.tree.map(_bound, stacks, is_leaf=_is_synapse))(stacks))
-    bounds = {}
-    for name in stacks:
-        stack = found[name]
-        for i in range(len(stack["down"])):
-            bounds[f"{name} {i + 1}"] = {
-                member: float(stack[synapse][i, place])
+    bound = jax.jit(_bound)
+    found: dict[str, dict[str, float]] = {}
+    for name, stack in stacks.items():
+        factors = {synapse: np.asarray(bound(stack[synapse])) for synapse in SYNAPSES}  # [stages, fan]
+        for i in range(len(factors["down"])):
+            found[f"{name} {i + 1}"] = {
+                member: float(factors[synapse][i, place])
                 for synapse, members in SYNAPSES.items()
                 for place, member in enumerate(members)
             }
-    return bounds
+    return found
 
 
-def _is_synapse(tree: Any) -> bool:
-    return isinstance(tree, dict) and any(name.startswith(("intra_", "inter_", "dense_")) for name in tree)
+def _bound(synapse: dict[str, Params]) -> Array:
+    """Gain bounds [stages, fan] of a stack of synapses."""
 
-
-def _bound(synapse: Any) -> Array:
-    """Gain bounds [stages, fan] of a stack of synapses; a norm's scale, which is none, stays as it is."""
-    if not _is_synapse(synapse):
-        return synapse
-
-    def one(states: Params) -> Array:
+    def one(states: dict[str, Params]) -> Array:
         # A part is named by its place and its rule, "inter_addressed".
-        return gain_bound(
-            [
-                (name.partition("_")[2], part.get("pre", ()), part["weight"] if "weight" in part else part["post"])
-                for name, part in states.items()
-            ]
-        )
+        parts = [(name.partition("_")[2], part) for name, part in states.items()]
+        return gain_bound([(rule, part.get("pre", ()), part.get("post", part.get("weight"))) for rule, part in parts])
 
     return jax.vmap(jax.vmap(one))(synapse)

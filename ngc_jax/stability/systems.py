@@ -9,7 +9,6 @@ Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +16,7 @@ from ngc_jax.core.lyapunov import lyapunov_spectrum, orthonormalise
 from ngc_jax.core.rules import GATES, RULES
 from ngc_jax.core.stability import slope
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Stage, Synapse
+from ngc_jax.nn.layers import Stage, Synapse, overhearing
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -170,16 +169,14 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
     positions = jnp.arange(tokens.shape[1])
     heard: list[Array] = []
 
-    def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, Synapse) and context.method_name == "__call__":
-            heard.append(_loudness(context.module, args[0], s.groups))
-        return call(*args, **kwargs)
+    def listen(synapse: Synapse, x: Array) -> None:
+        heard.append(_loudness(synapse, x, s.groups))
 
     def stages(name: str, stack: Params, count: int, x: Array) -> tuple[Array, dict[str, Array]]:
         loud = {}
         for i in range(count):
             heard.clear()
-            with nn.intercept_methods(listen):
+            with overhearing(listen):
                 weights = jax.tree.map(lambda p, i=i: p[i], stack)
                 x = Stage(s).apply({"params": weights}, x, positions)[0]
             loud[name.format(i + 1)] = jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))

@@ -51,8 +51,8 @@ def _exponent(row: Headline) -> str:
 
 
 def _contraction(row: Headline) -> str:
-    settling = "the loop settles" if row.high < 1 else "the loop does not settle" if row.low > 1 else "which is open"
-    return f"Each round moves a token's state {row.mean:.3f} times as far as the round before: {settling}."
+    tells = "its steps shrink" if row.high < 1 else "its steps grow" if row.low > 1 else "to these sequences, no change"
+    return f"Each round moves a token's state {row.mean:.3f} times as far as the round before: {tells}."
 
 
 def _departure(row: Headline) -> str:

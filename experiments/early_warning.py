@@ -1,0 +1,263 @@
+"""Can a coming divergence be foretold? The study behind `ngc_jax/stability/monitor.py`, by one command:
+
+    python -m experiments.early_warning --workdir=runs/early_warning --jobs=2
+
+For: many small runs whose peak learning rates span stable to diverging, each with a long warm-up, so that the limit is
+met at different times; statistics of the steps before, as warnings. 48 runs choose, 128 others judge, 32 of a dense
+model say whether it carries over. Killed, it goes on where it was. Writes results.md and warning.png beside the runs.
+Not for: the monitor itself.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import pathlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ngc_jax.config import base, model_shape
+from ngc_jax.data.batches import Windows, train_batches
+from ngc_jax.data.tokens import load_tokens
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.stability.monitor import HORIZON, THRESHOLD
+from ngc_jax.stability.watch import make_watch
+from ngc_jax.steps import init_state, make_train_step
+
+STEPS, RUNS = 600, 16  # of a set
+RATES = np.logspace(-2.3, 0, RUNS)  # peak learning rates of a set, reached after two thirds of the steps
+SETS = {
+    "chosen on": [("addressed", seed) for seed in (1, 2, 3)],
+    "judged on": [("addressed", seed) for seed in range(100, 108)],
+    "dense": [("dense", seed) for seed in (200, 201)],
+}
+MARGIN = 0.3  # nats by which the smoothed loss rises over its least when a run is said to diverge
+LEAD = 50  # updates before the divergence that the ranking may not look at
+Run = dict[str, np.ndarray]
+
+
+# ---- The runs --------------------------------------------------------------------------------------------------------
+
+
+def settings(rule: str, cache_dir: str) -> Any:
+    config = base()
+    config.data.context, config.data.cache_dir = 32, cache_dir
+    config.model.width, config.model.hidden, config.model.groups, config.model.heads = 32, 64, 4, 2
+    config.model.p_inter, config.model.rounds, config.model.rule = 2, 3, rule
+    config.train.steps, config.train.warmup_steps, config.train.batch_size = STEPS, STEPS * 2 // 3, 16
+    config.train.schedule = "wsd"
+    return config
+
+
+def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
+    """Train a set, 16 rates at once, on the same batches; every signal of every step to a file of [steps, runs]."""
+    config = settings(rule, cache_dir)
+    tokens = load_tokens(config.data)
+    model = Decoder(model_shape(config, tokens.tokenizer.vocab))
+    watch = make_watch(model, types.SimpleNamespace(measures=("rounds",)))
+    adam = optax.ScaleByAdamState
+
+    def momentum(state: Any) -> Any:
+        return next(s.mu for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, adam)) if isinstance(s, adam))
+
+    def step(state: Any, rate: jax.Array, batch: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        train = types.SimpleNamespace(**{**config.train.to_dict(), "learning_rate": rate, "state_learning_rate": rate})
+        after, scalars = make_train_step(model, train, tokens.tokenizer.mark, False)(state, batch)
+        old, new = momentum(state.optimizer), momentum(after.optimizer)
+        gradient = jax.tree.map(lambda n, o: n - config.train.b1 * o, new, old)  # clipped, and times 1 - b1
+        cosine = optax.tree.vdot(gradient, old) / (optax.tree.norm(gradient) * optax.tree.norm(old) + 1e-12)
+        size = {"alignment": cosine, "parameter_norm": optax.tree.norm(state.params)}
+        return after, {**scalars, **watch(state.params, batch), **size}
+
+    keys = jnp.arange(RUNS) + RUNS * seed
+    state = jax.jit(jax.vmap(lambda seed: init_state(model, config.train, seed)))(keys)
+    update = jax.jit(jax.vmap(step, in_axes=(0, 0, None)), donate_argnums=0)
+    rows = []
+    for batch in train_batches(
+        Windows(tokens.train, config.data.context), batch_size=16, seed=seed, start=0, stop=STEPS
+    ):
+        state, scalars = update(state, jnp.asarray(RATES, jnp.float32), batch)
+        rows.append(scalars)
+    signals = {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    unfinished = out.with_suffix(".part.npz")
+    np.savez_compressed(unfinished, **signals)  # type: ignore[arg-type]
+    unfinished.rename(out)
+    print(
+        f"{out.stem}: {sum(d is not None for d in map(diverges, signals['train/loss'].T))} of {RUNS} diverge",
+        flush=True,
+    )
+
+
+# ---- What is made of them --------------------------------------------------------------------------------------------
+
+
+def smooth(values: np.ndarray, horizon: int) -> np.ndarray:
+    """Moving mean over `horizon` values, a plain mean until there are as many."""
+    out, level = np.empty(len(values)), 0.0
+    for i, value in enumerate(values):
+        level += (value - level) / min(i + 1, horizon)
+        out[i] = level
+    return out
+
+
+def diverges(loss: np.ndarray) -> int | None:
+    """The step at which the smoothed loss has risen MARGIN over its least, or None. What is not finite counts as 20."""
+    level = smooth(np.where(np.isfinite(loss), loss, 20.0), 20)
+    risen = level > np.minimum.accumulate(level) + MARGIN
+    return int(np.argmax(risen)) if risen.any() else None
+
+
+def logarithm(values: np.ndarray) -> np.ndarray:
+    return np.log(np.nan_to_num(values, nan=1e9, posinf=1e9) + 1e-9)
+
+
+STATISTICS: dict[str, Callable[[Run], np.ndarray]] = {
+    "relative update (the monitor)": lambda r: smooth(logarithm(r["stability/relative_update"]), HORIZON),
+    "gradient norm (rival)": lambda r: smooth(logarithm(r["train/grad_norm"]), HORIZON),
+    "gradient norm over its own mean": lambda r: (
+        smooth(logarithm(r["train/grad_norm"]), 5) - smooth(logarithm(r["train/grad_norm"]), 100)
+    ),
+    "loss's moving deviation (rival)": lambda r: np.sqrt(
+        smooth((r["train/loss"] - smooth(r["train/loss"], HORIZON)) ** 2, HORIZON)
+    ),
+    "loss over its own mean": lambda r: smooth(r["train/loss"], 5) - smooth(r["train/loss"], 50),
+    "gradient against momentum": lambda r: -smooth(r["alignment"], HORIZON),
+    "growth of the parameters": lambda r: smooth(np.gradient(np.log(r["parameter_norm"])), HORIZON),
+    "contraction per round": lambda r: smooth(logarithm(r["stability/contraction_per_round"]), HORIZON),
+    "boundedness": lambda r: smooth(logarithm(r["stability/boundedness"]), HORIZON),
+    "drive ratio": lambda r: smooth(r["stability/drive_ratio"], HORIZON),
+}
+BEGIN = 30  # updates at the start, where every run is wild
+
+
+def auroc(ill: list[float], healthy: list[float]) -> float:
+    """How often a run that diverges ranks above one that does not."""
+    a, b = np.array(ill)[:, None], np.array(healthy)[None, :]
+    return float(np.mean((a > b) + 0.5 * (a == b)))
+
+
+def judge(runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: float | None) -> dict[str, Any]:
+    """Ranking up to LEAD updates before the end, and with a threshold: leads and false alarms.
+
+    Without a threshold it is set where 3% of the healthy runs would raise a false alarm.
+    """
+    ill, healthy, leads = [], [], []
+    for run in runs:
+        when, values = diverges(run["train/loss"]), statistic(run)
+        if when is None:
+            healthy.append(float(np.max(values[BEGIN:])))
+        elif when - LEAD > BEGIN:
+            ill.append(float(np.max(values[BEGIN : when - LEAD])))
+    threshold = float(np.quantile(healthy, 0.97)) if threshold is None else threshold
+    for run in runs:
+        when = diverges(run["train/loss"])
+        if when is not None:
+            over = statistic(run)[BEGIN:when] > threshold
+            leads.append(when - BEGIN - int(np.argmax(over)) if over.any() else 0)
+    draws = np.random.default_rng(0)
+    resampled = [
+        auroc(list(draws.choice(ill, len(ill))), list(draws.choice(healthy, len(healthy)))) for _ in range(1000)
+    ]
+    return {
+        "auroc": auroc(ill, healthy),
+        "interval": np.quantile(resampled, [0.025, 0.975]),
+        "ill": len(ill),
+        "lead": float(np.median(leads)),
+        "in_time": float(np.mean(np.array(leads) >= LEAD)),
+        "false": float(np.mean(np.array(healthy) > threshold)),
+        "threshold": threshold,
+    }
+
+
+def report(home: pathlib.Path) -> str:
+    """Markdown of all that was found."""
+    runs: dict[str, list[Run]] = {}
+    for name, sets in SETS.items():
+        loaded = [np.load(home / f"{rule}-{seed}.npz") for rule, seed in sets]
+        runs[name] = [{key: data[key][:, i] for key in data} for data in loaded for i in range(RUNS)]
+    lines = ["Made by `python -m experiments.early_warning`.", ""]
+    thresholds: dict[str, float] = {}
+    for name, members in runs.items():
+        ends = [diverges(run["train/loss"]) for run in members]
+        lines += [
+            f"**{name.capitalize()}**: {len(members)} runs, {sum(e is not None for e in ends)} diverge.",
+            "",
+            f"| statistic | AUROC, {LEAD} updates ahead (95%) | median lead | warned {LEAD} ahead | false alarms |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for label, statistic in STATISTICS.items():
+            if name == "dense" and "stability/drive_ratio" not in members[0] and label in LOOP_ONLY:
+                continue
+            found = judge(members, statistic, thresholds.get(label))
+            thresholds.setdefault(label, found["threshold"])
+            low, high = found["interval"]
+            lines.append(
+                f"| {label} | {found['auroc']:.3f} ({low:.3f} to {high:.3f}) | {found['lead']:.0f} "
+                f"| {found['in_time']:.0%} | {found['false']:.0%} |"
+            )
+        lines.append("")
+    level = np.exp(thresholds["relative update (the monitor)"])
+    lines.append(f"The monitor's threshold, set on the runs chosen on: {level:.4f}; in the code: {THRESHOLD}.")
+    return "\n".join(lines) + "\n"
+
+
+LOOP_ONLY = ("contraction per round", "boundedness", "drive ratio")
+
+
+def draw(home: pathlib.Path) -> None:
+    """One set: loss and relative update of each run, those that diverge in red."""
+    from matplotlib.figure import Figure
+
+    data = np.load(home / f"addressed-{SETS['judged on'][0][1]}.npz")
+    figure = Figure(figsize=(8, 5.5), dpi=130, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for i in range(RUNS):
+        loss = data["train/loss"][:, i]
+        when = diverges(loss)
+        colour = "#0072b2" if when is None else "#d55e00"
+        above.plot(smooth(loss, 20), color=colour, linewidth=0.8)
+        below.semilogy(
+            np.exp(smooth(logarithm(data["stability/relative_update"][:, i]), HORIZON)), color=colour, lw=0.8
+        )
+        if when is not None:
+            above.plot(when, smooth(loss, 20)[when], "o", color=colour, markersize=4)
+            below.axvline(when, color=colour, linewidth=0.3)
+    below.axhline(THRESHOLD, color="black", linewidth=0.8, linestyle="--")
+    above.set_ylabel("loss (nats per byte)")
+    above.set_ylim(1.8, 5)
+    below.set_ylabel("relative update")
+    below.set_xlabel("updates (warm-up to 400)")
+    above.set_title("16 peak learning rates; red: diverges, at the dot; dashed: where the monitor warns", fontsize=9)
+    figure.savefig(home / "warning.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/early_warning"))
+    parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
+    parser.add_argument("--cache_dir", default="", help="for prepared text; default as config.data.cache_dir")
+    args = parser.parse_args()
+    home = args.workdir.absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    missing = [
+        (rule, seed, home / f"{rule}-{seed}.npz", args.cache_dir)
+        for sets in SETS.values()
+        for rule, seed in sets
+        if not (home / f"{rule}-{seed}.npz").exists()
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        for done in [pool.submit(simulate, *one) for one in missing]:
+            done.result()
+    (home / "results.md").write_text(report(home))
+    draw(home)
+    print((home / "results.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

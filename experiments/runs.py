@@ -1,0 +1,48 @@
+"""Train many runs, as many at a time as asked for, each an ordinary `launch.py` run on its own share of the cores.
+
+For: what the studies here have in common. Killed, the same call goes on where it was, for each run does. Not for: what
+is compared, or reading results.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+
+from ngc_jax.metrics import read_rows
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str, float]:
+    """Run `launch.py` with each list of flags in home/<name>; returns each one's loss on the whole held-out text.
+
+    Raises RuntimeError, with the command, for a run that fails.
+    """
+    available = sorted(os.sched_getaffinity(0))
+    cores: queue.Queue[set[int]] = queue.Queue()
+    for job in range(jobs):
+        cores.put(set(available[job::jobs]))
+
+    def one(name: str) -> float:
+        mine = cores.get()
+        try:
+            command = [sys.executable, "launch.py", *runs[name], f"--workdir={home / name}"]
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                preexec_fn=lambda: os.sched_setaffinity(0, mine),
+            )
+        finally:
+            cores.put(mine)
+        if done.returncode:
+            raise RuntimeError(f"exit code {done.returncode} from: {' '.join(command)}")
+        loss = next(row["final/loss"] for row in reversed(read_rows(home / name)) if "final/loss" in row)
+        print(f"{name}: {loss:.4f}", flush=True)
+        return loss
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(runs, pool.map(one, runs), strict=True))
