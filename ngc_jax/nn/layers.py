@@ -90,8 +90,9 @@ class RMSNorm(nn.Module):
 class Stage(nn.Module):
     """Attention across tokens, then gated exchange across groups, each added to the stream: x [B, T, D] -> x.
 
-    Queries and keys are normalised in each head (arXiv 2302.05442, section 2). A head is made of whole groups, so a group's signals stay together. With a cache, keys and values of these tokens
-    are written from positions[0] on, and attention runs over the whole cache. Returns (x, cache).
+    Queries and keys are normalised in each head (arXiv 2302.05442, section 2). A head is made of whole groups, so a
+    group's signals stay together. With a cache, keys and values of these tokens are written from positions[0] on, and
+    attention runs over the whole cache. Returns (x, cache).
     """
 
     shape: ModelShape
