@@ -75,6 +75,9 @@ TINY = {
     "eval.windows": 16,
     "eval.batch_size": 8,
     "checkpoint.every_steps": 5,
+    "stability.every": 10,
+    "stability.tokens": 64,
+    "stability.rounds": 3,
 }
 
 
