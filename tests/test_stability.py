@@ -233,7 +233,7 @@ def test_models_without_a_loop_or_messages_say_so():
 
 
 def watched(model, params, tokens, names=MEASURES, **jit):
-    settings = types.SimpleNamespace(measures=names, rounds=4)
+    settings = types.SimpleNamespace(measures=",".join(names), rounds=4)
     return jax.device_get(jax.jit(make_watch(model, settings), **jit)(params, tokens))
 
 

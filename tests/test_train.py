@@ -50,7 +50,9 @@ def test_a_run_leaves_what_the_contract_says(unbroken, tiny):
     assert "eval/bits_per_byte" in evaluated[0]
     watched = [row for row in rows if "stability/contraction_per_round" in row]
     assert [row["step"] for row in watched] == [10, 20, 30]
-    assert {"stability/drive_ratio", "stability/departure_messages", "stability/exponent_per_round"} <= watched[0].keys()
+    assert {"stability/drive_ratio", "stability/departure_messages", "stability/exponent_per_round"} <= watched[
+        0
+    ].keys()
     assert [row["step"] for row in rows if "final/loss" in row] == [30]
     assert any((unbroken / "tensorboard").iterdir())
     card = (unbroken / "card.md").read_text()

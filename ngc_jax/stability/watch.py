@@ -26,7 +26,7 @@ def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, 
     stage, and per round, followed for `config.rounds` rounds. Each is a mean over sequences; what a model does not have
     (a loop, messages) is left out.
     """
-    s = model.shape
+    s, measures = model.shape, config.measures.split(",")
     positions = jnp.arange(s.context)
 
     def last_stream(params: Any, tokens: Array) -> Any:
@@ -36,16 +36,16 @@ def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, 
         tokens = tokens[:, :-1]  # what the model reads; the last token is only foretold
         found: dict[str, Array] = {}
         x, _, records = last_stream(params, tokens)
-        if "rounds" in config.measures and records is not None:
+        if "rounds" in measures and records is not None:
             found |= summarise(records)
-        if "tokens" in config.measures and s.context >= 3:
+        if "tokens" in measures and s.context >= 3:
             found["contraction_per_token"] = jnp.mean(token_contraction(x))
-        if "departure" in config.measures:
+        if "departure" in measures:
             kinds = ["messages"] * (s.rule not in ("dense", "none")) + ["drive"] * (s.core > 0)
             for what in kinds:
                 without = last_stream(silenced(params, what), tokens)[0]
                 found[f"departure_{what}"] = jnp.mean(departure(x, without))
-        if "exponents" in config.measures:
+        if "exponents" in measures:
             found["exponent_per_stage"] = jnp.mean(depth_exponents(model, params, tokens))
             if s.core:
                 found["exponent_per_round"] = jnp.mean(round_exponents(model, params, tokens, rounds=config.rounds))
