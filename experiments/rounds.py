@@ -47,7 +47,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "stability.regulariser": "contraction",
         "stability.high": math.log(0.5),
     },
-    "dense looped, 2 rounds": {"model.rounds": 2, **DENSE},
     "dense looped, 4 rounds": {"model.rounds": 4, **DENSE},
     "dense, no loop": {"model.prelude": 4, "model.core": 0, "model.coda": 0, **DENSE},
 }

@@ -113,7 +113,11 @@ def _run(
         def push(tangent: Array) -> tuple[Array, Array]:
             return jax.jvp(lambda x: ravel_pytree(step(unravel(x), u))[0], (x,), (tangent,))
 
-        after, tangents = jax.vmap(push, out_axes=(None, 0))(tangents)  # the state itself is computed once
+        if k == 1:  # without a batch axis of one, which makes products slower
+            after, tangent = push(tangents[0])
+            tangents = tangent[None]
+        else:
+            after, tangents = jax.vmap(push, out_axes=(None, 0))(tangents)  # the state itself is computed once
         sound = jnp.where((sound == i) & jnp.all(jnp.isfinite(after)), i + 1, sound)
         return (after, tangents, i + 1, sound), None
 
