@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 TINY = 1e-12  # keeps a ratio finite where a state has come fully to rest
+STILL = 1e-6  # a distance, in lengths of a state, that is none but for rounding
 
 
 class Round(NamedTuple):
@@ -88,7 +89,7 @@ def token_contraction(states: Array) -> Array:
         raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
     scale = jnp.mean(norm(states), axis=-1, keepdims=True)
     moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
-    return slope(jnp.log(moved + TINY), moved > 1e-6)
+    return slope(jnp.log(moved + TINY), moved > STILL)
 
 
 def slope(values: Array, where: Array | None = None) -> Array:

@@ -84,7 +84,8 @@ def rounds(figure: Any, measured: Measured) -> None:
 
 def tokens(figure: Any, measured: Measured) -> None:
     """How far the last stream moves from token to token, by position, and the slope."""
-    mean, low, high = interval(measured.moves)
+    typical = np.nanmean(measured.moves, axis=0)  # stands in where a sequence did not move at all
+    mean, low, high = interval(np.where(np.isnan(measured.moves), typical, measured.moves))
     at = np.arange(1, len(mean) + 1)
     rate = float(np.mean(measured.settling))
     axes = figure.add_subplot()

@@ -16,7 +16,16 @@ import numpy as np
 
 from ngc_jax.core.bound import gain_bound
 from ngc_jax.core.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
-from ngc_jax.core.stability import TINY, boundedness, contraction, departure, drive_ratio, norm, token_contraction
+from ngc_jax.core.stability import (
+    STILL,
+    TINY,
+    boundedness,
+    contraction,
+    departure,
+    drive_ratio,
+    norm,
+    token_contraction,
+)
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.stability.systems import (
     depth_exponents,
@@ -66,7 +75,7 @@ class Measured(NamedTuple):
     loop: Loop | None
     depth: np.ndarray  # [B, k] exponents from the embedding to the last stage, per stage
     along: np.ndarray  # [B, k] exponents along tokens, per token
-    moves: np.ndarray  # [B, T - 1] log d_t, how far the last stream's state is from that of the token before
+    moves: np.ndarray  # [B, T - 1] log d_t, how far the last stream is from that of the token before; nan: not at all
     settling: np.ndarray  # [B] slope of `moves`, per token
     departures: dict[str, np.ndarray]  # "messages", "drive" -> [B, T]: how far the last stream is from that without
     traffic: dict[str, np.ndarray]  # stage -> [G listeners, G speakers]
@@ -169,7 +178,7 @@ def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
     parts = [*(["drive"] if model.shape.core else []), *(["messages"] if _has_messages(model) else [])]
     moved = norm(jnp.diff(state, axis=0)) / jnp.maximum(jnp.mean(norm(state)), TINY)
     return {
-        "moves": jnp.log(moved + TINY),
+        "moves": jnp.where(moved > STILL, jnp.log(moved + TINY), jnp.nan),
         "settling": token_contraction(state),
         "departures": {part: departure(state, last(silenced(params, part))) for part in parts},
     }

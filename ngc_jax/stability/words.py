@@ -11,7 +11,6 @@ import numpy as np
 
 from ngc_jax.stability.measures import RESOLVED, Headline, Measured
 
-SAME = math.log(1e-5)  # a distance below it, in lengths of a state, is rounding error
 BAND = "The band is the 95% interval of the mean over sequences (bootstrap)."
 
 
@@ -115,10 +114,10 @@ def _rounds(measured: Measured) -> str:
 
 
 def _tokens(measured: Measured) -> str:
-    same = float(np.mean(measured.moves < SAME))
+    same = float(np.mean(np.isnan(measured.moves)))
     repeats = (
         f" At {same:.1%} of the positions the distance is 0 to rounding, as where a window starts with one token over "
-        "and over: they pull the curve down and tilt the line."
+        "and over: they are left out."
     )
     return (
         "How far the last stage's state moves from each token to the next. Up: natural logarithm of the distance "

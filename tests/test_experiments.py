@@ -1,0 +1,61 @@
+"""What the studies compute from their runs, on made-up runs whose answer is known."""
+
+import numpy as np
+import pytest
+
+from experiments import early_warning, settled
+
+
+def falling(steps=300):
+    return 2 + 3 * np.exp(-np.arange(steps) / 50)
+
+
+def test_a_run_diverges_when_its_smoothed_loss_has_risen():
+    loss = falling()
+    assert early_warning.diverges(loss) is None
+    assert early_warning.diverges(loss + 0.1 * np.random.default_rng(0).normal(size=300)) is None
+    loss[200:] += 1
+    assert 200 <= early_warning.diverges(loss) <= 212
+    loss[150] = np.nan
+    assert early_warning.diverges(loss) == 150
+
+
+def test_auroc_counts_pairs():
+    assert early_warning.auroc([3, 4], [1, 2]) == 1
+    assert early_warning.auroc([1], [1]) == 0.5
+    assert early_warning.auroc([0, 2], [1]) == 0.5
+    assert settled.ranking(np.array([0, 2]), np.array([1])) == 0.5
+
+
+def test_a_statistic_that_knows_is_told_from_one_that_does_not():
+    runs = []
+    for i in range(40):
+        loss, signal = falling(), np.zeros(300)
+        if i % 2:
+            loss[200:] += 1
+            signal[120:] = 1
+        runs.append({"train/loss": loss, "signal": signal, "noise": np.random.default_rng(i).normal(size=300)})
+    knows = early_warning.judge(runs, lambda run: run["signal"], 0.5)
+    assert knows["auroc"] == 1
+    assert knows["false"] == 0
+    assert 80 <= knows["lead"] <= 92
+    assert early_warning.judge(runs, lambda run: run["noise"], None)["auroc"] < 0.8
+
+
+def test_the_sums_are_right_and_the_two_sides_share_none():
+    train, held_out = settled.sums(2000, seed=0, held_out=False), settled.sums(500, seed=1, held_out=True)
+    assert not set(train) & set(held_out)
+    for line in held_out:
+        asked, answer = line.split("=")
+        assert sum(map(int, asked.split("+"))) % 10 == int(answer)
+        assert asked.count("+") + 1 in settled.TERMS
+
+
+def test_difficulty_is_held_fixed():
+    """Longer sums are wrong more often and less settled; within a length there is nothing to see."""
+    noise = np.random.default_rng(0)
+    terms = np.repeat([2, 6], 2000)
+    right = noise.uniform(size=4000) < np.where(terms == 2, 0.9, 0.1)
+    found = {"terms": terms, "right": right, "last step": terms + noise.normal(size=4000)}
+    assert settled.ranking(found["last step"][~right], found["last step"][right]) > 0.8
+    assert settled.within_difficulty(found, "last step") == pytest.approx(0.5, abs=0.05)
