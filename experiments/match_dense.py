@@ -2,7 +2,7 @@
 
     python -m experiments.match_dense --workdir=runs/match_dense --jobs=2
 
-For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of three, a factor of two
+For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of four, a factor of two
 apart, at four fifths of the length, with a seed that is not used again), then three seeds each at full length. Killed,
 it goes on where it was; every run is a plain `launch.py` run. Writes results.md beside the runs. Not for: any other
 comparison.
@@ -15,7 +15,7 @@ import statistics
 
 from experiments.runs import train
 
-RATES = {"dense_small": (1.25e-3, 2.5e-3, 5e-3), "ngc_small": (5e-3, 1e-2, 2e-2)}
+RATES = {"dense_small": (1.25e-3, 2.5e-3, 5e-3, 1e-2), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
 TUNING_SEED, SEEDS = 1000, (0, 1, 2)
 T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%: the interval of a mean of three
 

@@ -26,7 +26,7 @@ from ngc_jax.metrics import read_rows
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.workdir import open_trained
 
-SEEDS, STEPS = (0, 1, 2), 500
+SEEDS, STEPS = (0, 1, 2), 400
 T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%
 TEST_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16)
 COMMON = {

@@ -25,7 +25,7 @@ from ngc_jax.core.stability import contraction, norm
 from ngc_jax.stability import round_states
 from ngc_jax.workdir import open_trained
 
-SEEDS, STEPS, ROUNDS = (0, 1, 2), 1200, 4
+SEEDS, STEPS, ROUNDS = (0, 1, 2), 1000, 4
 T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%
 TERMS = (2, 3, 4, 5, 6)
 CONTEXT = 64
