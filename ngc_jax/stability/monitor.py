@@ -4,7 +4,7 @@ For: the statistic, its memory and its threshold, as pure functions that run ins
 about it (`train.py` says it once, and names it when a run breaks down).
 
 The statistic is the relative update |change of the parameters| / |parameters|, both over all of them, as a moving
-geometric mean. `experiments/early_warning.py` chose it among eleven that a step can know, the loop's contraction,
+geometric mean. `experiments/early_warning.py` chose it among ten that a step can know, the loop's contraction,
 drive and boundedness among them, and measured how early and how surely it warns: experiments/results/early_warning.md.
 """
 
