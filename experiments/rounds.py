@@ -83,7 +83,7 @@ def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
 
 def over_training(home: pathlib.Path, axes: dict[str, Any]) -> list[str]:
     """Question (a): a table of first and last values, and curves."""
-    lines = ["| model | measure | at the first tenth | at the end |", "| --- | --- | --- | --- |"]
+    lines = ["| model | measure | after 100 updates | at the end |", "| --- | --- | --- | --- |"]
     for model in MODELS:
         rows = [read_rows(home / folder(model, seed)) for seed in SEEDS]
         for name, label in WATCHED.items():
@@ -101,7 +101,7 @@ def over_training(home: pathlib.Path, axes: dict[str, Any]) -> list[str]:
 def beyond(home: pathlib.Path, axis: Any) -> list[str]:
     """Question (b): loss by rounds at test time, and the rank correlation of its rise with the exponent."""
     lines = [
-        "| model | " + " | ".join(f"{r} rounds" for r in TEST_ROUNDS) + " |",
+        "| model | " + " | ".join(f"at {r}" for r in TEST_ROUNDS) + " |",
         "| --- " * (1 + len(TEST_ROUNDS)) + "|",
     ]
     exponents, rises = [], []
