@@ -101,7 +101,7 @@ def over_training(home: pathlib.Path, axes: dict[str, Any]) -> list[str]:
 def beyond(home: pathlib.Path, axis: Any) -> list[str]:
     """Question (b): loss by rounds at test time, and the rank correlation of its rise with the exponent."""
     lines = [
-        "| model | " + " | ".join(f"at {r}" for r in TEST_ROUNDS) + " |",
+        "| held-out loss at this many rounds | " + " | ".join(map(str, TEST_ROUNDS)) + " |",
         "| --- " * (1 + len(TEST_ROUNDS)) + "|",
     ]
     exponents, rises = [], []
