@@ -8,7 +8,6 @@ model say whether it carries over. Killed, it goes on where it was. Writes resul
 Not for: the monitor itself.
 """
 
-import argparse
 import concurrent.futures
 import multiprocessing
 import pathlib
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.runs import options
+from experiments.stats import auroc
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import Windows, train_batches
 from ngc_jax.data.tokens import load_tokens
@@ -136,12 +137,6 @@ STATISTICS: dict[str, Callable[[Run], np.ndarray]] = {
 BEGIN = 30  # updates at the start, where every run is wild
 
 
-def auroc(ill: list[float], healthy: list[float]) -> float:
-    """How often a run that diverges ranks above one that does not."""
-    a, b = np.array(ill)[:, None], np.array(healthy)[None, :]
-    return float(np.mean((a > b) + 0.5 * (a == b)))
-
-
 def judge(runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: float | None) -> dict[str, Any]:
     """Ranking up to LEAD updates before the end, and with a threshold: leads and false alarms.
 
@@ -161,9 +156,7 @@ def judge(runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: fl
             over = statistic(run)[BEGIN:when] > threshold
             leads.append(when - BEGIN - int(np.argmax(over)) if over.any() else 0)
     draws = np.random.default_rng(0)
-    resampled = [
-        auroc(list(draws.choice(ill, len(ill))), list(draws.choice(healthy, len(healthy)))) for _ in range(1000)
-    ]
+    resampled = [auroc(draws.choice(ill, len(ill)), draws.choice(healthy, len(healthy))) for _ in range(1000)]
     return {
         "auroc": auroc(ill, healthy),
         "interval": np.quantile(resampled, [0.025, 0.975]),
@@ -233,9 +226,7 @@ def draw(home: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/early_warning"))
-    parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
+    parser = options(__doc__, "runs/early_warning")
     parser.add_argument("--cache_dir", default="", help="for prepared text; default as config.data.cache_dir")
     args = parser.parse_args()
     home = args.workdir.absolute()

@@ -8,44 +8,30 @@ it goes on where it was; every run is a plain `launch.py` run. Writes results.md
 comparison.
 """
 
-import argparse
 import math
-import pathlib
 import statistics
 
-from experiments.runs import train
+from experiments.runs import flags, options, train
+from experiments.stats import interval
 
 RATES = {"dense_small": (1.25e-3, 2.5e-3, 5e-3, 1e-2), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
 TUNING_SEED, SEEDS = 1000, (0, 1, 2)
-T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%: the interval of a mean of three
 
 
-def arguments(model: str, rate: float, seed: int, steps: int) -> list[str]:
-    """The command line of one run, without its work directory."""
-    return [
-        f"--config=configs/{model}.py",
-        f"--config.seed={seed}",
-        f"--config.train.steps={steps}",
-        f"--config.train.learning_rate={rate}",
-        f"--config.train.state_learning_rate={rate}",
-    ]
-
-
-def interval(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f} ± {T95 * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+def run(model: str, rate: float, seed: int, steps: int) -> list[str]:
+    rates = {"train.learning_rate": rate, "train.state_learning_rate": rate}
+    return flags(f"configs/{model}.py", {"seed": seed, "train.steps": steps, **rates})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/match_dense"))
+    parser = options(__doc__, "runs/match_dense")
     parser.add_argument("--steps", type=int, default=1000, help="updates of the final runs; tuning takes four fifths")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
     args = parser.parse_args()
     home = args.workdir.absolute()
     tuning = train(
         home,
         {
-            f"tune-{model}-{rate:g}": arguments(model, rate, TUNING_SEED, args.steps * 4 // 5)
+            f"tune-{model}-{rate:g}": run(model, rate, TUNING_SEED, args.steps * 4 // 5)
             for model in RATES
             for rate in RATES[model]
         },
@@ -55,7 +41,7 @@ def main() -> None:
     best = {model: min(RATES[model], key=lambda rate: tuned[model, rate]) for model in RATES}
     final = train(
         home,
-        {f"{model}-seed{seed}": arguments(model, best[model], seed, args.steps) for seed in SEEDS for model in RATES},
+        {f"{model}-seed{seed}": run(model, best[model], seed, args.steps) for seed in SEEDS for model in RATES},
         args.jobs,
     )
     losses = {model: [final[f"{model}-seed{seed}"] for seed in SEEDS] for model in RATES}
@@ -70,9 +56,9 @@ def main() -> None:
     for model in RATES:
         tried = ", ".join(f"{tuned[model, rate]:.4f} at {rate:g}" for rate in RATES[model])
         bits = statistics.mean(losses[model]) / math.log(2)
-        lines.append(f"| {model} | {tried} | {best[model]:g} | {interval(losses[model])} | {bits:.4f} |")
+        lines.append(f"| {model} | {tried} | {best[model]:g} | {interval(losses[model], 4)} | {bits:.4f} |")
     ratios = [ngc / dense for ngc, dense in zip(losses["ngc_small"], losses["dense_small"], strict=True)]
-    lines += ["", f"ngc_small / dense_small, paired by seed: {interval(ratios)}."]
+    lines += ["", f"ngc_small / dense_small, paired by seed: {interval(ratios, 4)}."]
     (home / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

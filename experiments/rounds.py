@@ -8,17 +8,16 @@ rounds do. Three seeds each. Killed, it goes on where it was. Writes results.md 
 how good the models are.
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
-import statistics
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.runs import train
+from experiments.runs import flags, options, train
+from experiments.stats import interval
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import make_mesh
@@ -27,7 +26,6 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.workdir import open_trained
 
 SEEDS, STEPS = (0, 1, 2), 400
-T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%
 TEST_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16)
 COMMON = {
     "data.context": 64,
@@ -60,10 +58,6 @@ WATCHED = {
 
 def folder(model: str, seed: int) -> str:
     return model.replace(", ", "-").replace(" ", "-") + f"-seed{seed}"
-
-
-def interval(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {T95 * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
@@ -132,17 +126,10 @@ def beyond(home: pathlib.Path, axis: Any) -> list[str]:
 def main() -> None:
     from matplotlib.figure import Figure
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/rounds"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
-    args = parser.parse_args()
+    args = options(__doc__, "runs/rounds").parse_args()
     home = args.workdir.absolute()
     runs = {
-        folder(model, seed): [
-            "--config=configs/ngc_small.py",
-            f"--config.seed={seed}",
-            *(f"--config.{name}={value}" for name, value in {**COMMON, **fields}.items()),
-        ]
+        folder(model, seed): flags("configs/ngc_small.py", {"seed": seed, **COMMON, **fields})
         for seed in SEEDS
         for model, fields in MODELS.items()
     }

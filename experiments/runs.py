@@ -4,16 +4,31 @@ For: what the studies here have in common. Killed, the same call goes on where i
 is compared, or reading results.
 """
 
+import argparse
 import concurrent.futures
 import os
 import pathlib
 import queue
 import subprocess
 import sys
+from typing import Any
 
 from ngc_jax.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def options(about: str | None, workdir: str) -> argparse.ArgumentParser:
+    """What each study's command line has; `about` is the study's own docstring."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
+    return parser
+
+
+def flags(config: str, fields: dict[str, Any]) -> list[str]:
+    """The flags of a run: a config file, and the fields in which the run differs from it."""
+    return [f"--config={config}", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str, float]:

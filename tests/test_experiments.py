@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import early_warning, settled
+from experiments import early_warning, settled, stats
 
 
 def falling(steps=300):
@@ -21,10 +21,10 @@ def test_a_run_diverges_when_its_smoothed_loss_has_risen():
 
 
 def test_auroc_counts_pairs():
-    assert early_warning.auroc([3, 4], [1, 2]) == 1
-    assert early_warning.auroc([1], [1]) == 0.5
-    assert early_warning.auroc([0, 2], [1]) == 0.5
-    assert settled.ranking(np.array([0, 2]), np.array([1])) == 0.5
+    assert stats.auroc([3, 4], [1, 2]) == 1
+    assert stats.auroc([1], [1]) == 0.5
+    assert stats.auroc([0, 2], [1]) == 0.5
+    assert stats.auroc(np.array([0, 2]), np.array([1])) == 0.5
 
 
 def test_a_statistic_that_knows_is_told_from_one_that_does_not():
@@ -57,5 +57,5 @@ def test_difficulty_is_held_fixed():
     terms = np.repeat([2, 6], 2000)
     right = noise.uniform(size=4000) < np.where(terms == 2, 0.9, 0.1)
     found = {"terms": terms, "right": right, "last step": terms + noise.normal(size=4000)}
-    assert settled.ranking(found["last step"][~right], found["last step"][right]) > 0.8
+    assert stats.auroc(found["last step"][~right], found["last step"][right]) > 0.8
     assert settled.within_difficulty(found, "last step") == pytest.approx(0.5, abs=0.05)

@@ -110,14 +110,7 @@ def _run(
         # Indexed, not scanned over: slicing off the transient would copy all inputs.
         u = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), inputs)
 
-        def push(tangent: Array) -> tuple[Array, Array]:
-            return jax.jvp(lambda x: ravel_pytree(step(unravel(x), u))[0], (x,), (tangent,))
-
-        if k == 1:  # without a batch axis of one, which makes products slower
-            after, tangent = push(tangents[0])
-            tangents = tangent[None]
-        else:
-            after, tangents = jax.vmap(push, out_axes=(None, 0))(tangents)  # the state itself is computed once
+        after, tangents = push_forward(lambda x: ravel_pytree(step(unravel(x), u))[0], x, tangents)
         sound = jnp.where((sound == i) & jnp.all(jnp.isfinite(after)), i + 1, sound)
         return (after, tangents, i + 1, sound), None
 
@@ -149,6 +142,14 @@ def _run(
     (_, tangents, _, sound), rates = jax.lax.scan(block, carry, length=blocks)
     healthy = (sound == transient + steps) & jnp.all(jnp.isfinite(tangents))
     return jnp.where(healthy, rates, jnp.nan), sound, jnp.all(jnp.isfinite(tangents))
+
+
+def push_forward(f: Callable[[Array], Array], x: Array, tangents: Array) -> tuple[Array, Array]:
+    """f(x) and J tangents for tangents [k, ...] at x [...]; f itself is computed once."""
+    if tangents.shape[0] == 1:  # without a batch axis of one, which makes products slower
+        after, tangent = jax.jvp(f, (x,), (tangents[0],))
+        return after, tangent[None]
+    return jax.vmap(lambda tangent: jax.jvp(f, (x,), (tangent,)), out_axes=(None, 0))(tangents)
 
 
 def orthonormalise(tangents: Array) -> tuple[Array, Array]:

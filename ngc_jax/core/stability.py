@@ -77,19 +77,27 @@ def drive_ratio(drive: Array, update: Array) -> Array:
     return driven / jnp.maximum(driven + updated, TINY)
 
 
-def token_contraction(states: Array) -> Array:
-    """Slope of log d_t over tokens, by least squares, per token: states [..., T, D] -> [...].
+def token_moves(states: Array) -> Array:
+    """log d_t, d_t = |x_t - x_{t-1}| / mean norm, for states [..., T, D]: [..., T - 1].
 
-    d_t = |x_t - x_{t-1}| / mean norm is how far a token's state is from the one before. A negative slope says that a
-    sequence settles as it is read. The slope, since the mean of log d_{t+1} / d_t telescopes to its two ends. Tokens
-    whose state is the one before (a sequence that begins with a repeated token has such) have no log d_t and are left
-    out. Raises ValueError where T < 3.
+    How far a token's state is from that of the token before. nan where it is that one but for rounding: a sequence
+    that begins with a repeated token has such.
+    """
+    scale = jnp.mean(norm(states), axis=-1, keepdims=True)
+    moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
+    return jnp.where(moved > STILL, jnp.log(moved + TINY), jnp.nan)
+
+
+def token_contraction(states: Array) -> Array:
+    """Slope of `token_moves` over tokens, by least squares, per token: states [..., T, D] -> [...].
+
+    A negative slope says that a sequence settles as it is read. The slope, since the mean of log d_{t+1} / d_t
+    telescopes to its two ends. Raises ValueError where T < 3.
     """
     if states.shape[-2] < 3:
         raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
-    scale = jnp.mean(norm(states), axis=-1, keepdims=True)
-    moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
-    return slope(jnp.log(moved + TINY), moved > STILL)
+    moves = token_moves(states)
+    return slope(jnp.nan_to_num(moves), jnp.isfinite(moves))
 
 
 def slope(values: Array, where: Array | None = None) -> Array:

@@ -44,6 +44,11 @@ class ModelShape:
         return self.prelude + self.core * self.rounds + self.coda
 
     @property
+    def has_messages(self) -> bool:
+        """Whether groups send each other anything."""
+        return self.rule not in ("dense", "none")
+
+    @property
     def branch_gain(self) -> float:
         """Scale of what a branch adds to the stream, so that 2 depth branches together add unit variance."""
         return (2 * self.depth) ** -0.5
@@ -57,6 +62,6 @@ class ModelShape:
         if self.p_intra > 0:
             rule = "block" if self.p_intra >= full else "within"
             intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None)]
-        if self.rule != "none":
+        if self.has_messages:
             inter = [SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation)]
         return (*intra, *inter)

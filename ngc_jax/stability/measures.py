@@ -17,7 +17,6 @@ import numpy as np
 from ngc_jax.core.bound import gain_bound
 from ngc_jax.core.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
 from ngc_jax.core.stability import (
-    STILL,
     TINY,
     boundedness,
     contraction,
@@ -25,6 +24,7 @@ from ngc_jax.core.stability import (
     drive_ratio,
     norm,
     token_contraction,
+    token_moves,
 )
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.stability.systems import (
@@ -105,7 +105,7 @@ def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> 
         along=_each(partial(token_exponents, model, k=k), params, tokens)[:, 0],
         tokens=tokens,
         loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
-        traffic=_traffic(model, params, tokens) if _has_messages(model) else {},
+        traffic=_traffic(model, params, tokens) if model.shape.has_messages else {},
         bounds={} if model.shape.message_activation else gain_bounds(params),
         **_each(partial(_streams, model), params, tokens),
     )
@@ -163,10 +163,6 @@ def _each(one: Callable[[Params, Array], Any], params: Params, tokens: np.ndarra
     return jax.tree.map(np.asarray, run(params, jnp.asarray(tokens)))
 
 
-def _has_messages(model: Decoder) -> bool:
-    return model.shape.rule not in ("dense", "none")
-
-
 def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
     """What the last stream of row [1, T] is like, and how far it is from that with parts of the model off."""
     positions = jnp.arange(row.shape[1])
@@ -175,10 +171,9 @@ def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
         return model.stream(params, params["embed"][row], positions)[0][0]
 
     state = last(params)
-    parts = [*(["drive"] if model.shape.core else []), *(["messages"] if _has_messages(model) else [])]
-    moved = norm(jnp.diff(state, axis=0)) / jnp.maximum(jnp.mean(norm(state)), TINY)
+    parts = [*(["drive"] if model.shape.core else []), *(["messages"] if model.shape.has_messages else [])]
     return {
-        "moves": jnp.where(moved > STILL, jnp.log(moved + TINY), jnp.nan),
+        "moves": token_moves(state),
         "settling": token_contraction(state),
         "departures": {part: departure(state, last(silenced(params, part))) for part in parts},
     }

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.lyapunov import lyapunov_spectrum, orthonormalise
+from ngc_jax.core.lyapunov import lyapunov_spectrum, orthonormalise, push_forward
 from ngc_jax.core.rules import GATES, RULES
 from ngc_jax.core.stability import slope
 from ngc_jax.nn.decoder import Decoder
@@ -100,7 +100,7 @@ def _follow(step: Step, carry: tuple[Array, Array, Array], inputs: Any) -> tuple
 
     def body(carry: tuple[Array, Array, Array], u: Any) -> tuple[tuple[Array, Array, Array], None]:
         x, tangents, total = carry
-        after, pushed = jax.vmap(lambda t: jax.jvp(lambda x: step(x, u), (x,), (t,)), out_axes=(None, 0))(tangents)
+        after, pushed = push_forward(lambda x: step(x, u), x, tangents)
         rows, growth = orthonormalise(pushed.reshape(pushed.shape[0], -1))
         return (after, rows.reshape(pushed.shape), total + growth), None
 
@@ -164,7 +164,7 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
     ValueError for a model without messages.
     """
     s = model.shape
-    if s.rule in ("dense", "none"):
+    if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
     positions = jnp.arange(tokens.shape[1])
     heard: list[Array] = []
