@@ -24,7 +24,7 @@ SHOWN = 6  # tokens whose paths are drawn
 BEFORE = 8  # tokens of text before each of them in its label
 STYLE = """
 :root { color-scheme: light dark; }
-body { margin: 0 auto; padding: 1rem; max-width: 46rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 1rem; max-width: 46rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 figure { margin: 0; } img { width: 100%; height: auto; border-radius: 4px; background: #fff; }
 figcaption, caption, td.say { font-size: 0.9rem; }
@@ -114,7 +114,8 @@ def describe(config: Any) -> str:
     """A run's config in one sentence."""
     m, t = config.model, config.train
     kind = "An ordinary Transformer decoder" if m.rule == "dense" else "A Neuronal Group Communication decoder"
-    between = "" if m.rule == "dense" else f", {m.groups} groups with {m.rule!r} messages between them"
+    messages = "no messages" if m.rule == "none" else f"{m.rule!r} messages"
+    between = "" if m.rule == "dense" else f", {m.groups} groups with {messages} between them"
     loop = f"{m.core} in a loop of {m.rounds} rounds" if m.core else "no loop"
     return (
         f"{kind}: width {m.width}, hidden {m.hidden}, {m.heads} heads{between}; stages: {m.prelude} before, {loop}, "
