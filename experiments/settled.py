@@ -2,17 +2,15 @@
 
     python -m experiments.settled --workdir=runs/settled --jobs=2
 
-For: looped models that learn sums modulo ten, "3+5+9=7", of two to six terms, and then, at the "=" of sums that they
-never saw, how far the last round still moved the state, for answers that were right and for those that were wrong, at
-equal difficulty. Three seeds each. Killed, it goes on where it was. Writes results.md beside the runs. Not for:
-reasoning, of which this is a toy.
+For: looped models that learn sums of digits modulo five, "3204=4", of one to five terms, and then, at the "=" of sums
+of three to eight that they never saw, how far the last round still moved the state, for answers that were right and
+for those that were wrong, at equal difficulty. Three seeds each. Killed, it goes on where it was. Writes results.md
+beside the runs. Not for: reasoning, of which this is a toy.
 """
 
-import argparse
 import math
 import pathlib
 import random
-import statistics
 import zlib
 from typing import Any
 
@@ -20,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runs import train
+from experiments.runs import flags, options, train
+from experiments.stats import auroc, interval
 from ngc_jax.core.stability import contraction, norm
 from ngc_jax.stability import round_states
 from ngc_jax.workdir import open_trained
 
 SEEDS, STEPS, ROUNDS = (0, 1, 2), 1000, 4
-T95 = 4.303  # Student's t, 2 degrees of freedom, two-sided 95%
-TERMS = (2, 3, 4, 5, 6)
+MODULUS, TRAINED, ASKED = 5, (1, 2, 3, 4, 5), (3, 4, 5, 6, 7, 8)  # terms of a sum
 CONTEXT = 64
 COMMON = {
     "data.context": CONTEXT,
@@ -45,15 +43,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def sums(count: int, seed: int, held_out: bool) -> list[str]:
-    """Lines "3+5+9=7"; a sum is held out, or never, by a hash of its terms: the two sides share none."""
+def sums(count: int, terms: tuple[int, ...], seed: int, held_out: bool) -> list[str]:
+    """Lines "3204=4"; a sum is held out, or never, by a hash of its terms: the two sides share none."""
     draw = random.Random(seed)
     lines: list[str] = []
     while len(lines) < count:
-        digits = [draw.randrange(10) for _ in range(draw.choice(TERMS))]
-        asked = "+".join(map(str, digits))
+        digits = [draw.randrange(MODULUS) for _ in range(draw.choice(terms))]
+        asked = "".join(map(str, digits))
         if (zlib.crc32(asked.encode()) % 10 == 0) == held_out:
-            lines.append(f"{asked}={sum(digits) % 10}")
+            lines.append(f"{asked}={sum(digits) % MODULUS}")
     return lines
 
 
@@ -61,7 +59,7 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """For each held-out sum: its terms, whether the answer was right, and how settled the state was at its "="."""
     trained = open_trained(workdir)
     model, params = trained.model, trained.state.params
-    text = ("\n".join(sums(6000, seed=1, held_out=True)) + "\n").encode()
+    text = ("\n".join(sums(6000, ASKED, seed=1, held_out=True)) + "\n").encode()
     tokens = np.asarray(trained.tokenizer.encode(text), np.int32)
     windows = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
 
@@ -87,7 +85,7 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
             before = begins[begins < at]
             if not len(before):
                 continue  # the window does not hold the whole sum
-            found["terms"].append((at - before[-1]) // 2)
+            found["terms"].append(at - before[-1] - 1)
             found["right"].append(seen["foretold"][row, at] == window[at + 1])
             for name in MEASURES:
                 found[name].append(seen[name][row, at])
@@ -97,44 +95,29 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 MEASURES = ("last step", "last contraction", "entropy of the answer")
 
 
-def ranking(wrong: np.ndarray, right: np.ndarray) -> float:
-    """How often a wrong answer has the larger value (AUROC); 0.5 says nothing."""
-    return float(np.mean((wrong[:, None] > right[None]) + 0.5 * (wrong[:, None] == right[None])))
-
-
 def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
     """AUROC among sums of the same number of terms, averaged with the number of wrong answers as weight."""
     total, weight = 0.0, 0
-    for terms in TERMS:
+    for terms in ASKED:
         of = found["terms"] == terms
         right = found["right"].astype(bool)
         wrong_values, right_values = found[name][of & ~right], found[name][of & right]
         if len(wrong_values) >= 5 and len(right_values) >= 5:
-            total += ranking(wrong_values, right_values) * len(wrong_values)
+            total += auroc(wrong_values, right_values) * len(wrong_values)
             weight += len(wrong_values)
     return total / weight if weight else math.nan
 
 
-def interval(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {T95 * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/settled"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, the cores divided among them")
-    args = parser.parse_args()
+    args = options(__doc__, "runs/settled").parse_args()
     home = args.workdir.absolute()
     home.mkdir(parents=True, exist_ok=True)
     text = home / "sums.txt"
-    text.write_text("\n".join(sums(300_000, seed=0, held_out=False)) + "\n")
+    text.write_text("\n".join(sums(300_000, TRAINED, seed=0, held_out=False)) + "\n")
     runs = {
-        f"{model.replace(' ', '-')}-seed{seed}": [
-            "--config=configs/ngc_small.py",
-            f"--config.seed={seed}",
-            f"--config.data.path={text}",
-            *(f"--config.{name}={value}" for name, value in {**COMMON, **fields}.items()),
-        ]
+        f"{model.replace(' ', '-')}-seed{seed}": flags(
+            "configs/ngc_small.py", {"seed": seed, "data.path": text, **COMMON, **fields}
+        )
         for seed in SEEDS
         for model, fields in MODELS.items()
     }
@@ -143,12 +126,12 @@ def main() -> None:
     lines = [
         "Made by `python -m experiments.settled`; means and 95% intervals over seeds 0, 1, 2.",
         "",
-        "| model | " + " | ".join(f"right, {terms} terms" for terms in TERMS) + " |",
-        "| --- " * (1 + len(TERMS)) + "|",
+        "| model | " + " | ".join(f"right, {terms} terms" for terms in ASKED) + " |",
+        "| --- " * (1 + len(ASKED)) + "|",
     ]
     found = {model: [answers(home / f"{model.replace(' ', '-')}-seed{seed}") for seed in SEEDS] for model in MODELS}
     for model, seeds in found.items():
-        shares = [interval([float(np.mean(one["right"][one["terms"] == terms])) for one in seeds]) for terms in TERMS]
+        shares = [interval([float(np.mean(one["right"][one["terms"] == terms])) for one in seeds]) for terms in ASKED]
         lines.append(f"| {model} | " + " | ".join(shares) + " |")
     lines += [
         "",

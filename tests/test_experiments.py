@@ -43,19 +43,19 @@ def test_a_statistic_that_knows_is_told_from_one_that_does_not():
 
 
 def test_the_sums_are_right_and_the_two_sides_share_none():
-    train, held_out = settled.sums(2000, seed=0, held_out=False), settled.sums(500, seed=1, held_out=True)
+    train, held_out = settled.sums(2000, settled.TRAINED, 0, False), settled.sums(500, settled.ASKED, 1, True)
     assert not set(train) & set(held_out)
     for line in held_out:
         asked, answer = line.split("=")
-        assert sum(map(int, asked.split("+"))) % 10 == int(answer)
-        assert asked.count("+") + 1 in settled.TERMS
+        assert sum(map(int, asked)) % settled.MODULUS == int(answer)
+        assert len(asked) in settled.ASKED
 
 
 def test_difficulty_is_held_fixed():
     """Longer sums are wrong more often and less settled; within a length there is nothing to see."""
     noise = np.random.default_rng(0)
-    terms = np.repeat([2, 6], 2000)
-    right = noise.uniform(size=4000) < np.where(terms == 2, 0.9, 0.1)
+    terms = np.repeat([3, 6], 2000)
+    right = noise.uniform(size=4000) < np.where(terms == 3, 0.9, 0.1)
     found = {"terms": terms, "right": right, "last step": terms + noise.normal(size=4000)}
     assert stats.auroc(found["last step"][~right], found["last step"][right]) > 0.8
     assert settled.within_difficulty(found, "last step") == pytest.approx(0.5, abs=0.05)

@@ -24,7 +24,8 @@ SHOWN = 6  # tokens whose paths are drawn
 BEFORE = 8  # tokens of text before each of them in its label
 STYLE = """
 :root { color-scheme: light dark; }
-body { margin: 0 auto; padding: 1rem; max-width: 46rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+body { margin: 0 auto; padding: 1rem; max-width: 46rem; font: 1rem/1.5 system-ui, sans-serif; }
+body { overflow-wrap: break-word; } /* not "anywhere": a narrow column would break its words */
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 figure { margin: 0; } img { width: 100%; height: auto; border-radius: 4px; background: #fff; }
 figcaption, caption, td.say { font-size: 0.9rem; }
