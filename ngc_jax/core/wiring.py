@@ -1,0 +1,86 @@
+"""Who hears whom: wirings between groups, as tables of partners.
+
+For: fixed topologies, drawn once before training. Not for: what passes along a channel (`rules.py`), or wirings that
+change while a model trains.
+
+A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g hears. Every group
+hears equally many, so that channels make regular arrays and one that is absent costs nothing. A group's own neurons
+hear each other through the synapse's intra-group part: none of these wirings but "complete" has a channel from a
+group to itself.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+Wiring = tuple[tuple[int, ...], ...]
+
+
+def others(groups: int, k: int, seed: int) -> Wiring:
+    """Every group hears all the others: k = G - 1."""
+    return _table([set(range(groups)) - {g} for g in range(groups)])
+
+
+def ring(groups: int, k: int, seed: int) -> Wiring:
+    """Groups on a ring; each hears its k nearest, the one ahead first where k is odd."""
+    return _table([{(g + offset) % groups for offset in _nearest(k)} for g in range(groups)])
+
+
+def small_world(groups: int, k: int, seed: int) -> Wiring:
+    """A ring in which each channel, with probability REWIRED, comes from a random group instead.
+
+    Watts and Strogatz 1998 (Nature 393), on channels that have a direction: a listener keeps its k.
+    """
+    draw = np.random.default_rng(seed)
+    rows = []
+    for g in range(groups):
+        near = [(g + offset) % groups for offset in _nearest(k)]
+        heard = set(near)
+        for h in near:
+            strangers = sorted(set(range(groups)) - heard - {g})
+            if strangers and draw.random() < REWIRED:
+                heard = heard - {h} | {int(draw.choice(strangers))}
+        rows.append(heard)
+    return _table(rows)
+
+
+def regular(groups: int, k: int, seed: int) -> Wiring:
+    """A random digraph in which each group hears k others and is heard by k.
+
+    A ring whose channels trade listeners in pairs, 20 trials for each channel: the usual Markov chain over graphs with
+    given degrees (Maslov and Sneppen 2002, Science 296).
+    """
+    draw = np.random.default_rng(seed)
+    rows = [{(g + offset) % groups for offset in _nearest(k)} for g in range(groups)]
+    for _ in range(20 * groups * k):
+        a, b = (int(g) for g in draw.integers(groups, size=2))
+        h, i = (int(draw.choice(sorted(rows[g]))) for g in (a, b))
+        if h not in rows[b] | {b} and i not in rows[a] | {a}:
+            rows[a] = rows[a] - {h} | {i}
+            rows[b] = rows[b] - {i} | {h}
+    return _table(rows)
+
+
+def block(groups: int, k: int, seed: int) -> Wiring:
+    """Islands of k + 1 neighbours that hear each other and nobody else; k + 1 must divide G."""
+    size = k + 1
+    return _table([set(range(g // size * size, (g // size + 1) * size)) - {g} for g in range(groups)])
+
+
+WIRINGS: dict[str, Callable[[int, int, int], Wiring]] = {
+    "others": others,
+    "ring": ring,
+    "small_world": small_world,
+    "regular": regular,
+    "block": block,
+}
+REWIRED = 0.2  # share of a small world's channels that lead to strangers: many shortcuts, neighbourhoods still there
+
+
+def _nearest(k: int) -> list[int]:
+    """Offsets of the k nearest on a ring: 1, -1, 2, -2, ..."""
+    return [(i // 2 + 1) * (1 if i % 2 == 0 else -1) for i in range(k)]
+
+
+def _table(rows: list[set[int]]) -> Wiring:
+    return tuple(tuple(sorted(row)) for row in rows)
