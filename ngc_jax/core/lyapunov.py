@@ -23,6 +23,7 @@ Array = jax.Array
 Tree = Any
 Step = Callable[[Any, Any], Any]
 TALL = 16  # numbers of a state for each tangent, from which QR goes by Gram matrices
+LARGE = 65_536  # numbers of a state from which tangents are pushed one after another
 SHIFT = 1e-6  # of a Gram matrix of unit rows: well above float32's rounding, well below 1
 
 
@@ -149,7 +150,10 @@ def push_forward(f: Callable[[Array], Array], x: Array, tangents: Array) -> tupl
     if tangents.shape[0] == 1:  # without a batch axis of one, which makes products slower
         after, tangent = jax.jvp(f, (x,), (tangents[0],))
         return after, tangent[None]
-    return jax.vmap(lambda tangent: jax.jvp(f, (x,), (tangent,)), out_axes=(None, 0))(tangents)
+    after, push = jax.linearize(f, x)
+    if x.size < LARGE:
+        return after, jax.vmap(push)(tangents)
+    return after, jax.lax.map(push, tangents)  # together they would leave a core's cache: 20% slower
 
 
 def orthonormalise(tangents: Array) -> tuple[Array, Array]:
