@@ -11,13 +11,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ngc_jax.core.rules import GATES
+from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.errors import UserError
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
 
-RULES_OF_A_MODEL = ("addressed", "broadcast", "none", "dense")
+RULES_OF_A_MODEL = (*(rule for rule in RULES if rule not in INSIDE), "none", "dense")
 
 
 def base() -> ConfigDict:
@@ -40,14 +40,17 @@ def base() -> ConfigDict:
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
     c.model = ConfigDict()
-    c.model.rule = "addressed"  # between groups: "addressed", "broadcast", "none"; "dense" = the ordinary Transformer
+    # Between groups: "addressed", "broadcast", "metric", "metric_diagonal", "metric_scalar", "tanh", "shift",
+    # "riemannian", "distance" (docs/method.md says what each is), or "none"; "dense" = the ordinary Transformer.
+    c.model.rule = "addressed"
     c.model.width = 128  # neurons of the stream, D: a multiple of groups
     c.model.hidden = 384  # neurons of the exchange's hidden layer, F: a multiple of groups
     c.model.groups = 8  # groups of neurons, G >= 1
     c.model.heads = 4  # attention heads: a divisor of groups, for a head is one group or several
     c.model.p_intra = 128  # numbers of a state within its group: 0 = no such part, >= the group's size = dense block
-    c.model.p_inter = 3  # numbers of one port (addressed) or of one state (broadcast), >= 1
-    c.model.message_activation = "none"  # on the signal between groups: "none", "silu", "gelu", "relu"
+    c.model.p_inter = 3  # numbers of one port (addressed) or of one state (all other rules), >= 1
+    # On the signal between groups: "none", "silu", "gelu", "relu"; "none" for tanh, shift, riemannian, distance.
+    c.model.message_activation = "none"
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
@@ -130,6 +133,10 @@ def validate(config: ConfigDict) -> None:
 
     choice("model.rule", m.rule, RULES_OF_A_MODEL)
     choice("model.message_activation", m.message_activation, ("none", *GATES))
+    signals = m.message_activation == "none" or m.rule not in RULES or m.rule in SIGNAL_RULES
+    send = ", ".join(rule for rule in SIGNAL_RULES if rule not in INSIDE)
+    makes = f"'none' where model.rule={m.rule!r} makes its weights without a signal (those with one: {send})"
+    need(signals, "model.message_activation", makes)
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

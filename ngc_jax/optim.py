@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from ngc_jax.core.rules import RULES
+
 Array = jax.Array
 Tree = Any
+_GROUPED = [name for name, rule in RULES.items() if rule.grouped]
 
 
 def kind(path: tuple[Any, ...]) -> str:
     """What the parameter at a tree path is: "state", "matrix", "embedding", or "scale" (norms, leak, drive)."""
     names = [str(getattr(key, "key", key)) for key in path]
-    if names[-1] in ("pre", "post"):
+    if "pre" in names or "post" in names:  # whatever a rule keeps there: what neurons share goes with their states
         return "state"
     if names[-1] == "weight":
         return "matrix"
@@ -55,7 +58,7 @@ def optimizer(config: Any) -> optax.GradientTransformation:
     if config.optimizer == "muon":
         muon = optax.chain(scale_by_muon(weight_dimension_numbers=_matrix_axes), _match_adam_rms())
         chosen = {"state": muon, "matrix": muon, "embedding": adam, "scale": adam}
-        direction = optax.partition(chosen, kinds)
+        direction = optax.partition(chosen, _directions)
     else:
         direction = adam
     return optax.chain(
@@ -78,15 +81,28 @@ def apply(config: Any, params: Tree, direction: Tree, step: Array) -> Tree:
     return jax.tree_util.tree_map_with_path(move, params, direction)
 
 
+def _directions(params: Tree) -> Tree:
+    """Kinds as they are for Muon: of what a rule keeps, biases and gains are no matrices and go with the scales."""
+
+    def label(path: tuple[Any, ...], p: Array) -> str:
+        is_matrix = path[-1].key in ("pre", "post", "state", "map")
+        return "scale" if kind(path) == "state" and not is_matrix else kind(path)
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
 def _matrix_axes(params: Tree) -> Tree:
     """Which axes of a parameter make a matrix for Muon; stages, fan and groups are a batch of them.
 
-    Parameters are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule has.
+    States are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule has; the last two axes
+    of a map are its matrix.
     """
 
     def axes(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
-        grouped = "broadcast" not in str(path)
-        first = 3 if grouped else 2
+        if path[-1].key == "map":
+            first = p.ndim - 2
+        else:
+            first = 3 if any(key.key.partition("_")[2] in _GROUPED for key in path) else 2
         return MuonDimensionNumbers((first,), tuple(range(first + 1, p.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from ngc_jax import count
-from ngc_jax.config import base, differences, model_shape, validate
+from ngc_jax.config import RULES_OF_A_MODEL, base, differences, model_shape, validate
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
@@ -95,6 +95,7 @@ def test_ngc_base_compiles_abstractly():
         ("data.tokenizer", "words", "one of 'bytes', 'bpe'"),
         ("data.validation_fraction", 0.0, "above 0 and at most 0.5"),
         ("model.rule", "x", "one of 'addressed'"),
+        ("model.rule", "within", "one of 'addressed', 'broadcast', 'metric', .*'distance', 'none', 'dense'"),
         ("model.heads", 3, "a divisor of model.groups=8 .* for instance 2"),
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
         ("model.rounds", 0, "1 or more"),
@@ -111,6 +112,20 @@ def test_impossible_values_are_refused(field, value, message):
     config = base()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize("rule", RULES_OF_A_MODEL)
+def test_a_message_activation_wants_a_signal(rule):
+    config = base()
+    config.model.rule = rule
+    validate(config)
+    config.model.message_activation = "silu"
+    if rule in ("tanh", "shift", "riemannian", "distance"):
+        named = f"model.message_activation='silu': must be 'none' where model.rule='{rule}' .*: addressed, broadcast"
+        with pytest.raises(UserError, match=named):
+            validate(config)
+    else:
         validate(config)
 
 

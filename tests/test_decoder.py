@@ -10,6 +10,7 @@ from conftest import TINY
 
 import ngc_jax
 from ngc_jax.config import base, model_shape
+from ngc_jax.core.rules import INSIDE, RULES
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.shape import SynapsePart
@@ -23,6 +24,8 @@ VARIANTS = {
     "no_intra": {"p_intra": 0},
     "blocks_only": {"rule": "none"},
     "dense": {"rule": "dense"},
+    "metric_silu": {"rule": "metric", "message_activation": "silu"},
+    "tanh": {"rule": "tanh", "p_intra": 2, "form": "signals"},
     "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0},
     "no_loop": {"prelude": 2, "core": 0},
 }
@@ -49,12 +52,12 @@ def numpy_synapse(params, stage, x, activation):
     flat = x.reshape(-1, x.shape[-1])
     total = 0
     for name, states in params.items():
-        place, rule = name.split("_")
+        place, _, rule = name.partition("_")
         active = activation if place == "inter" else None
         fan = []
         for c in range(jax.tree.leaves(states)[0].shape[1]):
-            pre = states["pre"][stage, c] if "pre" in states else ()
-            post = states["weight" if place == "dense" else "post"][stage, c]
+            one = jax.tree.map(lambda p, at=(stage, c): p[at], states)
+            pre, post = one.get("pre", ()), one["weight" if place == "dense" else "post"]
             if active:
                 each = [
                     np.asarray(ngc_jax.weights(rule, pre, post, jnp.asarray(t, jnp.float32), active)) @ t for t in flat
@@ -210,6 +213,30 @@ def test_synapses_keep_unit_variance_at_start(variant, form):
         y, _ = jax.jit(synapse.init_with_output)(jax.random.key(1), x)
         assert y.shape == (400, 2, n_out)
         assert np.var(y) == pytest.approx(1, abs=0.12)
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - set(INSIDE)))
+def test_each_rule_serves_between_groups(rule):
+    """Unit variance at start, one y in both forms and at their sum, and a gradient for all that is kept."""
+    x = jax.random.normal(jax.random.key(0), (400, 128))
+    outputs = []
+    for form in ("weights", "signals"):
+        config = base()
+        config.model.update({"rule": rule, "width": 128, "hidden": 256, "p_inter": 4, "form": form})
+        synapse = Synapse(model_shape(config, 50).parts(128, 256), 128, 256, form, fan=2)
+        params = jax.jit(synapse.init)(jax.random.key(1), x)
+
+        def act(params, synapse=synapse):
+            y = synapse.apply(params, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), grads = jax.jit(jax.value_and_grad(act, has_aux=True))(params)
+        outputs.append(y)
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+            assert np.all(np.isfinite(grad)), path
+            assert np.mean(np.asarray(grad) != 0) > 0.95, path
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
+    assert np.var(y) == pytest.approx(1, abs=0.12)
 
 
 def test_the_stream_stays_of_order_one_at_start():

@@ -9,6 +9,8 @@ import pytest
 from ngc_jax import optim
 from ngc_jax.config import base, model_shape
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.layers import Synapse
+from ngc_jax.nn.shape import SynapsePart
 
 
 def settings(**fields):
@@ -62,6 +64,16 @@ def test_every_parameter_has_its_kind(params):
     assert set(jax.tree.leaves(optim.kinds(dense["coda"]["down"]))) == {"matrix"}
 
 
+@pytest.mark.parametrize("rule", ["metric", "tanh", "riemannian"])
+def test_all_that_a_rule_keeps_is_state(rule):
+    config = base()
+    config.model.rule = rule
+    params = jax.eval_shape(Decoder(model_shape(config, 20)).init, jax.random.key(0))
+    kinds = optim.kinds(params["coda"]["down"])
+    assert set(jax.tree.leaves(kinds)) == {"state"}
+    assert {"state", "map"} <= set(kinds[f"inter_{rule}"]["post"])
+
+
 def test_states_have_their_own_learning_rate(params):
     config = settings()
     moved = optim.apply(config, params, jax.tree.map(jnp.ones_like, params), jnp.asarray(10))
@@ -112,3 +124,23 @@ def test_muon_orthogonalises_each_matrix(rule):
             values = np.linalg.svd(matrix, compute_uv=False)
             assert values.max() / values.min() < 3, path  # Newton-Schulz leaves them between about 0.7 and 1.2
         assert np.sqrt(np.mean(np.square(leaf))) == pytest.approx(0.2, rel=0.01)
+
+
+@pytest.mark.parametrize("rule", ["metric", "metric_diagonal", "metric_scalar", "tanh", "riemannian"])
+def test_muon_knows_the_matrices_of_each_rule(rule):
+    synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", fan=2)
+    params = jax.tree.map(lambda p: p[None], synapse.init(jax.random.key(0), jnp.ones((1, 16)))["params"])  # one stage
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
+    direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
+    for (path, step), grad in zip(jax.tree_util.tree_leaves_with_path(direction), jax.tree.leaves(grads), strict=True):
+        name = path[-1].key
+        if name in ("bias", "gain", "offset"):
+            np.testing.assert_allclose(np.abs(step), 1, rtol=1e-3)  # AdamW's first direction is a sign
+            continue
+        lead = step.ndim - 2 if name == "map" else 3 if rule.startswith("metric") else 2
+        shape = (-1, step.shape[lead], int(np.prod(step.shape[lead + 1 :])))
+        for found, given in zip(np.reshape(step, shape), np.reshape(grad, shape), strict=True):
+            left, _, right = np.linalg.svd(given, full_matrices=False)
+            nearest = left @ right
+            assert np.sum(found * nearest) > 0.85 * np.linalg.norm(found) * np.linalg.norm(nearest), path

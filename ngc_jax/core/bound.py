@@ -1,16 +1,16 @@
 """Bounds that hold before anything is run: the most that a synapse, or a loop of rounds, can stretch a difference.
 
 For: upper bounds from states alone, by small Gram matrices (a port's p by p, a state's r by r, a block's n by n) and
-one power iteration over groups; no weight is formed. Not for: what a trained loop does on real inputs, which is less
-and is measured (`stability.py`, `lyapunov.py`).
+one power iteration over groups; only a generated rule's weights are formed. Not for: what a trained loop does on real
+inputs, which is less and is measured (`stability.py`, `lyapunov.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.rules import States
+from ngc_jax.core.rules import States, weights
 
 Array = jax.Array
 ROUNDING = 1 + 1e-5  # a bound computed in float32 is rounded up by this, so that it stays one
@@ -20,10 +20,13 @@ def gain_bound(parts: Sequence[tuple[str, States, States]]) -> Array:
     """At least the spectral norm of a synapse's W, the sum of `parts` (rule, pre, post): a scalar.
 
     Every part is reduced to norms between groups, N[g, h] >= |W[g, h]|, and |W| <= |N|, the norm of a G by G matrix
-    (`broadcast` knows no groups: G = 1). max_g |W_gg| + |R| |M| |S| bounds the same from above; this is tighter.
-    Raises KeyError for an unknown rule.
+    (`broadcast` and the generated rules know no groups: G = 1). max_g |W_gg| + |R| |M| |S| bounds the same from above;
+    this is tighter. Raises KeyError for an unknown rule.
     """
-    norms = [_NORMS[rule](pre, post) for rule, pre, post in parts]
+    norms = [
+        _NORMS[rule](pre, post) if rule in _NORMS else _matrix_norm(weights(rule, pre, post))[None, None]
+        for rule, pre, post in parts
+    ]
     grouped = [n for n in norms if n.shape != (1, 1)]
     single = [n[0, 0] for n in norms if n.shape == (1, 1)]
     together = _nonnegative_norm(sum(grouped[1:], grouped[0])) if grouped else jnp.zeros(())
@@ -77,9 +80,22 @@ def _addressed(pre: Array, post: Array) -> Array:
     return _product_norm(jnp.transpose(post, (0, 2, 1, 3)), jnp.transpose(pre, (2, 0, 1, 3)))
 
 
-_NORMS = {
+def _metric(pre: Array, post: dict[str, Array]) -> Array:
+    # |R[g] M[g, h] S[h]^T|^2 is the top eigenvalue of (M[g, h]^T R[g]^T R[g] M[g, h]) (S[h]^T S[h]).
+    maps, r = post["map"], pre.shape[-1]
+    if maps.ndim < 4:  # diagonal [G, G, r], or scalar [G, G]
+        maps = maps.reshape(*maps.shape, *[1] * (4 - maps.ndim)) * jnp.eye(r, dtype=maps.dtype)
+    read, sent = (jnp.einsum("gip,giq->gpq", states, states) for states in (post["state"], pre))
+    seen = jnp.einsum("ghpq,gps,ghst->ghqt", maps, read, maps)
+    return jnp.sqrt(_top_eigenvalue(seen @ sent))
+
+
+_NORMS: dict[str, Callable[[States, States], Array]] = {
     "broadcast": lambda pre, post: _product_norm(post, pre)[None, None],
     "addressed": _addressed,
+    "metric": _metric,
+    "metric_diagonal": _metric,
+    "metric_scalar": _metric,
     "within": lambda pre, post: jnp.diag(_product_norm(post, pre)),
     "block": lambda pre, post: jnp.diag(_matrix_norm(post)),
 }

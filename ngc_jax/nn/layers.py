@@ -27,7 +27,8 @@ class Synapse(nn.Module):
 
     Each is the sum of the parts its shape names (inside a group, between groups), scaled so that unit-variance x gives
     y of variance gain^2 at start. Under form="weights" the linear parts' weights are generated, summed and multiplied
-    once, for the dense layer's FLOPs but none of its parameters; under form="signals" no weight is ever formed.
+    once, for the dense layer's FLOPs but none of its parameters; under form="signals" a signal rule's weights are
+    never formed.
     """
 
     parts: tuple[SynapsePart, ...]
@@ -59,7 +60,7 @@ class Synapse(nn.Module):
         init = partial(RULES[part.rule].init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
         pre, post = jax.vmap(init)(jax.random.split(key, self.fan))
         # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
-        states = {"weight" if part.place == "dense" else "post": post * scale}
+        states = {"weight" if part.place == "dense" else "post": RULES[part.rule].scaled(post, scale)}
         return states if part.rule == "block" else states | {"pre": pre}
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core.lyapunov import lyapunov_spectrum, orthonormalise, push_forward
-from ngc_jax.core.rules import GATES, RULES
+from ngc_jax.core.rules import GATES, States, signal_rule, transmit
 from ngc_jax.core.stability import slope
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Stage, Synapse, overhearing
@@ -142,7 +142,7 @@ def silenced(params: Params, what: str) -> Params:
 
     def still(path: tuple[Any, ...], leaf: Array) -> Array:
         names = [str(getattr(key, "key", key)) for key in path]
-        inter = len(names) > 1 and names[-2].startswith("inter_") and names[-1] == "post"
+        inter = "post" in names and any(name.startswith("inter_") for name in names)
         if {"messages": inter, "drive": names[-1] == "drive"}[what]:
             touched.append(names)
             return jnp.zeros_like(leaf)
@@ -200,16 +200,18 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
 def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
     """Mean square of what each group hears from each in one synapse, over its fan: [G listeners, G speakers]."""
     (part,) = (part for part in synapse.parts if part.place == "inter")
-    rule, states = RULES[part.rule], synapse.variables["params"][f"inter_{part.rule}"]
+    states = synapse.variables["params"][f"inter_{part.rule}"]
     tokens = x.reshape(-1, groups, x.shape[-1] // groups)
     alone = jnp.eye(groups)[:, None, :, None] * tokens  # [speaker, token, G, n]: one group speaks, the others are still
     alone = alone.reshape(groups, -1, x.shape[-1])
 
-    def one(pre: Array, post: Array) -> Array:
-        signals = jax.vmap(lambda x: rule.send(x, pre))(alone)
-        if part.activation is not None:
-            signals = signals * GATES[part.activation](jnp.sum(signals, axis=0))
-        got = jax.vmap(lambda s: rule.receive(s, post))(signals)  # [speaker, token, n_out]
+    def one(pre: States, post: States) -> Array:
+        if part.activation is None:
+            got = transmit(part.rule, alone, pre, post)  # [speaker, token, n_out]
+        else:
+            rule = signal_rule(part.rule)
+            signals = rule.send(alone, pre)
+            got = rule.receive(signals * GATES[part.activation](jnp.sum(signals, axis=0)), post)
         got = got.reshape(*got.shape[:2], groups, -1)
         return jnp.mean(jnp.square(got), axis=(1, 3)).T
 

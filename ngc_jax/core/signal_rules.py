@@ -1,0 +1,250 @@
+"""The signal rules: a weight is a sum of products, so neurons send a few numbers and groups read them.
+
+For: what every rule answers (`Rule`, `SignalRule`), and the rules under which no weight need ever be formed:
+`broadcast`, `metric` and its two small forms, `addressed`, `within`, `block`. Not for: rules that make W whole
+(`generated_rules.py`), or using a rule by its name (`rules.py`, whose axes these are).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
+
+
+class Rule:
+    """What every rule answers. A rule is a namespace of pure functions and is never instantiated.
+
+    A side's states are one array, numbers that each belong to one neuron; or, where a rule has more, a dict with them
+    as "state", matrices between numbers as "map", and whatever else the neurons share. W is 0 where all of post is.
+    """
+
+    grouped = True  # whether the first axis of "state" is the group and the second the neuron, or the first the neuron
+    amplitude: tuple[str, ...] = ()  # the entries of post that W is proportional to, together; (): post, an array
+
+    @staticmethod
+    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        """States (pre, post), float32, under which unit-variance x gives unit-variance y; `dim` is r or p."""
+        raise NotImplementedError
+
+    @classmethod
+    def scaled(cls, post: States, factor: Array | float) -> States:
+        """The post states that make `factor` times the weights."""
+        if not cls.amplitude:
+            return post * factor
+        return {name: leaf * factor if name in cls.amplitude else leaf for name, leaf in post.items()}
+
+    @staticmethod
+    def weights(pre: States, post: States) -> Array:
+        """W [n_out, n_in]."""
+        raise NotImplementedError
+
+
+class SignalRule(Rule):
+    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
+
+    @staticmethod
+    def send(x: Array, pre: States) -> Array:
+        """x [..., n_in] -> signal."""
+        raise NotImplementedError
+
+    @staticmethod
+    def receive(signal: Array, post: States) -> Array:
+        """Signal -> y [..., n_out]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+        """W [n_out, n_in]; `gate`, of one token's signal shape, multiplies the signal where it passes."""
+        raise NotImplementedError
+
+
+class Broadcast(SignalRule):
+    """W[j, i] = sum_r R[j, r] S[i, r]: every neuron hears the same r numbers. As a layer: low rank.
+
+    pre S [n_in, r], post R [n_out, r]. r (n_in + n_out) parameters, twice that in FLOPs per token, rank r.
+    """
+
+    grouped = False
+
+    @staticmethod
+    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        send, receive = jax.random.split(key)
+        return normal(send, (n_in, dim), n_in), normal(receive, (n_out, dim), dim)
+
+    @staticmethod
+    def send(x: Array, pre: States) -> Array:
+        return x @ pre
+
+    @staticmethod
+    def receive(signal: Array, post: States) -> Array:
+        return signal @ post.T
+
+    @staticmethod
+    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+        return (post if gate is None else post * gate) @ pre.T
+
+
+class Metric(SignalRule):
+    """W[gj, hi] = R[g, j] . M[g, h] S[h, i]: states are compared by a map of each pair of groups' own.
+
+    pre S [G, n, r], post {"state": R [G, m, r], "map": M [G, G, r, r]}. r (n_in + n_out) + G^2 r^2 parameters, twice
+    that in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours. M is shared by a group's neurons: where a
+    port of `addressed` costs every neuron a state for each partner, here the pair of groups pays.
+    """
+
+    amplitude = ("state",)
+    pairs = "ghpq"  # the axes of M: listening group, speaking group, number read, number sent
+
+    @classmethod
+    def init(cls, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        send, between, receive = jax.random.split(key, 3)
+        sizes = {"g": groups, "h": groups, "p": dim, "q": dim}
+        drawn = normal(between, tuple(sizes[axis] for axis in cls.pairs), 1)
+        # Rows of length 1: a map has few numbers, and a row's length is the size of a number that a group reads.
+        summed = tuple(place for place, axis in enumerate(cls.pairs) if axis in "hq")
+        length = jnp.sqrt(jnp.sum(jnp.square(drawn), summed, keepdims=True))
+        post = {"state": normal(receive, (groups, n_out // groups, dim), dim), "map": drawn / length}
+        return normal(send, (groups, n_in // groups, dim), n_in // groups), post
+
+    @staticmethod
+    def send(x: Array, pre: States) -> Array:
+        return jnp.einsum("...hi,hip->...hp", split(x, pre.shape[0]), pre)
+
+    @classmethod
+    def receive(cls, signal: Array, post: States) -> Array:
+        sent = "q" if "q" in cls.pairs else "p"  # a diagonal or scalar map leaves numbers where they are
+        heard = jnp.einsum(f"...h{sent},{cls.pairs}->...gp", signal, post["map"])
+        return merge(jnp.einsum("...gp,gjp->...gj", heard, post["state"]))
+
+    @classmethod
+    def weights(cls, pre: States, post: States, gate: Array | None = None) -> Array:
+        sent = "q" if "q" in cls.pairs else "p"
+        read = jnp.einsum(f"gjp,{cls.pairs}->gjh{sent}", post["state"], post["map"])
+        full = jnp.einsum("gjhp,hip->gjhi", read, pre if gate is None else pre * gate[:, None])
+        return full.reshape(full.shape[0] * full.shape[1], -1)
+
+
+class MetricDiagonal(Metric):
+    """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with a factor for each number of a pair.
+
+    post {"state": R [G, m, r], "map": M [G, G, r]}. r (n_in + n_out) + G^2 r parameters, twice that in FLOPs per
+    token, rank up to min(n_in, n_out, G r). Source: ours.
+    """
+
+    pairs = "ghp"
+
+
+class MetricScalar(Metric):
+    """W[gj, hi] = M[g, h] R[g, j] . S[h, i]: `Metric` with one factor for each pair, a graph of groups.
+
+    post {"state": R [G, m, r], "map": M [G, G]}. r (n_in + n_out) + G^2 parameters; 2 r (n_in + n_out) + 2 r G^2 FLOPs
+    per token; rank up to min(n_in, n_out, G r). Source: ours.
+    """
+
+    pairs = "gh"
+
+
+class Addressed(SignalRule):
+    """W[gj, hi] = sum_p R[g, j, h, p] S[h, i, g, p]: a neuron keeps a port of p numbers for each partner group.
+
+    pre S [G, n, G, p], post R [G, m, G, p]. p G (n_in + n_out) parameters, twice that in FLOPs per token, rank up to
+    min(n_in, n_out, G^2 p). Alone, it is the block form known as Monarch (arXiv 2204.00595) and BTT (2406.06248).
+    """
+
+    @staticmethod
+    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        send, receive = jax.random.split(key)
+        pre = normal(send, (groups, n_in // groups, groups, dim), n_in // groups)
+        return pre, normal(receive, (groups, n_out // groups, groups, dim), groups * dim)
+
+    @staticmethod
+    def send(x: Array, pre: States) -> Array:
+        return jnp.einsum("...hi,higp->...hgp", split(x, pre.shape[0]), pre)
+
+    @staticmethod
+    def receive(signal: Array, post: States) -> Array:
+        return merge(jnp.einsum("...hgp,gjhp->...gj", signal, post))
+
+    @staticmethod
+    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+        sent = pre if gate is None else pre * gate[:, None]
+        full = jnp.einsum("gjhp,higp->gjhi", post, sent)
+        return full.reshape(full.shape[0] * full.shape[1], -1)
+
+
+class Within(SignalRule):
+    """W[gj, gi] = sum_p R[g, j, p] S[g, i, p]: neurons of one group only, through p numbers each.
+
+    pre S [G, n, p], post R [G, m, p]. p (n_in + n_out) parameters, twice that in FLOPs per token, rank G p.
+    """
+
+    @staticmethod
+    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        send, receive = jax.random.split(key)
+        pre = normal(send, (groups, n_in // groups, dim), n_in // groups)
+        return pre, normal(receive, (groups, n_out // groups, dim), dim)
+
+    @staticmethod
+    def send(x: Array, pre: States) -> Array:
+        return jnp.einsum("...gi,gip->...gp", split(x, pre.shape[0]), pre)
+
+    @staticmethod
+    def receive(signal: Array, post: States) -> Array:
+        return merge(jnp.einsum("...gp,gjp->...gj", signal, post))
+
+    @staticmethod
+    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+        heard = post if gate is None else post * gate[:, None]
+        return _block_diagonal(jnp.einsum("gjp,gip->gji", heard, pre))
+
+
+class Block(SignalRule):
+    """W[gj, gi] = R[g, j, i]: a post state holds one number for each member of its group (`Within` at p = n).
+
+    The send state is then one-hot and not stored: pre is (), post R [G, m, n]. n_in n_out / G parameters, twice that
+    in FLOPs per token, full rank inside a group. With one group it is the dense layer, our first baseline.
+    """
+
+    @staticmethod
+    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        return (), normal(key, (groups, n_out // groups, n_in // groups), n_in // groups)
+
+    @staticmethod
+    def send(x: Array, pre: States) -> Array:
+        return x
+
+    @staticmethod
+    def receive(signal: Array, post: States) -> Array:
+        return merge(jnp.einsum("...gi,gji->...gj", split(signal, post.shape[0]), post))
+
+    @staticmethod
+    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+        heard = post if gate is None else post * split(gate, post.shape[0])[:, None]
+        return _block_diagonal(heard)
+
+
+def normal(key: Array, shape: tuple[int, ...], fan_in: float) -> Array:
+    """Float32 numbers of mean 0 and variance 1 / fan_in."""
+    return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
+
+
+def split(x: Array, groups: int) -> Array:
+    """[..., G n] -> [..., G, n]."""
+    return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+
+
+def merge(y: Array) -> Array:
+    """[..., G, n] -> [..., G n]."""
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def _block_diagonal(blocks: Array) -> Array:
+    """[G, m, n] -> [G m, G n]."""
+    groups, m, n = blocks.shape
+    if groups == 1:
+        return blocks[0]
+    full = blocks[:, :, None, :] * jnp.eye(groups, dtype=blocks.dtype)[:, None, :, None]
+    return full.reshape(groups * m, groups * n)
