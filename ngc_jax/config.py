@@ -48,6 +48,10 @@ def base() -> ConfigDict:
     c.model.p_intra = 128  # numbers of a state within its group: 0 = no such part, >= the group's size = dense block
     c.model.p_inter = 3  # numbers of one port (addressed) or of one state (broadcast), >= 1
     c.model.message_activation = "none"  # on the signal between groups: "none", "silu", "gelu", "relu"
+    c.model.exchange_activation = (
+        "silu"  # of the exchange's gate: "silu", "gelu", "relu", or "none" for a plain product
+    )
+    c.model.qk_norm = True  # normalise queries and keys in each head
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
@@ -103,8 +107,8 @@ def base() -> ConfigDict:
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
     fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
-    if fields["message_activation"] == "none":
-        fields["message_activation"] = None
+    for name in ("message_activation", "exchange_activation"):
+        fields[name] = None if fields[name] == "none" else fields[name]
     return ModelShape(**fields)
 
 
@@ -130,6 +134,7 @@ def validate(config: ConfigDict) -> None:
 
     choice("model.rule", m.rule, RULES_OF_A_MODEL)
     choice("model.message_activation", m.message_activation, ("none", *GATES))
+    choice("model.exchange_activation", m.exchange_activation, ("none", *GATES))
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

@@ -9,8 +9,11 @@ import pytest
 from conftest import ROOT
 from golden import make
 
+import ngc_jax
 from ngc_jax import optim
+from ngc_jax.config import base, model_shape, validate
 from ngc_jax.nn.bdh import BDH, BDHShape
+from ngc_jax.nn.decoder import Decoder
 from ngc_jax.sample import generate
 
 SHAPE = BDHShape(
@@ -107,3 +110,54 @@ def test_bdh_documents_do_not_hear_each_other():
     np.testing.assert_allclose(together[:, :5], model.apply(params, inputs[:, :5])[0], rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(together[:, 5:], model.apply(params, inputs[:, 5:])[0], rtol=1e-4, atol=2e-5)
     assert not np.allclose(together[:, 5:], model.apply(params, inputs)[0][:, 5:], atol=1e-2)
+
+
+def cola(exchange_activation):
+    """The golden model of CoLA as a decoder: every synapse broadcasts, activated, and there is nothing beside that."""
+    c, config = make.COLA, base()
+    config.data.context = 40
+    config.model.update({"width": c["hidden_size"], "hidden": c["intermediate_size"], "p_inter": c["rank"]})
+    config.model.update({"groups": c["num_attention_heads"], "heads": c["num_attention_heads"]})
+    config.model.update({"rule": "broadcast", "message_activation": "silu", "p_intra": 0})
+    config.model.update({"exchange_activation": exchange_activation, "qk_norm": False})
+    config.model.update({"prelude": c["num_hidden_layers"], "core": 0, "coda": 0})
+    validate(config)
+    w = {name: jnp.asarray(weight, jnp.float32) for name, weight in make.cola_weights().items()}
+
+    def each_layer(value):
+        return jnp.stack([value(f"model.layers.{i}.") for i in range(c["num_hidden_layers"])])
+
+    def synapse(*names):
+        def fan(end):
+            return each_layer(lambda start: jnp.stack([w[f"{start}{name}_proj.{end}"] for name in names]))
+
+        return {"inter_broadcast": {"pre": fan("cola_a"), "post": fan("cola_b").swapaxes(-1, -2)}}
+
+    stages = {
+        "attention_norm": {"scale": each_layer(lambda start: w[f"{start}input_layernorm.weight"])},
+        "query_key_value": synapse("self_attn.q", "self_attn.k", "self_attn.v"),
+        "attention_out": synapse("self_attn.o"),
+        "exchange_norm": {"scale": each_layer(lambda start: w[f"{start}post_attention_layernorm.weight"])},
+        "gate_up": synapse("mlp.gate", "mlp.up"),
+        "down": synapse("mlp.down"),
+    }
+    params = {"embed": w["model.embed_tokens.weight"], "norm": {"scale": w["model.norm.weight"]}, "prelude": stages}
+    return Decoder(model_shape(config, c["vocab_size"])), {**params, "unembed": w["lm_head.weight"].T}
+
+
+def test_the_broadcast_rule_with_silu_is_colas_layer():
+    x, a, b = (jnp.asarray(array, jnp.float32) for array in make.cola_layer())
+    y = ngc_jax.transmit("broadcast", x, a, b.T, activation="silu")
+    np.testing.assert_allclose(y, golden("cola")["layer"]["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("exchange_activation", "name"), [("none", "low_rank_activation_only"), ("silu", "both_activations")]
+)
+def test_a_decoder_of_such_synapses_is_the_published_cola(exchange_activation, name):
+    model, params = cola(exchange_activation)
+    expected_tree = jax.tree.map(jnp.shape, jax.eval_shape(model.init, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, params) == expected_tree
+    inputs = jnp.asarray(make.tokens(make.COLA["vocab_size"])[0])
+    logits, _ = jax.jit(model.apply)(params, inputs)
+    np.testing.assert_allclose(logits[..., :: make.COLA_COLUMNS], golden("cola")[name]["logits"], rtol=1e-5, atol=1e-5)
