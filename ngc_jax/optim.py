@@ -81,10 +81,13 @@ def apply(config: Any, params: Tree, direction: Tree, step: Array) -> Tree:
 def _matrix_axes(params: Tree) -> Tree:
     """Which axes of a parameter make a matrix for Muon; stages, fan and groups are a batch of them.
 
-    Parameters are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule has.
+    Neuron states are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule has. Of other
+    matrices it is the last two axes.
     """
 
     def axes(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
+        if kind(path) == "matrix":
+            return MuonDimensionNumbers((p.ndim - 2,), (p.ndim - 1,))
         grouped = "broadcast" not in str(path)
         first = 3 if grouped else 2
         return MuonDimensionNumbers((first,), tuple(range(first + 1, p.ndim)))

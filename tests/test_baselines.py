@@ -15,6 +15,8 @@ from ngc_jax.config import base, model_shape, validate
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.sample import generate
+from ngc_jax.stability import monitor
+from ngc_jax.steps import TrainState, make_train_step
 
 SHAPE = BDHShape(
     vocab=make.BDH["vocab_size"],
@@ -66,6 +68,34 @@ def test_bdh_begins_as_published():
         assert np.mean(leaf) == pytest.approx(0, abs=1e-3)
     assert jax.tree.leaves(optim.kinds(params)).count("matrix") == 3
     assert optim.kinds(params)["embed"] == optim.kinds(params)["unembed"] == "embedding"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bdh_learns(optimizer):
+    model, params = bdh(0.02)
+    config = base().train
+    config.update({"optimizer": optimizer, "learning_rate": 1e-3, "steps": 20, "warmup_steps": 2})
+    state = TrainState(jnp.zeros((), jnp.int32), params, optim.optimizer(config).init(params), 0, 0, monitor.begin())
+    step = jax.jit(make_train_step(model, config, SHAPE.vocab, True))
+    text = jnp.concatenate([jnp.asarray(t) for t in make.tokens(SHAPE.vocab)], axis=1)
+    found = []
+    for _ in range(20):
+        state, scalars = step(state, text)
+        found.append(float(scalars["train/loss"]))
+        assert 0 < scalars["train/grad_norm"] < np.inf
+    assert found[-1] < found[0] - 0.5
+
+
+def test_muon_orthogonalises_each_matrix_of_bdh():
+    params = jax.jit(BDH(BDHShape(vocab=20, width=16, hidden=4 * 16)).init)(jax.random.key(0))
+    config = base().train
+    config.update({"optimizer": "muon", "weight_decay": 0.0})
+    chain = optim.optimizer(config)
+    grads = jax.tree.map(lambda p: jnp.cos(1000 * p), params)
+    direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
+    for name in ("encoder", "encoder_v", "decoder"):
+        values = np.linalg.svd(direction[name]["weight"], compute_uv=False)  # of each head
+        assert np.all(values.max(-1) / values.min(-1) < 2), name
 
 
 def test_bdh_refuses_neurons_that_make_no_heads():
