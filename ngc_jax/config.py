@@ -51,6 +51,8 @@ def base() -> ConfigDict:
     c.model.p_inter = 3  # numbers of one port (addressed) or of one state (all other rules), >= 1
     # On the signal between groups: "none", "silu", "gelu", "relu"; "none" for tanh, shift, riemannian, distance.
     c.model.message_activation = "none"
+    c.model.exchange_activation = "silu"  # of the exchange's gate: "silu", "gelu", "relu"; "none" = a plain product
+    c.model.qk_norm = True  # normalise queries and keys in each head
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
@@ -106,8 +108,8 @@ def base() -> ConfigDict:
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
     fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
-    if fields["message_activation"] == "none":
-        fields["message_activation"] = None
+    for name in ("message_activation", "exchange_activation"):
+        fields[name] = None if fields[name] == "none" else fields[name]
     return ModelShape(**fields)
 
 
@@ -137,6 +139,7 @@ def validate(config: ConfigDict) -> None:
     send = ", ".join(rule for rule in SIGNAL_RULES if rule not in INSIDE)
     makes = f"'none' where model.rule={m.rule!r} makes its weights without a signal (those with one: {send})"
     need(signals, "model.message_activation", makes)
+    choice("model.exchange_activation", m.exchange_activation, ("none", *GATES))
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

@@ -94,15 +94,14 @@ def _directions(params: Tree) -> Tree:
 def _matrix_axes(params: Tree) -> Tree:
     """Which axes of a parameter make a matrix for Muon; stages, fan and groups are a batch of them.
 
-    States are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule has; the last two axes
-    of a map are its matrix.
+    States are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule has; of maps and of
+    other matrices it is the last two axes.
     """
 
     def axes(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
-        if path[-1].key == "map":
-            first = p.ndim - 2
-        else:
-            first = 3 if any(key.key.partition("_")[2] in _GROUPED for key in path) else 2
+        if path[-1].key in ("map", "weight"):
+            return MuonDimensionNumbers((p.ndim - 2,), (p.ndim - 1,))
+        first = 3 if any(key.key.partition("_")[2] in _GROUPED for key in path) else 2
         return MuonDimensionNumbers((first,), tuple(range(first + 1, p.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -100,6 +100,7 @@ def test_ngc_base_compiles_abstractly():
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
         ("model.rounds", 0, "1 or more"),
         ("model.message_activation", "tanh", "one of 'none', 'silu'"),
+        ("model.exchange_activation", None, "one of 'none', 'silu'"),
         ("train.accumulation", 3, "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18"),
         ("train.warmup_steps", 1000, "at least 0 and below train.steps=1000, for instance 100"),
         ("train.learning_rate", 0.0, "above 0"),

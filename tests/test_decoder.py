@@ -28,6 +28,7 @@ VARIANTS = {
     "tanh": {"rule": "tanh", "p_intra": 2, "form": "signals"},
     "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0},
     "no_loop": {"prelude": 2, "core": 0},
+    "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
 }
 
 
@@ -91,8 +92,10 @@ def numpy_stage(s, params, stage, x):
     heads = (*x.shape[:2], s.heads, -1)
     read = synapse("query_key_value", numpy_norm(x, params["attention_norm"]["scale"][stage]))
     query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
-    query = numpy_rotate(numpy_norm(query, params["query_norm"]["scale"][stage]))
-    key = numpy_rotate(numpy_norm(key, params["key_norm"]["scale"][stage]))
+    if s.qk_norm:
+        query = numpy_norm(query, params["query_norm"]["scale"][stage])
+        key = numpy_norm(key, params["key_norm"]["scale"][stage])
+    query, key = numpy_rotate(query), numpy_rotate(key)
     mixed = np.zeros_like(value)
     for b, t, h in itertools.product(range(x.shape[0]), range(x.shape[1]), range(s.heads)):
         seen = slice(max(0, t - s.context + 1), t + 1)
@@ -102,7 +105,9 @@ def numpy_stage(s, params, stage, x):
     x = x + synapse("attention_out", mixed.reshape(x.shape))[..., 0, :]
     both = synapse("gate_up", numpy_norm(x, params["exchange_norm"]["scale"][stage]))
     gate = both[..., 0, :]
-    return x + synapse("down", gate / (1 + np.exp(-gate)) * both[..., 1, :])[..., 0, :]
+    if s.exchange_activation == "silu":
+        gate = gate / (1 + np.exp(-gate))
+    return x + synapse("down", gate * both[..., 1, :])[..., 0, :]
 
 
 def numpy_forward(model, params, tokens):

@@ -1,8 +1,9 @@
-"""Attention across tokens: rotary positions, and causal attention with or without a key-value cache.
+"""Attention across tokens: rotary positions, causal attention with or without a cache, and attention without softmax.
 
-For: the only place where tokens meet. Not for: the synapses that make queries, keys and values (`nn/layers.py`).
+For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`, `nn/bdh.py`).
 
-Axes: B batch, T query tokens, S keys (S = T, or the length of the cache), H heads, d channels of a head.
+Axes: B batch, T query tokens, S keys (S = T, or the length of the cache), H heads, d channels of a head; in linear
+attention N neurons of a head and D channels of a value.
 """
 
 import jax
@@ -54,3 +55,33 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     share = jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bhts,bhsd->bhtd", share, value).swapaxes(1, 2)
     return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
+    """Rotary positions on the pairs of channels (2c, 2c + 1): x [..., T, N], N even; positions [T].
+
+    `rotate` pairs (c, c + N/2): the same but for the order of channels. Angles are counted in turns and their whole
+    turns dropped, as BDH does it, since in float32 the order of operations shows at distant positions.
+    """
+    size = x.shape[-1]
+    turns = positions[:, None] * (base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size) / (2 * jnp.pi))
+    angle = 2 * jnp.pi * (turns % 1)  # [T, N/2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., ::2], x[..., 1::2]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attend_linearly(read: Array, value: Array, mask: Array, state: Array | None = None) -> tuple[Array, Array | None]:
+    """sum over s of (read_t . read_s) value_s under the mask: read [B, H, T, N], value [B, T, D] -> [B, H, T, D].
+
+    Query and key are one and the same, there is no softmax and no scale, and all heads hear the same value. `state`
+    [B, H, N, D], if given, is the sum of read_s value_s over the tokens before these, all of which are heard; it is
+    returned with these tokens added, so its size never grows.
+    """
+    score = jnp.where(mask, jnp.einsum("bhtn,bhsn->bhts", read, read), 0)
+    mixed = jnp.einsum("bhts,bsd->bhtd", score, value)
+    if state is not None:
+        mixed = mixed + jnp.einsum("bhtn,bhnd->bhtd", read, state.astype(read.dtype))
+        state = state + jnp.einsum("bhtn,btd->bhnd", read, value).astype(state.dtype)
+    return mixed, state

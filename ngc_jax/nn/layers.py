@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
-from ngc_jax.core.rules import RULES, activation_gain, transmit, weights
+from ngc_jax.core.rules import GATES, RULES, activation_gain, transmit, weights
 from ngc_jax.nn.shape import ModelShape, SynapsePart
 
 Array = jax.Array
@@ -91,9 +91,9 @@ class RMSNorm(nn.Module):
 class Stage(nn.Module):
     """Attention across tokens, then gated exchange across groups, each added to the stream: x [B, T, D] -> x.
 
-    Queries and keys are normalised in each head (arXiv 2302.05442, section 2). A head is made of whole groups, so a
-    group's signals stay together. With a cache, keys and values of these tokens are written from positions[0] on, and
-    attention runs over the whole cache. Returns (x, cache).
+    Queries and keys are normalised in each head if `qk_norm` (arXiv 2302.05442, section 2). A head is made of whole
+    groups, so a group's signals stay together. With a cache, keys and values of these tokens are written from
+    positions[0] on, and attention runs over the whole cache. Returns (x, cache).
     """
 
     shape: ModelShape
@@ -108,8 +108,8 @@ class Stage(nn.Module):
 
         read = square(fan=3, name="query_key_value")(RMSNorm(name="attention_norm")(x))
         query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
-        # Each head's query and key at unit rms: bounded logits bear the high learning rates that states want.
-        query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
+        if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
+            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         query, key = attention.rotate(query, positions), attention.rotate(key, positions)
         keys = positions
         if cache is not None:
@@ -122,4 +122,7 @@ class Stage(nn.Module):
         up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, fan=2, name="gate_up")
         down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, gain=s.branch_gain, name="down")
         both = up(RMSNorm(name="exchange_norm")(x))
-        return x + down(jax.nn.silu(both[..., 0, :]) * both[..., 1, :])[..., 0, :], cache
+        gate, heard = both[..., 0, :], both[..., 1, :]
+        if s.exchange_activation is not None:
+            gate = gate * GATES[s.exchange_activation](gate)
+        return x + down(gate * heard)[..., 0, :], cache

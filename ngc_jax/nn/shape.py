@@ -31,6 +31,8 @@ class ModelShape:
     p_intra: int
     p_inter: int
     message_activation: str | None
+    exchange_activation: str | None
+    qk_norm: bool
     prelude: int
     core: int
     rounds: int

@@ -1,0 +1,193 @@
+"""The published baselines, BDH and CoLA: their authors' code's numbers (golden/make.py), and what the harness needs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from golden import make
+
+import ngc_jax
+from ngc_jax import optim
+from ngc_jax.config import base, model_shape, validate
+from ngc_jax.nn.bdh import BDH, BDHShape
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.sample import generate
+from ngc_jax.stability import monitor
+from ngc_jax.steps import TrainState, make_train_step
+
+SHAPE = BDHShape(
+    vocab=make.BDH["vocab_size"],
+    width=make.BDH["n_embd"],
+    hidden=make.BDH["mlp_internal_dim_multiplier"] * make.BDH["n_embd"],
+    heads=make.BDH["n_head"],
+    layers=make.BDH["n_layer"],
+)
+
+
+def golden(name):
+    return json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
+
+
+def bdh(std, **fields):
+    """The golden model of these weights, and the names that the reference has for ours."""
+    w = {name: jnp.asarray(weight, jnp.float32) for name, weight in make.bdh_weights(std).items()}
+    matrices = {name: {"weight": w[name]} for name in ("encoder", "encoder_v", "decoder")}
+    params = {"embed": w["embed.weight"], **matrices, "unembed": w["lm_head"]}
+    return BDH(BDHShape(**{**vars(SHAPE), **fields})), params
+
+
+def loss(model, params, inputs, targets):
+    chosen = jax.nn.log_softmax(model.apply(params, inputs)[0])
+    return -jnp.take_along_axis(chosen, targets[..., None], axis=-1).mean()
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", make.BDH_STD)
+def test_bdh_is_the_published_function(name, remat):
+    expected = golden("bdh")[name]
+    model, params = bdh(make.BDH_STD[name], remat=remat)
+    inputs, targets = map(jnp.asarray, make.tokens(SHAPE.vocab))
+    logits, _ = jax.jit(model.apply)(params, inputs)
+    np.testing.assert_allclose(logits[..., :: make.BDH_COLUMNS], expected["logits"], rtol=1e-5, atol=1e-5)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(model, p, inputs, targets)))(params)
+    assert float(value) == pytest.approx(expected["loss"], abs=1e-5)
+    ours = {"embed.weight": gradient["embed"], "lm_head": gradient["unembed"]}
+    ours |= {name: gradient[name]["weight"] for name in ("encoder", "encoder_v", "decoder")}
+    norms = {name: float(jnp.linalg.norm(g.ravel())) for name, g in ours.items()}
+    assert norms == pytest.approx(expected["gradient_norms"], rel=1e-4)
+
+
+def test_bdh_begins_as_published():
+    shape = BDHShape(width=64, hidden=1024)
+    params = jax.jit(BDH(shape).init)(jax.random.key(0))
+    for leaf in jax.tree.leaves(params):
+        assert np.std(leaf) == pytest.approx(0.02, rel=0.03)
+        assert np.mean(leaf) == pytest.approx(0, abs=1e-3)
+    assert jax.tree.leaves(optim.kinds(params)).count("matrix") == 3
+    assert optim.kinds(params)["embed"] == optim.kinds(params)["unembed"] == "embedding"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bdh_learns(optimizer):
+    model, params = bdh(0.02)
+    config = base().train
+    config.update({"optimizer": optimizer, "learning_rate": 1e-3, "steps": 20, "warmup_steps": 2})
+    state = TrainState(jnp.zeros((), jnp.int32), params, optim.optimizer(config).init(params), 0, 0, monitor.begin())
+    step = jax.jit(make_train_step(model, config, SHAPE.vocab, True))
+    text = jnp.concatenate([jnp.asarray(t) for t in make.tokens(SHAPE.vocab)], axis=1)
+    found = []
+    for _ in range(20):
+        state, scalars = step(state, text)
+        found.append(float(scalars["train/loss"]))
+        assert 0 < scalars["train/grad_norm"] < np.inf
+    assert found[-1] < found[0] - 0.5
+
+
+def test_muon_orthogonalises_each_matrix_of_bdh():
+    params = jax.jit(BDH(BDHShape(vocab=20, width=16, hidden=4 * 16)).init)(jax.random.key(0))
+    config = base().train
+    config.update({"optimizer": "muon", "weight_decay": 0.0})
+    chain = optim.optimizer(config)
+    grads = jax.tree.map(lambda p: jnp.cos(1000 * p), params)
+    direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
+    for name in ("encoder", "encoder_v", "decoder"):
+        values = np.linalg.svd(direction[name]["weight"], compute_uv=False)  # of each head
+        assert np.all(values.max(-1) / values.min(-1) < 2), name
+
+
+def test_bdh_refuses_neurons_that_make_no_heads():
+    with pytest.raises(ValueError, match="hidden=36: must be an even number of neurons for each of 4 heads"):
+        BDHShape(hidden=36)
+
+
+def test_bdh_jit_changes_nothing():
+    model, params = bdh(0.3)
+    inputs = jnp.asarray(make.tokens(SHAPE.vocab, 1, 6)[0])
+    with jax.disable_jit():
+        plain = model.apply(params, inputs)[0]
+    np.testing.assert_allclose(jax.jit(model.apply)(params, inputs)[0], plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", make.BDH_STD.values())
+def test_bdh_decoding_is_the_full_forward(std):
+    model, params = bdh(std)
+    inputs = jnp.asarray(make.tokens(SHAPE.vocab)[0])
+    full = jax.jit(model.apply)(params, inputs)[0]
+    decode = jax.jit(model.decode)
+    first, cache = decode(params, inputs[:, :5], model.init_cache(2, 40), 0)
+    np.testing.assert_allclose(first, full[:, :5], rtol=1e-5, atol=1e-5)
+    for t in range(5, 40):
+        one, cache = decode(params, inputs[:, t : t + 1], cache, t)
+        np.testing.assert_allclose(one[:, 0], full[:, t], rtol=1e-4, atol=2e-5)
+
+
+def test_bdh_continues_a_text_with_its_likeliest_tokens():
+    model, params = bdh(0.3)
+    text = jnp.asarray(make.tokens(SHAPE.vocab, 1, 4)[0])
+    found = generate(model, params, text, 3, jax.random.key(0), jnp.float32(0), jnp.float32(1))
+    for _ in range(3):
+        text = jnp.append(text, model.apply(params, text)[0][:, -1:].argmax(-1), axis=1)
+    np.testing.assert_array_equal(found, text[:, 4:])
+
+
+def test_bdh_documents_do_not_hear_each_other():
+    model, params = bdh(0.3)
+    inputs = jnp.asarray(make.tokens(SHAPE.vocab, 1, 12)[0])
+    together = model.apply(params, inputs, jnp.array([[1] * 5 + [2] * 7]))[0]
+    np.testing.assert_allclose(together[:, :5], model.apply(params, inputs[:, :5])[0], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(together[:, 5:], model.apply(params, inputs[:, 5:])[0], rtol=1e-4, atol=2e-5)
+    assert not np.allclose(together[:, 5:], model.apply(params, inputs)[0][:, 5:], atol=1e-2)
+
+
+def cola(exchange_activation):
+    """The golden model of CoLA as a decoder: every synapse broadcasts, activated, and there is nothing beside that."""
+    c, config = make.COLA, base()
+    config.data.context = 40
+    config.model.update({"width": c["hidden_size"], "hidden": c["intermediate_size"], "p_inter": c["rank"]})
+    config.model.update({"groups": c["num_attention_heads"], "heads": c["num_attention_heads"]})
+    config.model.update({"rule": "broadcast", "message_activation": "silu", "p_intra": 0})
+    config.model.update({"exchange_activation": exchange_activation, "qk_norm": False})
+    config.model.update({"prelude": c["num_hidden_layers"], "core": 0, "coda": 0})
+    validate(config)
+    w = {name: jnp.asarray(weight, jnp.float32) for name, weight in make.cola_weights().items()}
+
+    def each_layer(value):
+        return jnp.stack([value(f"model.layers.{i}.") for i in range(c["num_hidden_layers"])])
+
+    def synapse(*names):
+        def fan(end):
+            return each_layer(lambda start: jnp.stack([w[f"{start}{name}_proj.{end}"] for name in names]))
+
+        return {"inter_broadcast": {"pre": fan("cola_a"), "post": fan("cola_b").swapaxes(-1, -2)}}
+
+    stages = {
+        "attention_norm": {"scale": each_layer(lambda start: w[f"{start}input_layernorm.weight"])},
+        "query_key_value": synapse("self_attn.q", "self_attn.k", "self_attn.v"),
+        "attention_out": synapse("self_attn.o"),
+        "exchange_norm": {"scale": each_layer(lambda start: w[f"{start}post_attention_layernorm.weight"])},
+        "gate_up": synapse("mlp.gate", "mlp.up"),
+        "down": synapse("mlp.down"),
+    }
+    params = {"embed": w["model.embed_tokens.weight"], "norm": {"scale": w["model.norm.weight"]}, "prelude": stages}
+    return Decoder(model_shape(config, c["vocab_size"])), {**params, "unembed": w["lm_head.weight"].T}
+
+
+def test_the_broadcast_rule_with_silu_is_colas_layer():
+    x, a, b = (jnp.asarray(array, jnp.float32) for array in make.cola_layer())
+    y = ngc_jax.transmit("broadcast", x, a, b.T, activation="silu")
+    np.testing.assert_allclose(y, golden("cola")["layer"]["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("exchange_activation", "name"), [("none", "low_rank_activation_only"), ("silu", "both_activations")]
+)
+def test_a_decoder_of_such_synapses_is_the_published_cola(exchange_activation, name):
+    model, params = cola(exchange_activation)
+    expected_tree = jax.tree.map(jnp.shape, jax.eval_shape(model.init, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, params) == expected_tree
+    inputs = jnp.asarray(make.tokens(make.COLA["vocab_size"])[0])
+    logits, _ = jax.jit(model.apply)(params, inputs)
+    np.testing.assert_allclose(logits[..., :: make.COLA_COLUMNS], golden("cola")[name]["logits"], rtol=1e-5, atol=1e-5)
