@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
+from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.errors import UserError
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.stability.regulariser import REGULARISERS
@@ -51,6 +52,11 @@ def base() -> ConfigDict:
     c.model.p_inter = 3  # numbers of one port (addressed) or of one state (all other rules), >= 1
     # On the signal between groups: "none", "silu", "gelu", "relu"; "none" for tanh, shift, riemannian, distance.
     c.model.message_activation = "none"
+    # Who hears whom under rule="addressed": "complete", its own group included; "others"; "ring", "small_world",
+    # "regular" (random) or "block" of so many channels a group (core/wiring.py).
+    c.model.wiring = "complete"
+    c.model.channels = 4  # groups that a group hears, 1 to groups - 1; not used by "complete" and "others"
+    c.model.wiring_seed = 0  # of "small_world" and "regular", 0 to 4,294,967,295
     c.model.exchange_activation = "silu"  # of the exchange's gate: "silu", "gelu", "relu"; "none" = a plain product
     c.model.qk_norm = True  # normalise queries and keys in each head
     c.model.prelude = 1  # stages before the loop, >= 0
@@ -140,6 +146,17 @@ def validate(config: ConfigDict) -> None:
     makes = f"'none' where model.rule={m.rule!r} makes its weights without a signal (those with one: {send})"
     need(signals, "model.message_activation", makes)
     choice("model.exchange_activation", m.exchange_activation, ("none", *GATES))
+    choice("model.wiring", m.wiring, ("complete", *WIRINGS))
+    wired = "'complete' unless model.rule is 'addressed', whose neurons alone keep a port for each partner"
+    need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
+    need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
+    if m.wiring not in ("complete", "others"):
+        fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
+        need(1 <= m.channels < m.groups, "model.channels", fewer)
+        islands = [k for k in range(1, m.groups) if m.groups % (k + 1) == 0]
+        near = f"one less than a divisor of model.groups={m.groups}, for instance {islands[-1] if islands else None}"
+        need(m.wiring != "block" or m.channels in islands, "model.channels", near)
+    need(0 <= m.wiring_seed < 2**32, "model.wiring_seed", "from 0 to 4,294,967,295")
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

@@ -1,9 +1,14 @@
-"""Wirings between groups: degrees, directions, islands, and that a seed is what decides."""
+"""Wirings between groups: who hears whom, that a seed decides it, and that only the channels there are act and cost."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ngc_jax
+from ngc_jax.core.signal_rules import Addressed
 from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.stability import gain_bound
 
 
 def hears(name, groups, k, seed=0):
@@ -50,3 +55,67 @@ def test_block_is_islands():
 def test_the_seed_decides(name):
     assert WIRINGS[name](16, 4, 1) == WIRINGS[name](16, 4, 1)
     assert WIRINGS[name](16, 4, 1) != WIRINGS[name](16, 4, 2)
+
+
+G, N_IN, N_OUT, DIM = 8, 24, 16, 2
+NARROW = [("ring", 3), ("small_world", 3), ("regular", 2), ("block", 3), ("others", 7)]
+
+
+def channels(name, k, key=0):
+    rule = Addressed(WIRINGS[name](G, k, 0))
+    return rule, *rule.init(jax.random.key(key), G, N_IN, N_OUT, DIM)
+
+
+def as_complete(rule, pre, post):
+    """The same channels as states of the complete wiring, all others 0: what a mask would make."""
+    n, m = N_IN // G, N_OUT // G
+    full_pre, full_post = np.zeros((G, n, G, DIM)), np.zeros((G, m, G, DIM))
+    for g, row in enumerate(rule.wiring):
+        for s, h in enumerate(row):
+            full_pre[h, :, g] = pre[g, :, s]
+            full_post[g, :, h] = post[g, :, s]
+    return jnp.asarray(full_pre, jnp.float32), jnp.asarray(full_post, jnp.float32)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("name", "k"), NARROW)
+def test_gathered_channels_are_the_masked_product(name, k, activation):
+    rule, pre, post = channels(name, k)
+    x = jax.random.normal(jax.random.key(1), (5, N_IN))
+    masked = as_complete(rule, pre, post)
+    y = ngc_jax.transmit(rule, x, pre, post, activation)
+    np.testing.assert_allclose(y, ngc_jax.transmit("addressed", x, *masked, activation), atol=2e-6)
+    one = None if activation is None else x[0]
+    formed = ngc_jax.weights(rule, pre, post, one, activation)
+    np.testing.assert_allclose(formed, ngc_jax.weights("addressed", *masked, one, activation), atol=2e-6)
+    np.testing.assert_allclose(y[0], formed @ x[0], atol=2e-6)
+    blocks = np.asarray(formed).reshape(G, N_OUT // G, G, N_IN // G)
+    assert ((np.abs(blocks).sum((1, 3)) > 0) == hears(name, G, k)).all()
+
+
+@pytest.mark.parametrize(("name", "k"), NARROW)
+def test_wired_channels_start_at_unit_variance(name, k):
+    rule = Addressed(WIRINGS[name](G, k, 0))
+    x = jax.random.normal(jax.random.key(1), (256, 512))
+    y = ngc_jax.transmit(rule, x, *rule.init(jax.random.key(2), G, 512, 768, 8))
+    assert 0.9 < float(jnp.var(y)) < 1.1
+
+
+@pytest.mark.parametrize(("name", "k"), NARROW)
+def test_the_bound_holds_for_channels(name, k):
+    rule, pre, post = channels(name, k)
+    norm = np.linalg.norm(ngc_jax.weights(rule, pre, post), 2)
+    assert norm <= float(gain_bound([(rule, pre, post)])) <= 3 * norm
+
+
+def test_channels_that_are_not_there_cost_nothing():
+    """XLA's own count of the compiled synapse: a quarter of the groups heard, about a quarter of the products."""
+    tokens, groups, width = 64, 16, 256
+
+    def flops(rule):
+        pre, post = rule.init(jax.random.key(0), groups, width, width, 2)
+        x = jnp.zeros((tokens, width))
+        cost = jax.jit(lambda x, pre, post: ngc_jax.transmit(rule, x, pre, post)).lower(x, pre, post).compile()
+        return cost.cost_analysis()["flops"]
+
+    assert flops(Addressed(WIRINGS["regular"](groups, 4, 0))) <= 0.35 * flops(Addressed())

@@ -5,28 +5,28 @@ one power iteration over groups; only a generated rule's weights are formed. Not
 inputs, which is less and is measured (`stability.py`, `lyapunov.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ngc_jax.core.rules import States, weights
+from ngc_jax.core.rules import Rule, States, named, weights
+from ngc_jax.core.signal_rules import Addressed, Block, Broadcast, Metric, Within
+from ngc_jax.core.wiring import Wiring
 
 Array = jax.Array
 ROUNDING = 1 + 1e-5  # a bound computed in float32 is rounded up by this, so that it stays one
 
 
-def gain_bound(parts: Sequence[tuple[str, States, States]]) -> Array:
+def gain_bound(parts: Sequence[tuple[str | Rule, States, States]]) -> Array:
     """At least the spectral norm of a synapse's W, the sum of `parts` (rule, pre, post): a scalar.
 
     Every part is reduced to norms between groups, N[g, h] >= |W[g, h]|, and |W| <= |N|, the norm of a G by G matrix
     (`broadcast` and the generated rules know no groups: G = 1). max_g |W_gg| + |R| |M| |S| bounds the same from above;
     this is tighter. Raises KeyError for an unknown rule.
     """
-    norms = [
-        _NORMS[rule](pre, post) if rule in _NORMS else _matrix_norm(weights(rule, pre, post))[None, None]
-        for rule, pre, post in parts
-    ]
+    norms = [_norms(*part) for part in parts]
     grouped = [n for n in norms if n.shape != (1, 1)]
     single = [n[0, 0] for n in norms if n.shape == (1, 1)]
     together = _nonnegative_norm(sum(grouped[1:], grouped[0])) if grouped else jnp.zeros(())
@@ -34,7 +34,7 @@ def gain_bound(parts: Sequence[tuple[str, States, States]]) -> Array:
 
 
 def contraction_bound(
-    parts: Sequence[tuple[str, States, States]], *, eta: float = 1.0, lipschitz: float = 1.0
+    parts: Sequence[tuple[str | Rule, States, States]], *, eta: float = 1.0, lipschitz: float = 1.0
 ) -> Array:
     """At least the factor by which a round of x <- (1 - eta) x + eta phi(W x + U u + b) stretches a difference.
 
@@ -75,9 +75,30 @@ def _top_eigenvalue(matrix: Array) -> Array:
     return jnp.exp(logarithm + weight * jnp.log(trace))
 
 
-def _addressed(pre: Array, post: Array) -> Array:
-    # pre S [h, i, g, p], post R [g, j, h, p]: for each pair g, h the product of R[g, :, h, :] and S[h, :, g, :]^T.
-    return _product_norm(jnp.transpose(post, (0, 2, 1, 3)), jnp.transpose(pre, (2, 0, 1, 3)))
+def _norms(rule: str | Rule, pre: States, post: States) -> Array:
+    """At least |W[g, h]| for each pair of groups: [G, G], or [1, 1] of the whole W."""
+    how = named(rule)
+    if isinstance(how, Addressed):
+        return _addressed(pre, post, how.wiring)
+    if isinstance(how, Metric):
+        return _metric(pre, post)
+    if isinstance(how, Within):
+        return jnp.diag(_product_norm(post, pre))
+    if isinstance(how, Block):
+        return jnp.diag(_matrix_norm(post))
+    whole = _product_norm(post, pre) if isinstance(how, Broadcast) else _matrix_norm(weights(how, pre, post))
+    return whole[None, None]
+
+
+def _addressed(pre: Array, post: Array, wiring: Wiring | None) -> Array:
+    # pre S [h, i, g, p], post R [g, j, h, p]: for each pair g, h the product of R[g, :, h, :] and S[h, :, g, :]^T;
+    # under a wiring, for each channel the product of R[g, :, s, :] and S[g, :, s, :]^T.
+    read, sent = (jnp.swapaxes(states, 1, 2) for states in (post, pre))
+    if wiring is None:
+        return _product_norm(read, jnp.swapaxes(sent, 0, 1))
+    groups = len(pre)
+    empty = jnp.zeros((groups, groups), pre.dtype)
+    return empty.at[np.arange(groups)[:, None], np.array(wiring)].set(_product_norm(read, sent))
 
 
 def _metric(pre: Array, post: dict[str, Array]) -> Array:
@@ -88,17 +109,6 @@ def _metric(pre: Array, post: dict[str, Array]) -> Array:
     read, sent = (jnp.einsum("gip,giq->gpq", states, states) for states in (post["state"], pre))
     seen = jnp.einsum("ghpq,gps,ghst->ghqt", maps, read, maps)
     return jnp.sqrt(_top_eigenvalue(seen @ sent))
-
-
-_NORMS: dict[str, Callable[[States, States], Array]] = {
-    "broadcast": lambda pre, post: _product_norm(post, pre)[None, None],
-    "addressed": _addressed,
-    "metric": _metric,
-    "metric_diagonal": _metric,
-    "metric_scalar": _metric,
-    "within": lambda pre, post: jnp.diag(_product_norm(post, pre)),
-    "block": lambda pre, post: jnp.diag(_matrix_norm(post)),
-}
 
 
 def _nonnegative_norm(norms: Array) -> Array:

@@ -27,17 +27,15 @@ class GeneratedRule(Rule):
     grouped = False
     amplitude: tuple[str, ...] = ("gain",)
 
-    @staticmethod
-    def draw(key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def draw(self, key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         """States (pre, post) whose weights have mean 0 and a mean square that need not be right."""
         raise NotImplementedError
 
-    @classmethod
-    def init(cls, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
-        pre, post = cls.draw(key, n_in, n_out, dim)
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        pre, post = self.draw(key, n_in, n_out, dim)
         # Measured, not expected: with states of two or three numbers one draw is far from the mean over draws.
-        square = jnp.mean(jnp.square(cls.weights(pre, post)))
-        return pre, cls.scaled(post, jax.lax.rsqrt(n_in * square))
+        square = jnp.mean(jnp.square(self.weights(pre, post)))
+        return pre, self.scaled(post, jax.lax.rsqrt(n_in * square))
 
 
 class Tanh(GeneratedRule):

@@ -32,31 +32,32 @@ GATES: dict[str, Callable[[Array], Array]] = {
     "relu": lambda z: (z > 0).astype(z.dtype),
 }
 
-RULES: dict[str, type[Rule]] = {
-    "addressed": signal_rules.Addressed,
-    "broadcast": signal_rules.Broadcast,
-    "metric": signal_rules.Metric,
-    "metric_diagonal": signal_rules.MetricDiagonal,
-    "metric_scalar": signal_rules.MetricScalar,
-    "tanh": generated_rules.Tanh,
-    "shift": generated_rules.Shift,
-    "riemannian": generated_rules.Riemannian,
-    "distance": generated_rules.Distance,
-    "within": signal_rules.Within,
-    "block": signal_rules.Block,
+RULES: dict[str, Rule] = {
+    "addressed": signal_rules.Addressed(),
+    "broadcast": signal_rules.Broadcast(),
+    "metric": signal_rules.Metric(),
+    "metric_diagonal": signal_rules.MetricDiagonal(),
+    "metric_scalar": signal_rules.MetricScalar(),
+    "tanh": generated_rules.Tanh(),
+    "shift": generated_rules.Shift(),
+    "riemannian": generated_rules.Riemannian(),
+    "distance": generated_rules.Distance(),
+    "within": signal_rules.Within(),
+    "block": signal_rules.Block(),
 }
 INSIDE = ("within", "block")  # rules that join neurons of one group only
-SIGNAL_RULES = tuple(name for name, rule in RULES.items() if issubclass(rule, SignalRule))
+SIGNAL_RULES = tuple(name for name, rule in RULES.items() if isinstance(rule, SignalRule))
 
 
-def transmit(rule: str, x: Array, pre: States, post: States, activation: str | None = None) -> Array:
+def transmit(rule: str | Rule, x: Array, pre: States, post: States, activation: str | None = None) -> Array:
     """What the receivers get: y [..., n_out] for x [..., n_in]. Only a generated rule forms its weights, once.
 
-    `activation` names an entry of `GATES`, applied to the signal. Raises KeyError for an unknown rule or activation,
-    ValueError for an activation of a generated rule, which has no signal.
+    `rule` is a name, or a rule such as `Addressed(wiring)`. `activation` names an entry of `GATES`, applied to the
+    signal. Raises KeyError for an unknown rule or activation, ValueError for an activation of a generated rule, which
+    has no signal.
     """
-    if activation is None and rule not in SIGNAL_RULES:
-        return x @ RULES[rule].weights(pre, post).T
+    if activation is None and not isinstance(named(rule), SignalRule):
+        return x @ named(rule).weights(pre, post).T
     heard = signal_rule(rule)
     signal = heard.send(x, pre)
     if activation is not None:
@@ -64,7 +65,9 @@ def transmit(rule: str, x: Array, pre: States, post: States, activation: str | N
     return heard.receive(signal, post)
 
 
-def weights(rule: str, pre: States, post: States, x: Array | None = None, activation: str | None = None) -> Array:
+def weights(
+    rule: str | Rule, pre: States, post: States, x: Array | None = None, activation: str | None = None
+) -> Array:
     """The weights that `transmit` acts with: W [n_out, n_in], `y == x @ W.T` to rounding.
 
     Without an activation W does not depend on x. With one, W(x) is the transient weight of a single token, and
@@ -72,17 +75,22 @@ def weights(rule: str, pre: States, post: States, x: Array | None = None, activa
     rule or activation.
     """
     if activation is None:
-        return RULES[rule].weights(pre, post)
+        return named(rule).weights(pre, post)
     gated = signal_rule(rule)
     if x is None or x.ndim != 1:
         raise ValueError(f"activation={activation!r} makes the weights depend on the token: give x of shape [n_in]")
     return gated.weights(pre, post, GATES[activation](gated.send(x, pre)))
 
 
-def signal_rule(rule: str) -> type[SignalRule]:
-    """The rule of that name, if it sends a signal. Raises KeyError for an unknown rule, ValueError for another."""
-    found = RULES[rule]
-    if not issubclass(found, SignalRule):
+def named(rule: str | Rule) -> Rule:
+    """The rule of that name; a rule is itself. Raises KeyError for an unknown name."""
+    return RULES[rule] if isinstance(rule, str) else rule
+
+
+def signal_rule(rule: str | Rule) -> SignalRule:
+    """`named`, if it sends a signal. Raises KeyError for an unknown rule, ValueError for one that sends none."""
+    found = named(rule)
+    if not isinstance(found, SignalRule):
         takes = ", ".join(SIGNAL_RULES)
         raise ValueError(f"rule={rule!r}: sends no signal that an activation could act on; those that do are {takes}")
     return found

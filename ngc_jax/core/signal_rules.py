@@ -5,17 +5,21 @@ For: what every rule answers (`Rule`, `SignalRule`), and the rules under which n
 (`generated_rules.py`), or using a rule by its name (`rules.py`, whose axes these are).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.core.wiring import Wiring
 
 Array = jax.Array
 States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
 
 
 class Rule:
-    """What every rule answers. A rule is a namespace of pure functions and is never instantiated.
+    """What every rule answers: pure functions. A rule holds no arrays.
 
     A side's states are one array, numbers that each belong to one neuron; or, where a rule has more, a dict with them
     as "state", matrices between numbers as "map", and whatever else the neurons share. W is 0 where all of post is.
@@ -24,20 +28,17 @@ class Rule:
     grouped = True  # whether the first axis of "state" is the group and the second the neuron, or the first the neuron
     amplitude: tuple[str, ...] = ()  # the entries of post that W is proportional to, together; (): post, an array
 
-    @staticmethod
-    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         """States (pre, post), float32, under which unit-variance x gives unit-variance y; `dim` is r or p."""
         raise NotImplementedError
 
-    @classmethod
-    def scaled(cls, post: States, factor: Array | float) -> States:
+    def scaled(self, post: States, factor: Array | float) -> States:
         """The post states that make `factor` times the weights."""
-        if not cls.amplitude:
+        if not self.amplitude:
             return post * factor
-        return {name: leaf * factor if name in cls.amplitude else leaf for name, leaf in post.items()}
+        return {name: leaf * factor if name in self.amplitude else leaf for name, leaf in post.items()}
 
-    @staticmethod
-    def weights(pre: States, post: States) -> Array:
+    def weights(self, pre: States, post: States) -> Array:
         """W [n_out, n_in]."""
         raise NotImplementedError
 
@@ -45,18 +46,15 @@ class Rule:
 class SignalRule(Rule):
     """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
 
-    @staticmethod
-    def send(x: Array, pre: States) -> Array:
+    def send(self, x: Array, pre: States) -> Array:
         """x [..., n_in] -> signal."""
         raise NotImplementedError
 
-    @staticmethod
-    def receive(signal: Array, post: States) -> Array:
+    def receive(self, signal: Array, post: States) -> Array:
         """Signal -> y [..., n_out]."""
         raise NotImplementedError
 
-    @staticmethod
-    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         """W [n_out, n_in]; `gate`, of one token's signal shape, multiplies the signal where it passes."""
         raise NotImplementedError
 
@@ -147,31 +145,45 @@ class MetricScalar(Metric):
     pairs = "gh"
 
 
+@dataclasses.dataclass(frozen=True)
 class Addressed(SignalRule):
     """W[gj, hi] = sum_p R[g, j, h, p] S[h, i, g, p]: a neuron keeps a port of p numbers for each partner group.
 
     pre S [G, n, G, p], post R [G, m, G, p]. p G (n_in + n_out) parameters, twice that in FLOPs per token, rank up to
     min(n_in, n_out, G^2 p). Alone, it is the block form known as Monarch (arXiv 2204.00595) and BTT (2406.06248).
+
+    Under a wiring (`wiring.py`) group g hears k others, h = wiring[g][s], and W is 0 elsewhere. The states are then
+    those of the channels alone, kept by their listener: S[g, i, s, p] belongs to neuron i of the group in slot s of g,
+    pre [G, n, k, p], post R [G, m, k, p]. p k (n_in + n_out) parameters, twice that in FLOPs per token: a channel that
+    is not there costs nothing.
     """
 
-    @staticmethod
-    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    wiring: Wiring | None = None
+
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         send, receive = jax.random.split(key)
-        pre = normal(send, (groups, n_in // groups, groups, dim), n_in // groups)
-        return pre, normal(receive, (groups, n_out // groups, groups, dim), groups * dim)
+        partners = len(self.wiring[0]) if self.wiring else groups
+        pre = normal(send, (groups, n_in // groups, partners, dim), n_in // groups)
+        return pre, normal(receive, (groups, n_out // groups, partners, dim), partners * dim)
 
-    @staticmethod
-    def send(x: Array, pre: States) -> Array:
-        return jnp.einsum("...hi,higp->...hgp", split(x, pre.shape[0]), pre)
+    def send(self, x: Array, pre: States) -> Array:
+        said = split(x, pre.shape[0])
+        if self.wiring is None:
+            return jnp.einsum("...hi,higp->...hgp", said, pre)
+        return jnp.einsum("...gsi,gisp->...gsp", said[..., np.array(self.wiring), :], pre)
 
-    @staticmethod
-    def receive(signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...hgp,gjhp->...gj", signal, post))
+    def receive(self, signal: Array, post: States) -> Array:
+        return merge(jnp.einsum("...hgp,gjhp->...gj" if self.wiring is None else "...gsp,gjsp->...gj", signal, post))
 
-    @staticmethod
-    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
+    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         sent = pre if gate is None else pre * gate[:, None]
-        full = jnp.einsum("gjhp,higp->gjhi", post, sent)
+        if self.wiring is None:
+            full = jnp.einsum("gjhp,higp->gjhi", post, sent)
+        else:
+            channels = jnp.einsum("gjsp,gisp->gsji", post, sent)
+            groups, _, m, n = channels.shape
+            full = jnp.zeros((groups, m, groups, n), channels.dtype)
+            full = full.at[np.arange(groups)[:, None], :, np.array(self.wiring), :].set(channels)
         return full.reshape(full.shape[0] * full.shape[1], -1)
 
 

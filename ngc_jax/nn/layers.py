@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
-from ngc_jax.core.rules import GATES, RULES, activation_gain, transmit, weights
+from ngc_jax.core.rules import GATES, activation_gain, transmit, weights
 from ngc_jax.nn.shape import ModelShape, SynapsePart
 
 Array = jax.Array
@@ -47,9 +47,9 @@ class Synapse(nn.Module):
             states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale)
             pre, post = states.get("pre", ()), states["weight" if part.place == "dense" else "post"]
             if self.form == "weights" and part.activation is None:
-                generated.append(jax.vmap(partial(weights, part.rule))(pre, post))
+                generated.append(jax.vmap(partial(weights, part.how))(pre, post))
             else:  # x is shared by the fan: only the states carry its axis
-                heard = partial(transmit, part.rule, activation=part.activation)
+                heard = partial(transmit, part.how, activation=part.activation)
                 outputs.append(jax.vmap(heard, in_axes=(None, 0, 0), out_axes=-2)(tokens, pre, post))
         if generated:
             product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
@@ -57,10 +57,10 @@ class Synapse(nn.Module):
         return reduce(jnp.add, outputs).reshape(*x.shape[:-1], self.fan, self.n_out)
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float) -> dict[str, Array]:
-        init = partial(RULES[part.rule].init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
+        init = partial(part.how.init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
         pre, post = jax.vmap(init)(jax.random.split(key, self.fan))
         # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
-        states = {"weight" if part.place == "dense" else "post": RULES[part.rule].scaled(post, scale)}
+        states = {"weight" if part.place == "dense" else "post": part.how.scaled(post, scale)}
         return states if part.rule == "block" else states | {"pre": pre}
 
 

@@ -6,6 +6,10 @@ For: what a model *is*, and the synapse parts that follow from it. Not for: para
 import dataclasses
 from typing import NamedTuple
 
+from ngc_jax.core.rules import RULES, Rule
+from ngc_jax.core.signal_rules import Addressed
+from ngc_jax.core.wiring import WIRINGS, Wiring
+
 
 class SynapsePart(NamedTuple):
     """One summand of a synapse."""
@@ -15,6 +19,12 @@ class SynapsePart(NamedTuple):
     groups: int
     dim: int  # numbers of a state (r) or of a port (p)
     activation: str | None
+    wiring: Wiring | None = None  # who hears whom; None: every group hears every one
+
+    @property
+    def how(self) -> Rule:
+        """The rule that the part acts by."""
+        return RULES[self.rule] if self.wiring is None else Addressed(self.wiring)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +41,9 @@ class ModelShape:
     p_intra: int
     p_inter: int
     message_activation: str | None
+    wiring: str
+    channels: int
+    wiring_seed: int
     exchange_activation: str | None
     qk_norm: bool
     prelude: int
@@ -51,6 +64,12 @@ class ModelShape:
         return self.rule not in ("dense", "none")
 
     @property
+    def who_hears_whom(self) -> Wiring | None:
+        """The partners of each group, the same in every synapse; None where every group hears every one."""
+        draw = WIRINGS.get(self.wiring)
+        return draw(self.groups, self.channels, self.wiring_seed) if draw else None
+
+    @property
     def branch_gain(self) -> float:
         """Scale of what a branch adds to the stream, so that 2 depth branches together add unit variance."""
         return (2 * self.depth) ** -0.5
@@ -65,5 +84,6 @@ class ModelShape:
             rule = "block" if self.p_intra >= full else "within"
             intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None)]
         if self.has_messages:
-            inter = [SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation)]
+            part = SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation)
+            inter = [part._replace(wiring=self.who_hears_whom)]
         return (*intra, *inter)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ngc_jax.core.bound import gain_bound
 from ngc_jax.core.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
+from ngc_jax.core.rules import Rule
 from ngc_jax.core.stability import (
     TINY,
     boundedness,
@@ -27,6 +28,7 @@ from ngc_jax.core.stability import (
     token_moves,
 )
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.shape import ModelShape
 from ngc_jax.stability.systems import (
     depth_exponents,
     round_exponents,
@@ -106,7 +108,7 @@ def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> 
         tokens=tokens,
         loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
         traffic=_traffic(model, params, tokens) if model.shape.has_messages else {},
-        bounds={} if model.shape.message_activation else gain_bounds(params),
+        bounds={} if model.shape.message_activation else gain_bounds(model.shape, params),
         **_each(partial(_streams, model), params, tokens),
     )
 
@@ -228,12 +230,13 @@ def _place(stage: str) -> tuple[int, ...]:
     return STACKS.index(stack), *(int(number) for number in reversed(numbers))
 
 
-def gain_bounds(params: Params) -> dict[str, dict[str, float]]:
+def gain_bounds(shape: ModelShape, params: Params) -> dict[str, dict[str, float]]:
     """The most that each synapse stretches a difference by, {stage: {synapse: factor}}; for linear messages only."""
     stacks = {name: params[name] for name in STACKS if name in params}
     if "core" in stacks:
         stacks["core"] = stacks["core"]["stages"]
-    bound = jax.jit(_bound)
+    parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
+    bound = jax.jit(partial(_bound, {f"{part.place}_{part.rule}": part.how for part in parts}))
     found: dict[str, dict[str, float]] = {}
     for name, stack in stacks.items():
         factors = {synapse: np.asarray(bound(stack[synapse])) for synapse in SYNAPSES}  # [stages, fan]
@@ -246,12 +249,13 @@ def gain_bounds(params: Params) -> dict[str, dict[str, float]]:
     return found
 
 
-def _bound(synapse: dict[str, Params]) -> Array:
-    """Gain bounds [stages, fan] of a stack of synapses."""
+def _bound(rules: dict[str, Rule], synapse: dict[str, Params]) -> Array:
+    """Gain bounds [stages, fan] of a stack of synapses; `rules` by the names of their parts, "inter_addressed"."""
 
     def one(states: dict[str, Params]) -> Array:
-        # A part is named by its place and its rule, "inter_addressed".
-        parts = [(name.partition("_")[2], part) for name, part in states.items()]
-        return gain_bound([(rule, part.get("pre", ()), part.get("post", part.get("weight"))) for rule, part in parts])
+        parts = [
+            (rules[name], part.get("pre", ()), part.get("post", part.get("weight"))) for name, part in states.items()
+        ]
+        return gain_bound(parts)
 
     return jax.vmap(jax.vmap(one))(synapse)

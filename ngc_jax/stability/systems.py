@@ -207,9 +207,9 @@ def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
 
     def one(pre: States, post: States) -> Array:
         if part.activation is None:
-            got = transmit(part.rule, alone, pre, post)  # [speaker, token, n_out]
+            got = transmit(part.how, alone, pre, post)  # [speaker, token, n_out]
         else:
-            rule = signal_rule(part.rule)
+            rule = signal_rule(part.how)
             signals = rule.send(alone, pre)
             got = rule.receive(signals * GATES[part.activation](jnp.sum(signals, axis=0)), post)
         got = got.reshape(*got.shape[:2], groups, -1)
