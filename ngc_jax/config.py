@@ -15,6 +15,7 @@ from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.errors import UserError
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.sharing import parse
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
 
@@ -57,6 +58,8 @@ def base() -> ConfigDict:
     c.model.wiring = "complete"
     c.model.channels = 4  # groups that a group hears, 1 to groups - 1; not used by "complete" and "others"
     c.model.wiring_seed = 0  # of "small_world" and "regular", 0 to 4,294,967,295
+    # Who shares send states: "none", or of "qkv", "gate_up", "depth2", "depth3", sets such as "query+key" or "1+2".
+    c.model.sharing = "none"  # (stages are numbered from the embedding), several with commas between them
     c.model.exchange_activation = "silu"  # of the exchange's gate: "silu", "gelu", "relu"; "none" = a plain product
     c.model.qk_norm = True  # normalise queries and keys in each head
     c.model.prelude = 1  # stages before the loop, >= 0
@@ -157,6 +160,11 @@ def validate(config: ConfigDict) -> None:
         near = f"one less than a divisor of model.groups={m.groups}, for instance {islands[-1] if islands else None}"
         need(m.wiring != "block" or m.channels in islands, "model.channels", near)
     need(0 <= m.wiring_seed < 2**32, "model.wiring_seed", "from 0 to 4,294,967,295")
+    try:
+        parse(m.sharing, m.prelude + m.core + m.coda)
+    except ValueError as error:
+        raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
+    need(m.sharing == "none" or m.rule != "dense", "model.sharing", "'none' where model.rule='dense' has no states")
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

@@ -213,7 +213,7 @@ def test_synapses_keep_unit_variance_at_start(variant, form):
     config.model.update({**VARIANTS[variant], "width": 256, "hidden": 768, "p_inter": 16, "form": form})
     shape = model_shape(config, 50)
     for n_in, n_out in ((256, 768), (768, 256)):
-        synapse = Synapse(shape.parts(n_in, n_out), n_in, n_out, form, fan=2)
+        synapse = Synapse(shape.parts(n_in, n_out), n_in, n_out, form, (0, 1))
         x = jax.random.normal(jax.random.key(0), (400, n_in))
         y, _ = jax.jit(synapse.init_with_output)(jax.random.key(1), x)
         assert y.shape == (400, 2, n_out)
@@ -228,7 +228,7 @@ def test_each_rule_serves_between_groups(rule):
     for form in ("weights", "signals"):
         config = base()
         config.model.update({"rule": rule, "width": 128, "hidden": 256, "p_inter": 4, "form": form})
-        synapse = Synapse(model_shape(config, 50).parts(128, 256), 128, 256, form, fan=2)
+        synapse = Synapse(model_shape(config, 50).parts(128, 256), 128, 256, form, (0, 1))
         params = jax.jit(synapse.init)(jax.random.key(1), x)
 
         def act(params, synapse=synapse):

@@ -128,7 +128,7 @@ def test_muon_orthogonalises_each_matrix(rule):
 
 @pytest.mark.parametrize("rule", ["metric", "metric_diagonal", "metric_scalar", "tanh", "riemannian"])
 def test_muon_knows_the_matrices_of_each_rule(rule):
-    synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", fan=2)
+    synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", (0, 1))
     params = jax.tree.map(lambda p: p[None], synapse.init(jax.random.key(0), jnp.ones((1, 16)))["params"])  # one stage
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
     chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))

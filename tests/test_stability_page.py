@@ -121,7 +121,7 @@ def test_captions_name_units_and_limits(written, name, unit):
 def test_bounds_hold_for_the_weights(run):
     trained = open_trained(run)
     params = trained.state.params
-    bounds = gain_bounds(trained.model.shape, params)
+    bounds = gain_bounds(trained.model, params)
     assert list(bounds) == ["prelude 1", "core 1", "coda 1"]
     stage = jax.tree.map(lambda p: p[0], params["core"]["stages"])
     for place, name in enumerate(("gate", "up")):

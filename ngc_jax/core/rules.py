@@ -58,11 +58,13 @@ def transmit(rule: str | Rule, x: Array, pre: States, post: States, activation: 
     """
     if activation is None and not isinstance(named(rule), SignalRule):
         return x @ named(rule).weights(pre, post).T
-    heard = signal_rule(rule)
-    signal = heard.send(x, pre)
-    if activation is not None:
-        signal = signal * GATES[activation](signal)
-    return heard.receive(signal, post)
+    return signal_rule(rule).receive(say(rule, x, pre, activation), post)
+
+
+def say(rule: str | Rule, x: Array, pre: States, activation: str | None = None) -> Array:
+    """The signal on its way: what senders emit, after the activation. Arguments and errors as in `transmit`."""
+    signal = signal_rule(rule).send(x, pre)
+    return signal if activation is None else signal * GATES[activation](signal)
 
 
 def weights(

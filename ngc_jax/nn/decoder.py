@@ -14,6 +14,8 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.stability import Round
@@ -35,10 +37,10 @@ class Decoder:
         """Parameters, float32. Stages of a stack lie behind one another on a leading axis."""
         s = self.shape
         embed, prelude, core, coda, unembed = jax.random.split(key, 5)
-        stacks = {"prelude": (prelude, s.prelude), "core": (core, s.core), "coda": (coda, s.coda)}
         stage = partial(Stage(s).init, x=jnp.zeros((1, 1, s.width)), positions=jnp.zeros((1,), jnp.int32))
         # All stages in one go and then apart: a program that draws for each stack by itself compiles 3 times as long.
-        keys = jnp.concatenate([jax.random.split(k, stages) for k, stages in stacks.values()])
+        stacks = ((prelude, s.prelude), (core, s.core), (coda, s.coda))
+        keys = jnp.concatenate([jax.random.split(k, count) for k, count in stacks])
         stages = jax.vmap(lambda k: stage(k)["params"])(keys)
         params: Params = {
             "embed": jax.random.normal(embed, (s.vocab, s.width)),
@@ -46,16 +48,40 @@ class Decoder:
             # Logits start near zero, so training starts from the uniform distribution, ln V nats per token.
             "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
         }
-        first = 0
-        for name, (_, count) in stacks.items():
-            if count:
-                params[name] = jax.tree.map(lambda p, a=first, b=first + count: p[a:b], stages)
-            first += count
+        sets = s.shared.stages
+        if max(sets) + 1 < len(sets):
+            parts = flatten_dict(stages)
+            leaders = np.array([sets.index(i) for i in range(max(sets) + 1)])
+            params["senders"] = unflatten_dict({path: p[leaders] for path, p in parts.items() if "pre" in path})
+            stages = unflatten_dict({path: p for path, p in parts.items() if "pre" not in path})
+        for name, rows in self._rows().items():
+            params[name] = jax.tree.map(lambda p, rows=rows: p[rows], stages)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
             leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(KEEP))))
             params["core"] = {"stages": params["core"], "leak": leak, "drive": jnp.full(s.width, 1 - KEEP)}
         return params
+
+    def _rows(self) -> dict[str, slice]:
+        """Where each stack that there is lies among all stages."""
+        s, first, rows = self.shape, 0, {}
+        for name, count in (("prelude", s.prelude), ("core", s.core), ("coda", s.coda)):
+            if count:
+                rows[name] = slice(first, first + count)
+            first += count
+        return rows
+
+    def whole(self, params: Params) -> Params:
+        """Parameters in which each stage has its send states, also those that stages share ("senders")."""
+        if "senders" not in params:
+            return params
+        shared, found = flatten_dict(params["senders"]), {k: v for k, v in params.items() if k != "senders"}
+        for name, rows in self._rows().items():
+            sets = np.array(self.shape.shared.stages[rows])
+            own = flatten_dict(params["core"]["stages"] if name == "core" else params[name])
+            stack = unflatten_dict(own | {path: p[sets] for path, p in shared.items()})
+            found[name] = {**params["core"], "stages": stack} if name == "core" else stack
+        return found
 
     def apply(
         self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
@@ -122,7 +148,7 @@ class Decoder:
         record: bool = False,
     ) -> tuple[Array, Params, Round | None]:
         """All stages on the stream of embedded tokens [B, T, D]: the stream after them, the cache, the records."""
-        s, cache, records = self.shape, dict(cache or {}), None
+        s, cache, records, params = self.shape, dict(cache or {}), None, self.whole(params)
         x, cache["prelude"] = self.stages(params.get("prelude"), x, positions, segments, cache.get("prelude"))
         if s.core:
             keep, drive = self.scales(params)

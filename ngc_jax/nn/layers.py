@@ -14,28 +14,31 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ngc_jax.core import attention
-from ngc_jax.core.rules import GATES, activation_gain, transmit, weights
+from ngc_jax.core.rules import GATES, activation_gain, say, weights
+from ngc_jax.core.signal_rules import SignalRule
 from ngc_jax.nn.shape import ModelShape, SynapsePart
 
 Array = jax.Array
 
 
 class Synapse(nn.Module):
-    """`fan` synapses that read the same x: [..., n_in] -> [..., fan, n_out], in one wide product.
+    """Synapses that read the same x: [..., n_in] -> [..., fan, n_out], in one wide product.
 
-    Each is the sum of the parts its shape names (inside a group, between groups), scaled so that unit-variance x gives
-    y of variance gain^2 at start. Under form="weights" the linear parts' weights are generated, summed and multiplied
-    once, for the dense layer's FLOPs but none of its parameters; under form="signals" a signal rule's weights are
-    never formed.
+    `senders` names, for each member of the fan, whose send states it has: (0, 1, 2) each its own, (0, 0, 0) all the
+    same, and then the signal is computed once. A synapse is the sum of the parts its shape names (inside a group,
+    between groups), scaled so that unit-variance x gives y of variance gain^2 at start. Under form="weights" the linear
+    parts' weights are generated, summed and multiplied once, for the dense layer's FLOPs but none of its parameters;
+    under form="signals" a signal rule's weights are never formed.
     """
 
     parts: tuple[SynapsePart, ...]
     n_in: int
     n_out: int
     form: str
-    fan: int = 1
+    senders: tuple[int, ...] = (0,)
     gain: float = 1.0
 
     @nn.compact
@@ -46,19 +49,29 @@ class Synapse(nn.Module):
             scale = self.gain * len(self.parts) ** -0.5 * activation_gain(part.activation)
             states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale)
             pre, post = states.get("pre", ()), states["weight" if part.place == "dense" else "post"]
-            if self.form == "weights" and part.activation is None:
-                generated.append(jax.vmap(partial(weights, part.how))(pre, post))
-            else:  # x is shared by the fan: only the states carry its axis
-                heard = partial(transmit, part.how, activation=part.activation)
-                outputs.append(jax.vmap(heard, in_axes=(None, 0, 0), out_axes=-2)(tokens, pre, post))
+            if not isinstance(part.how, SignalRule) or (self.form == "weights" and part.activation is None):
+                generated.append(jax.vmap(partial(weights, part.how))(self.for_members(pre), post))
+                continue
+            sent, axis = tokens, None  # where a send state is one-hot: all members read x as it is
+            if part.rule != "block":
+                speak = partial(say, part.how, tokens, activation=part.activation)
+                sent, axis = self.for_members(jax.vmap(speak)(pre)), 0
+            outputs.append(jax.vmap(part.how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
         if generated:
             product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
-            outputs.append(product.reshape(-1, self.fan, self.n_out))
-        return reduce(jnp.add, outputs).reshape(*x.shape[:-1], self.fan, self.n_out)
+            outputs.append(product.reshape(-1, len(self.senders), self.n_out))
+        return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
+
+    def for_members(self, by_sender: Any) -> Any:
+        """What senders have, on a leading axis, for each member of the fan."""
+        own = self.senders == tuple(range(len(self.senders)))
+        return by_sender if own else jax.tree.map(lambda a: a[np.array(self.senders)], by_sender)
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float) -> dict[str, Array]:
         init = partial(part.how.init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
-        pre, post = jax.vmap(init)(jax.random.split(key, self.fan))
+        pre, post = jax.vmap(init)(jax.random.split(key, len(self.senders)))
+        first = np.array([self.senders.index(sender) for sender in range(max(self.senders) + 1)])
+        pre = jax.tree.map(lambda a: a[first], pre)
         # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
         states = {"weight" if part.place == "dense" else "post": part.how.scaled(post, scale)}
         return states if part.rule == "block" else states | {"pre": pre}
@@ -104,9 +117,10 @@ class Stage(nn.Module):
     ) -> tuple[Array, attention.Cache | None]:
         s = self.shape
         square = partial(Synapse, s.parts(s.width, s.width), s.width, s.width, s.form)
+        senders = s.shared.of
         heads = (*x.shape[:2], s.heads, s.width // s.heads)
 
-        read = square(fan=3, name="query_key_value")(RMSNorm(name="attention_norm")(x))
+        read = square(senders("query_key_value"), name="query_key_value")(RMSNorm(name="attention_norm")(x))
         query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
         if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
@@ -119,7 +133,7 @@ class Stage(nn.Module):
         mixed = attention.attend(query, key, value, attention.visible(positions, keys, s.context, segments))
         x = x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :]
 
-        up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, fan=2, name="gate_up")
+        up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders("gate_up"), name="gate_up")
         down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, gain=s.branch_gain, name="down")
         both = up(RMSNorm(name="exchange_norm")(x))
         gate, heard = both[..., 0, :], both[..., 1, :]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ngc_jax.core.rules import RULES, Rule
 from ngc_jax.core.signal_rules import Addressed
 from ngc_jax.core.wiring import WIRINGS, Wiring
+from ngc_jax.nn.sharing import Sharing, parse
 
 
 class SynapsePart(NamedTuple):
@@ -44,6 +45,7 @@ class ModelShape:
     wiring: str
     channels: int
     wiring_seed: int
+    sharing: str
     exchange_activation: str | None
     qk_norm: bool
     prelude: int
@@ -62,6 +64,11 @@ class ModelShape:
     def has_messages(self) -> bool:
         """Whether groups send each other anything."""
         return self.rule not in ("dense", "none")
+
+    @property
+    def shared(self) -> Sharing:
+        """Which synapses share their send states."""
+        return parse(self.sharing, self.prelude + self.core + self.coda)
 
     @property
     def who_hears_whom(self) -> Wiring | None:

@@ -28,7 +28,7 @@ from ngc_jax.core.stability import (
     token_moves,
 )
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.sharing import FANS
 from ngc_jax.stability.systems import (
     depth_exponents,
     round_exponents,
@@ -45,12 +45,6 @@ LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs thre
 LEAST_ROUNDS = 2  # a ratio of two steps needs two
 RESOLVED = 1e-5  # a step that is smaller, relative to the state, is rounding error to some percent in float32
 STACKS = ("prelude", "core", "coda")
-SYNAPSES = {  # the members of each synapse's fan
-    "query_key_value": ("query", "key", "value"),
-    "attention_out": ("attention out",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
 
 
 class Loop(NamedTuple):
@@ -108,7 +102,7 @@ def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> 
         tokens=tokens,
         loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
         traffic=_traffic(model, params, tokens) if model.shape.has_messages else {},
-        bounds={} if model.shape.message_activation else gain_bounds(model.shape, params),
+        bounds={} if model.shape.message_activation else gain_bounds(model, params),
         **_each(partial(_streams, model), params, tokens),
     )
 
@@ -230,27 +224,33 @@ def _place(stage: str) -> tuple[int, ...]:
     return STACKS.index(stack), *(int(number) for number in reversed(numbers))
 
 
-def gain_bounds(shape: ModelShape, params: Params) -> dict[str, dict[str, float]]:
+def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
     """The most that each synapse stretches a difference by, {stage: {synapse: factor}}; for linear messages only."""
+    shape, params = model.shape, model.whole(params)
     stacks = {name: params[name] for name in STACKS if name in params}
     if "core" in stacks:
         stacks["core"] = stacks["core"]["stages"]
     parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
-    bound = jax.jit(partial(_bound, {f"{part.place}_{part.rule}": part.how for part in parts}))
+    rules = {f"{part.place}_{part.rule}": part.how for part in parts}
+    bounds = {name: jax.jit(partial(_bound, rules, shape.shared.of(name))) for name in FANS}
     found: dict[str, dict[str, float]] = {}
     for name, stack in stacks.items():
-        factors = {synapse: np.asarray(bound(stack[synapse])) for synapse in SYNAPSES}  # [stages, fan]
+        factors = {synapse: np.asarray(bounds[synapse](stack[synapse])) for synapse in FANS}  # [stages, fan]
         for i in range(len(factors["down"])):
             found[f"{name} {i + 1}"] = {
                 member: float(factors[synapse][i, place])
-                for synapse, members in SYNAPSES.items()
+                for synapse, members in FANS.items()
                 for place, member in enumerate(members)
             }
     return found
 
 
-def _bound(rules: dict[str, Rule], synapse: dict[str, Params]) -> Array:
+def _bound(rules: dict[str, Rule], senders: tuple[int, ...], synapse: dict[str, Params]) -> Array:
     """Gain bounds [stages, fan] of a stack of synapses; `rules` by the names of their parts, "inter_addressed"."""
+    synapse = {
+        name: part | ({"pre": jax.tree.map(lambda a: a[:, np.array(senders)], part["pre"])} if "pre" in part else {})
+        for name, part in synapse.items()
+    }
 
     def one(states: dict[str, Params]) -> Array:
         parts = [

@@ -30,7 +30,7 @@ def rounds_step(model: Decoder, params: Params, tokens: Array) -> tuple[Step, Ar
     """
     if not model.shape.core:
         raise ValueError("model: has no loop (model.core=0); its exponents go along depth or tokens")
-    positions = jnp.arange(tokens.shape[1])
+    positions, params = jnp.arange(tokens.shape[1]), model.whole(params)
     start, _ = model.stages(params.get("prelude"), params["embed"][tokens], positions)
     keep, drive = model.scales(params)
     update = model.update(params, positions)
@@ -70,7 +70,7 @@ def depth_exponents(model: Decoder, params: Params, tokens: Array, *, k: int = 1
     Stages, those of each round counted, differ, so this is no long-run limit but log of the k largest stretches along
     the way of tangents [T, D], divided by the depth. The drive is an input of the loop and held.
     """
-    positions = jnp.arange(tokens.shape[1])
+    positions, params = jnp.arange(tokens.shape[1]), model.whole(params)
     s = model.shape
 
     def one(row: Array) -> Array:
@@ -166,7 +166,7 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
     s = model.shape
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
-    positions = jnp.arange(tokens.shape[1])
+    positions, params = jnp.arange(tokens.shape[1]), model.whole(params)
     heard: list[Array] = []
 
     def listen(synapse: Synapse, x: Array) -> None:
@@ -215,4 +215,4 @@ def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
         got = got.reshape(*got.shape[:2], groups, -1)
         return jnp.mean(jnp.square(got), axis=(1, 3)).T
 
-    return jnp.mean(jax.vmap(one)(states["pre"], states["post"]), axis=0)
+    return jnp.mean(jax.vmap(one)(synapse.for_members(states["pre"]), states["post"]), axis=0)
