@@ -13,7 +13,6 @@ from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.sharing import parse
 
 
-
 def build(sharing, **fields):
     config = base()
     config.data.context = 8
