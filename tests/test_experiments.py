@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from experiments import early_warning, settled, stats
+from experiments import early_warning, rule_pictures, settled, stats
+from ngc_jax import RULES
 
 
 def falling(steps=300):
@@ -59,3 +61,13 @@ def test_difficulty_is_held_fixed():
     found = {"terms": terms, "right": right, "last step": terms + noise.normal(size=4000)}
     assert stats.auroc(found["last step"][~right], found["last step"][right]) > 0.8
     assert settled.within_difficulty(found, "last step") == pytest.approx(0.5, abs=0.05)
+
+
+def test_each_rule_has_its_section_and_its_picture(tmp_path):
+    text = (ROOT / "docs" / "method.md").read_text()
+    for rule in RULES:
+        assert f"\n## {rule}\n" in text
+        assert f"(rules/{rule}.png)" in text
+        assert 10_000 < (ROOT / "docs" / "rules" / f"{rule}.png").stat().st_size < 60_000
+    rule_pictures.draw("broadcast", tmp_path / "broadcast.png")
+    assert (tmp_path / "broadcast.png").read_bytes()[:4] == b"\x89PNG"

@@ -43,18 +43,26 @@ class Tanh(GeneratedRule):
 
     pre {"state": S [n_in, r], "map": P' [r, f], "bias": b' [f]}, post {"state": R [n_out, r], "map": P [r, f], "bias":
     b [f], "gain": a [f]}. r (n_in + n_out) + 8 r^2 + 12 r parameters. FLOPs: 2 f n_in n_out + 2 r f (n_in + n_out) to
-    make W, 2 n_in n_out per token. Rank up to f. Source: ours. tanh sees a standard deviation of 1 at start and a
-    carries the scale: at a small one tanh is straight and the rule would be a `broadcast` of rank r.
+    make W, 2 n_in n_out per token. Rank up to f. Source: ours. tanh sees standard deviations from 0.5 to 1.5 at
+    start and a carries the scale: where they are small tanh is straight and the rule is a `broadcast` of rank r. P and
+    P' start as the same four reflections side by side, so that no direction of a state is heard more than another, and
+    a with a sign for each, so that their straight parts cancel in part and the curved ones are heard.
     """
 
     @staticmethod
     def draw(key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
-        keys, wide = jax.random.split(key, 4), FEATURES * dim
-        pre, post = (
-            {"state": normal(a, (n, dim), 1), "map": normal(b, (dim, wide), dim), "bias": jnp.zeros(wide)}
-            for a, b, n in ((keys[0], keys[1], n_in), (keys[2], keys[3], n_out))
-        )
-        return pre, post | {"gain": jnp.ones(wide)}
+        send, widen, receive = jax.random.split(key, 3)
+        across = jax.random.normal(widen, (FEATURES, dim))
+        across = across / jnp.linalg.norm(across, axis=1, keepdims=True)
+        reflected = jnp.eye(dim) - 2 * across[:, :, None] * across[:, None, :]
+        steep = jnp.linspace(0.5, 1.5, FEATURES)[:, None, None]
+        both = {
+            "map": jnp.concatenate(list(steep * reflected), axis=1),
+            "bias": jnp.zeros(FEATURES * dim),
+        }
+        gain = jnp.repeat(jnp.tile(jnp.array([1.0, -1.0]), FEATURES // 2), dim)
+        post = both | {"state": normal(receive, (n_out, dim), 1), "gain": gain}
+        return both | {"state": normal(send, (n_in, dim), 1)}, post
 
     @staticmethod
     def weights(pre: States, post: States) -> Array:
@@ -66,7 +74,8 @@ class Shift(GeneratedRule):
     """W[j, i] = n_in^(-1/2) (c_0 q_0 + c_2 tanh(q_2) + c_4 tanh(q_4)), q_k[j, i] = r^(-1/2) R[j] . roll_k(S[i]).
 
     roll_k moves the numbers of a state k places round. pre S [n_in, r], post {"state": R [n_out, r], "gain": c [3]}, at
-    start in the proportion 0.5 : 1 : 1. r (n_in + n_out) + 3 parameters. FLOPs: 6 r n_in n_out and 2 tanh for each
+    start in the proportion 0.5 : 1 : -1; with equal signs the shifts of a short state add up to nearly the product of
+    two sums, one direction of W. r (n_in + n_out) + 3 parameters. FLOPs: 6 r n_in n_out and 2 tanh for each
     weight to make W, 2 n_in n_out per token. Full rank in general, since tanh acts on each product by itself, with
     singular values that fall off; q_0 alone has rank r. Source: ours. With r = 1, 2 or 4 some shifts are none.
     """
@@ -76,7 +85,7 @@ class Shift(GeneratedRule):
         send, receive = jax.random.split(key)
         return normal(send, (n_in, dim), 1), {
             "state": normal(receive, (n_out, dim), 1),
-            "gain": jnp.array([0.5, 1.0, 1.0]),
+            "gain": jnp.array([0.5, 1.0, -1.0]),
         }
 
     @staticmethod
@@ -90,10 +99,10 @@ class Shift(GeneratedRule):
 class Riemannian(GeneratedRule):
     """W[j, i] = n_in^(-1/2) (c + v . sum_{k<6} tanh(A_k S[i] + b_k + A_k roll_k(R[j]))), with h hidden features.
 
-    h is r, made even. pre S [n_in, r], post {"state": R [n_out, r], "map": A [6, h, r], "bias": b [6, h], "gain": v
-    [h], "offset": c []}. r (n_in + n_out) + 6 h r + 7 h + 1 parameters. Each neuron is projected first, so FLOPs to
-    make W: 12 h r (n_in + n_out), then 6 h tanh and 18 h FLOPs for each weight; 2 n_in n_out per token. Full rank in
-    general, with singular values that fall off. Source: after RieM (Pei et al., ICML 2024); how it starts is ours.
+    h is r, or r + 1 where r is odd. pre S [n_in, r], post {"state": R [n_out, r], "map": A [6, h, r], "bias": b [6, h],
+    "gain": v [h], "offset": c []}. r (n_in + n_out) + 6 h r + 7 h + 1 parameters. Each neuron is projected first, so
+    FLOPs to make W: 12 h r (n_in + n_out), then 6 h tanh and 18 h FLOPs for each weight; 2 n_in n_out per token. Full
+    rank in general, with singular values that fall off. Source: after RieM (Pei et al., ICML 2024); its start is ours.
 
     tanh of a sum is mostly a sum (at unit inputs nine tenths of its variance is f(i) + g(j), two directions of W). So
     features start in pairs that share A, with b = 1 and -1 and v of opposite sign: a bump on A_k S[i] + A_k
@@ -134,7 +143,7 @@ class Distance(GeneratedRule):
 
     A neuron is a place on each of r lines. Near neurons excite, those a little further off inhibit, far ones are not
     heard; the mean of phi over the places at start, N(0, 1) on either side, is 0. pre S [n_in, r], post {"state":
-    R [n_out, r], "gain": w [r]}. r (n_in + n_out) + r parameters. FLOPs to make W: r exp and 7 r FLOPs for each weight;
+    R [n_out, r], "gain": w [r]}. r (n_in + n_out) + r parameters. FLOPs to make W: r exp and 8 r FLOPs for each weight;
     2 n_in n_out per token. Full rank in general, with singular values that fall off fast. Source: after DyN (Pei and
     Wang, ICML 2023), weights from relations of dynamic states; phi is ours.
     """
