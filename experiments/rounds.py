@@ -68,7 +68,7 @@ def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
     tokens, mesh = load_tokens(config.data), make_mesh(config.mesh)
     losses = {}
     for rounds in TEST_ROUNDS:
-        model = Decoder(dataclasses.replace(trained.model.shape, rounds=rounds))
+        model = Decoder(dataclasses.replace(trained.decoder.shape, rounds=rounds))
         step = compile_eval(model, config, mesh, tokens)
         losses[rounds] = held_out(step, trained.state.params, config, mesh, tokens, 512)["loss"]
     jax.clear_caches()

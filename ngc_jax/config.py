@@ -14,6 +14,9 @@ from ml_collections import ConfigDict
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.errors import UserError
+from ngc_jax.nn.bdh import BDH, BDHShape
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import parse
 from ngc_jax.stability.regulariser import REGULARISERS
@@ -42,6 +45,9 @@ def base() -> ConfigDict:
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
     c.model = ConfigDict()
+    # "decoder", of which all that follows is; or "bdh", the baseline of nn/bdh.py, which has the width, hidden (its
+    # neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
+    c.model.kind = "decoder"
     # Between groups: "addressed", "broadcast", "metric", "metric_diagonal", "metric_scalar", "tanh", "shift",
     # "riemannian", "distance" (docs/method.md says what each is), or "none"; "dense" = the ordinary Transformer.
     c.model.rule = "addressed"
@@ -117,9 +123,18 @@ def base() -> ConfigDict:
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
     fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
+    del fields["kind"]
     for name in ("message_activation", "exchange_activation"):
         fields[name] = None if fields[name] == "none" else fields[name]
     return ModelShape(**fields)
+
+
+def make_model(config: ConfigDict, vocab: int) -> LanguageModel:
+    """The model that a config asks for, for a vocabulary."""
+    if config.model.kind == "decoder":
+        return Decoder(model_shape(config, vocab))
+    m = config.model
+    return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, layers=m.rounds, remat=m.remat != "none"))
 
 
 def validate(config: ConfigDict) -> None:
@@ -142,6 +157,13 @@ def validate(config: ConfigDict) -> None:
     need(d.context >= 1, "data.context", "1 or more, for instance 128")
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
+    choice("model.kind", m.kind, ("decoder", "bdh"))
+    if m.kind == "bdh":
+        unit = 2 * max(1, m.heads)  # rotary positions turn pairs of neurons
+        neurons = f"a multiple of 2 model.heads = {unit}, for instance {max(unit, round(m.hidden / unit) * unit)}"
+        need(m.hidden % unit == 0, "model.hidden", neurons)
+        for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
+            need(config.stability[field] == none, f"stability.{field}", f"{none!r} where model.kind='bdh': no stages")
     choice("model.rule", m.rule, RULES_OF_A_MODEL)
     choice("model.message_activation", m.message_activation, ("none", *GATES))
     signals = m.message_activation == "none" or m.rule not in RULES or m.rule in SIGNAL_RULES

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ngc_jax import optim
+from ngc_jax.nn.bdh import BDHShape
 from ngc_jax.nn.shape import ModelShape
 
 Tree = Any
@@ -30,15 +31,24 @@ def parameters(params: Tree) -> Parameters:
     return Parameters(sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding"))
 
 
-def weights_of_a_stage(shape: ModelShape) -> dict[str, int]:
+def runs_of_stages(shape: ModelShape | BDHShape) -> dict[str, int]:
+    """How often, in one forward pass, a stage of each stack is run; {} for a model that has none."""
+    if isinstance(shape, BDHShape):
+        return {}
+    return {"prelude": shape.prelude, "core": shape.core * shape.rounds, "coda": shape.coda}
+
+
+def weights_of_a_stage(shape: ModelShape | BDHShape) -> dict[str, int]:
     """Weights that each synapse of a stage acts with, n_in n_out of them, whatever it stores."""
     square, tall = shape.width * shape.width, shape.width * shape.hidden
     return {"query_key_value": 3 * square, "attention_out": square, "gate_up": 2 * tall, "down": tall}
 
 
-def generated_weights(shape: ModelShape) -> int:
-    """Weights generated in one forward pass: those of every stage, each time it is run; a dense model has none."""
-    return 0 if shape.rule == "dense" else shape.depth * sum(weights_of_a_stage(shape).values())
+def generated_weights(shape: ModelShape | BDHShape) -> int:
+    """Weights generated in one forward pass: those of every stage, each time it is run; a baseline has none."""
+    if isinstance(shape, BDHShape) or shape.rule == "dense":
+        return 0
+    return sum(runs_of_stages(shape).values()) * sum(weights_of_a_stage(shape).values())
 
 
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:

@@ -17,12 +17,13 @@ from ngc_jax.data.batches import Windows, held_out_batches
 from ngc_jax.data.tokens import Tokens, load_tokens
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability.watch import make_watch
 from ngc_jax.steps import make_eval_step
 from ngc_jax.workdir import Trained, command, open_trained, parser
 
 
-def compile_eval(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[..., Any]:
+def compile_eval(model: LanguageModel, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[..., Any]:
     """The jitted evaluation of one batch for a config, on a mesh."""
     tokenizer = tokens.tokenizer
     step = make_eval_step(model, config.train, tokenizer.mark, tokenizer.lengths, config.data.isolate_documents)
@@ -100,7 +101,8 @@ def main() -> None:
     mesh = meshes.make_mesh(config.mesh)
     step = compile_eval(trained.model, config, mesh, tokens)
     result = held_out(step, trained.state.params, config, mesh, tokens, args.windows)
-    result |= compile_watch(trained.model, config, mesh, tokens)(trained.state.params)
+    if isinstance(trained.model, Decoder):
+        result |= compile_watch(trained.model, config, mesh, tokens)(trained.state.params)
     print(f"{args.workdir}, step {trained.step}, held out from {tokens.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")

@@ -11,17 +11,18 @@ import jax
 
 from ngc_jax import count, optim
 from ngc_jax.checkpoint import Checkpoints, digest
+from ngc_jax.nn.bdh import BDHShape
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.workdir import command, open_trained, parser
 
 
-def parameter_table(params: Any, shape: ModelShape) -> str:
+def parameter_table(params: Any, shape: ModelShape | BDHShape) -> str:
     """One line a parameter: path, shape, kind, numbers stored; and for synapses the weights generated from them.
 
     A synapse's weights are counted once for each run of its stage in a forward pass, in the line of its last part.
     """
     rows = [("parameter", "shape", "kind", "stored", "generated per forward")]
-    runs = {"prelude": shape.prelude, "core": shape.core * shape.rounds, "coda": shape.coda}
+    runs = count.runs_of_stages(shape)
     last: dict[str, int] = {}
     weights = count.weights_of_a_stage(shape)
     generated: dict[int, int] = {}
@@ -29,7 +30,7 @@ def parameter_table(params: Any, shape: ModelShape) -> str:
         names = [str(key.key) for key in path]
         synapse = next((name for name in names if name in weights), None)
         kind = optim.kind(path)
-        if synapse and kind == "state":
+        if synapse and kind == "state" and names[0] in runs:
             generated.pop(last.get(names[0] + synapse, -1), None)
             last[names[0] + synapse] = len(rows)
             generated[len(rows)] = weights[synapse] * runs[names[0]]

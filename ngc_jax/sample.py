@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.errors import UserError
-from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.workdir import command, open_trained, parser
 
 Array = jax.Array
@@ -20,7 +20,7 @@ Array = jax.Array
 
 @partial(jax.jit, static_argnames=("model", "count"))
 def generate(
-    model: Decoder, params: Any, prompt: Array, count: int, key: Array, temperature: Array, top_p: Array
+    model: LanguageModel, params: Any, prompt: Array, count: int, key: Array, temperature: Array, top_p: Array
 ) -> Array:
     """`count` tokens [B, count] after the prompts [B, T], T >= 1.
 

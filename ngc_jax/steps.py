@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from ngc_jax import optim
-from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability import monitor
 from ngc_jax.stability.regulariser import Penalty
 
@@ -36,14 +36,16 @@ class TrainState:
     monitor: monitor.Memory  # of the early warning
 
 
-def init_state(model: Decoder, config: Any, seed: int) -> TrainState:
+def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
     params = model.init(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero, monitor.begin())
 
 
-def losses(model: Decoder, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any) -> tuple[Array, Array]:
+def losses(
+    model: LanguageModel, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any
+) -> tuple[Array, Array]:
     """Nats of each target [B, T] and which of them count [B, T] bool, for tokens [B, T + 1].
 
     The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
@@ -56,7 +58,7 @@ def losses(model: Decoder, params: Tree, tokens: Array, mark: int, isolate: bool
 
 
 def make_train_step(
-    model: Decoder, config: Any, mark: int, isolate: bool, penalty: Penalty | None = None
+    model: LanguageModel, config: Any, mark: int, isolate: bool, penalty: Penalty | None = None
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it).
 
@@ -115,7 +117,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Decoder, config: Any, mark: int, lengths: np.ndarray, isolate: bool
+    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
     """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes."""
     dtype = jnp.dtype(config.compute_dtype)

@@ -21,13 +21,14 @@ import ngc_jax
 from ngc_jax import card, count
 from ngc_jax import mesh as meshes
 from ngc_jax.checkpoint import Checkpoints
-from ngc_jax.config import model_shape, validate
+from ngc_jax.config import make_model, validate
 from ngc_jax.data.batches import Windows, train_batches
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import compile_eval, compile_watch, held_out
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.preemption import Preemption
 from ngc_jax.stability.regulariser import make_penalty
 from ngc_jax.steps import init_state, make_train_step
@@ -48,7 +49,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     # ---- What is asked for -------------------------------------------------------------------------------------
     validate(config)
     tokens = load_tokens(data)
-    model = Decoder(model_shape(config, tokens.tokenizer.vocab))
+    model = make_model(config, tokens.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
     claim(workdir, config, tokens.tokenizer)
     print(f"data: {tokens.summary}")
@@ -57,13 +58,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     whole, rows = meshes.whole(mesh), meshes.rows(mesh)
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), abstract_state(model, config))
     batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=rows)
-    penalty = make_penalty(model, config.stability)
+    decoder = model if isinstance(model, Decoder) else None  # no other model has stages that could be watched
+    penalty = make_penalty(decoder, config.stability) if decoder else None
     step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty)
     began = time.monotonic()
     jitted = jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
     update = jitted.lower(like, batch).compile()
     evaluate = compile_eval(model, config, mesh, tokens)
-    watch = compile_watch(model, config, mesh, tokens) if config.stability.every else None
+    watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
     print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices()}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
@@ -192,7 +194,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     return True
 
 
-def costs(model: Decoder, like: Any, batch: Any, compiled: Any) -> str:
+def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any) -> str:
     """What the run costs, in one line: counted parameters and FLOPs, and the compiled step's memory."""
     stored = count.parameters(like.params)
     inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)

@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 
 from ngc_jax.atomic import write_durably
 from ngc_jax.checkpoint import Checkpoints
-from ngc_jax.config import base, differences, model_shape
+from ngc_jax.config import base, differences, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.steps import TrainState, init_state
 
 
@@ -67,18 +68,25 @@ class Trained(NamedTuple):
     """A model as it was after `step` updates."""
 
     config: ConfigDict
-    model: Decoder
+    model: LanguageModel
     tokenizer: Tokenizer
     step: int
     state: TrainState
     meta: dict[str, Any]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, where its stages are asked for. Raises UserError for one that has none."""
+        if not isinstance(self.model, Decoder):
+            raise UserError(f"model.kind={self.config.model.kind!r} has no stages to measure; 'decoder' has")
+        return self.model
 
 
 def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
     """Read the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
-    model = Decoder(model_shape(config, tokenizer.vocab))
+    model = make_model(config, tokenizer.vocab)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
         wanted, faults = (step, {}) if step is not None else checkpoints.newest_sound()
@@ -97,7 +105,7 @@ def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
     return Trained(config, model, tokenizer, wanted, read.state, read.meta)
 
 
-def abstract_state(model: Decoder, config: ConfigDict) -> TrainState:
+def abstract_state(model: LanguageModel, config: ConfigDict) -> TrainState:
     """Shapes and dtypes of a run's state; nothing is allocated."""
     return jax.eval_shape(lambda: init_state(model, config.train, 0))
 

@@ -45,13 +45,14 @@ def main() -> None:
     figures.matplotlib()
     trained = open_trained(args.workdir, args.step)
     config = trained.config
+    decoder = trained.decoder
     tokens = held_out(tokens_of(trained, args.workdir).validation, config.data.context, args.sequences)
     out = args.out or args.workdir / "stability"
     try:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
     except OSError as error:
         raise page.unwritable(out, error) from error
-    measured = measure(trained.model, trained.state.params, tokens, args.rounds)
+    measured = measure(decoder, trained.state.params, tokens, args.rounds)
     about = (
         f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured on {tokens.size:,} "
         f"tokens of held-out text, {tokens.shape[0]} windows of {tokens.shape[1]}, evenly spread."
