@@ -51,6 +51,10 @@ def base() -> ConfigDict:
     # Between groups: "addressed", "broadcast", "metric", "metric_diagonal", "metric_scalar", "tanh", "shift",
     # "riemannian", "distance" (docs/method.md says what each is), or "none"; "dense" = the ordinary Transformer.
     c.model.rule = "addressed"
+    # "" or "CONFIG:SHARE" or "CONFIG:SHARE:flops": set sizes so that the model has this share of the matrix parameters,
+    # or of the FLOPs, of configs/CONFIG.py, as in "dense_small:0.25"; replaces the size named by match_by, and hidden.
+    c.model.match = ""
+    c.model.match_by = "width"  # "width" (hidden in proportion), "hidden", "p_inter", "p_intra"
     c.model.width = 128  # neurons of the stream, D: a multiple of groups
     c.model.hidden = 384  # neurons of the exchange's hidden layer, F: a multiple of groups
     c.model.groups = 8  # groups of neurons, G >= 1
@@ -123,7 +127,8 @@ def base() -> ConfigDict:
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
     fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
-    del fields["kind"]
+    for name in ("kind", "match", "match_by"):
+        del fields[name]
     for name in ("message_activation", "exchange_activation"):
         fields[name] = None if fields[name] == "none" else fields[name]
     return ModelShape(**fields)

@@ -18,7 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 import ngc_jax
-from ngc_jax import card, count
+from ngc_jax import budget, card, count
 from ngc_jax import mesh as meshes
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import make_model, validate
@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     # ---- What is asked for -------------------------------------------------------------------------------------
     validate(config)
+    budget.resolve(config)
     tokens = load_tokens(data)
     model = make_model(config, tokens.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
