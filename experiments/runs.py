@@ -6,6 +6,7 @@ is compared, or reading results.
 
 import argparse
 import concurrent.futures
+import math
 import os
 import pathlib
 import queue
@@ -15,6 +16,7 @@ from typing import Any
 
 from ngc_jax.metrics import read_rows
 
+DIVERGED = 3  # launch.py's exit code
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -34,7 +36,7 @@ def flags(config: str, fields: dict[str, Any]) -> list[str]:
 def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str, float]:
     """Run `launch.py` with each list of flags in home/<name>; returns each one's loss on the whole held-out text.
 
-    Raises RuntimeError, with the command, for a run that fails.
+    That of a run that diverges is inf. Raises RuntimeError, with the command, for a run that fails otherwise.
     """
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
@@ -53,6 +55,8 @@ def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str
             )
         finally:
             cores.put(mine)
+        if done.returncode == DIVERGED:
+            return math.inf
         if done.returncode:
             raise RuntimeError(f"exit code {done.returncode} from: {' '.join(command)}")
         loss = next(row["final/loss"] for row in reversed(read_rows(home / name)) if "final/loss" in row)

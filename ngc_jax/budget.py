@@ -82,12 +82,21 @@ FIELDS = ("width", "hidden", "p_inter", "p_intra")
 
 
 def cost(config: ConfigDict, what: str = "parameters") -> int:
-    """Parameters in matrices, or FLOPs of the products of a forward pass over one window, of a config's model."""
-    model = make_model(config, VOCAB)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    """Parameters in matrices, or FLOPs of the products of a forward pass over one window, of a config's model.
+
+    FLOPs are those of the form (weights or signals) that takes fewer, for the two are one function.
+    """
+    params = jax.eval_shape(make_model(config, VOCAB).init, jax.random.key(0))
     if what == "parameters":
         return count.parameters(params).matrices
-    return count.forward_flops(model.apply, params, jax.ShapeDtypeStruct((1, config.data.context), jnp.int32))
+    window = jax.ShapeDtypeStruct((1, config.data.context), jnp.int32)
+
+    def flops(form: str) -> int:
+        formed = config.copy_and_resolve_references()
+        formed.model.form = form
+        return count.forward_flops(make_model(formed, VOCAB).apply, params, window)
+
+    return min(map(flops, ("weights", "signals") if config.model.kind == "decoder" else ("weights",)))
 
 
 def _read(match: str) -> tuple[Any, float, str]:

@@ -41,14 +41,6 @@ def test_the_share_is_met_within_a_hundredth(match, fields):
     assert budget.cost(tried, what) == pytest.approx(float(share) * budget.cost(dense_small(), what), rel=0.01)
 
 
-def test_resolving_again_changes_nothing():
-    once = config(match="dense_small:0.4")
-    budget.resolve(once)
-    sizes = once.model.to_dict()
-    budget.resolve(once)
-    assert once.model.to_dict() == sizes
-
-
 @pytest.mark.parametrize(
     ("match", "message"),
     [

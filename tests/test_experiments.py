@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import early_warning, rule_pictures, settled, stats
-from ngc_jax import RULES
+from experiments import compare, early_warning, rule_pictures, settled, stats
+from ngc_jax import RULES, budget
 
 
 def falling(steps=300):
@@ -71,3 +71,25 @@ def test_each_rule_has_its_section_and_its_picture(tmp_path):
         assert 10_000 < (ROOT / "docs" / "rules" / f"{rule}.png").stat().st_size < 60_000
     rule_pictures.draw("broadcast", tmp_path / "broadcast.png")
     assert (tmp_path / "broadcast.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_comparison_reports_each_model_with_its_cost(tmp_path):
+    protocol = compare.PROTOCOLS["smoke"]
+    found = compare.entries(protocol, ["NGC", "BDH"])
+    for entry in found:
+        entry.rate, entry.losses, entry.pace = 0.01, [1.5, 1.7], 2.0
+    text = compare.report(tmp_path, "smoke", found, seeds=2)
+    assert "| 0.25 | NGC | 1.6000 ± 1.2706 |" in text
+    rows = (tmp_path / "rows.csv").read_text().splitlines()
+    assert [row.split(",")[:4] for row in rows[1:3]] == [
+        ["NGC", "0.25", "0", "1.500000"],
+        ["NGC", "0.25", "1", "1.700000"],
+    ]
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
+
+
+def test_a_comparison_solves_the_share_for_each_model():
+    (entry,) = compare.entries(compare.PROTOCOLS["smoke"], ["low rank"])
+    assert entry.name == "low-rank-0.25"
+    share = budget.cost(entry.config) / 851_968
+    assert share == pytest.approx(0.25, rel=0.01)
