@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {  # the fields in which each differs from b
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
 }
 TUNING_SEED = 1000
+SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,22 @@ class Protocol:
     shares: tuple[str, ...]  # of configs/dense_small.py: "0.32", or "1:flops"
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of a model's learning rate, that are tried; one alone is taken
     tuning: float = 0.5  # of the steps, the length of a run that tries one
+    timed: bool = True  # whether the time of an update is measured against dense_small's
 
 
 PROTOCOLS = {
     "smoke": Protocol(
-        {"train.steps": 10, "train.warmup_steps": 2, "train.batch_size": 4, "data.context": 32, "eval.windows": 32},
+        {
+            "train.steps": 10,
+            "train.warmup_steps": 2,
+            "train.batch_size": 4,
+            "data.context": 32,
+            "data.path": str(SOURCE),
+            **STILL,
+        },
         shares=("0.25",),
         factors=(1.0,),
+        timed=False,
     ),
     "small": Protocol({"train.steps": 1000}, shares=("0.12", "0.22", "0.32", "1", "1:flops")),
 }
@@ -96,22 +106,25 @@ def entries(protocol: Protocol, chosen: list[str]) -> list[Entry]:
     return made
 
 
-def learn(home: pathlib.Path, entry: Entry, protocol: Protocol, seeds: int, jobs: int) -> None:
-    """Choose the learning rate, then train with each seed."""
+def learn(home: pathlib.Path, found: list[Entry], protocol: Protocol, seeds: int, jobs: int) -> None:
+    """Choose each one's learning rate, then train it with each seed."""
 
-    def run(rate: float, seed: int, steps: int) -> list[str]:
+    def run(entry: Entry, rate: float, seed: int, share: float = 1.0) -> list[str]:
+        steps = round(share * entry.config.train.steps)
         more = {"seed": seed, "train.steps": steps, "train.learning_rate": rate, "train.state_learning_rate": rate}
         return flags("configs/ngc_small.py", {**entry.fields, **more})
 
-    steps = entry.config.train.steps
-    rates = [MODELS[entry.model]["rate"] * factor for factor in protocol.factors]
-    entry.rate = rates[0]
-    if len(rates) > 1:
-        short = round(steps * protocol.tuning)
-        tried = train(home, {f"{entry.name}-tune{rate:g}": run(rate, TUNING_SEED, short) for rate in rates}, jobs)
-        entry.rate = min(rates, key=lambda rate: tried[f"{entry.name}-tune{rate:g}"])
-    final = train(home, {f"{entry.name}-seed{seed}": run(entry.rate, seed, steps) for seed in range(seeds)}, jobs)
-    entry.losses = list(final.values())
+    rates = {entry.name: [MODELS[entry.model]["rate"] * factor for factor in protocol.factors] for entry in found}
+    if len(protocol.factors) > 1:
+        trials = {f"{e.name}-tune{r:g}": run(e, r, TUNING_SEED, protocol.tuning) for e in found for r in rates[e.name]}
+        tried = train(home, trials, jobs)
+    for entry in found:
+        entry.rate = rates[entry.name][0]
+        if len(protocol.factors) > 1:
+            entry.rate = min(rates[entry.name], key=lambda rate: tried[f"{entry.name}-tune{rate:g}"])
+    final = train(home, {f"{e.name}-seed{seed}": run(e, e.rate, seed) for e in found for seed in range(seeds)}, jobs)
+    for entry in found:
+        entry.losses = [final[f"{entry.name}-seed{seed}"] for seed in range(seeds)]
 
 
 def pace(config: ConfigDict, reference: ConfigDict, pairs: int = 5) -> float:
@@ -199,13 +212,13 @@ def main() -> None:
     if unknown:
         parser.error(f"--models: no {sorted(unknown)}; there are: {'; '.join(MODELS)}")
     found = entries(protocol, chosen)
-    for entry in found if args.index is None else found[args.index :: args.count]:
-        learn(home, entry, protocol, args.seeds, args.jobs)
+    mine = found if args.index is None else found[args.index :: args.count]
+    learn(home, mine, protocol, args.seeds, args.jobs)
     if args.index is not None:
         return
     reference = base()
     reference.update_from_flattened_dict({**DENSE, **protocol.common})
-    for entry in found:
+    for entry in found if protocol.timed else []:
         entry.pace = pace(entry.config, reference)
     text = report(home, args.protocol, found, args.seeds)
     (home / "results.md").write_text(text)
