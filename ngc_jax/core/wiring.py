@@ -9,6 +9,7 @@ hear each other through the synapse's intra-group part: none of these wirings bu
 group to itself.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +27,7 @@ def ring(groups: int, k: int, seed: int) -> Wiring:
     return _table([{(g + offset) % groups for offset in _nearest(k)} for g in range(groups)])
 
 
+@functools.cache  # a model asks for it at each synapse
 def small_world(groups: int, k: int, seed: int) -> Wiring:
     """A ring in which each channel, with probability REWIRED, comes from a random group instead.
 
@@ -44,6 +46,7 @@ def small_world(groups: int, k: int, seed: int) -> Wiring:
     return _table(rows)
 
 
+@functools.cache  # a model asks for it at each synapse
 def regular(groups: int, k: int, seed: int) -> Wiring:
     """A random digraph in which each group hears k others and is heard by k.
 
