@@ -168,7 +168,7 @@ def report(home: pathlib.Path, protocol: str, found: list[Entry], seeds: int) ->
             mean = interval(entry.losses, 4) if len(entry.losses) > 1 else f"{entry.losses[0]:.4f}"
             lines.append(
                 f"| {entry.share} | {entry.model} | {mean} | {stored.matrices:,} | {stored.total:,} | {flops:,} "
-                f"| {entry.pace:.2f} | {entry.rate:g} |"
+                f"| {'not measured' if math.isnan(entry.pace) else f'{entry.pace:.2f}'} | {entry.rate:g} |"
             )
             for seed, loss in enumerate(entry.losses):
                 cost = (stored.matrices, stored.total, flops)

@@ -41,24 +41,20 @@ def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
     for job in range(jobs):
-        cores.put(set(available[job::jobs]))
+        cores.put(set(available[job::jobs] or available))
 
     def one(name: str) -> float:
         mine = cores.get()
         try:
             command = [sys.executable, "launch.py", *runs[name], f"--workdir={home / name}"]
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                preexec_fn=lambda: os.sched_setaffinity(0, mine),
-            )
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+                os.sched_setaffinity(process.pid, mine)  # long before it starts threads, which inherit it
         finally:
             cores.put(mine)
-        if done.returncode == DIVERGED:
+        if process.returncode == DIVERGED:
             return math.inf
-        if done.returncode:
-            raise RuntimeError(f"exit code {done.returncode} from: {' '.join(command)}")
+        if process.returncode:
+            raise RuntimeError(f"exit code {process.returncode} from: {' '.join(command)}")
         loss = next(row["final/loss"] for row in reversed(read_rows(home / name)) if "final/loss" in row)
         print(f"{name}: {loss:.4f}", flush=True)
         return loss
