@@ -12,14 +12,20 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What these processes test is mathematics, and compiling is most of their time. Commands run as a user runs them.
-USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = USERS_FLAGS + " --xla_backend_optimization_level=0"
+# What is tested is what programs do, and compiling them is most of the time. (CI's main job runs as a user's does.)
+QUICK = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from ngc_jax.config import base  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that at the end no core waits for another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 WORDS = [
     "group",
@@ -107,7 +113,7 @@ def python(*args: object, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": USERS_FLAGS, **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

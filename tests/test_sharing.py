@@ -39,7 +39,7 @@ def test_nonsense_is_refused_with_something_that_works(text):
         build(text)
 
 
-@pytest.mark.parametrize(("sharing", "rule"), [("qkv,depth2", "tanh"), ("key+value,gate_up,1+3", "addressed")])
+@pytest.mark.parametrize(("sharing", "rule"), [("qkv,depth2", "addressed"), ("key+value,gate_up,1+3", "metric")])
 def test_a_shared_model_is_the_unshared_one_with_equal_states(sharing, rule):
     """Same logits; and the gradient of a shared state is the sum of those of its copies."""
     shared, plain = build(sharing, rule=rule), build("none", rule=rule)

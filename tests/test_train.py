@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, launch
+from conftest import QUICK, ROOT, launch
 
 from ngc_jax import train
 from ngc_jax.checkpoint import Checkpoints, digest
@@ -42,7 +42,7 @@ def test_a_run_leaves_what_the_contract_says(unbroken, tiny):
     assert json.loads((unbroken / "config.json").read_text()) == tiny.to_dict()
     rows = read_rows(unbroken)
     updates = [row for row in rows if "train/loss" in row]
-    assert [row["step"] for row in updates] == list(range(1, 31))
+    assert [row["step"] for row in updates] == list(range(1, 7))
     assert {"train/grad_norm", "train/learning_rate", "tokens_per_second", "seconds"} <= updates[0].keys()
     assert updates[-1]["train/loss"] < updates[0]["train/loss"] - 1
     evaluated = [row for row in rows if "eval/loss" in row]
@@ -182,9 +182,10 @@ def test_a_start_that_was_killed_early_is_no_obstacle(tiny, tmp_path):
 
 def test_saving_by_time(tiny, tmp_path, monkeypatch):
     tiny.checkpoint.every_steps, tiny.checkpoint.every_minutes, tiny.checkpoint.keep = 1000, 1e-9, 50
+    tiny.train.steps = 6
     assert train.run(tiny, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
-    assert checkpoints.steps() == list(range(1, 31))
+    assert checkpoints.steps() == list(range(1, 7))
     checkpoints.close()
 
 
@@ -222,7 +223,7 @@ def test_killed_at_random_ends_where_an_unbroken_run_ends(tiny_flags, tmp_path):
     """A short form of `python -m experiments.chaos`."""
     from experiments.chaos import campaign
 
-    assert campaign(tmp_path, tiny_flags, kills=3, seed=0) >= 3
+    assert campaign(tmp_path, tiny_flags, kills=1, seed=0) >= 1
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_a_run_on_eight_devices_is_the_run_on_one(tiny_flags, tmp_path):
     flags = [*tiny_flags, "--config.train.steps=50"]
     devices = {1: "", 8: "--xla_force_host_platform_device_count=8"}
     for count, setting in devices.items():
-        done = launch(*flags, f"--workdir={tmp_path / str(count)}", XLA_FLAGS=setting)
+        done = launch(*flags, f"--workdir={tmp_path / str(count)}", XLA_FLAGS=f"{setting} {QUICK}")
         assert done.returncode == 0, done.stderr
         assert f"on {count} x cpu" in done.stdout
     one, eight = (rows_but_for_times(tmp_path / str(count)) for count in devices)
