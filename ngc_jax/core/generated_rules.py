@@ -8,6 +8,7 @@ States start as N(0, 1), which fixes what the nonlinearity sees; W is multiplied
 order one; and the gains start where the W that was drawn has mean square 1 / n_in exactly. Neurons are in no groups.
 """
 
+import abc
 from collections.abc import Callable
 
 import jax
@@ -27,9 +28,9 @@ class GeneratedRule(Rule):
     grouped = False
     amplitude: tuple[str, ...] = ("gain",)
 
+    @abc.abstractmethod
     def draw(self, key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         """States (pre, post) whose weights have mean 0 and a mean square that need not be right."""
-        raise NotImplementedError
 
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         pre, post = self.draw(key, n_in, n_out, dim)

@@ -5,6 +5,7 @@ For: what every rule answers (`Rule`, `SignalRule`), and the rules under which n
 (`generated_rules.py`), or using a rule by its name (`rules.py`, whose axes these are).
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -18,7 +19,7 @@ Array = jax.Array
 States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
 
 
-class Rule:
+class Rule(abc.ABC):
     """What every rule answers: pure functions. A rule holds no arrays.
 
     A side's states are one array, numbers that each belong to one neuron; or, where a rule has more, a dict with them
@@ -28,9 +29,9 @@ class Rule:
     grouped = True  # whether the first axis of "state" is the group and the second the neuron, or the first the neuron
     amplitude: tuple[str, ...] = ()  # the entries of post that W is proportional to, together; (): post, an array
 
+    @abc.abstractmethod
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         """States (pre, post), float32, under which unit-variance x gives unit-variance y; `dim` is r or p."""
-        raise NotImplementedError
 
     def scaled(self, post: States, factor: Array | float) -> States:
         """The post states that make `factor` times the weights."""
@@ -38,25 +39,25 @@ class Rule:
             return post * factor
         return {name: leaf * factor if name in self.amplitude else leaf for name, leaf in post.items()}
 
+    @abc.abstractmethod
     def weights(self, pre: States, post: States) -> Array:
         """W [n_out, n_in]."""
-        raise NotImplementedError
 
 
 class SignalRule(Rule):
     """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
 
+    @abc.abstractmethod
     def send(self, x: Array, pre: States) -> Array:
         """x [..., n_in] -> signal."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def receive(self, signal: Array, post: States) -> Array:
         """Signal -> y [..., n_out]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         """W [n_out, n_in]; `gate`, of one token's signal shape, multiplies the signal where it passes."""
-        raise NotImplementedError
 
 
 class Broadcast(SignalRule):
