@@ -10,17 +10,19 @@ then reports. Writes results.md, rows.csv and pareto.png beside the runs. Not fo
 
 import csv
 import dataclasses
+import functools
 import math
 import pathlib
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.runs import flags, options, train
+from benchmarks.exponents import ratio
+from experiments.runs import flags, options, tune
 from experiments.stats import interval
 from ngc_jax import budget, count
 from ngc_jax.config import base, make_model
@@ -42,7 +44,6 @@ MODELS: dict[str, dict[str, Any]] = {  # the fields in which each differs from b
     "block-diagonal": {"rate": 1e-2, "model.rule": "none"},
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
 }
-TUNING_SEED = 1000
 SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
 
 
@@ -87,6 +88,15 @@ class Entry:
     losses: list[float] = dataclasses.field(default_factory=list)
     pace: float = math.nan  # time of an update over dense_small's
 
+    @functools.cached_property
+    def flops(self) -> int:
+        """Of the products of a forward pass, per token."""
+        return budget.cost(self.config, "flops") // self.config.data.context
+
+    @functools.cached_property
+    def stored(self) -> count.Parameters:
+        return count.parameters(jax.eval_shape(make_model(self.config, Bytes.vocab).init, jax.random.key(0)))
+
     @property
     def name(self) -> str:
         return f"{self.model}-{self.share}".replace(", ", "-").replace(" = ", "").replace(" ", "-").replace(":", "-")
@@ -109,47 +119,34 @@ def entries(protocol: Protocol, chosen: list[str]) -> list[Entry]:
 def learn(home: pathlib.Path, found: list[Entry], protocol: Protocol, seeds: int, jobs: int) -> None:
     """Choose each one's learning rate, then train it with each seed."""
 
-    def run(entry: Entry, rate: float, seed: int, share: float = 1.0) -> list[str]:
-        steps = round(share * entry.config.train.steps)
+    named = {entry.name: entry for entry in found}
+
+    def run(name: str, rate: float, seed: int, share: float) -> list[str]:
+        steps = round(share * named[name].config.train.steps)
         more = {"seed": seed, "train.steps": steps, "train.learning_rate": rate, "train.state_learning_rate": rate}
-        return flags("configs/ngc_small.py", {**entry.fields, **more})
+        return flags("configs/ngc_small.py", {**named[name].fields, **more})
 
-    rates = {entry.name: [MODELS[entry.model]["rate"] * factor for factor in protocol.factors] for entry in found}
-    if len(protocol.factors) > 1:
-        trials = {f"{e.name}-tune{r:g}": run(e, r, TUNING_SEED, protocol.tuning) for e in found for r in rates[e.name]}
-        tried = train(home, trials, jobs)
-    for entry in found:
-        entry.rate = rates[entry.name][0]
-        if len(protocol.factors) > 1:
-            entry.rate = min(rates[entry.name], key=lambda rate: tried[f"{entry.name}-tune{rate:g}"])
-    final = train(home, {f"{e.name}-seed{seed}": run(e, e.rate, seed) for e in found for seed in range(seeds)}, jobs)
-    for entry in found:
-        entry.losses = [final[f"{entry.name}-seed{seed}"] for seed in range(seeds)]
+    rates = {name: [MODELS[e.model]["rate"] * factor for factor in protocol.factors] for name, e in named.items()}
+    tuned = tune(home, rates, run, seeds=range(seeds), share=protocol.tuning, jobs=jobs)
+    for name, entry in named.items():
+        entry.rate, entry.losses = tuned[name].rate, tuned[name].losses
 
 
-def pace(config: ConfigDict, reference: ConfigDict, pairs: int = 5) -> float:
+def pace(config: ConfigDict, reference: ConfigDict) -> float:
     """Time of an update as a multiple of the reference's: median of pairs, one after the other."""
 
     def update(config: ConfigDict) -> Any:
         model = make_model(config, Bytes.vocab)
         state = jax.jit(lambda: init_state(model, config.train, 0))()
-        batch = jnp.zeros((config.train.batch_size, config.data.context + 1), jnp.int32)
         step = jax.jit(make_train_step(model, config.train, Bytes.mark, False))
-        return lambda: jax.block_until_ready(step(state, batch))
+        return lambda batch: step(state, batch)
 
-    def took(step: Any) -> float:
-        began = time.perf_counter()
-        step()
-        return time.perf_counter() - began
-
-    ours, theirs = update(config), update(reference)
-    ours(), theirs()
-    return statistics.median(took(ours) / took(theirs) for _ in range(pairs))
+    batch = jnp.zeros((config.train.batch_size, config.data.context + 1), jnp.int32)
+    return ratio(update(reference), update(config), batch)
 
 
 def report(home: pathlib.Path, protocol: str, found: list[Entry], seeds: int) -> str:
     """The table, as Markdown; rows.csv and pareto.png beside it."""
-    window = found[0].config.data.context
     with (home / "rows.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["model", "share", "seed", "loss", "learning_rate", "matrices", "parameters", "flops_per_token"])
@@ -162,34 +159,30 @@ def report(home: pathlib.Path, protocol: str, found: list[Entry], seeds: int) ->
             "| --- " * 8 + "|",
         ]
         for entry in found:
-            params = jax.eval_shape(make_model(entry.config, Bytes.vocab).init, jax.random.key(0))
-            stored = count.parameters(params)
-            flops = budget.cost(entry.config, "flops") // window
+            stored = entry.stored
             mean = interval(entry.losses, 4) if len(entry.losses) > 1 else f"{entry.losses[0]:.4f}"
             lines.append(
-                f"| {entry.share} | {entry.model} | {mean} | {stored.matrices:,} | {stored.total:,} | {flops:,} "
+                f"| {entry.share} | {entry.model} | {mean} | {stored.matrices:,} | {stored.total:,} | {entry.flops:,} "
                 f"| {'not measured' if math.isnan(entry.pace) else f'{entry.pace:.2f}'} | {entry.rate:g} |"
             )
             for seed, loss in enumerate(entry.losses):
-                cost = (stored.matrices, stored.total, flops)
+                cost = (stored.matrices, stored.total, entry.flops)
                 rows.writerow([entry.model, entry.share, seed, f"{loss:.6f}", f"{entry.rate:g}", *cost])
-    draw(home, found, window)
+    draw(home, found)
     return "\n".join(lines) + "\n"
 
 
-def draw(home: pathlib.Path, found: list[Entry], window: int) -> None:
+def draw(home: pathlib.Path, found: list[Entry]) -> None:
     """Held-out loss against matrix parameters, and against FLOPs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, what, unit in zip(axes, ("parameters", "flops"), (1, window), strict=True):
+    costs: tuple[Callable[[Entry], int], ...] = (lambda entry: entry.stored.matrices, lambda entry: entry.flops)
+    for axis, cost in zip(axes, costs, strict=True):
         for model in dict.fromkeys(entry.model for entry in found):
-            points = sorted(
-                (budget.cost(entry.config, what) / unit, statistics.mean(entry.losses))
-                for entry in found
-                if entry.model == model
-            )
+            of_model = [entry for entry in found if entry.model == model]
+            points = sorted((cost(entry), statistics.mean(entry.losses)) for entry in of_model)
             axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=model)
         axis.set_xscale("log")
     axes[0].set(xlabel="parameters in matrices", ylabel="held-out loss (nats per byte)")

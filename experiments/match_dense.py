@@ -11,16 +11,11 @@ comparison.
 import math
 import statistics
 
-from experiments.runs import flags, options, train
+from experiments.runs import flags, options, tune
 from experiments.stats import interval
 
 RATES = {"dense_small": (1.25e-3, 2.5e-3, 5e-3, 1e-2), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
-TUNING_SEED, SEEDS = 1000, (0, 1, 2)
-
-
-def run(model: str, rate: float, seed: int, steps: int) -> list[str]:
-    rates = {"train.learning_rate": rate, "train.state_learning_rate": rate}
-    return flags(f"configs/{model}.py", {"seed": seed, "train.steps": steps, **rates})
+SEEDS = (0, 1, 2)
 
 
 def main() -> None:
@@ -28,24 +23,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="updates of the final runs; tuning takes four fifths")
     args = parser.parse_args()
     home = args.workdir.absolute()
-    tuning = train(
-        home,
-        {
-            f"tune-{model}-{rate:g}": run(model, rate, TUNING_SEED, args.steps * 4 // 5)
-            for model in RATES
-            for rate in RATES[model]
-        },
-        args.jobs,
-    )
-    tuned = {(model, rate): tuning[f"tune-{model}-{rate:g}"] for model in RATES for rate in RATES[model]}
-    best = {model: min(RATES[model], key=lambda rate: tuned[model, rate]) for model in RATES}
-    final = train(
-        home,
-        {f"{model}-seed{seed}": run(model, best[model], seed, args.steps) for seed in SEEDS for model in RATES},
-        args.jobs,
-    )
-    losses = {model: [final[f"{model}-seed{seed}"] for seed in SEEDS] for model in RATES}
 
+    def run(model: str, rate: float, seed: int, share: float) -> list[str]:
+        rates = {"train.learning_rate": rate, "train.state_learning_rate": rate}
+        return flags(f"configs/{model}.py", {"seed": seed, "train.steps": int(share * args.steps), **rates})
+
+    found = tune(home, RATES, run, seeds=SEEDS, share=0.8, jobs=args.jobs)
     lines = [
         f"Made by `python -m experiments.match_dense --steps={args.steps}`; loss in nats per byte on the whole",
         "held-out text of this Python's library source; mean and 95% interval over seeds 0, 1, 2.",
@@ -54,10 +37,11 @@ def main() -> None:
         "| --- | --- | --- | --- | --- |",
     ]
     for model in RATES:
-        tried = ", ".join(f"{tuned[model, rate]:.4f} at {rate:g}" for rate in RATES[model])
-        bits = statistics.mean(losses[model]) / math.log(2)
-        lines.append(f"| {model} | {tried} | {best[model]:g} | {interval(losses[model], 4)} | {bits:.4f} |")
-    ratios = [ngc / dense for ngc, dense in zip(losses["ngc_small"], losses["dense_small"], strict=True)]
+        tried = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in found[model].tried.items())
+        losses = found[model].losses
+        bits = statistics.mean(losses) / math.log(2)
+        lines.append(f"| {model} | {tried} | {found[model].rate:g} | {interval(losses, 4)} | {bits:.4f} |")
+    ratios = [ngc / dense for ngc, dense in zip(found["ngc_small"].losses, found["dense_small"].losses, strict=True)]
     lines += ["", f"ngc_small / dense_small, paired by seed: {interval(ratios, 4)}."]
     (home / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

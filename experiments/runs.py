@@ -12,7 +12,8 @@ import pathlib
 import queue
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ngc_jax.metrics import read_rows
 
@@ -61,3 +62,36 @@ def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         return dict(zip(runs, pool.map(one, runs), strict=True))
+
+
+TUNING_SEED = 1000  # of the runs that try a learning rate; used for nothing else
+
+
+class Tuned(NamedTuple):
+    """What came of a model whose learning rate was chosen."""
+
+    tried: dict[float, float]  # learning rate -> loss of the short run that tried it; {} where there was one rate only
+    rate: float  # the best of them
+    losses: list[float]  # one a seed, at full length
+
+
+def tune(
+    home: pathlib.Path,
+    rates: Mapping[str, Sequence[float]],
+    run: Callable[[str, float, int, float], list[str]],
+    *,
+    seeds: Sequence[int],
+    share: float,
+    jobs: int,
+) -> dict[str, Tuned]:
+    """Try each model's learning rates at a `share` of the length, then train it at the best with each seed.
+
+    run(model, rate, seed, share of the length) gives the flags of a run.
+    """
+    trials = {model: tried if len(tried) > 1 else () for model, tried in rates.items()}
+    short = {f"tune-{m}-{r:g}": run(m, r, TUNING_SEED, share) for m in rates for r in trials[m]}
+    found = train(home, short, jobs)
+    tried = {model: {rate: found[f"tune-{model}-{rate:g}"] for rate in trials[model]} for model in rates}
+    best = {m: min(tried[m], key=tried[m].__getitem__, default=rates[m][0]) for m in rates}
+    final = train(home, {f"{m}-seed{seed}": run(m, best[m], seed, 1.0) for seed in seeds for m in rates}, jobs)
+    return {m: Tuned(tried[m], best[m], [final[f"{m}-seed{seed}"] for seed in seeds]) for m in rates}

@@ -4,6 +4,7 @@ For: `config.model.match`, "dense_small:0.25" or "dense_small:0.25:flops". Not f
 (`experiments/`).
 """
 
+import functools
 import importlib.util
 import math
 import pathlib
@@ -68,6 +69,7 @@ def resolve(config: ConfigDict) -> None:
 
 def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict, float]:
     """The at(n), n >= 1, whose second, which grows with n, is nearest to 1."""
+    at = functools.cache(at)  # each costs some tenths of a second
     above = 1
     while at(above)[1] < 1 and above < 2**20:
         above *= 2

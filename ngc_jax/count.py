@@ -48,7 +48,7 @@ def generated_weights(shape: ModelShape | BDHShape) -> int:
     """Weights generated in one forward pass: those of every stage, each time it is run; a baseline has none."""
     if isinstance(shape, BDHShape) or shape.rule == "dense":
         return 0
-    return sum(runs_of_stages(shape).values()) * sum(weights_of_a_stage(shape).values())
+    return shape.depth * sum(weights_of_a_stage(shape).values())
 
 
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:

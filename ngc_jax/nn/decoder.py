@@ -14,13 +14,13 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.stability import Round
 from ngc_jax.nn.layers import RMSNorm, Stage
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.sharing import leaders, spread
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -51,8 +51,7 @@ class Decoder:
         sets = s.shared.stages
         if max(sets) + 1 < len(sets):
             parts = flatten_dict(stages)
-            leaders = np.array([sets.index(i) for i in range(max(sets) + 1)])
-            params["senders"] = unflatten_dict({path: p[leaders] for path, p in parts.items() if "pre" in path})
+            params["senders"] = unflatten_dict({path: p[leaders(sets)] for path, p in parts.items() if "pre" in path})
             stages = unflatten_dict({path: p for path, p in parts.items() if "pre" not in path})
         for name, rows in self._rows().items():
             params[name] = jax.tree.map(lambda p, rows=rows: p[rows], stages)
@@ -75,11 +74,11 @@ class Decoder:
         """Parameters in which each stage has its send states, also those that stages share ("senders")."""
         if "senders" not in params:
             return params
-        shared, found = flatten_dict(params["senders"]), {k: v for k, v in params.items() if k != "senders"}
+        found = {name: leaf for name, leaf in params.items() if name != "senders"}
+        shared = flatten_dict(spread(self.shape.shared.stages, params["senders"]))
         for name, rows in self._rows().items():
-            sets = np.array(self.shape.shared.stages[rows])
             own = flatten_dict(params["core"]["stages"] if name == "core" else params[name])
-            stack = unflatten_dict(own | {path: p[sets] for path, p in shared.items()})
+            stack = unflatten_dict(own | {path: p[rows] for path, p in shared.items()})
             found[name] = {**params["core"], "stages": stack} if name == "core" else stack
         return found
 

@@ -14,12 +14,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ngc_jax.core import attention
 from ngc_jax.core.rules import GATES, activation_gain, say, weights
 from ngc_jax.core.signal_rules import SignalRule
 from ngc_jax.nn.shape import ModelShape, SynapsePart
+from ngc_jax.nn.sharing import leaders, spread
 
 Array = jax.Array
 
@@ -50,28 +50,22 @@ class Synapse(nn.Module):
             states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale)
             pre, post = states.get("pre", ()), states["weight" if part.place == "dense" else "post"]
             if not isinstance(part.how, SignalRule) or (self.form == "weights" and part.activation is None):
-                generated.append(jax.vmap(partial(weights, part.how))(self.for_members(pre), post))
+                generated.append(jax.vmap(partial(weights, part.how))(spread(self.senders, pre), post))
                 continue
             sent, axis = tokens, None  # where a send state is one-hot: all members read x as it is
             if part.rule != "block":
                 speak = partial(say, part.how, tokens, activation=part.activation)
-                sent, axis = self.for_members(jax.vmap(speak)(pre)), 0
+                sent, axis = spread(self.senders, jax.vmap(speak)(pre)), 0
             outputs.append(jax.vmap(part.how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
         if generated:
             product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
             outputs.append(product.reshape(-1, len(self.senders), self.n_out))
         return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
 
-    def for_members(self, by_sender: Any) -> Any:
-        """What senders have, on a leading axis, for each member of the fan."""
-        own = self.senders == tuple(range(len(self.senders)))
-        return by_sender if own else jax.tree.map(lambda a: a[np.array(self.senders)], by_sender)
-
     def _init_part(self, key: Array, part: SynapsePart, scale: float) -> dict[str, Array]:
         init = partial(part.how.init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
         pre, post = jax.vmap(init)(jax.random.split(key, len(self.senders)))
-        first = np.array([self.senders.index(sender) for sender in range(max(self.senders) + 1)])
-        pre = jax.tree.map(lambda a: a[first], pre)
+        pre = jax.tree.map(lambda a: a[leaders(self.senders)], pre)
         # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
         states = {"weight" if part.place == "dense" else "post": part.how.scaled(post, scale)}
         return states if part.rule == "block" else states | {"pre": pre}

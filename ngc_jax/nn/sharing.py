@@ -8,7 +8,10 @@ Neurons whose synapses share `pre` states say the same to all of them. Where the
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 FANS = {  # the synapses of a stage, and the members of each that read the same input
     "query_key_value": ("query", "key", "value"),
@@ -28,6 +31,17 @@ class Sharing(NamedTuple):
     def of(self, synapse: str) -> tuple[int, ...]:
         """The set of each member of a synapse's fan: (0, 0, 0) where query, key and value share."""
         return dict(self.members)[synapse]
+
+
+def leaders(sets: tuple[int, ...]) -> np.ndarray:
+    """The first member of each set: what `spread` undoes."""
+    return np.array([sets.index(number) for number in range(max(sets) + 1)])
+
+
+def spread(sets: tuple[int, ...], by_set: Any) -> Any:
+    """What each set has, on the leading axis of a tree's arrays, for each of its members."""
+    alone = sets == tuple(range(len(sets)))
+    return by_set if alone else jax.tree.map(lambda a: a[np.array(sets)], by_set)
 
 
 def parse(text: str, stages: int) -> Sharing:

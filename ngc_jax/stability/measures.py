@@ -28,7 +28,7 @@ from ngc_jax.core.stability import (
     token_moves,
 )
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.sharing import FANS
+from ngc_jax.nn.sharing import FANS, spread
 from ngc_jax.stability.systems import (
     depth_exponents,
     round_exponents,
@@ -247,15 +247,11 @@ def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
 
 def _bound(rules: dict[str, Rule], senders: tuple[int, ...], synapse: dict[str, Params]) -> Array:
     """Gain bounds [stages, fan] of a stack of synapses; `rules` by the names of their parts, "inter_addressed"."""
-    synapse = {
-        name: part | ({"pre": jax.tree.map(lambda a: a[:, np.array(senders)], part["pre"])} if "pre" in part else {})
-        for name, part in synapse.items()
-    }
 
-    def one(states: dict[str, Params]) -> Array:
-        parts = [
-            (rules[name], part.get("pre", ()), part.get("post", part.get("weight"))) for name, part in states.items()
-        ]
-        return gain_bound(parts)
+    def stage(states: dict[str, Params]) -> Array:
+        pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
+        post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
+        member = jax.vmap(lambda pre, post: gain_bound([(rules[name], pre[name], post[name]) for name in post]))
+        return member(pre, post)
 
-    return jax.vmap(jax.vmap(one))(synapse)
+    return jax.vmap(stage)(synapse)

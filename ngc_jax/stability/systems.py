@@ -17,6 +17,7 @@ from ngc_jax.core.rules import GATES, States, signal_rule, transmit
 from ngc_jax.core.stability import slope
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Stage, Synapse, overhearing
+from ngc_jax.nn.sharing import spread
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -215,4 +216,4 @@ def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
         got = got.reshape(*got.shape[:2], groups, -1)
         return jnp.mean(jnp.square(got), axis=(1, 3)).T
 
-    return jnp.mean(jax.vmap(one)(synapse.for_members(states["pre"]), states["post"]), axis=0)
+    return jnp.mean(jax.vmap(one)(spread(synapse.senders, states["pre"]), states["post"]), axis=0)
