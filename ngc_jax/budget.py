@@ -113,9 +113,17 @@ def _read(match: str) -> tuple[Any, float, str]:
         raise UserError(f"model.match={match!r}: {wants}") from error
     if not 0 < part < math.inf or what not in ("", "parameters", "flops"):
         raise UserError(f"model.match={match!r}: {wants}")
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    if name not in known or spec is None or spec.loader is None:
+    if name not in known:
         raise UserError(f"model.match={match!r}: no config {name!r} in {CONFIGS}; there are: {', '.join(known)}")
+    return named(name), part, what or "parameters"
+
+
+def named(name: str) -> ConfigDict:
+    """The config of configs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(), part, what or "parameters"
+    config: ConfigDict = module.get_config()
+    return config

@@ -59,6 +59,13 @@ def forward_flops(function: Callable[..., Any], *args: Any) -> int:
     return _flops(jax.make_jaxpr(function)(*args))
 
 
+def peak_bytes(compiled: Any) -> int:
+    """Memory that a compiled program needs at once on a device: what goes in, what comes out, and all between."""
+    memory = compiled.memory_analysis()
+    reached = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(reached - memory.alias_size_in_bytes)
+
+
 def _flops(jaxpr: Any) -> int:
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import compare, early_warning, rule_pictures, settled, stats
+from experiments import compare, early_warning, protocols, rule_pictures, settled, stats
 from ngc_jax import RULES, budget
 
 
@@ -74,11 +74,10 @@ def test_each_rule_has_its_section_and_its_picture(tmp_path):
 
 
 def test_the_comparison_reports_each_model_with_its_cost(tmp_path):
-    protocol = compare.PROTOCOLS["smoke"]
-    found = compare.entries(protocol, ["NGC", "BDH"])
-    for entry in found:
-        entry.rate, entry.losses, entry.pace = 0.01, [1.5, 1.7], 2.0
-    text = compare.report(tmp_path, "smoke", found, seeds=2)
+    entries = [compare.Entry(of) for of in protocols.sized(protocols.PROTOCOLS["smoke"], ["NGC", "BDH"])]
+    for entry in entries:
+        entry.rate, entry.losses, entry.pace, entry.peak = 0.01, [1.5, 1.7], 2.0, 9.0
+    text = compare.report(tmp_path, "smoke", entries, seeds=2)
     assert "| 0.25 | NGC | 1.6000 ± 1.2706 |" in text
     rows = (tmp_path / "rows.csv").read_text().splitlines()
     assert [row.split(",")[:4] for row in rows[1:3]] == [
@@ -89,7 +88,7 @@ def test_the_comparison_reports_each_model_with_its_cost(tmp_path):
 
 
 def test_a_comparison_solves_the_share_for_each_model():
-    (entry,) = compare.entries(compare.PROTOCOLS["smoke"], ["low rank"])
-    assert entry.name == "low-rank-0.25"
-    share = budget.cost(entry.config) / 851_968
+    (of,) = protocols.sized(protocols.PROTOCOLS["smoke"], ["low rank"])
+    assert of.name == "low-rank-0.25"
+    share = budget.cost(of.config) / 851_968
     assert share == pytest.approx(0.25, rel=0.01)

@@ -1,0 +1,134 @@
+"""What the comparison compares: the models, and how long and on what each protocol trains them.
+
+For: tables that a reader can argue with, and the sizes that follow from them. Not for: running or reporting
+(`compare.py`).
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ngc_jax import budget
+from ngc_jax.config import model_shape
+
+LOOPED = {"model.rule": "dense"}
+DENSE = {**LOOPED, "unlooped": True}
+LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
+CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
+STILL = {"stability.every": 0}
+# The fields in which each differs from its protocol's config; besides, the learning rate around which others are tried,
+# and whether its stages are as many as the config runs, all with states of their own, in place of a loop.
+MODELS: dict[str, dict[str, Any]] = {
+    "NGC": {"rate": 1e-2},
+    "NGC, p = 1": {"rate": 1e-2, "model.p_inter": 1},
+    "dense": {"rate": 5e-3, **DENSE},
+    "dense looped": {"rate": 5e-3, **LOOPED},
+    "low rank": {"rate": 3e-3, **LOW_RANK},
+    "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
+    "block-diagonal": {"rate": 1e-2, "model.rule": "none"},
+    "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
+}
+SIZES = ("NGC", "NGC, p = 1", "dense")  # those of which a smaller one is asked for
+SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is trained, and for how long."""
+
+    common: dict[str, Any]  # fields of every run
+    shares: dict[str, tuple[str, ...]]  # of dense's parameters, "0.32", or FLOPs, "1:flops": the models; () = all
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of a model's learning rate, that are tried; one alone is taken
+    tuning: float = 0.5  # of the steps, the length of a run that tries one
+    measured: bool = True  # whether each is compiled for its peak memory and the time of an update
+    config: str = "ngc_small"  # of configs/: what a model's fields do not say
+    dense: str = "dense_small"  # of configs/: what shares are of
+    needs_path: bool = False  # whether the text is a file that must be given
+
+
+PROTOCOLS = {
+    "smoke": Protocol(
+        {
+            "train.steps": 10,
+            "train.warmup_steps": 2,
+            "train.batch_size": 4,
+            "data.context": 32,
+            "data.path": str(SOURCE),
+            **STILL,
+        },
+        shares={"0.25": ()},
+        factors=(1.0,),
+        measured=False,
+    ),
+    "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1": (), "1:flops": ()}),
+    # nanoGPT's setting for a CPU (4 layers of width 128, context 64, 12 x 64 x 2,000 tokens: loss 1.88), at four times
+    # its tokens; the first share is a quarter of a million parameters in matrices.
+    "shakespeare_cpu": Protocol(
+        {"data.context": 64, "train.batch_size": 48, "train.steps": 2000, "eval.windows": 0},
+        shares={"0.29": (), "1": ("NGC", "dense")},
+        needs_path=True,
+    ),
+    # nanoGPT's for a GPU (6 layers of width 384, context 256, 64 x 256 x 5,000 tokens: 1.4697 with 10.65 M): 1.06 M
+    # parameters, a tenth of its own, and dense at its size.
+    "shakespeare_gpu": Protocol(
+        {
+            "data.context": 256,
+            "model.core": 2,
+            "train.batch_size": 64,
+            "train.steps": 5000,
+            "train.compute_dtype": "bfloat16",
+            "train.weight_decay": 0.3,
+        },
+        shares={"1.24": (), "12.5": ("dense",)},
+        needs_path=True,
+    ),
+    # A billion tokens of Wikipedia.
+    "base": Protocol(
+        {"train.steps": 2000},
+        shares={"0.19": (), "0.32": SIZES, "1": ("dense",)},
+        config="ngc_base",
+        dense="dense_base",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    """One model at one share."""
+
+    model: str
+    share: str
+    rate: float  # around which learning rates are tried
+    fields: dict[str, Any]  # in which it differs from the protocol's config
+    config: ConfigDict  # all of it, with its sizes solved
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.share}".replace(", ", "-").replace(" = ", "").replace(" ", "-").replace(":", "-")
+
+
+def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
+    """The models of a protocol, at each share that it wants of them, with the sizes that the share makes.
+
+    `path` is of the text, "" for the protocol's own. Raises UserError where a share cannot be met.
+    """
+    found = []
+    for share, models in protocol.shares.items():
+        for model in (name for name in chosen if name in (models or MODELS)):
+            config = budget.named(protocol.config)
+            fields = {**protocol.common, **MODELS[model], "model.match": f"{protocol.dense}:{share}"}
+            rate = fields.pop("rate")
+            if path:
+                fields["data.path"] = path
+            if fields.get("model.rule") == "dense":  # whose groups are its heads alone
+                fields["model.groups"] = config.model.heads
+            if fields.pop("unlooped", False):
+                config.update_from_flattened_dict(protocol.common)
+                depth = model_shape(config, 1).depth
+                fields |= {"model.prelude": depth, "model.core": 0, "model.coda": 0}
+            config.update_from_flattened_dict(fields)
+            budget.resolve(config)
+            found.append(Sized(model, share, rate, fields, config))
+    return found
