@@ -1,0 +1,89 @@
+"""Does everything that can be chosen train, and resume to the bit?
+
+    python -m experiments.smoke --workdir=runs/smoke
+
+For: every rule, sharing, wiring and model of the comparison, a few updates each at a tiny size. What a kill between
+two checkpoints leaves behind is given to the same run again, which must end with the state and the rows of the unbroken
+one. Not for: kills at random instants (`chaos.py`), or how well anything learns (`compare.py`).
+"""
+
+import concurrent.futures
+import contextlib
+import io
+import math
+import multiprocessing
+import pathlib
+import shutil
+from typing import Any
+
+from experiments.chaos import outcome
+from experiments.protocols import MODELS, PROTOCOLS, sized
+from experiments.runs import options
+from ngc_jax import train
+from ngc_jax.config import RULES_OF_A_MODEL, base
+from ngc_jax.core.wiring import WIRINGS
+
+SHARINGS = ("qkv", "gate_up", "depth2", "depth3", "qkv,gate_up,depth3", "query+value,1+3")
+TINY = {
+    "data.context": 16,
+    "model.width": 16,
+    "model.hidden": 32,
+    "model.groups": 4,
+    "model.heads": 2,
+    "model.channels": 1,
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "train.warmup_steps": 1,
+    "train.log_every": 1,
+    "eval.windows": 8,
+    "eval.batch_size": 8,
+    "checkpoint.every_steps": 2,
+    "stability.every": 0,
+}
+
+
+def choices() -> dict[str, dict[str, Any]]:
+    """What is chosen, by name: the fields that choose it."""
+    short = {name: TINY[name] for name in ("train.steps", "train.warmup_steps", "train.log_every", "eval.windows")}
+    short |= {"checkpoint.every_steps": 2, "eval.batch_size": 8}
+    return {
+        **{f"rule {name}": {**TINY, "model.rule": name} for name in RULES_OF_A_MODEL},
+        **{f"sharing {name}": {**TINY, "model.sharing": name} for name in SHARINGS},
+        **{f"wiring {name}": {**TINY, "model.wiring": name} for name in WIRINGS},
+        **{f"model {of.model}": {**of.fields, **short} for of in sized(PROTOCOLS["smoke"], list(MODELS))},
+    }
+
+
+def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
+    """Train twice, once with a break; the loss on held-out text. Raises RuntimeError where the two differ."""
+    config = base()
+    config.update_from_flattened_dict({"data.path": PROTOCOLS["smoke"].common["data.path"], **fields})
+    unbroken, killed = home / "unbroken", home / "killed"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.run(config, unbroken)
+        shutil.copytree(unbroken, killed)
+        shutil.rmtree(killed / "checkpoints" / str(config.train.steps))
+        train.run(config, killed)
+    (expected, rows), found = outcome(unbroken), outcome(killed)
+    if found != (expected, rows):
+        raise RuntimeError(f"{killed} ended elsewhere than {unbroken}: {found[0]}, not {expected}")
+    loss = float(str(rows[-1]["final/loss"]))
+    if not math.isfinite(loss):
+        raise RuntimeError(f"{unbroken} ended with a loss of {loss}")
+    return loss
+
+
+def main() -> None:
+    args = options(__doc__, "runs/smoke").parse_args()
+    home = args.workdir.absolute()
+    shutil.rmtree(home, ignore_errors=True)
+    wanted = choices()
+    # Processes of their own, started anew: JAX's threads do not survive a fork.
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        losses = pool.map(resumes, [home / name.replace(" ", "-") for name in wanted], wanted.values())
+        for name, loss in zip(wanted, losses, strict=True):
+            print(f"{name}: {loss:.4f} nats per byte; resumed to the bit", flush=True)
+
+
+if __name__ == "__main__":
+    main()
