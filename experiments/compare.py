@@ -18,18 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.exponents import ratio
+from experiments.overhead import overhead
 from experiments.runs import flags, options, tune
 from experiments.stats import interval
 from ngc_jax import budget, count
 from ngc_jax.config import base, make_model
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.steps import init_state, make_train_step
 
-LOOPED = {"model.rule": "dense", "model.groups": 4}  # groups of a dense model are its heads alone
+LOOPED = {"model.rule": "dense", "model.groups": 4}  # groups of a dense model are its heads alone, unless gated
 DENSE = {**LOOPED, "model.prelude": 4, "model.core": 0, "model.coda": 0}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
 CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
@@ -38,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {  # the fields in which each differs from b
     "NGC": {"rate": 1e-2},
     "NGC, p = 1": {"rate": 1e-2, "model.p_inter": 1},
     "dense": {"rate": 5e-3, **DENSE},
+    "encapsulated": {"rate": 5e-3, **DENSE, "model.groups": 8, "model.gates": True},
     "dense looped": {"rate": 5e-3, **LOOPED},
     "low rank": {"rate": 3e-3, **LOW_RANK},
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
@@ -132,19 +131,6 @@ def learn(home: pathlib.Path, found: list[Entry], protocol: Protocol, seeds: int
         entry.rate, entry.losses = tuned[name].rate, tuned[name].losses
 
 
-def pace(config: ConfigDict, reference: ConfigDict) -> float:
-    """Time of an update as a multiple of the reference's: median of pairs, one after the other."""
-
-    def update(config: ConfigDict) -> Any:
-        model = make_model(config, Bytes.vocab)
-        state = jax.jit(lambda: init_state(model, config.train, 0))()
-        step = jax.jit(make_train_step(model, config.train, Bytes.mark, False))
-        return lambda batch: step(state, batch)
-
-    batch = jnp.zeros((config.train.batch_size, config.data.context + 1), jnp.int32)
-    return ratio(update(reference), update(config), batch)
-
-
 def report(home: pathlib.Path, protocol: str, found: list[Entry], seeds: int) -> str:
     """The table, as Markdown; rows.csv and pareto.png beside it."""
     with (home / "rows.csv").open("w", newline="") as file:
@@ -212,7 +198,7 @@ def main() -> None:
     reference = base()
     reference.update_from_flattened_dict({**DENSE, **protocol.common})
     for entry in found if protocol.timed else []:
-        entry.pace = pace(entry.config, reference)
+        entry.pace = overhead(entry.config, reference).time
     text = report(home, args.protocol, found, args.seeds)
     (home / "results.md").write_text(text)
     print(text)

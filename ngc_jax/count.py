@@ -1,4 +1,4 @@
-"""What a model costs: parameters stored, weights generated, FLOPs.
+"""What a model costs: parameters stored, weights generated, FLOPs, memory.
 
 For: numbers that are counted from shapes and programs. Not for: measured speed.
 """
@@ -49,6 +49,13 @@ def generated_weights(shape: ModelShape | BDHShape) -> int:
     if isinstance(shape, BDHShape) or shape.rule == "dense":
         return 0
     return shape.depth * sum(weights_of_a_stage(shape).values())
+
+
+def peak_memory(compiled: Any) -> int:
+    """Bytes that a compiled program takes on a device: what it is given, returns and needs on the way."""
+    memory = compiled.memory_analysis()
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(peak - memory.alias_size_in_bytes)
 
 
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:

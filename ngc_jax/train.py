@@ -201,12 +201,10 @@ def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any) -> str:
     inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
     # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
     flops = 3 * count.forward_flops(model.apply, like.params, inputs)
-    memory = compiled.memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
         f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
-        f"{(peak - memory.alias_size_in_bytes) / 2**20:.0f} MiB peak per device"
+        f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
     )
 
 

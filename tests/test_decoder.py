@@ -32,8 +32,7 @@ VARIANTS = {
     "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0},
     "no_loop": {"prelude": 2, "core": 0},
     "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
-    "gated": {"gates": True},
-    "encapsulated": {"rule": "dense", "gates": True, "core": 0},
+    "encapsulated": {"rule": "dense", "gates": True},
 }
 
 
@@ -171,13 +170,13 @@ def test_forward_is_the_numpy_forward(variant):
 
 def test_gates_start_open_and_read_no_later_token():
     config = base()
-    config.update_from_flattened_dict(TINY)
+    config.update_from_flattened_dict({**TINY, "model.core": 0, "model.coda": 0})
     plain, gated = (Decoder(model_shape(config, 50)) for config.model.gates in (False, True))
     params = jax.jit(gated.init)(jax.random.key(0))
     apart = traverse_util.flatten_dict(params)
     gates = {path: leaf for path, leaf in apart.items() if "gates" in str(path)}
     rest = traverse_util.unflatten_dict({path: leaf for path, leaf in apart.items() if path not in gates})
-    assert [leaf.shape[-2:] for leaf in gates.values()] == [(16, 4)] * 6
+    assert [leaf.shape[-2:] for leaf in gates.values()] == [(16, 4)] * 2
     assert {optim.kind(path) for path in gates} == {"matrix"}
     jax.tree.map(np.testing.assert_array_equal, rest, jax.jit(plain.init)(jax.random.key(0)))
     apply = jax.jit(gated.apply)
@@ -192,7 +191,7 @@ def test_gates_start_open_and_read_no_later_token():
 
 
 def test_attention_shares_are_the_numpy_ones():
-    model, params = build(gates=True, core=0, coda=0)
+    model, params = build(rule="dense", core=0, coda=0)
     x, stage = tokens(2, 6), params["prelude"]
     found = jax.jit(partial(attention_shares, model))(params, x)
     read = np.asarray(params["embed"], np.float64)[np.asarray(x)]
