@@ -16,21 +16,14 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from benchmarks.exponents import ratio
+from experiments.overhead import Overhead, model_of, overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, Sized, sized
 from experiments.runs import flags, options, tune
 from experiments.stats import interval
 from ngc_jax import budget, count
-from ngc_jax.config import make_model
-from ngc_jax.data.tokens import Bytes
-from ngc_jax.nn.model import LanguageModel
-from ngc_jax.steps import init_state, make_train_step
 
 
 @dataclasses.dataclass
@@ -40,8 +33,7 @@ class Entry:
     of: Sized
     rate: float = math.nan  # the best learning rate
     losses: list[float] = dataclasses.field(default_factory=list)  # one a seed
-    pace: float = math.nan  # time of an update over dense's
-    peak: float = math.nan  # MiB that an update needs at once
+    cost: Overhead | None = None  # of an update, over dense's
 
     @functools.cached_property
     def flops(self) -> int:
@@ -51,10 +43,6 @@ class Entry:
     @functools.cached_property
     def stored(self) -> count.Parameters:
         return count.parameters(jax.eval_shape(model_of(self.of.config).init, jax.random.key(0)))
-
-
-def model_of(config: ConfigDict) -> LanguageModel:
-    return make_model(config, Bytes.vocab if config.data.tokenizer == "bytes" else config.data.vocab_size)
 
 
 def learn(home: pathlib.Path, entries: list[Entry], protocol: Protocol, seeds: int, jobs: int) -> None:
@@ -71,23 +59,6 @@ def learn(home: pathlib.Path, entries: list[Entry], protocol: Protocol, seeds: i
     tuned = tune(home, rates, run, seeds=range(seeds), share=protocol.tuning, jobs=jobs)
     for name, entry in named.items():
         entry.rate, entry.losses = tuned[name].rate, tuned[name].losses
-
-
-def measure(entries: list[Entry], reference: ConfigDict) -> None:
-    """Compile each one's update: the memory it needs, and its time over the reference's, one after the other."""
-
-    def update(config: ConfigDict) -> tuple[Any, Any]:
-        model = model_of(config)
-        state = jax.jit(lambda: init_state(model, config.train, 0))()
-        step = jax.jit(make_train_step(model, config.train, Bytes.mark, False))
-        compiled = step.lower(state, batch).compile()
-        return compiled, lambda batch: compiled(state, batch)
-
-    batch = jnp.zeros((reference.train.batch_size, reference.data.context + 1), jnp.int32)
-    _, theirs = update(reference)
-    for entry in entries:
-        compiled, ours = update(entry.of.config)
-        entry.peak, entry.pace = count.peak_bytes(compiled) / 2**20, ratio(theirs, ours, batch)
 
 
 def report(home: pathlib.Path, protocol: str, entries: list[Entry], seeds: int) -> str:
@@ -108,14 +79,14 @@ def report(home: pathlib.Path, protocol: str, entries: list[Entry], seeds: int) 
         for entry in entries:
             of, stored = entry.of, entry.stored
             mean = interval(entry.losses, 4) if len(entry.losses) > 1 else f"{entry.losses[0]:.4f}"
-            measured = ("-", "-") if math.isnan(entry.pace) else (f"{entry.peak:,.0f}", f"{entry.pace:.2f}")
+            measured = [f"{entry.cost.peak / 2**20:,.0f}", f"{entry.cost.time:.2f}"] if entry.cost else ["-", "-"]
             lines.append(
                 f"| {of.share} | {of.model} | {mean} | {stored.matrices:,} | {stored.total:,} | {entry.flops:,} "
                 f"| {measured[0]} | {measured[1]} | {entry.rate:g} |"
             )
             for seed, loss in enumerate(entry.losses):
-                cost = (stored.matrices, stored.total, entry.flops, f"{entry.peak:.1f}", f"{entry.pace:.3f}")
-                rows.writerow([of.model, of.share, seed, f"{loss:.6f}", f"{entry.rate:g}", *cost])
+                counted = (stored.matrices, stored.total, entry.flops, *measured)
+                rows.writerow([of.model, of.share, seed, f"{loss:.6f}", f"{entry.rate:g}", *counted])
     draw(home, entries)
     return "\n".join(lines) + "\n"
 
@@ -162,7 +133,8 @@ def main() -> None:
         return
     if protocol.measured:
         (reference,) = sized(dataclasses.replace(protocol, shares={"1": ("dense",)}), ["dense"], args.path)
-        measure(entries, reference.config)
+        for entry, cost in zip(entries, overhead(reference.config, (e.of.config for e in entries)), strict=True):
+            entry.cost = cost
     text = report(home, args.protocol, entries, args.seeds)
     (home / "results.md").write_text(text)
     print(text)

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"rate": 1e-2},
     "NGC, p = 1": {"rate": 1e-2, "model.p_inter": 1},
     "dense": {"rate": 5e-3, **DENSE},
+    "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
     "dense looped": {"rate": 5e-3, **LOOPED},
     "low rank": {"rate": 3e-3, **LOW_RANK},
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
@@ -122,7 +123,7 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
             rate = fields.pop("rate")
             if path:
                 fields["data.path"] = path
-            if fields.get("model.rule") == "dense":  # whose groups are its heads alone
+            if fields.get("model.rule") == "dense":  # whose groups are its heads, and what gates act on
                 fields["model.groups"] = config.model.heads
             if fields.pop("unlooped", False):
                 config.update_from_flattened_dict(protocol.common)

@@ -71,6 +71,7 @@ def base() -> ConfigDict:
     # Who shares send states: "none", or of "qkv", "gate_up", "depth2", "depth3", sets such as "query+key" or "1+2".
     c.model.sharing = "none"  # (stages are numbered from the embedding), several with commas between them
     c.model.exchange_activation = "silu"  # of the exchange's gate: "silu", "gelu", "relu"; "none" = a plain product
+    c.model.gates = False  # True: each group speaks in a share that the token sets; shares sum to one over groups
     c.model.qk_norm = True  # normalise queries and keys in each head
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
@@ -192,6 +193,7 @@ def validate(config: ConfigDict) -> None:
     except ValueError as error:
         raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
     need(m.sharing == "none" or m.rule != "dense", "model.sharing", "'none' where model.rule='dense' has no states")
+    need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1, whose share is always one")
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

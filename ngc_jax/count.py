@@ -1,4 +1,4 @@
-"""What a model costs: parameters stored, weights generated, FLOPs.
+"""What a model costs: parameters stored, weights generated, FLOPs, memory.
 
 For: numbers that are counted from shapes and programs. Not for: measured speed.
 """
@@ -51,19 +51,19 @@ def generated_weights(shape: ModelShape | BDHShape) -> int:
     return shape.depth * sum(weights_of_a_stage(shape).values())
 
 
+def peak_memory(compiled: Any) -> int:
+    """Bytes that a compiled program takes on a device: what it is given, returns and needs on the way."""
+    memory = compiled.memory_analysis()
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(peak - memory.alias_size_in_bytes)
+
+
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of the matrix products (2 per multiply-add) in one call, loops counted as often as they run.
 
     Read from the traced program, since XLA's own count takes the body of a loop once. `args` may be abstract.
     """
     return _flops(jax.make_jaxpr(function)(*args))
-
-
-def peak_bytes(compiled: Any) -> int:
-    """Memory that a compiled program needs at once on a device: what goes in, what comes out, and all between."""
-    memory = compiled.memory_analysis()
-    reached = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return int(reached - memory.alias_size_in_bytes)
 
 
 def _flops(jaxpr: Any) -> int:

@@ -204,7 +204,7 @@ def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any) -> str:
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
         f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
-        f"{count.peak_bytes(compiled) / 2**20:.0f} MiB peak per device"
+        f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
     )
 
 

@@ -116,6 +116,15 @@ def test_impossible_values_are_refused(field, value, message):
         validate(config)
 
 
+def test_one_group_has_nothing_to_share():
+    config = base()
+    config.model.update({"gates": True, "groups": 1, "heads": 1})
+    with pytest.raises(UserError, match=r"model.gates=True: must be False where model.groups is 1"):
+        validate(config)
+    config.model.update({"gates": True, "groups": 2})
+    validate(config)
+
+
 @pytest.mark.parametrize("rule", RULES_OF_A_MODEL)
 def test_a_message_activation_wants_a_signal(rule):
     config = base()

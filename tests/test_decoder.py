@@ -1,19 +1,23 @@
 """The decoder: a plain NumPy forward, causality, the cache, remat, documents, initial scale."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
+from flax import traverse_util
 
 import ngc_jax
+from ngc_jax import optim
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.rules import INSIDE, RULES
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.shape import SynapsePart
+from ngc_jax.stability import attention_shares
 from ngc_jax.steps import losses
 
 VARIANTS = {
@@ -28,6 +32,7 @@ VARIANTS = {
     "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0},
     "no_loop": {"prelude": 2, "core": 0},
     "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
+    "encapsulated": {"rule": "dense", "gates": True},
 }
 
 
@@ -69,6 +74,18 @@ def numpy_synapse(params, stage, x, activation):
     return total.reshape(*x.shape[:-1], *total.shape[1:])
 
 
+def numpy_gates(weight, read, said):
+    """What groups say, louder or softer, token by token."""
+    groups, out = weight.shape[-1], np.zeros_like(said)
+    size = said.shape[-1] // groups
+    for at in np.ndindex(*said.shape[:-1]):
+        share = np.exp(read[at] @ np.asarray(weight, np.float64))
+        for g in range(groups):
+            group = slice(g * size, (g + 1) * size)
+            out[at][group] = groups * share[g] / share.sum() * said[at][group]
+    return out
+
+
 def numpy_norm(x, scale):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(scale)
 
@@ -84,29 +101,42 @@ def numpy_rotate(x):
     return out
 
 
-def numpy_stage(s, params, stage, x):
-    def synapse(name, x):
-        return numpy_synapse(params[name], stage, x, s.message_activation)
-
-    heads = (*x.shape[:2], s.heads, -1)
-    read = synapse("query_key_value", numpy_norm(x, params["attention_norm"]["scale"][stage]))
-    query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
+def numpy_attention(s, params, stage, read):
+    """How much each token heeds each other one [B, T, H, S], and the values [B, S, H, d]."""
+    made = numpy_synapse(params["query_key_value"], stage, read, s.message_activation)
+    query, key, value = (made[..., i, :].reshape(*read.shape[:2], s.heads, -1) for i in range(3))
     if s.qk_norm:
         query = numpy_norm(query, params["query_norm"]["scale"][stage])
         key = numpy_norm(key, params["key_norm"]["scale"][stage])
     query, key = numpy_rotate(query), numpy_rotate(key)
-    mixed = np.zeros_like(value)
-    for b, t, h in itertools.product(range(x.shape[0]), range(x.shape[1]), range(s.heads)):
+    shares = np.zeros((*query.shape[:3], read.shape[1]))
+    for b, t, h in np.ndindex(*query.shape[:3]):
         seen = slice(max(0, t - s.context + 1), t + 1)
         score = key[b, seen, h] @ query[b, t, h] / np.sqrt(query.shape[-1])
         share = np.exp(score - score.max())
-        mixed[b, t, h] = share / share.sum() @ value[b, seen, h]
-    x = x + synapse("attention_out", mixed.reshape(x.shape))[..., 0, :]
-    both = synapse("gate_up", numpy_norm(x, params["exchange_norm"]["scale"][stage]))
+        shares[b, t, h, seen] = share / share.sum()
+    return shares, value
+
+
+def numpy_stage(s, params, stage, x):
+    def synapse(name, x):
+        return numpy_synapse(params[name], stage, x, s.message_activation)
+
+    def gated(name, read, said):
+        return numpy_gates(params[name]["weight"][stage], read, said) if s.gates else said
+
+    read = numpy_norm(x, params["attention_norm"]["scale"][stage])
+    shares, value = numpy_attention(s, params, stage, read)
+    mixed = np.zeros_like(value)
+    for b, t, h in np.ndindex(*value.shape[:3]):
+        mixed[b, t, h] = shares[b, t, h] @ value[b, :, h]
+    x = x + synapse("attention_out", gated("attention_gates", read, mixed.reshape(x.shape)))[..., 0, :]
+    read = numpy_norm(x, params["exchange_norm"]["scale"][stage])
+    both = synapse("gate_up", read)
     gate = both[..., 0, :]
     if s.exchange_activation == "silu":
         gate = gate / (1 + np.exp(-gate))
-    return x + synapse("down", gate * both[..., 1, :])[..., 0, :]
+    return x + synapse("down", gated("exchange_gates", read, gate * both[..., 1, :]))[..., 0, :]
 
 
 def numpy_forward(model, params, tokens):
@@ -138,6 +168,39 @@ def test_forward_is_the_numpy_forward(variant):
     np.testing.assert_allclose(logits, numpy_forward(model, params, x), rtol=2e-4, atol=2e-4)
 
 
+def test_gates_start_open_and_read_no_later_token():
+    config = base()
+    config.update_from_flattened_dict({**TINY, "model.core": 0, "model.coda": 0})
+    plain, gated = (Decoder(model_shape(config, 50)) for config.model.gates in (False, True))
+    params = jax.jit(gated.init)(jax.random.key(0))
+    apart = traverse_util.flatten_dict(params)
+    gates = {path: leaf for path, leaf in apart.items() if "gates" in str(path)}
+    rest = traverse_util.unflatten_dict({path: leaf for path, leaf in apart.items() if path not in gates})
+    assert [leaf.shape[-2:] for leaf in gates.values()] == [(16, 4)] * 2
+    assert {optim.kind(path) for path in gates} == {"matrix"}
+    jax.tree.map(np.testing.assert_array_equal, rest, jax.jit(plain.init)(jax.random.key(0)))
+    apply = jax.jit(gated.apply)
+    logits, _ = apply(params, tokens())
+    np.testing.assert_array_equal(logits, jax.jit(plain.apply)(rest, tokens())[0])
+
+    open_wide = jax.tree.map(lambda p: p if np.any(p) else p + jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
+    logits, _ = apply(open_wide, tokens())
+    later, _ = apply(open_wide, tokens().at[:, 9].add(1))
+    np.testing.assert_array_equal(later[:, :9], logits[:, :9])
+    assert np.all(np.any(later[:, 9:] != logits[:, 9:], axis=-1))
+
+
+def test_attention_shares_are_the_numpy_ones():
+    model, params = build(rule="dense", core=0, coda=0)
+    x, stage = tokens(2, 6), params["prelude"]
+    found = jax.jit(partial(attention_shares, model))(params, x)
+    read = np.asarray(params["embed"], np.float64)[np.asarray(x)]
+    expected, _ = numpy_attention(model.shape, stage, 0, numpy_norm(read, stage["attention_norm"]["scale"][0]))
+    assert {*found} == {"prelude 1"}
+    np.testing.assert_allclose(found["prelude 1"], expected.swapaxes(1, 2), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["prelude 1"].sum(-1), 1, rtol=1e-5)
+
+
 def test_jit_changes_nothing():
     model, params = build()
     with jax.disable_jit():
@@ -160,7 +223,7 @@ def test_no_logit_depends_on_a_later_token(variant):
     assert np.all(np.asarray(reach)[np.tril_indices(8)] > 0)
 
 
-@pytest.mark.parametrize("variant", ["addressed", "deep", "dense"])
+@pytest.mark.parametrize("variant", ["addressed", "deep", "dense", "encapsulated"])
 def test_cached_logits_are_the_full_forwards(variant):
     model, params = build(**VARIANTS[variant])
     x = tokens(2, 24)  # longer than the context of 16, so the window matters

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import compare, early_warning, protocols, rule_pictures, settled, stats
+from experiments import compare, early_warning, protocols, rule_pictures, settled, stats, sums
+from experiments import text_measures as measures
+from experiments.overhead import Overhead
 from ngc_jax import RULES, budget
 
 
@@ -45,12 +47,45 @@ def test_a_statistic_that_knows_is_told_from_one_that_does_not():
 
 
 def test_the_sums_are_right_and_the_two_sides_share_none():
-    train, held_out = settled.sums(2000, settled.TRAINED, 0, False), settled.sums(500, settled.ASKED, 1, True)
+    train, held_out = sums.sums(2000, settled.TRAINED, 0, False), sums.sums(500, settled.ASKED, 1, True)
     assert not set(train) & set(held_out)
     for line in held_out:
         asked, answer = line.split("=")
-        assert sum(map(int, asked)) % settled.MODULUS == int(answer)
+        assert sum(map(int, asked)) % sums.MODULUS == int(answer)
         assert len(asked) in settled.ASKED
+
+
+def test_the_same_sum_in_another_order_is_found():
+    assert sums.reordered(["310=4", "12=3", "301=4", "310=4", "21=3", "4=4"]) == [["310=4", "301=4"], ["12=3", "21=3"]]
+
+
+def test_how_varied_a_text_is():
+    one, other = measures.words("a = b(a) # b"), measures.words("a = b")
+    assert one == ["a", "=", "b", "(", "a", ")", "#", "b"]
+    assert measures.distinct([one, other], 1) == 6 / 11
+    assert measures.distinct([one, other], 2) == 7 / 9  # "a =" and "= b" stand in both
+    assert np.isnan(measures.distinct([other], 4))
+    assert measures.type_token_ratio(one) == 6 / 8
+    assert measures.repetition(list("xyxyxy"), 2) == pytest.approx(3 / 5)
+    assert measures.repetition(list("abcdef"), 2) == 0
+
+
+def test_how_often_answers_agree():
+    assert measures.agreement([[3, 3, 1]]) == pytest.approx(1 / 3)
+    assert measures.agreement([[3, 3], [1, 0], np.array([2, 2, 2])]) == pytest.approx(2 / 3)
+
+
+def test_divergence_is_jensen_and_shannons():
+    assert measures.divergence(np.array([0.5, 0.5, 0]), np.array([0, 0, 1.0])) == 1
+    p, q = np.array([0.5, 0.5]), np.array([1.0, 0])
+    by_hand = 0.5 * (0.5 * np.log2(0.5 / 0.75) + 0.5 * np.log2(0.5 / 0.25)) + 0.5 * np.log2(1 / 0.75)
+    np.testing.assert_allclose(measures.divergence(np.stack([p, q, p]), np.stack([q, p, p])), [by_hand, by_hand, 0])
+    # Two heads, two tokens: in one stage they look at different tokens, in the next both at both.
+    first = np.array([[[[1, 0], [1, 0]], [[1, 0], [0, 1]]]])
+    second = np.array([[[[1, 0], [0.5, 0.5]], [[1, 0], [0.5, 0.5]]]])
+    third = np.array([[[[1, 0], [1, 0]], [[1, 0], [1, 0]]]])
+    assert measures.attention_divergence([first, second]) == 0
+    assert measures.attention_divergence([first, second, third]) == pytest.approx(by_hand / 2)
 
 
 def test_difficulty_is_held_fixed():
@@ -76,7 +111,7 @@ def test_each_rule_has_its_section_and_its_picture(tmp_path):
 def test_the_comparison_reports_each_model_with_its_cost(tmp_path):
     entries = [compare.Entry(of) for of in protocols.sized(protocols.PROTOCOLS["smoke"], ["NGC", "BDH"])]
     for entry in entries:
-        entry.rate, entry.losses, entry.pace, entry.peak = 0.01, [1.5, 1.7], 2.0, 9.0
+        entry.rate, entry.losses, entry.cost = 0.01, [1.5, 1.7], Overhead(2.0, 1.5, 9 * 2**20)
     text = compare.report(tmp_path, "smoke", entries, seeds=2)
     assert "| 0.25 | NGC | 1.6000 ± 1.2706 |" in text
     rows = (tmp_path / "rows.csv").read_text().splitlines()

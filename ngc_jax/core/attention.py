@@ -45,15 +45,19 @@ def extend(cache: Cache, key: Array, value: Array, position: Array) -> Cache:
     }
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """softmax(q k / sqrt(d)) v under the mask: [B, T, H, d] -> [B, T, H d]. Softmax in float32.
+def shares(query: Array, key: Array, mask: Array) -> Array:
+    """How much each query heeds each key, softmax(q k / sqrt(d)) under the mask: [B, T, H, d] -> [B, H, T, S] float32.
 
-    Written out because `jax.nn.dot_product_attention` takes 4 times as long for the gradient on a CPU.
+    Written out, with `mix`, because `jax.nn.dot_product_attention` takes 4 times as long for the gradient on a CPU.
     """
-    query, key, value = (a.swapaxes(1, 2) for a in (query * query.shape[-1] ** -0.5, key, value))
+    query, key = (a.swapaxes(1, 2) for a in (query * query.shape[-1] ** -0.5, key))
     score = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
-    share = jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bhts,bhsd->bhtd", share, value).swapaxes(1, 2)
+    return jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1)
+
+
+def mix(share: Array, value: Array) -> Array:
+    """Values [B, S, H, d] in the shares [B, H, T, S] in which they are heeded: [B, T, H d]."""
+    mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2)).swapaxes(1, 2)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
+from ngc_jax.core.encapsulation import encapsulate
 from ngc_jax.core.rules import GATES, activation_gain, say, weights
 from ngc_jax.core.signal_rules import SignalRule
 from ngc_jax.nn.shape import ModelShape, SynapsePart
@@ -95,12 +96,28 @@ class RMSNorm(nn.Module):
         return (wide * scale).astype(x.dtype)
 
 
+class Gates(nn.Module):
+    """How loudly each group speaks, read from the token's stream: read [..., D], said [..., G n] -> said.
+
+    Causal, for a token's shares are its own stream's. They start equal, which changes nothing.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, read: Array, said: Array) -> Array:
+        weight = self.param("weight", nn.initializers.zeros, (read.shape[-1], self.groups))
+        return encapsulate(said, read @ weight)
+
+
 class Stage(nn.Module):
     """Attention across tokens, then gated exchange across groups, each added to the stream: x [B, T, D] -> x.
 
     Queries and keys are normalised in each head if `qk_norm` (arXiv 2302.05442, section 2). A head is made of whole
-    groups, so a group's signals stay together. With a cache, keys and values of these tokens are written from
-    positions[0] on, and attention runs over the whole cache. Returns (x, cache).
+    groups, so a group's signals stay together. With `gates`, what groups say to the last synapse of each branch is
+    encapsulated. With a cache, keys and values of these tokens are written from positions[0] on, and attention runs
+    over the whole cache. Returns (x, cache); where the collection "intermediates" is asked for, "attention" in it is
+    how much each token heeds each other [B, H, T, S].
     """
 
     shape: ModelShape
@@ -114,8 +131,12 @@ class Stage(nn.Module):
         senders = s.shared.of
         heads = (*x.shape[:2], s.heads, s.width // s.heads)
 
-        read = square(senders("query_key_value"), name="query_key_value")(RMSNorm(name="attention_norm")(x))
-        query, key, value = (read[..., i, :].reshape(heads) for i in range(3))
+        def gated(name: str, read: Array, said: Array) -> Array:
+            return Gates(s.groups, name=name)(read, said) if s.gates else said
+
+        read = RMSNorm(name="attention_norm")(x)
+        made = square(senders("query_key_value"), name="query_key_value")(read)
+        query, key, value = (made[..., i, :].reshape(heads) for i in range(3))
         if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         query, key = attention.rotate(query, positions), attention.rotate(key, positions)
@@ -124,13 +145,16 @@ class Stage(nn.Module):
             cache = attention.extend(cache, key, value, positions[0])
             key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
             keys = jnp.arange(key.shape[1])
-        mixed = attention.attend(query, key, value, attention.visible(positions, keys, s.context, segments))
+        share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
+        self.sow("intermediates", "attention", share)
+        mixed = gated("attention_gates", read, attention.mix(share, value))
         x = x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :]
 
         up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders("gate_up"), name="gate_up")
         down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, gain=s.branch_gain, name="down")
-        both = up(RMSNorm(name="exchange_norm")(x))
+        read = RMSNorm(name="exchange_norm")(x)
+        both = up(read)
         gate, heard = both[..., 0, :], both[..., 1, :]
         if s.exchange_activation is not None:
             gate = gate * GATES[s.exchange_activation](gate)
-        return x + down(gate * heard)[..., 0, :], cache
+        return x + down(gated("exchange_gates", read, gate * heard))[..., 0, :], cache

@@ -47,6 +47,7 @@ class ModelShape:
     wiring_seed: int
     sharing: str
     exchange_activation: str | None
+    gates: bool
     qk_norm: bool
     prelude: int
     core: int

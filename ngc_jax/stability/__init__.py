@@ -22,6 +22,7 @@ from ngc_jax.core.stability import (
     transport,
 )
 from ngc_jax.stability.systems import (
+    attention_shares,
     depth_exponents,
     round_exponents,
     round_states,
@@ -33,6 +34,7 @@ from ngc_jax.stability.systems import (
 
 __all__ = [
     "Transport",
+    "attention_shares",
     "bootstrap_interval",
     "boundedness",
     "contraction",

@@ -1,7 +1,8 @@
 """Our models as dynamical systems: what a step is along rounds, along depth and along tokens, and its exponents.
 
 For: turning a decoder, its parameters and some text into maps for `core/lyapunov.py`, with parts of it switched off if
-asked, and into the messages that groups send. Not for: the kernels, or what is logged in training (`watch.py`).
+asked, and into the messages that groups send and what tokens heed. Not for: the kernels, or what is logged in
+training (`watch.py`).
 
 Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
@@ -164,38 +165,53 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
     speaker to a listener by their messages; with a message activation, under the gates of the moment. Raises
     ValueError for a model without messages.
     """
-    s = model.shape
+    s, positions = model.shape, jnp.arange(tokens.shape[1])
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
-    positions, params = jnp.arange(tokens.shape[1]), model.whole(params)
-    heard: list[Array] = []
 
-    def listen(synapse: Synapse, x: Array) -> None:
-        heard.append(_loudness(synapse, x, s.groups))
+    def visit(weights: Params, x: Array) -> tuple[Array, Array]:
+        heard: list[Array] = []
+        with overhearing(lambda synapse, x: heard.append(_loudness(synapse, x, s.groups))):
+            x = Stage(s).apply({"params": weights}, x, positions)[0]
+        return x, jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
 
-    def stages(name: str, stack: Params, count: int, x: Array) -> tuple[Array, dict[str, Array]]:
-        loud = {}
+    return _visit_stages(model, params, tokens, visit)
+
+
+def attention_shares(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
+    """How much each token heeds each other one, by stage: {"core 1, round 2": [B, H heads, T, T heeded], ...}."""
+    positions = jnp.arange(tokens.shape[1])
+
+    def visit(weights: Params, x: Array) -> tuple[Array, Array]:
+        (x, _), seen = Stage(model.shape).apply({"params": weights}, x, positions, mutable="intermediates")
+        return x, seen["intermediates"]["attention"][0]
+
+    return _visit_stages(model, params, tokens, visit)
+
+
+def _visit_stages(
+    model: Decoder, params: Params, tokens: Array, visit: Callable[[Params, Array], tuple[Array, Array]]
+) -> dict[str, Array]:
+    """Run a decoder one stage at a time, visit(weights, x) -> (x, found): what was found, by stage, as a token goes."""
+    s, params, found = model.shape, model.whole(params), {}
+
+    def stages(name: str, stack: Params, count: int, x: Array) -> Array:
         for i in range(count):
-            heard.clear()
-            with overhearing(listen):
-                weights = jax.tree.map(lambda p, i=i: p[i], stack)
-                x = Stage(s).apply({"params": weights}, x, positions)[0]
-            loud[name.format(i + 1)] = jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
-        return x, loud
+            weights = jax.tree.map(lambda p, i=i: p[i], stack)
+            x, found[name.format(i + 1)] = visit(weights, x)
+        return x
 
     x: Array = params["embed"][tokens]
-    loud: dict[str, Array] = {}
     if s.prelude:
-        x, loud = stages("prelude {}", params["prelude"], s.prelude, x)
+        x = stages("prelude {}", params["prelude"], s.prelude, x)
     if s.core:
         start, (keep, drive) = x, model.scales(params)
         for turn in range(s.rounds):
-            after, more = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.core, x)
-            x, loud = keep * x + drive * start + after - x, loud | more
+            after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.core, x)
+            x = keep * x + drive * start + after - x
     if s.coda:
-        x, more = stages("coda {}", params["coda"], s.coda, x)
-        loud = loud | more
-    return loud
+        x = stages("coda {}", params["coda"], s.coda, x)
+    return found
 
 
 def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:

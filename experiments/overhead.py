@@ -1,0 +1,56 @@
+"""What an update costs against another model's: its time, side by side on the same machine, and its memory.
+
+For: ratios. Not for: speed in itself, which is a machine's (`launch.py` logs it).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks.exponents import ratio
+from ngc_jax import count
+from ngc_jax.config import make_model
+from ngc_jax.data.tokens import Bytes
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.steps import init_state, make_train_step
+
+
+class Overhead(NamedTuple):
+    """Of an update."""
+
+    time: float  # as a multiple of the reference's
+    memory: float  # peak, as a multiple of the reference's
+    peak: int  # bytes, as compiled
+
+
+def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[Overhead]:
+    """Compile and measure each beside the reference, of equal batches: the median of pairs, one after the other."""
+    plain, least = _update(reference)
+    batch = jnp.zeros((reference.train.batch_size, reference.data.context + 1), jnp.int32)
+    for config in configs:
+        update, peak = _update(config)
+        yield Overhead(ratio(plain, update, batch), peak / least, peak)
+
+
+def model_of(config: ConfigDict) -> LanguageModel:
+    """The model of a config, for the vocabulary that its text will have at most."""
+    return make_model(config, Bytes.vocab if config.data.tokenizer == "bytes" else config.data.vocab_size)
+
+
+def _update(config: ConfigDict) -> tuple[Any, int]:
+    """A config's update as a function of the batch alone, and its peak memory in bytes."""
+    model = model_of(config)
+    state = jax.jit(lambda: init_state(model, config.train, 0))()
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context + 1), jnp.int32)
+    step = jax.jit(make_train_step(model, config.train, Bytes.mark, False), donate_argnums=0)
+    compiled = step.lower(state, batch).compile()
+
+    def update(batch: jax.Array) -> Any:
+        nonlocal state
+        state, scalars = compiled(state, batch)
+        return scalars
+
+    return update, count.peak_memory(compiled)
