@@ -60,15 +60,15 @@ def test_the_tangent_kernel_is_that_of_the_explicit_jacobian():
     x = jax.random.normal(jax.random.key(1), (6, 3))
     params = {"a": jax.random.normal(jax.random.key(2), (3, 4)), "b": jnp.array(0.5)}
 
-    def function(params):
-        return jnp.sum(jnp.tanh(x @ params["a"] + params["b"]), axis=1)
+    def function(params, x):
+        return jnp.sum(jnp.tanh(x @ params["a"] + params["b"]))
 
-    jacobian = jax.jacobian(function)(params)
+    jacobian = jax.jacobian(lambda params: jax.vmap(lambda x: function(params, x))(x))(params)
     flat = np.concatenate([np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
     expected = np.array([[sum(p * q for p, q in zip(a, b, strict=True)) for a in flat] for b in flat])
-    np.testing.assert_allclose(tangent_kernel(function, params), expected, rtol=1e-4, atol=1e-5)
-    compiled = jax.jit(lambda params: tangent_kernel(function, params))(params)
-    np.testing.assert_allclose(compiled, expected, rtol=1e-4, atol=1e-5)
+    for block in (4, 32):  # two blocks, one of them not full; one that is larger than needed
+        found = jax.jit(lambda params, block=block: tangent_kernel(function, params, x, block))(params)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_align_by_their_angle():
@@ -92,9 +92,5 @@ def test_projections_estimate_the_kernel_of_all_logits(ngc):
     rows = [np.asarray(leaf).reshape(3, 4 * 5, -1) for leaf in jax.tree.leaves(jacobian(synapses))]
     full = np.concatenate(rows, axis=2)
     expected = np.einsum("aop,bop->ab", full, full)
-    found = {
-        m: np.asarray(jax.jit(lambda p, m=m: logit_kernel(model, p, tokens, projections=m))(params)) for m in (2, 512)
-    }
-    off = {m: np.linalg.norm(k - expected) / np.linalg.norm(expected) for m, k in found.items()}
-    assert off[512] < 0.1
-    assert off[2] < 2
+    found = jax.jit(lambda p: logit_kernel(model, p, tokens, projections=128))(params)
+    assert np.linalg.norm(found - expected) < 0.15 * np.linalg.norm(expected)

@@ -6,10 +6,12 @@ ranks that weights start with (`Rule.alike`).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Array = jax.Array
 Tree = Any
@@ -29,22 +31,22 @@ def effective_rank(matrix: Array) -> Array:
 
 def movement(before: Tree, after: Tree) -> Array:
     """|after - before| / |before|, Euclidean norms over all leaves: 0 where nothing moved."""
-
-    def norm(tree: Tree) -> Array:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
-
-    return norm(jax.tree.map(jnp.subtract, after, before)) / norm(before)
+    return optax.tree.norm(jax.tree.map(jnp.subtract, after, before)) / optax.tree.norm(before)
 
 
-def tangent_kernel(function: Callable[[Tree], Array], params: Tree) -> Array:
-    """K = J J^T [N, N], J the Jacobian at `params` of function(params) -> values [N].
+def tangent_kernel(function: Callable[[Tree, Array], Array], params: Tree, inputs: Array, block: int = 32) -> Array:
+    """K [N, N] for inputs [N, ...]: K[a, b] = <dy_a, dy_b>, d the gradient at `params` of y_a = function(params, a).
 
-    Row n is the change of all values along the gradient of value n, so J is never formed: the memory is that of one
-    gradient, and the time that of N of them. Source: Jacot et al. 2018, arXiv 1806.07572.
+    So many gradients are held at a time, never the whole Jacobian; each block takes one pass over all inputs, which
+    makes N + N^2 / block gradients. Source: Jacot et al. 2018, arXiv 1806.07572.
     """
-    values, forward = jax.linearize(function, params)
-    backward = jax.linear_transpose(forward, params)
-    return jax.lax.map(lambda one: forward(*backward(one)), jnp.eye(len(values), dtype=values.dtype))
+    gradient = partial(jax.grad(function), params)
+
+    def row(a: Array) -> Array:
+        held = gradient(a)
+        return jax.lax.map(lambda b: optax.tree.vdot(held, gradient(b)), inputs)
+
+    return jax.lax.map(row, inputs, batch_size=block)
 
 
 def alignment(a: Array, b: Array) -> Array:

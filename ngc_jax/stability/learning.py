@@ -4,7 +4,7 @@ For: comparing a trained model with itself at its start, which follows from its 
 of one array or one function (`core/laziness.py`), or one model's stability (`measures.py`).
 """
 
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
@@ -56,12 +56,12 @@ def logit_kernel(model: LanguageModel, params: Params, tokens: Array, *, project
     held = flatten_dict(params)
     trained = {path: leaf for path, leaf in held.items() if optim.kind(path) in ("state", "matrix")}
 
-    def projected(trained: Params, signs: Array) -> Array:
-        logits, _ = model.apply(unflatten_dict(held | trained), tokens)
-        return jnp.einsum("btv,tv->b", logits, signs)
-
     def one(key: Array) -> Array:
         signs = jax.random.rademacher(key, (tokens.shape[1], model.shape.vocab), jnp.float32)
-        return tangent_kernel(partial(projected, signs=signs), trained)
+
+        def projected(trained: Params, window: Array) -> Array:
+            return jnp.vdot(signs, model.apply(unflatten_dict(held | trained), window[None])[0])
+
+        return tangent_kernel(projected, trained, tokens)
 
     return jnp.mean(jax.lax.map(one, jax.random.split(jax.random.key(0), projections)), axis=0)
