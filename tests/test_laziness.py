@@ -8,45 +8,56 @@ import pytest
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.core.laziness import alignment, effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.layers import Synapse
 from ngc_jax.stability.learning import effective_ranks, generated, logit_kernel, movements
 
 
 def build(**fields):
     config = base()
     config.data.context = 4
-    config.model.update({"width": 16, "hidden": 24, "groups": 2, "heads": 2, "p_inter": 2, "init_rank": 4})
+    config.model.update({"width": 16, "hidden": 16, "groups": 2, "heads": 2, "p_inter": 2, "init_rank": 4})
     config.model.update({"prelude": 1, "core": 0, "coda": 0, **fields})
     validate(config)
     return Decoder(model_shape(config, 5))
 
 
 @pytest.fixture(scope="module")
-def ngc():
-    model = build()
+def dense():
+    model = build(rule="dense", init_rank=3)
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
 def test_effective_rank_is_the_entropy_of_singular_values():
-    w = np.random.default_rng(0).normal(size=(3, 7, 5))
-    for found, matrix in zip(effective_rank(jnp.asarray(w, jnp.float32)), w, strict=True):
+    drawn = np.random.default_rng(0).normal(size=(3, 7, 5))
+    known = np.stack([3 * np.eye(7, 5), np.ones((7, 5)), np.zeros((7, 5))])
+    found = effective_rank(jnp.asarray(np.concatenate([drawn, known]), jnp.float32))
+    for rank, matrix in zip(found, drawn, strict=False):
         values = np.linalg.svd(matrix)[1]
         entropy = -sum(v / values.sum() * np.log(v / values.sum()) for v in values)
-        assert found == pytest.approx(np.exp(entropy), rel=1e-4)
-    assert effective_rank(3 * jnp.eye(4)) == pytest.approx(4, rel=1e-5)
-    assert effective_rank(jnp.ones((4, 6))) == pytest.approx(1, rel=1e-4)
-    assert effective_rank(jnp.zeros((4, 6))) == 0
+        assert rank == pytest.approx(np.exp(entropy), rel=1e-4)
+    assert found[3:] == pytest.approx([5, 1, 0], rel=1e-4)
 
 
-def test_weights_start_with_the_rank_that_was_asked_for(ngc):
-    """The same of a dense model, whose rank need be no multiple of anything."""
-    dense = build(rule="dense", init_rank=3)
-    for rank, model, params in [(4, *ngc), (3, dense, jax.jit(dense.init)(jax.random.key(0)))]:
-        found, soft = generated(model, params), effective_ranks(model, params)
-        (stage,) = found
-        assert list(found[stage]) == ["query", "key", "value", "attention out", "gate", "up", "down"]
-        for name, w in found[stage].items():
-            assert np.linalg.matrix_rank(w, rtol=1e-4) == rank, name
-            assert 0.6 * rank < soft[stage][name] <= rank * (1 + 1e-5), name
+def test_a_sum_of_parts_starts_with_the_rank_that_was_asked_for():
+    """A block inside groups and messages between them, whose senders are of the same kinds."""
+    shape = build(init_rank=4).shape
+    synapse = Synapse(shape.parts(16, 24), 16, 24, "weights", senders=(0, 0))
+    sent, params = jax.jit(synapse.init_with_output)(jax.random.key(0), jnp.eye(16))
+    assert set(params["params"]) == {"intra_block", "inter_addressed"}
+    for w in np.moveaxis(sent, 1, 0):
+        assert np.linalg.matrix_rank(w, rtol=1e-4) == 4
+        assert np.var(16**0.5 * w) == pytest.approx(1, abs=0.3)
+
+
+def test_a_dense_model_starts_with_the_rank_that_was_asked_for(dense):
+    found, soft = generated(*dense), effective_ranks(*dense)
+    assert list(found["prelude 1"]) == ["query", "key", "value", "attention out", "gate", "up", "down"]
+    np.testing.assert_array_equal(
+        found["prelude 1"]["up"], dense[1]["prelude"]["gate_up"]["dense_block"]["weight"][0, 1, 0]
+    )
+    for name, w in found["prelude 1"].items():
+        assert np.linalg.matrix_rank(w, rtol=1e-4) == 3, name
+        assert 2 < soft["prelude 1"][name] <= 3 * (1 + 1e-5), name
 
 
 def test_movement_is_relative_and_by_kind():
@@ -66,9 +77,8 @@ def test_the_tangent_kernel_is_that_of_the_explicit_jacobian():
     jacobian = jax.jacobian(lambda params: jax.vmap(lambda x: function(params, x))(x))(params)
     flat = np.concatenate([np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
     expected = np.array([[sum(p * q for p, q in zip(a, b, strict=True)) for a in flat] for b in flat])
-    for block in (4, 32):  # two blocks, one of them not full; one that is larger than needed
-        found = jax.jit(lambda params, block=block: tangent_kernel(function, params, x, block))(params)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    found = jax.jit(lambda params: tangent_kernel(function, params, x, block=4))(params)  # two blocks, one not full
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_align_by_their_angle():
@@ -78,9 +88,9 @@ def test_kernels_align_by_their_angle():
     assert alignment(jnp.asarray(a), 7 * jnp.asarray(a)) == pytest.approx(1, rel=1e-5)
 
 
-def test_projections_estimate_the_kernel_of_all_logits(ngc):
+def test_projections_estimate_the_kernel_of_all_logits(dense):
     """The mean over random signs of u^T (J J^T) u, against the trace over outputs of the explicit J J^T."""
-    model, params = ngc
+    model, params = dense
     tokens = jax.random.randint(jax.random.key(3), (3, 4), 0, 5)
     stages = params["prelude"]
     synapses = {name: stages[name] for name in ("query_key_value", "attention_out", "gate_up", "down")}
