@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
     "dense looped": {"rate": 5e-3, **LOOPED},
     "low rank": {"rate": 3e-3, **LOW_RANK},
+    "Basis Sharing": {"rate": 3e-3, **DENSE, **LOW_RANK, "model.sharing": "depth2,readers"},
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
     "block-diagonal": {"rate": 1e-2, "model.rule": "none"},
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},

@@ -68,8 +68,13 @@ def base() -> ConfigDict:
     c.model.wiring = "complete"
     c.model.channels = 4  # groups that a group hears, 1 to groups - 1; not used by "complete" and "others"
     c.model.wiring_seed = 0  # of "small_world" and "regular", 0 to 4,294,967,295
-    # Who shares send states: "none", or of "qkv", "gate_up", "depth2", "depth3", sets such as "query+key" or "1+2".
-    c.model.sharing = "none"  # (stages are numbered from the embedding), several with commas between them
+    # Who shares send states: "none", or of "qkv", "gate_up", "depth2", "depth3", sets such as "query+key" or "1+2"
+    # (stages are numbered from the embedding), several with commas between them; with "readers" stages share in the
+    # synapses that read the stream alone.
+    c.model.sharing = "none"
+    # Rank that weights start with at most: neurons start in so many kinds that send alike, 1 to width and to hidden, a
+    # multiple of groups unless rule="dense"; 0 = as drawn.
+    c.model.init_rank = 0
     c.model.exchange_activation = "silu"  # of the exchange's gate: "silu", "gelu", "relu"; "none" = a plain product
     c.model.gates = False  # True: each group speaks in a share that the token sets; shares sum to one over groups
     c.model.qk_norm = True  # normalise queries and keys in each head
@@ -212,6 +217,11 @@ def validate(config: ConfigDict) -> None:
     best = min(fits, key=lambda h: abs(h - m.heads))
     whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
     need(m.heads in fits, "model.heads", whole)
+
+    unit, most = 1 if m.rule == "dense" else m.groups, min(m.width, m.hidden)
+    near = min(max(unit, round(m.init_rank / unit) * unit), most // unit * unit)
+    ranks = f"0, or a multiple of {unit} (kinds of senders, as many in each group) up to {most}, for instance {near}"
+    need(m.init_rank >= 0 and m.init_rank % unit == 0 and m.init_rank <= most, "model.init_rank", ranks)
 
     choice("train.optimizer", t.optimizer, ("adamw", "muon"))
     choice("train.schedule", t.schedule, ("cosine", "wsd"))

@@ -10,12 +10,14 @@ from conftest import ROOT
 from golden import make
 
 import ngc_jax
-from ngc_jax import optim
+from experiments.compare import MODELS
+from ngc_jax import count, optim
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.sample import generate
 from ngc_jax.stability import monitor
+from ngc_jax.stability.learning import generated
 from ngc_jax.steps import TrainState, make_train_step
 
 SHAPE = BDHShape(
@@ -140,6 +142,34 @@ def test_bdh_documents_do_not_hear_each_other():
     np.testing.assert_allclose(together[:, :5], model.apply(params, inputs[:, :5])[0], rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(together[:, 5:], model.apply(params, inputs[:, 5:])[0], rtol=1e-4, atol=2e-5)
     assert not np.allclose(together[:, 5:], model.apply(params, inputs)[0][:, 5:], atol=1e-2)
+
+
+def test_basis_sharing_is_one_basis_for_neighbours_in_all_that_reads_the_stream():
+    width, hidden, rank, stages = 16, 24, 2, 4
+    config = base()
+    config.data.context = 8
+    fields = {name: value for name, value in MODELS["Basis Sharing"].items() if name != "rate"}
+    config.update_from_flattened_dict(fields | {"model.groups": 2, "model.heads": 2, "model.p_inter": rank})
+    config.model.update({"width": width, "hidden": hidden})
+    validate(config)
+    model = Decoder(model_shape(config, 20))
+    params = jax.jit(model.init)(jax.random.key(0))
+    found = generated(model, params)
+    assert list(found) == [f"prelude {i + 1}" for i in range(stages)]
+
+    def span(*names):  # of (stage, member): the dimensions that their W read
+        return np.linalg.matrix_rank(np.concatenate([found[f"prelude {i}"][m] for i, m in names]), rtol=1e-5)
+
+    for member in ("query", "key", "value", "gate", "up"):
+        assert span((1, member), (2, member)) == span((3, member), (4, member)) == rank
+        assert span((2, member), (3, member)) == 2 * rank
+    for member in ("attention out", "down"):
+        assert span((1, member), (2, member)) == 2 * rank
+    assert span((1, "query"), (1, "key"), (1, "value")) == 3 * rank  # each kind of matrix has a basis of its own
+
+    bases = stages // 2 * (3 + 2) * width + stages * (width + hidden)
+    coefficients = stages * (4 * width + 2 * hidden + width)
+    assert count.parameters(params).matrices == rank * (bases + coefficients)
 
 
 def cola(exchange_activation):

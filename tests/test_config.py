@@ -99,6 +99,8 @@ def test_ngc_base_compiles_abstractly():
         ("model.heads", 3, "a divisor of model.groups=8 .* for instance 2"),
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
         ("model.rounds", 0, "1 or more"),
+        ("model.init_rank", 20, "model.init_rank=20: must be 0, or a multiple of 8 .* up to 128, for instance 16"),
+        ("model.init_rank", 144, "up to 128, for instance 128"),
         ("model.message_activation", "tanh", "one of 'none', 'silu'"),
         ("model.exchange_activation", None, "one of 'none', 'silu'"),
         ("train.accumulation", 3, "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18"),

@@ -116,6 +116,37 @@ def test_unit_variance_at_start(rule, activation):
     assert np.var(y) == pytest.approx(1, abs=0.1)
 
 
+@pytest.fixture(scope="module")
+def in_two_kinds():
+    """W [N_OUT, N_IN] of each rule, with the senders of each group in two kinds."""
+    kind = jnp.arange(N_IN // G) % 2
+
+    def draw(key):
+        drawn = {rule: RULES[rule].init(key, G, N_IN, N_OUT, 2 * DIM) for rule in RULES}
+        return {rule: ngc_jax.weights(rule, *RULES[rule].alike(*states, kind)) for rule, states in drawn.items()}
+
+    return jax.jit(draw)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_senders_in_kinds_make_weights_of_that_rank_and_the_usual_variance(rule, in_two_kinds):
+    w = np.asarray(in_two_kinds[rule])
+    by_group = w.reshape(N_OUT, G, N_IN // G)
+    np.testing.assert_allclose(by_group[:, :, 2:], by_group[:, :, :-2], atol=1e-6)
+    assert np.linalg.matrix_rank(w, rtol=1e-5) == min(2 * G, 2 * DIM if rule == "broadcast" else N_OUT)
+    np.testing.assert_allclose(N_IN * np.mean(np.square(w)), 1, rtol=1e-3)
+
+
+def test_senders_in_kinds_speak_as_loudly():
+    rule = RULES["broadcast"]
+    pre, post = rule.alike(*states("broadcast", n_in=128, n_out=256, dim=16), jnp.arange(16) % 2)
+    x = jax.random.normal(jax.random.key(3), (2000, 128))
+    y = jax.jit(partial(ngc_jax.transmit, "broadcast", activation="silu"))(
+        x, pre, rule.scaled(post, activation_gain("silu"))
+    )
+    assert np.var(y) == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.parametrize("rule", GENERATED)
 def test_generated_weights_start_with_the_variance_they_should_have(rule):
     for dim in (1, 3):

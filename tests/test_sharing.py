@@ -31,12 +31,22 @@ def test_what_a_sharing_says():
     assert parse("depth2", 5).stages == (0, 0, 1, 1, 2)
     assert parse("depth3,gate_up", 4).stages == (0, 0, 0, 1)
     assert parse("1+3", 4).stages == (0, 1, 0, 2)
+    assert parse("depth2,readers", 4).stages == (0, 0, 1, 1)
+    assert parse("depth2", 4).over_depth == ("query_key_value", "attention_out", "gate_up", "down")
+    assert parse("depth2,readers", 4).over_depth == ("query_key_value", "gate_up")
 
 
 @pytest.mark.parametrize("text", ["qvk", "query+gate", "query", "depth0", "1+9", "", "query+1"])
 def test_nonsense_is_refused_with_something_that_works(text):
-    with pytest.raises(UserError, match=r"model.sharing=.*is no preset \(qkv, gate_up, depth2, depth3\), nor a set"):
+    with pytest.raises(
+        UserError, match=r"model.sharing=.*is no preset \(qkv, gate_up, depth2, depth3, readers\), nor a set"
+    ):
         build(text)
+
+
+def test_readers_share_over_depth_or_not_at_all():
+    with pytest.raises(UserError, match=r"model.sharing='qkv,readers': .*none do: add 'depth2'"):
+        build("qkv,readers")
 
 
 @pytest.mark.parametrize(("sharing", "rule"), [("qkv,depth2", "addressed"), ("key+value,gate_up,1+3", "metric")])

@@ -39,6 +39,23 @@ class Rule(abc.ABC):
             return post * factor
         return {name: leaf * factor if name in self.amplitude else leaf for name, leaf in post.items()}
 
+    def levelled(self, pre: States, post: States) -> States:
+        """The post states that make, with these pre states, weights of mean square 1 / n_in."""
+        w = self.weights(pre, post)
+        return self.scaled(post, jax.lax.rsqrt(w.shape[1] * jnp.mean(jnp.square(w))))
+
+    def alike(self, pre: States, post: States, kind: Array) -> tuple[States, States]:
+        """The states with the senders of a group in kinds that send alike: i as kind[i] did, for kind [n] of integers.
+
+        A kind's columns of W are equal, so W has a rank of at most the number of kinds for each group. W is levelled
+        again. Source: ours, for the question of arXiv 2310.08513, what the rank of initial weights does to learning.
+        """
+        state = pre["state"] if isinstance(pre, dict) else pre
+        by_group = state.reshape(-1, len(kind), *state.shape[1 + self.grouped :])
+        tied = in_kinds(by_group, kind, axis=1).reshape(state.shape)
+        pre = pre | {"state": tied} if isinstance(pre, dict) else tied
+        return pre, self.levelled(pre, post)
+
     @abc.abstractmethod
     def weights(self, pre: States, post: States) -> Array:
         """W [n_out, n_in]."""
@@ -225,6 +242,9 @@ class Block(SignalRule):
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         return (), normal(key, (groups, n_out // groups, n_in // groups), n_in // groups)
 
+    def alike(self, pre: States, post: States, kind: Array) -> tuple[States, States]:
+        return pre, self.levelled(pre, in_kinds(post, kind, axis=2))
+
     @staticmethod
     def send(x: Array, pre: States) -> Array:
         return x
@@ -242,6 +262,13 @@ class Block(SignalRule):
 def normal(key: Array, shape: tuple[int, ...], fan_in: float) -> Array:
     """Float32 numbers of mean 0 and variance 1 / fan_in."""
     return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
+
+
+def in_kinds(states: Array, kind: Array, axis: int) -> Array:
+    """States in which neuron i along `axis` has those of neuron kind[i], each number of a state as loud as it was."""
+    tied = jnp.take(states, kind, axis)
+    before, after = (jnp.linalg.norm(s, axis=axis, keepdims=True) for s in (states, tied))
+    return tied * (before / after)
 
 
 def split(x: Array, groups: int) -> Array:

@@ -50,9 +50,10 @@ class Decoder:
         }
         sets = s.shared.stages
         if max(sets) + 1 < len(sets):
-            parts = flatten_dict(stages)
-            params["senders"] = unflatten_dict({path: p[leaders(sets)] for path, p in parts.items() if "pre" in path})
-            stages = unflatten_dict({path: p for path, p in parts.items() if "pre" not in path})
+            own = flatten_dict(stages)
+            shared = {path: own.pop(path) for path in [*own] if "pre" in path and path[0] in s.shared.over_depth}
+            params["senders"] = unflatten_dict({path: p[leaders(sets)] for path, p in shared.items()})
+            stages = unflatten_dict(own)
         for name, rows in self._rows().items():
             params[name] = jax.tree.map(lambda p, rows=rows: p[rows], stages)
         if s.core:

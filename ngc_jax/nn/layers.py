@@ -46,9 +46,11 @@ class Synapse(nn.Module):
     def __call__(self, x: Array) -> Array:
         tokens = x.reshape(-1, self.n_in)  # a weight's gradient then sums over one axis, which XLA:CPU does 2x faster
         outputs, generated = [], []
+        # Drawn once, for who is of which kind at start must be the same in all parts, or their sum has a higher rank.
+        who = self.make_rng("params") if self.parts[0].kinds and self.is_initializing() else jax.random.key(0)
         for part in self.parts:
             scale = self.gain * len(self.parts) ** -0.5 * activation_gain(part.activation)
-            states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale)
+            states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale, who)
             pre, post = states.get("pre", ()), states["weight" if part.place == "dense" else "post"]
             if not isinstance(part.how, SignalRule) or (self.form == "weights" and part.activation is None):
                 generated.append(jax.vmap(partial(weights, part.how))(spread(self.senders, pre), post))
@@ -63,9 +65,12 @@ class Synapse(nn.Module):
             outputs.append(product.reshape(-1, len(self.senders), self.n_out))
         return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
 
-    def _init_part(self, key: Array, part: SynapsePart, scale: float) -> dict[str, Array]:
+    def _init_part(self, key: Array, part: SynapsePart, scale: float, who: Array) -> dict[str, Array]:
         init = partial(part.how.init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
         pre, post = jax.vmap(init)(jax.random.split(key, len(self.senders)))
+        if part.kinds:
+            kind = jax.random.permutation(who, jnp.arange(self.n_in // part.groups) % part.kinds)
+            pre, post = jax.vmap(partial(part.how.alike, kind=kind))(pre, post)
         pre = jax.tree.map(lambda a: a[leaders(self.senders)], pre)
         # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
         states = {"weight" if part.place == "dense" else "post": part.how.scaled(post, scale)}

@@ -21,6 +21,7 @@ class SynapsePart(NamedTuple):
     dim: int  # numbers of a state (r) or of a port (p)
     activation: str | None
     wiring: Wiring | None = None  # who hears whom; None: every group hears every one
+    kinds: int = 0  # in which a group's senders start (`Rule.alike`); 0: each neuron its own
 
     @property
     def how(self) -> Rule:
@@ -46,6 +47,7 @@ class ModelShape:
     channels: int
     wiring_seed: int
     sharing: str
+    init_rank: int
     exchange_activation: str | None
     gates: bool
     qk_norm: bool
@@ -85,13 +87,14 @@ class ModelShape:
     def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
         """The summands of a synapse from n_in to n_out neurons under this shape."""
         if self.rule == "dense":
-            return (SynapsePart("dense", "block", 1, 0, None),)
+            return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
         full = min(n_in, n_out) // self.groups  # from here on the states of one side are one-hot: a dense block
+        kinds = self.init_rank // self.groups
         intra, inter = [], []
         if self.p_intra > 0:
             rule = "block" if self.p_intra >= full else "within"
-            intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None)]
+            intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None, kinds=kinds)]
         if self.has_messages:
-            part = SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation)
+            part = SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation, kinds=kinds)
             inter = [part._replace(wiring=self.who_hears_whom)]
         return (*intra, *inter)

@@ -19,6 +19,7 @@ FANS = {  # the synapses of a stage, and the members of each that read the same 
     "gate_up": ("gate", "up"),
     "down": ("down",),
 }
+READERS = ("query_key_value", "gate_up")  # the synapses that read the stream
 PRESETS = {"qkv": "query+key+value", "gate_up": "gate+up"}
 
 
@@ -27,6 +28,7 @@ class Sharing(NamedTuple):
 
     members: tuple[tuple[str, tuple[int, ...]], ...]  # of each synapse, the set of each member of its fan
     stages: tuple[int, ...]  # the set of each stage that is stored: prelude, core, coda in this order
+    over_depth: tuple[str, ...]  # the synapses in which these stages share; in the others each has its own
 
     def of(self, synapse: str) -> tuple[int, ...]:
         """The set of each member of a synapse's fan: (0, 0, 0) where query, key and value share."""
@@ -48,18 +50,23 @@ def parse(text: str, stages: int) -> Sharing:
     """Read "none", or a list with commas of presets and sets.
 
     Presets: "qkv", "gate_up", and "depth2", "depth3", ...: neighbours in depth, so many at a time. Sets: members of a
-    stage, "query+key", or stages by number, "1+2+4". Raises ValueError, saying what is wrong and what would be right.
+    stage, "query+key", or stages by number, "1+2+4". With "readers" among them, stages share where they read the stream
+    (not in attention out and down), as in Basis Sharing. Raises ValueError, saying what is wrong and what would be
+    right.
     """
     numbers = tuple(str(stage) for stage in range(1, stages + 1))
     places = [*FANS.values(), numbers]
     leader = {name: name for place in places for name in place}
-    for item in [] if text == "none" else text.split(","):
+    items = [] if text == "none" else text.split(",")
+    for item in items:
+        if item == "readers":
+            continue
         run = re.fullmatch(r"depth([1-9]\d*)", item)
         length = int(run[1]) if run else 0
         runs = [numbers[first : first + length] for first in range(0, stages, length)] if run else []
         names = tuple(PRESETS.get(item, item).split("+"))
         if not run and (len(names) < 2 or not any(set(names) <= set(place) for place in places)):
-            known = ", ".join([*PRESETS, "depth2", "depth3"])
+            known = ", ".join([*PRESETS, "depth2", "depth3", "readers"])
             numbered = f"or '1+2', of {stages} stages" if stages > 1 else "of members of one synapse"
             raise ValueError(f"{item!r} is no preset ({known}), nor a set such as 'query+key', {numbered}")
         for joined in runs or [names]:
@@ -70,4 +77,7 @@ def parse(text: str, stages: int) -> Sharing:
         order = list(dict.fromkeys(leader[name] for name in place))
         return tuple(order.index(leader[name]) for name in place)
 
-    return Sharing(tuple((name, sets(members)) for name, members in FANS.items()), sets(numbers))
+    if "readers" in items and sets(numbers) == tuple(range(stages)):
+        raise ValueError("'readers' says in which synapses stages share, and none do: add 'depth2', for instance")
+    over_depth = READERS if "readers" in items else tuple(FANS)
+    return Sharing(tuple((name, sets(members)) for name, members in FANS.items()), sets(numbers), over_depth)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ngc_jax.core.bound import gain_bound
 from ngc_jax.core.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
-from ngc_jax.core.rules import Rule
+from ngc_jax.core.rules import Rule, States
 from ngc_jax.core.stability import (
     TINY,
     boundedness,
@@ -40,6 +40,7 @@ from ngc_jax.stability.systems import (
 
 Array = jax.Array
 Params = dict[str, Any]
+Part = tuple[Rule, States, States]  # a summand of a synapse: its rule, pre, post
 EXPONENTS = 8  # of each spectrum
 LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs three
 LEAST_ROUNDS = 2  # a ratio of two steps needs two
@@ -226,32 +227,42 @@ def _place(stage: str) -> tuple[int, ...]:
 
 def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
     """The most that each synapse stretches a difference by, {stage: {synapse: factor}}; for linear messages only."""
+    found = of_synapses(model, params, gain_bound)
+    return {stage: {member: float(bound) for member, bound in of.items()} for stage, of in found.items()}
+
+
+def of_synapses(
+    model: Decoder, params: Params, measure: Callable[[list[Part]], Array]
+) -> dict[str, dict[str, np.ndarray]]:
+    """measure(parts of a synapse, summed in W) of each one, {"prelude 1": {"query": array, ...}, ...}."""
     shape, params = model.shape, model.whole(params)
     stacks = {name: params[name] for name in STACKS if name in params}
     if "core" in stacks:
         stacks["core"] = stacks["core"]["stages"]
     parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
     rules = {f"{part.place}_{part.rule}": part.how for part in parts}
-    bounds = {name: jax.jit(partial(_bound, rules, shape.shared.of(name))) for name in FANS}
-    found: dict[str, dict[str, float]] = {}
+    runs = {name: jax.jit(partial(_of_members, measure, rules, shape.shared.of(name))) for name in FANS}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for name, stack in stacks.items():
-        factors = {synapse: np.asarray(bounds[synapse](stack[synapse])) for synapse in FANS}  # [stages, fan]
-        for i in range(len(factors["down"])):
+        measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in FANS}  # [stages, fan, ...]
+        for i in range(len(measured["down"])):
             found[f"{name} {i + 1}"] = {
-                member: float(factors[synapse][i, place])
+                member: measured[synapse][i, place]
                 for synapse, members in FANS.items()
                 for place, member in enumerate(members)
             }
     return found
 
 
-def _bound(rules: dict[str, Rule], senders: tuple[int, ...], synapse: dict[str, Params]) -> Array:
-    """Gain bounds [stages, fan] of a stack of synapses; `rules` by the names of their parts, "inter_addressed"."""
+def _of_members(
+    measure: Callable[[list[Part]], Array], rules: dict[str, Rule], senders: tuple[int, ...], synapse: dict[str, Params]
+) -> Array:
+    """A stack of synapses, measured [stages, fan, ...]; `rules` by the names of their parts, "inter_addressed"."""
 
     def stage(states: dict[str, Params]) -> Array:
         pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
         post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
-        member = jax.vmap(lambda pre, post: gain_bound([(rules[name], pre[name], post[name]) for name in post]))
+        member = jax.vmap(lambda pre, post: measure([(rules[name], pre[name], post[name]) for name in post]))
         return member(pre, post)
 
     return jax.vmap(stage)(synapse)
