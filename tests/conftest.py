@@ -73,6 +73,8 @@ TINY = {
     "model.hidden": 32,
     "model.groups": 4,
     "model.heads": 2,
+    "model.prelude": 0,  # the loop alone: each stack of stages is one more thing to compile
+    "model.coda": 0,
     "train.steps": 30,
     "train.batch_size": 8,
     "train.warmup_steps": 3,
@@ -85,6 +87,7 @@ TINY = {
     "stability.tokens": 64,
     "stability.rounds": 3,
 }
+WHOLE = {**TINY, "model.prelude": 1, "model.coda": 1}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import WHOLE
 from flax import traverse_util
 
 import ngc_jax
@@ -38,7 +38,7 @@ VARIANTS = {
 
 def build(**fields):
     config = base()
-    config.update_from_flattened_dict(TINY)
+    config.update_from_flattened_dict(WHOLE)
     config.model.update(fields)
     model = Decoder(model_shape(config, 50))
     # Away from the special values of the start (ones, equal leaks), so that each parameter matters.
@@ -170,7 +170,7 @@ def test_forward_is_the_numpy_forward(variant):
 
 def test_gates_start_open_and_read_no_later_token():
     config = base()
-    config.update_from_flattened_dict({**TINY, "model.core": 0, "model.coda": 0})
+    config.update_from_flattened_dict({**WHOLE, "model.core": 0, "model.coda": 0})
     plain, gated = (Decoder(model_shape(config, 50)) for config.model.gates in (False, True))
     params = jax.jit(gated.init)(jax.random.key(0))
     apart = traverse_util.flatten_dict(params)

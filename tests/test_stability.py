@@ -173,7 +173,9 @@ def test_round_exponents_are_those_of_the_explicit_jacobian():
 
 
 def test_depth_exponents_are_those_of_the_explicit_jacobian():
-    model, params, _ = build(**{"model.core": 0, "model.coda": 2, "model.width": 8, "model.groups": 2})
+    model, params, _ = build(
+        **{"model.prelude": 1, "model.core": 0, "model.coda": 2, "model.width": 8, "model.groups": 2}
+    )
     tokens = text(rows=1, length=4)
     found = compiled(stability.depth_exponents, model, params, tokens, k=1)[0, 0]
     x = params["embed"][tokens]
@@ -195,7 +197,7 @@ def test_token_exponents_are_slopes_of_the_response():
 
 
 def test_round_states_are_the_loop_and_go_on_after_it():
-    model, params, _ = build(**{"model.coda": 0})
+    model, params, _ = build(**{"model.prelude": 1})
     tokens = text()
     states = compiled(stability.round_states, model, params, tokens, rounds=5)
     trained = jax.jit(lambda p: model.stream(p, p["embed"][tokens], jnp.arange(6))[0])(params)
@@ -238,7 +240,7 @@ def test_traffic_is_what_the_blocks_of_weights_carry(rule):
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_traffic_adds_up_to_what_the_groups_hear(activation):
-    model, params, _ = build(**{"model.message_activation": activation})
+    model, params, _ = build(**{"model.message_activation": activation, "model.prelude": 1, "model.coda": 1})
     loud = compiled(stability.traffic, model, params, text())
     assert set(loud) == {"prelude 1", "core 1, round 1", "core 1, round 2", "core 1, round 3", "coda 1"}
     assert all(table.shape == (4, 4) and bool(jnp.all(table > 0)) for table in loud.values())
@@ -252,7 +254,7 @@ def test_traffic_adds_up_to_what_the_groups_hear(activation):
 
 
 def test_models_without_a_loop_or_messages_say_so():
-    model, params, _ = build(**{"model.rule": "dense", "model.core": 0})
+    model, params, _ = build(**{"model.rule": "dense", "model.core": 0, "model.coda": 2})
     with pytest.raises(ValueError, match=r"model\.core=0"):
         stability.rounds_step(model, params, text())
     with pytest.raises(ValueError, match=r"model\.rule='dense'"):
@@ -277,7 +279,7 @@ def test_what_is_watched_is_what_was_chosen():
     assert together.keys() == everything.keys()
     for name, value in everything.items():
         assert together[name] == pytest.approx(float(value), rel=1e-4), name
-    dense, params, _ = build(**{"model.rule": "dense", "model.core": 0})
+    dense, params, _ = build(**{"model.rule": "dense", "model.core": 0, "model.coda": 2})
     assert set(watched(dense, params, tokens)) == {"stability/contraction_per_token", "stability/exponent_per_stage"}
 
 

@@ -9,7 +9,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import WHOLE
 
 from ngc_jax import train
 from ngc_jax.config import base, model_shape
@@ -29,7 +29,7 @@ FIGURES = SECTIONS[1:-1]
 
 def tiny_config(**fields):
     config = base()
-    config.update_from_flattened_dict({**TINY, **fields})
+    config.update_from_flattened_dict({**WHOLE, **fields})
     return config
 
 
@@ -91,7 +91,7 @@ def test_the_page_has_every_section_and_needs_nothing_but_itself(run, written):
 def test_the_page_says_what_was_measured(written):
     text, printed = written
     assert "Stability of a&lt;b&gt;, step 5" in text
-    assert f"48 tokens of held-out text, 3 windows of {TINY['data.context']}" in text
+    assert f"48 tokens of held-out text, 3 windows of {WHOLE['data.context']}" in text
     assert "4 groups" in text
     for unit in ("per round", "per stage", "per token", "nats per round"):
         assert f"<td>{unit}</td>" in text
