@@ -6,6 +6,7 @@ a gradient becomes a direction (`optim.py`).
 Axes: A accumulated parts, B windows of a batch, T tokens, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax import optim
 from ngc_jax.nn.model import LanguageModel
@@ -34,13 +36,21 @@ class TrainState:
     skipped: Array  # int32: updates skipped so far because loss or gradient was not finite
     bad: Array  # int32: of these, the latest in a row
     monitor: monitor.Memory  # of the early warning
+    wiring: Tree = flax.struct.field(default_factory=dict)  # who hears whom, int32, where that changes (rewire.py)
+
+    @property
+    def network(self) -> Tree:
+        """What the model takes: the parameters, and the wiring where it has its place among them."""
+        return unflatten_dict(flatten_dict(self.params) | flatten_dict(self.wiring))
 
 
 def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
-    params = model.init(jax.random.key(seed))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero, monitor.begin())
+    network = flatten_dict(model.init(jax.random.key(seed)))
+    wiring = {path: leaf for path, leaf in network.items() if jnp.issubdtype(leaf.dtype, jnp.integer)}
+    params = unflatten_dict({path: leaf for path, leaf in network.items() if path not in wiring})
+    memory, zero = optim.optimizer(config).init(params), jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, memory, zero, zero, monitor.begin(), unflatten_dict(wiring))
 
 
 def losses(
@@ -52,7 +62,7 @@ def losses(
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
-    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
     logits, _ = model.apply(params, inputs, segments)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark
 
@@ -67,29 +77,30 @@ def make_train_step(
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(params: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
-        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+    def summed(params: Tree, state: TrainState, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+        network = dataclasses.replace(state, params=params).network
+        nats, counts = losses(model, network, tokens, mark, isolate, dtype)
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
-        extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
+        extra = 0.0 if penalty is None else penalty(network, tokens[:, :-1], key) * count
         return total + extra, (total, count)
 
-    def gradient(params: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(params, tokens, key)
+    def gradient(state: TrainState, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(state.params, state, tokens, key)
         return nats, count, grads
 
-    def accumulated(params: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(state: TrainState, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
         parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), params))
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), state.params))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, part, key)), None
+            return jax.tree.map(jnp.add, total, gradient(state, part, key)), None
 
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state.params, tokens, key)
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state, tokens, key)
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -111,7 +122,7 @@ def make_train_step(
             "stability/relative_update": change,
             "stability/warning": warning,
         }
-        return TrainState(state.step + 1, params, memory, skipped, bad, watched), scalars
+        return TrainState(state.step + 1, params, memory, skipped, bad, watched, state.wiring), scalars
 
     return step
 

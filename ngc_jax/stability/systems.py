@@ -167,35 +167,45 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
     s = model.shape
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
-    positions, params = jnp.arange(tokens.shape[1]), model.whole(params)
-    heard: list[Array] = []
+    passed = walk(model, params, tokens, lambda synapse, x, y: _loudness(synapse, x, s.groups))
+    return {name: jnp.sqrt(jnp.mean(jnp.stack(list(heard.values())), axis=0)) for name, _, heard in passed}
 
-    def listen(synapse: Synapse, x: Array) -> None:
-        heard.append(_loudness(synapse, x, s.groups))
 
-    def stages(name: str, stack: Params, count: int, x: Array) -> tuple[Array, dict[str, Array]]:
-        loud = {}
+def walk(
+    model: Decoder, params: Params, tokens: Array, listen: Callable[[Synapse, Array, Array], Any]
+) -> list[tuple[str, int, dict[str, Any]]]:
+    """What there is to hear in every stage that tokens [B, T] pass, those of each round counted, in order.
+
+    For each its name, "core 1, round 2", its number among the stages that are stored, and listen(synapse, x, y) by the
+    synapse's name, with what it reads and gives.
+    """
+    s, positions, params = model.shape, jnp.arange(tokens.shape[1]), model.whole(params)
+    passed: list[tuple[str, int, dict[str, Any]]] = []
+
+    def stages(name: str, stack: Params, first: int, count: int, x: Array) -> Array:
         for i in range(count):
-            heard.clear()
-            with overhearing(listen):
+            heard: dict[str, Any] = {}
+
+            def hear(synapse: Synapse, x: Array, y: Array, heard: dict[str, Any] = heard) -> None:
+                heard[str(synapse.name)] = listen(synapse, x, y)
+
+            with overhearing(hear):
                 weights = jax.tree.map(lambda p, i=i: p[i], stack)
                 x = Stage(s).apply({"params": weights}, x, positions)[0]
-            loud[name.format(i + 1)] = jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
-        return x, loud
+            passed.append((name.format(i + 1), first + i, heard))
+        return x
 
     x: Array = params["embed"][tokens]
-    loud: dict[str, Array] = {}
     if s.prelude:
-        x, loud = stages("prelude {}", params["prelude"], s.prelude, x)
+        x = stages("prelude {}", params["prelude"], 0, s.prelude, x)
     if s.core:
         start, (keep, drive) = x, model.scales(params)
         for turn in range(s.rounds):
-            after, more = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.core, x)
-            x, loud = keep * x + drive * start + after - x, loud | more
+            after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.prelude, s.core, x)
+            x = keep * x + drive * start + after - x
     if s.coda:
-        x, more = stages("coda {}", params["coda"], s.coda, x)
-        loud = loud | more
-    return loud
+        stages("coda {}", params["coda"], s.prelude + s.core, s.coda, x)
+    return passed
 
 
 def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
