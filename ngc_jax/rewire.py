@@ -74,29 +74,29 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
             return {synapse: rewiring.slope(_joined(model, slopes, synapse, POST)) for synapse in FANS}
         if config.rewire.regrow == "correlation":
             return _correlations(wide, unflatten_dict(laid), tokens[:, :-1])
-        shapes = {synapse: _joined(model, laid, synapse, POST).shape for synapse in FANS}
-        keys = jax.random.split(key, len(FANS))
-        return {name: jax.random.uniform(k, (*shapes[name][:3], edges)) for name, k in zip(FANS, keys, strict=True)}
+        posts = {synapse: _joined(model, laid, synapse, POST) for synapse in FANS}
+        keys = dict(zip(FANS, jax.random.split(key, len(FANS)), strict=True))
+        return {name: jax.random.uniform(keys[name], (*post.shape[:3], edges)) for name, post in posts.items()}
 
     def rewire(state: TrainState, tokens: Array, keep: Array, grow: Array) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(s.wiring_seed), state.step)
-        laid = flatten_dict(state.network)
+        fresh_key, random_key = jax.random.split(jax.random.fold_in(jax.random.key(s.wiring_seed), state.step))
+        laid = flatten_dict(state.params)
         origins: dict[str, Array] = {}  # the slot that each edge has today, or -1: [A, F, G, E]
         for i, synapse in enumerate(FANS):
             pre, hears, post = (_joined(model, laid, synapse, part) for part in (PRE, HEARS, POST))
             used = jnp.any(pre != 0, axis=(-3, -1))
             origin = origins[synapse] = slots_of(jnp.where(used, hears, -1), edges)
-            drawn = normal(jax.random.fold_in(key, i), (*pre.shape[:-2], edges, pre.shape[-1]), pre.shape[-3])
+            drawn = normal(jax.random.fold_in(fresh_key, i), (*pre.shape[:-2], edges, pre.shape[-1]), pre.shape[-3])
             all_pre = jnp.where(origin[..., None, :, None] < 0, drawn, carry(pre, origin))
             laid |= _parted(model, laid, synapse, PRE, all_pre)
             laid |= _parted(model, laid, synapse, HEARS, jnp.broadcast_to(jnp.arange(edges), origin.shape))
             laid |= _parted(model, laid, synapse, POST, carry(post, _by_member(model, synapse, origin)))
-        promise = promises(laid, tokens[:: config.train.accumulation], key)
+        promise = promises(laid, tokens[:: config.train.accumulation], random_key)
 
         moves: dict[Path, Array] = {}  # for each array of states, the slot that each new slot goes on from, or -1
         fresh: dict[Path, Array] = {}  # pre states of edges that are new
         wiring: dict[Path, Array] = {}
-        added = []
+        added = held = jnp.zeros((), jnp.int32)
         for synapse in FANS:
             pre, post = (_joined(model, laid, synapse, part) for part in (PRE, POST))
             origin = origins[synapse]
@@ -105,7 +105,7 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
             heard, used = rewiring.choose(strength, _by_set(model, synapse, promise[synapse]), keep, grow, rule.slots)
             slot = jnp.where(used, jnp.take_along_axis(origin, heard, axis=-1), -1)
             new = used & (slot < 0)
-            added.append(jnp.sum(new) / jnp.sum(used))
+            added, held = added + jnp.sum(new), held + jnp.sum(used)
             moves |= _parted(model, laid, synapse, PRE, slot)
             moves |= _parted(model, laid, synapse, POST, _by_member(model, synapse, slot))
             fresh |= _parted(model, laid, synapse, PRE, carry(pre, jnp.where(new, heard, -1)))
@@ -120,9 +120,13 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
             return leaf
 
         params, memory = jax.tree_util.tree_map_with_path(move, (state.params, state.optimizer))
-        params = unflatten_dict({path: p + fresh.get(path, 0) for path, p in flatten_dict(params).items()})
-        row = {"wiring/density": (keep + grow) / edges, "wiring/exchanged": jnp.mean(jnp.stack(added))}
-        return dataclasses.replace(state, params=params, optimizer=memory, wiring=unflatten_dict(wiring)), row
+        flat = flatten_dict(params)
+        params = unflatten_dict(flat | {path: flat[path] + pre for path, pre in fresh.items()} | wiring)
+        row = {
+            "wiring/density": (keep + grow) / edges,
+            "wiring/exchanged": added / held,
+        }
+        return dataclasses.replace(state, params=params, optimizer=memory), row
 
     return rewire
 
@@ -156,13 +160,13 @@ def compile_rewire(
     return rewire
 
 
-def pruned(model: LanguageModel, network: Tree, config: Any, step: int) -> tuple[LanguageModel, Tree]:
+def pruned(model: LanguageModel, params: Tree, config: Any, step: int) -> tuple[LanguageModel, Tree]:
     """The model after `step` updates without the slots that are empty by then: the same function for fewer products.
 
     Any model, also one whose wiring does not change: that is handed back as it is.
     """
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
-        return model, network
+        return model, params
     copies = model.shape.rewirable.copies
     channels = -(-changes(config).edges(step) // copies)
 
@@ -171,7 +175,7 @@ def pruned(model: LanguageModel, network: Tree, config: Any, step: int) -> tuple
             return leaf[..., : channels * copies]
         return leaf[..., : channels * copies, :] if path[-3:] == PRE or path[-2:] == POST else leaf
 
-    cut_down = unflatten_dict({path: cut(path, leaf) for path, leaf in flatten_dict(network).items()})
+    cut_down = unflatten_dict({path: cut(path, leaf) for path, leaf in flatten_dict(params).items()})
     return Decoder(dataclasses.replace(model.shape, channels=channels)), cut_down
 
 

@@ -6,7 +6,6 @@ a gradient becomes a direction (`optim.py`).
 Axes: A accumulated parts, B windows of a batch, T tokens, V vocabulary.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,26 +30,30 @@ class TrainState:
     """All that a run is, after `step` updates. Batch, learning rate and everything random follow from `step`."""
 
     step: Array  # int32: batches consumed, skipped ones counted
-    params: Tree  # float32
+    params: Tree  # float32; and int32, not trained, where it says who hears whom (rewire.py)
     optimizer: Tree
     skipped: Array  # int32: updates skipped so far because loss or gradient was not finite
     bad: Array  # int32: of these, the latest in a row
     monitor: monitor.Memory  # of the early warning
-    wiring: Tree = flax.struct.field(default_factory=dict)  # who hears whom, int32, where that changes (rewire.py)
-
-    @property
-    def network(self) -> Tree:
-        """What the model takes: the parameters, and the wiring where it has its place among them."""
-        return unflatten_dict(flatten_dict(self.params) | flatten_dict(self.wiring))
 
 
 def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
-    network = flatten_dict(model.init(jax.random.key(seed)))
-    wiring = {path: leaf for path, leaf in network.items() if jnp.issubdtype(leaf.dtype, jnp.integer)}
-    params = unflatten_dict({path: leaf for path, leaf in network.items() if path not in wiring})
-    memory, zero = optim.optimizer(config).init(params), jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, memory, zero, zero, monitor.begin(), unflatten_dict(wiring))
+    params = model.init(jax.random.key(seed))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optim.optimizer(config).init(apart(params)[0]), zero, zero, monitor.begin())
+
+
+def apart(params: Tree) -> tuple[Tree, Tree]:
+    """What of a model's parameters is trained, and what is not: the whole numbers. `together` undoes it."""
+    flat = flatten_dict(params)
+    fixed = {path: leaf for path, leaf in flat.items() if jnp.issubdtype(leaf.dtype, jnp.integer)}
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path not in fixed}), unflatten_dict(fixed)
+
+
+def together(trained: Tree, fixed: Tree) -> Tree:
+    """The parameters that `apart` took apart."""
+    return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
 
 
 def losses(
@@ -77,39 +80,40 @@ def make_train_step(
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(params: Tree, state: TrainState, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
-        network = dataclasses.replace(state, params=params).network
-        nats, counts = losses(model, network, tokens, mark, isolate, dtype)
+    def summed(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+        params = together(trained, fixed)
+        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
-        extra = 0.0 if penalty is None else penalty(network, tokens[:, :-1], key) * count
+        extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
         return total + extra, (total, count)
 
-    def gradient(state: TrainState, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(state.params, state, tokens, key)
+    def gradient(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, tokens, key)
         return nats, count, grads
 
-    def accumulated(state: TrainState, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
         parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), state.params))
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, gradient(state, part, key)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, fixed, part, key)), None
 
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state, tokens, key)
+        old, fixed = apart(state.params)
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, tokens, key)
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        direction, memory = chain.update(grads, state.optimizer, state.params)
-        params = optim.apply(config, state.params, direction, state.step)
+        direction, memory = chain.update(grads, state.optimizer, old)
+        params = optim.apply(config, old, direction, state.step)
         params, memory = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, memory), (state.params, state.optimizer)
+            lambda after, before: jnp.where(good, after, before), (params, memory), (old, state.optimizer)
         )
-        change = optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)) / optax.tree.norm(state.params)
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, params, old)) / optax.tree.norm(old)
         watched, warning = monitor.advance(state.monitor, change)
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(good, 0, 1)
@@ -122,7 +126,7 @@ def make_train_step(
             "stability/relative_update": change,
             "stability/warning": warning,
         }
-        return TrainState(state.step + 1, params, memory, skipped, bad, watched, state.wiring), scalars
+        return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
     return step
 

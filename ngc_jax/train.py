@@ -135,7 +135,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     def measure(name: str, limit: int) -> None:
         with clock:
-            result = held_out(evaluate, state.network, config, mesh, tokens, limit)
+            result = held_out(evaluate, state.params, config, mesh, tokens, limit)
             metrics.write({"step": step} | {f"{name}/{k}": v for k, v in result.items()})
             kind = "held-out" if name == "eval" else "held-out, whole text"
             progress.say(
@@ -174,7 +174,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             if watch and (last or step % config.stability.every == 0):
                 settle()
                 with clock:
-                    metrics.write({"step": step, **watch(state.network)})
+                    metrics.write({"step": step, **watch(state.params)})
             if last:
                 measure("final", 0)
             minutes = (time.monotonic() - last_save) / 60
@@ -197,7 +197,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     if step < train.steps:
         progress.say(f"asked to stop: step {step} is saved; the same command goes on from there")
         return False
-    stored = count.parameters(jax.eval_shape(lambda n: pruned(model, n, config, step)[1], like.network))
+    stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
     card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True
@@ -208,7 +208,7 @@ def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any) -> str:
     stored = count.parameters(like.params)
     inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
     # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
-    flops = 3 * count.forward_flops(model.apply, like.network, inputs)
+    flops = 3 * count.forward_flops(model.apply, like.params, inputs)
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return (

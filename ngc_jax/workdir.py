@@ -104,7 +104,7 @@ def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
         read = checkpoints.restore(wanted, jax.tree.map(_here, abstract_state(model, config)))
     finally:
         checkpoints.close()
-    model, params = pruned(model, read.state.network, config, wanted)
+    model, params = pruned(model, read.state.params, config, wanted)
     return Trained(config, model, params, tokenizer, wanted, read.state, read.meta)
 
 
