@@ -69,7 +69,7 @@ def base() -> ConfigDict:
     # channels of its own that change as c.rewire says, and "dynamic_ports", where single numbers of them do.
     c.model.wiring = "complete"
     # Groups that a group hears, 1 to groups - 1; not used by "complete" and "others". Of "dynamic" ones, those at the
-    # start, 1 to groups, which is what training costs.
+    # start, which is what training costs.
     c.model.channels = 4
     c.model.wiring_seed = 0  # of "small_world", "regular" and the changes of "dynamic", 0 to 4,294,967,295
     # Who shares send states: "none", or of "qkv", "gate_up", "depth2", "depth3", sets such as "query+key" or "1+2".
@@ -193,7 +193,6 @@ def validate(config: ConfigDict) -> None:
     need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
     need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
     if m.wiring in DYNAMIC:
-        need(1 <= m.channels <= m.groups, "model.channels", f"from 1 to model.groups = {m.groups}")
         r = config.rewire
         fewer = f"from 1 to model.channels = {m.channels}, those at the start"
         need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
@@ -204,7 +203,7 @@ def validate(config: ConfigDict) -> None:
         need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
         need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
         choice("rewire.regrow", r.regrow, REGROW)
-    elif m.wiring not in ("complete", "others"):
+    if m.wiring not in ("complete", "others"):
         fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
         need(1 <= m.channels < m.groups, "model.channels", fewer)
         islands = [k for k in range(1, m.groups) if m.groups % (k + 1) == 0]

@@ -59,8 +59,8 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
     s = model.shape
     rule = s.rewirable
     assert rule is not None
-    edges = s.groups * rule.copies
-    wide = Decoder(dataclasses.replace(s, channels=s.groups))  # each edge that there could be has a slot
+    edges = (s.groups - 1) * rule.copies
+    wide = Decoder(dataclasses.replace(s, channels=s.groups - 1))  # each edge that there could be has a slot
 
     def loss(posts: dict[Path, Array], laid: dict[Path, Array], tokens: Array) -> Array:
         dtype = jnp.dtype(config.train.compute_dtype)

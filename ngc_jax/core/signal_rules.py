@@ -192,11 +192,12 @@ class Addressed(SignalRule):
 class Rewirable(SignalRule):
     """`Addressed` under a wiring that is data, so that each synapse has its own and it may change in training.
 
-    The edges that can lead to a group g are numbered e = 0 .. G copies - 1, and e comes from group e // copies: with
-    copies = 1 an edge is a whole channel of p numbers; with more, an edge is one port (dim is then 1). g keeps `slots`
-    of them: pre {"state": S [G, n, slots, p], "hears": edges [G, slots], int32, distinct in each row}, post
-    R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A slot whose two states are all 0 is empty: it is
-    not heard, and gets no gradient, for that of a product of two is 0 where both are.
+    The edges that can lead to a group g are numbered e = 0 .. (G - 1) copies - 1, and e comes from the group
+    g + 1 + e // copies (mod G), so never from g itself. With copies = 1 an edge is a whole channel of p numbers; with
+    more, an edge is one port (dim is then 1). g keeps `slots` of them: pre {"state": S [G, n, slots, p], "hears": edges
+    [G, slots], int32, distinct in each row}, post R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A slot
+    whose two states are all 0 is empty: it is not heard, and gets no gradient, for that of a product of two is 0 where
+    both are.
     """
 
     slots: int
@@ -205,14 +206,14 @@ class Rewirable(SignalRule):
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
         send, receive, wire = jax.random.split(key, 3)
         # Equally many for each listener, drawn by ordering all edges at random.
-        order = jnp.argsort(jax.random.uniform(wire, (groups, groups * self.copies)), axis=1)
+        order = jnp.argsort(jax.random.uniform(wire, (groups, (groups - 1) * self.copies)), axis=1)
         hears = jnp.sort(order[:, : self.slots], axis=1).astype(jnp.int32)
         pre = {"state": normal(send, (groups, n_in // groups, self.slots, dim), n_in // groups), "hears": hears}
         return pre, normal(receive, (groups, n_out // groups, self.slots, dim), self.slots * dim)
 
     def send(self, x: Array, pre: States) -> Array:
         state = pre["state"]
-        return _overheard(split(x, state.shape[0]), pre["hears"] // self.copies, state)
+        return _overheard(split(x, state.shape[0]), self._speakers(pre["hears"]), state)
 
     def receive(self, signal: Array, post: States) -> Array:
         return merge(jnp.einsum("...gsp,gjsp->...gj", signal, post))
@@ -224,9 +225,14 @@ class Rewirable(SignalRule):
     def complete(self, pre: States, post: States) -> tuple[Array, Array]:
         """The same weights as states of the complete `Addressed`, 0 where there is no edge."""
         groups = len(post)
-        slots = slots_of(pre["hears"], groups * self.copies)
+        ports = self._speakers(pre["hears"]) * self.copies + pre["hears"] % self.copies
+        slots = slots_of(ports, groups * self.copies)
         pre, post = (carry(states, slots).reshape(*states.shape[:2], groups, -1) for states in (pre["state"], post))
         return jnp.einsum("gihp->higp", pre), post
+
+    def _speakers(self, hears: Array) -> Array:
+        groups = hears.shape[0]
+        return (jnp.arange(groups)[:, None] + 1 + hears // self.copies) % groups
 
 
 class Within(SignalRule):
