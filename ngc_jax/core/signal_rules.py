@@ -195,9 +195,9 @@ class Rewirable(SignalRule):
     The edges that can lead to a group g are numbered e = 0 .. (G - 1) copies - 1, and e comes from the group
     g + 1 + e // copies (mod G), so never from g itself. With copies = 1 an edge is a whole channel of p numbers; with
     more, an edge is one port (dim is then 1). g keeps `slots` of them: pre {"state": S [G, n, slots, p], "hears": edges
-    [G, slots], int32, distinct in each row}, post R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A slot
-    whose two states are all 0 is empty: it is not heard, and gets no gradient, for that of a product of two is 0 where
-    both are.
+    [G, slots], int32, distinct in each row}, post R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A
+    slot whose two states are all 0 is empty: it is not heard, and gets no gradient, for that of a product of two is 0
+    where both are.
     """
 
     slots: int
