@@ -70,7 +70,7 @@ def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
     for rounds in TEST_ROUNDS:
         model = Decoder(dataclasses.replace(trained.decoder.shape, rounds=rounds))
         step = compile_eval(model, config, mesh, tokens)
-        losses[rounds] = held_out(step, trained.state.params, config, mesh, tokens, 512)["loss"]
+        losses[rounds] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
     jax.clear_caches()
     return losses
 

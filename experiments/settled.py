@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """For each held-out sum: its terms, whether the answer was right, and how settled the state was at its "="."""
     trained = open_trained(workdir)
-    model, params = trained.decoder, trained.state.params
+    model, params = trained.decoder, trained.params
     text = ("\n".join(sums(6000, ASKED, seed=1, held_out=True)) + "\n").encode()
     tokens = np.asarray(trained.tokenizer.encode(text), np.int32)
     windows = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.errors import UserError
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
@@ -64,10 +65,13 @@ def base() -> ConfigDict:
     # On the signal between groups: "none", "silu", "gelu", "relu"; "none" for tanh, shift, riemannian, distance.
     c.model.message_activation = "none"
     # Who hears whom under rule="addressed": "complete", its own group included; "others"; "ring", "small_world",
-    # "regular" (random) or "block" of so many channels a group (core/wiring.py).
+    # "regular" (random) or "block" of so many channels a group (core/wiring.py); or "dynamic", where each synapse has
+    # channels of its own that change as c.rewire says, and "dynamic_ports", where single numbers of them do.
     c.model.wiring = "complete"
-    c.model.channels = 4  # groups that a group hears, 1 to groups - 1; not used by "complete" and "others"
-    c.model.wiring_seed = 0  # of "small_world" and "regular", 0 to 4,294,967,295
+    # Groups that a group hears, 1 to groups - 1; not used by "complete" and "others". Of "dynamic" ones, those at the
+    # start, which is what training costs.
+    c.model.channels = 4
+    c.model.wiring_seed = 0  # of "small_world", "regular" and the changes of "dynamic", 0 to 4,294,967,295
     # Who shares send states: "none", or of "qkv", "gate_up", "depth2", "depth3", sets such as "query+key" or "1+2"
     # (stages are numbered from the embedding), several with commas between them; with "readers" stages share in the
     # synapses that read the stream alone.
@@ -84,6 +88,14 @@ def base() -> ConfigDict:
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
     c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
+
+    c.rewire = ConfigDict()  # of model.wiring="dynamic" and "dynamic_ports" alone
+    c.rewire.channels = 4  # that a group has in the end, 1 to model.channels; ports are these times p_inter
+    c.rewire.begin = 0.0  # share of the updates that go before the first interval, in [0, 1)
+    c.rewire.end = 0.75  # share of the updates by which the wiring is final, in (begin, 1]
+    c.rewire.every = 50  # updates between two changes, >= 1
+    c.rewire.exchange = 0.3  # share of a group's edges exchanged in a change, in [0, 1]; falls to 0 by the end
+    c.rewire.regrow = "gradient"  # new edges by "gradient", "correlation" of activations, or at "random"
 
     c.train = ConfigDict()
     c.train.steps = 1000  # updates, >= 1
@@ -182,10 +194,21 @@ def validate(config: ConfigDict) -> None:
     makes = f"'none' where model.rule={m.rule!r} makes its weights without a signal (those with one: {send})"
     need(signals, "model.message_activation", makes)
     choice("model.exchange_activation", m.exchange_activation, ("none", *GATES))
-    choice("model.wiring", m.wiring, ("complete", *WIRINGS))
+    choice("model.wiring", m.wiring, ("complete", *WIRINGS, *DYNAMIC))
     wired = "'complete' unless model.rule is 'addressed', whose neurons alone keep a port for each partner"
     need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
     need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
+    if m.wiring in DYNAMIC:
+        r = config.rewire
+        fewer = f"from 1 to model.channels = {m.channels}, those at the start"
+        need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
+        need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
+        later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
+        need(r.begin < r.end <= 1, "rewire.end", later)
+        span = round(r.end * t.steps) - round(r.begin * t.steps)
+        need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
+        need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
+        choice("rewire.regrow", r.regrow, REGROW)
     if m.wiring not in ("complete", "others"):
         fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
         need(1 <= m.channels < m.groups, "model.channels", fewer)

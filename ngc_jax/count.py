@@ -27,6 +27,7 @@ class Parameters(NamedTuple):
 def parameters(params: Tree) -> Parameters:
     """Count a tree of arrays or shapes."""
     sizes = [(optim.kind(path), math.prod(leaf.shape)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    sizes = [(kind, size) for kind, size in sizes if kind != "wiring"]
     matrices = sum(size for kind, size in sizes if kind in ("state", "matrix"))
     return Parameters(sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding"))
 

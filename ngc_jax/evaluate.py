@@ -100,9 +100,9 @@ def main() -> None:
     tokens = tokens_of(trained, args.workdir)
     mesh = meshes.make_mesh(config.mesh)
     step = compile_eval(trained.model, config, mesh, tokens)
-    result = held_out(step, trained.state.params, config, mesh, tokens, args.windows)
+    result = held_out(step, trained.params, config, mesh, tokens, args.windows)
     if isinstance(trained.model, Decoder):
-        result |= compile_watch(trained.model, config, mesh, tokens)(trained.state.params)
+        result |= compile_watch(trained.model, config, mesh, tokens)(trained.params)
     print(f"{args.workdir}, step {trained.step}, held out from {tokens.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")

@@ -56,7 +56,7 @@ def main() -> None:
     for step in checkpoints.steps():
         print(f"checkpoint {step}: {checkpoints.fault(step) or 'sound'}")
     checkpoints.close()
-    print(parameter_table(trained.state.params, trained.model.shape))
+    print(parameter_table(trained.params, trained.model.shape))
     print(f"state at step {trained.step}, sha256 {digest(trained.state)}")
 
 

@@ -21,8 +21,13 @@ _GROUPED = [name for name, rule in RULES.items() if rule.grouped]
 
 
 def kind(path: tuple[Any, ...]) -> str:
-    """What the parameter at a tree path is: "state", "matrix", "embedding", or "scale" (norms, leak, drive)."""
+    """What the leaf at a tree path is: "state", "matrix", "embedding", "scale" (norms, leak, drive), or "wiring".
+
+    A wiring says who hears whom; it is no parameter, and no optimizer sees it.
+    """
     names = [str(getattr(key, "key", key)) for key in path]
+    if names[-1] == "hears":
+        return "wiring"
     if "pre" in names or "post" in names:  # whatever a rule keeps there: what neurons share goes with their states
         return "state"
     if names[-1] == "weight":

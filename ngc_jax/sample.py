@@ -75,7 +75,7 @@ def main() -> None:
     prompt = np.array([[tokenizer.mark, *tokenizer.encode(os.fsencode(args.prompt))]], np.int32)
     tokens = generate(
         trained.model,
-        trained.state.params,
+        trained.params,
         jnp.asarray(prompt),
         args.tokens,
         jax.random.key(args.seed),

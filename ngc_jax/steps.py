@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax import optim
 from ngc_jax.nn.model import LanguageModel
@@ -29,7 +30,7 @@ class TrainState:
     """All that a run is, after `step` updates. Batch, learning rate and everything random follow from `step`."""
 
     step: Array  # int32: batches consumed, skipped ones counted
-    params: Tree  # float32
+    params: Tree  # float32; and int32, not trained, where it says who hears whom (rewire.py)
     optimizer: Tree
     skipped: Array  # int32: updates skipped so far because loss or gradient was not finite
     bad: Array  # int32: of these, the latest in a row
@@ -40,7 +41,19 @@ def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
     params = model.init(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optim.optimizer(config).init(params), zero, zero, monitor.begin())
+    return TrainState(zero, params, optim.optimizer(config).init(apart(params)[0]), zero, zero, monitor.begin())
+
+
+def apart(params: Tree) -> tuple[Tree, Tree]:
+    """What of a model's parameters is trained, and what is not: the whole numbers. `together` undoes it."""
+    flat = flatten_dict(params)
+    fixed = {path: leaf for path, leaf in flat.items() if jnp.issubdtype(leaf.dtype, jnp.integer)}
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path not in fixed}), unflatten_dict(fixed)
+
+
+def together(trained: Tree, fixed: Tree) -> Tree:
+    """The parameters that `apart` took apart."""
+    return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
 
 
 def losses(
@@ -52,7 +65,7 @@ def losses(
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
-    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
     logits, _ = model.apply(params, inputs, segments)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark
 
@@ -67,38 +80,40 @@ def make_train_step(
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(params: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+    def summed(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+        params = together(trained, fixed)
         nats, counts = losses(model, params, tokens, mark, isolate, dtype)
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
         extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
         return total + extra, (total, count)
 
-    def gradient(params: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(params, tokens, key)
+    def gradient(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, tokens, key)
         return nats, count, grads
 
-    def accumulated(params: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
         parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), params))
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, part, key)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, fixed, part, key)), None
 
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(state.params, tokens, key)
+        old, fixed = apart(state.params)
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, tokens, key)
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        direction, memory = chain.update(grads, state.optimizer, state.params)
-        params = optim.apply(config, state.params, direction, state.step)
+        direction, memory = chain.update(grads, state.optimizer, old)
+        params = optim.apply(config, old, direction, state.step)
         params, memory = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, memory), (state.params, state.optimizer)
+            lambda after, before: jnp.where(good, after, before), (params, memory), (old, state.optimizer)
         )
-        change = optax.tree.norm(jax.tree.map(jnp.subtract, params, state.params)) / optax.tree.norm(state.params)
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, params, old)) / optax.tree.norm(old)
         watched, warning = monitor.advance(state.monitor, change)
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(good, 0, 1)
@@ -111,7 +126,7 @@ def make_train_step(
             "stability/relative_update": change,
             "stability/warning": warning,
         }
-        return TrainState(state.step + 1, params, memory, skipped, bad, watched), scalars
+        return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
     return step
 

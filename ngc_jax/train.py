@@ -30,6 +30,7 @@ from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.preemption import Preemption
+from ngc_jax.rewire import changes, compile_rewire, pruned
 from ngc_jax.stability.regulariser import make_penalty
 from ngc_jax.steps import init_state, make_train_step
 from ngc_jax.workdir import abstract_state, claim
@@ -65,6 +66,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     began = time.monotonic()
     jitted = jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
     update = jitted.lower(like, batch).compile()
+    rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
     evaluate = compile_eval(model, config, mesh, tokens)
     watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
     print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices()}")
@@ -159,6 +161,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             step, late = step + 1, (step + 1, scalars)
             checkpoints.check()
 
+            if rewire and changes(config).due(step):
+                settle()
+                state, changed = rewire(state, placed, step)
+                metrics.write({"step": step, **changed})
+
             last = step == train.steps
             stop = bool(asked_to_stop)  # once: asked after the save, the run would leave with a step unsaved
             if last or step % config.eval.every == 0:
@@ -190,7 +197,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     if step < train.steps:
         progress.say(f"asked to stop: step {step} is saved; the same command goes on from there")
         return False
-    card.write(workdir, config, tokens.summary, count.parameters(like.params), count.generated_weights(model.shape))
+    stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
+    card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True
 

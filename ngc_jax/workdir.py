@@ -21,7 +21,8 @@ from ngc_jax.config import base, differences, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.model import LanguageModel, Params
+from ngc_jax.rewire import pruned
 from ngc_jax.steps import TrainState, init_state
 
 
@@ -65,10 +66,11 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 
 
 class Trained(NamedTuple):
-    """A model as it was after `step` updates."""
+    """A model as it was after `step` updates: the model and what it takes, and the state of the run that it is from."""
 
     config: ConfigDict
     model: LanguageModel
+    params: Params
     tokenizer: Tokenizer
     step: int
     state: TrainState
@@ -102,7 +104,8 @@ def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
         read = checkpoints.restore(wanted, jax.tree.map(_here, abstract_state(model, config)))
     finally:
         checkpoints.close()
-    return Trained(config, model, tokenizer, wanted, read.state, read.meta)
+    model, params = pruned(model, read.state.params, config, wanted)
+    return Trained(config, model, params, tokenizer, wanted, read.state, read.meta)
 
 
 def abstract_state(model: LanguageModel, config: ConfigDict) -> TrainState:

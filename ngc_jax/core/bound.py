@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.core.rules import Rule, States, named, weights
-from ngc_jax.core.signal_rules import Addressed, Block, Broadcast, Metric, Within
+from ngc_jax.core.signal_rules import Addressed, Block, Broadcast, Metric, Rewirable, Within
 from ngc_jax.core.wiring import Wiring
 
 Array = jax.Array
@@ -80,6 +80,8 @@ def _norms(rule: str | Rule, pre: States, post: States) -> Array:
     how = named(rule)
     if isinstance(how, Addressed):
         return _addressed(pre, post, how.wiring)
+    if isinstance(how, Rewirable):
+        return _addressed(*how.complete(pre, post), None)
     if isinstance(how, Metric):
         return _metric(pre, post)
     if isinstance(how, Within):

@@ -1,7 +1,7 @@
 """Who hears whom: wirings between groups, as tables of partners.
 
-For: fixed topologies, drawn once before training. Not for: what passes along a channel (`rules.py`), or wirings that
-change while a model trains.
+For: fixed topologies, drawn once before training, and moving states from one table to another. Not for: what passes
+along a channel (`rules.py`), or which edges are to change while a model trains (`rewiring.py`).
 
 A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g hears. Every group
 hears equally many, so that channels make regular arrays and one that is absent costs nothing. A group's own neurons
@@ -12,8 +12,11 @@ group to itself.
 import functools
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array
 Wiring = tuple[tuple[int, ...], ...]
 
 
@@ -78,6 +81,21 @@ WIRINGS: dict[str, Callable[[int, int, int], Wiring]] = {
     "block": block,
 }
 REWIRED = 0.2  # share of a small world's channels that lead to strangers: many shortcuts, neighbourhoods still there
+
+
+def slots_of(hears: Array, edges: int) -> Array:
+    """A table turned round: for hears [..., k], the edge in each slot, the slot of each edge [..., edges] or -1."""
+    found = hears[..., None, :] == jnp.arange(edges)[:, None]
+    return jnp.where(jnp.any(found, axis=-1), jnp.argmax(found, axis=-1), -1)
+
+
+def carry(states: Array, slots: Array) -> Array:
+    """States [..., G, n, k, p] moved to other slots: slot s of [..., G, n, k', p] has what slots[..., g, s] had.
+
+    Where slots [..., G, k'] is -1 there is 0. Bits are kept: nothing is multiplied.
+    """
+    index = slots[..., None, :, None]
+    return jnp.where(index < 0, 0, jnp.take_along_axis(states, jnp.maximum(index, 0), axis=-2))
 
 
 def _nearest(k: int) -> list[int]:

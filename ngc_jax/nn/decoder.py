@@ -54,7 +54,7 @@ class Decoder:
             shared = {path: own.pop(path) for path in [*own] if "pre" in path and path[0] in s.shared.over_depth}
             params["senders"] = unflatten_dict({path: p[leaders(sets)] for path, p in shared.items()})
             stages = unflatten_dict(own)
-        for name, rows in self._rows().items():
+        for name, rows in self.rows().items():
             params[name] = jax.tree.map(lambda p, rows=rows: p[rows], stages)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
@@ -62,7 +62,7 @@ class Decoder:
             params["core"] = {"stages": params["core"], "leak": leak, "drive": jnp.full(s.width, 1 - KEEP)}
         return params
 
-    def _rows(self) -> dict[str, slice]:
+    def rows(self) -> dict[str, slice]:
         """Where each stack that there is lies among all stages."""
         s, first, rows = self.shape, 0, {}
         for name, count in (("prelude", s.prelude), ("core", s.core), ("coda", s.coda)):
@@ -77,7 +77,7 @@ class Decoder:
             return params
         found = {name: leaf for name, leaf in params.items() if name != "senders"}
         shared = flatten_dict(spread(self.shape.shared.stages, params["senders"]))
-        for name, rows in self._rows().items():
+        for name, rows in self.rows().items():
             own = flatten_dict(params["core"]["stages"] if name == "core" else params[name])
             stack = unflatten_dict(own | {path: p[rows] for path, p in shared.items()})
             found[name] = {**params["core"], "stages": stack} if name == "core" else stack

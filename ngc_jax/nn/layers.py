@@ -78,13 +78,14 @@ class Synapse(nn.Module):
 
 
 @contextmanager
-def overhearing(listener: Callable[[Synapse, Array], None]) -> Iterator[None]:
-    """While it lasts, `listener(synapse, x)` is called with what each synapse reads, before it acts."""
+def overhearing(listener: Callable[[Synapse, Array, Array], None]) -> Iterator[None]:
+    """While it lasts, `listener(synapse, x, y)` is called with what each synapse reads and gives."""
 
     def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        result = call(*args, **kwargs)
         if isinstance(context.module, Synapse) and context.method_name == "__call__":
-            listener(context.module, args[0])
-        return call(*args, **kwargs)
+            listener(context.module, args[0], result)
+        return result
 
     with nn.intercept_methods(listen):
         yield

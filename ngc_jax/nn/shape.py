@@ -7,9 +7,11 @@ import dataclasses
 from typing import NamedTuple
 
 from ngc_jax.core.rules import RULES, Rule
-from ngc_jax.core.signal_rules import Addressed
-from ngc_jax.core.wiring import WIRINGS, Wiring
+from ngc_jax.core.signal_rules import Addressed, Rewirable
+from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.nn.sharing import Sharing, parse
+
+DYNAMIC = ("dynamic", "dynamic_ports")  # wirings that change: whole channels, or single ports
 
 
 class SynapsePart(NamedTuple):
@@ -20,13 +22,13 @@ class SynapsePart(NamedTuple):
     groups: int
     dim: int  # numbers of a state (r) or of a port (p)
     activation: str | None
-    wiring: Wiring | None = None  # who hears whom; None: every group hears every one
+    wired: Addressed | Rewirable | None = None  # `addressed` under a wiring; None: the rule as it is in RULES
     kinds: int = 0  # in which a group's senders start (`Rule.alike`); 0: each neuron its own
 
     @property
     def how(self) -> Rule:
         """The rule that the part acts by."""
-        return RULES[self.rule] if self.wiring is None else Addressed(self.wiring)
+        return self.wired or RULES[self.rule]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +76,18 @@ class ModelShape:
         return parse(self.sharing, self.prelude + self.core + self.coda)
 
     @property
-    def who_hears_whom(self) -> Wiring | None:
-        """The partners of each group, the same in every synapse; None where every group hears every one."""
+    def rewirable(self) -> Rewirable | None:
+        """The rule between groups where each synapse has a wiring of its own that changes in training."""
+        if self.wiring not in DYNAMIC:
+            return None
+        copies = self.p_inter if self.wiring == "dynamic_ports" else 1
+        return Rewirable(self.channels * copies, copies)
+
+    @property
+    def wired(self) -> Addressed | Rewirable | None:
+        """`addressed` under the wiring there is; None where every group hears every one."""
         draw = WIRINGS.get(self.wiring)
-        return draw(self.groups, self.channels, self.wiring_seed) if draw else None
+        return Addressed(draw(self.groups, self.channels, self.wiring_seed)) if draw else self.rewirable
 
     @property
     def branch_gain(self) -> float:
@@ -95,6 +105,6 @@ class ModelShape:
             rule = "block" if self.p_intra >= full else "within"
             intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None, kinds=kinds)]
         if self.has_messages:
-            part = SynapsePart("inter", self.rule, self.groups, self.p_inter, self.message_activation, kinds=kinds)
-            inter = [part._replace(wiring=self.who_hears_whom)]
+            dim = 1 if self.wiring == "dynamic_ports" else self.p_inter
+            inter = [SynapsePart("inter", self.rule, self.groups, dim, self.message_activation, self.wired, kinds)]
         return (*intra, *inter)

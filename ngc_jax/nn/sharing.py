@@ -34,6 +34,10 @@ class Sharing(NamedTuple):
         """The set of each member of a synapse's fan: (0, 0, 0) where query, key and value share."""
         return dict(self.members)[synapse]
 
+    def in_depth(self, synapse: str) -> tuple[int, ...]:
+        """The set of each stage, for a synapse."""
+        return self.stages if synapse in self.over_depth else tuple(range(len(self.stages)))
+
 
 def leaders(sets: tuple[int, ...]) -> np.ndarray:
     """The first member of each set: what `spread` undoes."""

@@ -52,7 +52,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
     except OSError as error:
         raise page.unwritable(out, error) from error
-    measured = measure(decoder, trained.state.params, tokens, args.rounds)
+    measured = measure(decoder, trained.params, tokens, args.rounds)
     about = (
         f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured on {tokens.size:,} "
         f"tokens of held-out text, {tokens.shape[0]} windows of {tokens.shape[1]}, evenly spread."

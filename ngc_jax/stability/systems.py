@@ -171,11 +171,11 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
 
     def visit(weights: Params, x: Array) -> tuple[Array, Array]:
         heard: list[Array] = []
-        with overhearing(lambda synapse, x: heard.append(_loudness(synapse, x, s.groups))):
+        with overhearing(lambda synapse, x, y: heard.append(_loudness(synapse, x, s.groups))):
             x = Stage(s).apply({"params": weights}, x, positions)[0]
         return x, jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
 
-    return _visit_stages(model, params, tokens, visit)
+    return {name: loud for name, _, loud in walk(model, params, tokens, visit)}
 
 
 def attention_shares(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
@@ -186,32 +186,36 @@ def attention_shares(model: Decoder, params: Params, tokens: Array) -> dict[str,
         (x, _), seen = Stage(model.shape).apply({"params": weights}, x, positions, mutable="intermediates")
         return x, seen["intermediates"]["attention"][0]
 
-    return _visit_stages(model, params, tokens, visit)
+    return {name: shares for name, _, shares in walk(model, params, tokens, visit)}
 
 
-def _visit_stages(
-    model: Decoder, params: Params, tokens: Array, visit: Callable[[Params, Array], tuple[Array, Array]]
-) -> dict[str, Array]:
-    """Run a decoder one stage at a time, visit(weights, x) -> (x, found): what was found, by stage, as a token goes."""
-    s, params, found = model.shape, model.whole(params), {}
+def walk(
+    model: Decoder, params: Params, tokens: Array, visit: Callable[[Params, Array], tuple[Array, Any]]
+) -> list[tuple[str, int, Any]]:
+    """Take tokens [B, T] through a decoder one stage at a time, visit(weights, x) -> (x, found), in order of rounds.
 
-    def stages(name: str, stack: Params, count: int, x: Array) -> Array:
+    What was found at each stage, with its name, "core 1, round 2", and its number among the stages that are stored.
+    """
+    s, params = model.shape, model.whole(params)
+    passed: list[tuple[str, int, Any]] = []
+
+    def stages(name: str, stack: Params, first: int, count: int, x: Array) -> Array:
         for i in range(count):
-            weights = jax.tree.map(lambda p, i=i: p[i], stack)
-            x, found[name.format(i + 1)] = visit(weights, x)
+            x, found = visit(jax.tree.map(lambda p, i=i: p[i], stack), x)
+            passed.append((name.format(i + 1), first + i, found))
         return x
 
     x: Array = params["embed"][tokens]
     if s.prelude:
-        x = stages("prelude {}", params["prelude"], s.prelude, x)
+        x = stages("prelude {}", params["prelude"], 0, s.prelude, x)
     if s.core:
         start, (keep, drive) = x, model.scales(params)
         for turn in range(s.rounds):
-            after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.core, x)
+            after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.prelude, s.core, x)
             x = keep * x + drive * start + after - x
     if s.coda:
-        x = stages("coda {}", params["coda"], s.coda, x)
-    return found
+        stages("coda {}", params["coda"], s.prelude + s.core, s.coda, x)
+    return passed
 
 
 def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:

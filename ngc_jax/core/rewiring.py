@@ -1,0 +1,104 @@
+"""Wirings that change while a model trains: how many edges there are when, which are given up, which are tried.
+
+For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not for: the rule whose
+edges these are (`signal_rules.Rewirable`), or doing it to a model in training (`ngc_jax/rewire.py`).
+
+Axes: G listening groups, n and m neurons of a group on either side, E edges that could lead to a group, of which it
+keeps a number of slots; p numbers of an edge; T tokens.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.core.wiring import slots_of
+
+Array = jax.Array
+REGROW = ("gradient", "correlation", "random")  # what may speak for an edge that is not there
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When a wiring changes, and to how many edges a group.
+
+    Rewiring i = 1 .. count comes after update begin + i every. The number of edges falls as a cubic from `first` to
+    `last` (Zhu and Gupta 2017, arXiv 1710.01878; GraNet, arXiv 2106.10404), which the last rewiring reaches; the share
+    exchanged falls as a cosine from `exchange` to 0 (RigL, arXiv 1911.11134).
+    """
+
+    first: int  # edges of a group at the start, >= last
+    last: int  # and in the end, >= 1
+    begin: int  # updates
+    every: int  # updates, >= 1
+    count: int  # rewirings, >= 1
+    exchange: float  # in [0, 1]
+
+    def due(self, step: int) -> bool:
+        """Whether a rewiring comes after update `step`."""
+        i, rest = divmod(step - self.begin, self.every)
+        return rest == 0 and 1 <= i <= self.count
+
+    def edges(self, step: int) -> int:
+        """Edges of a group after update `step`, and after the rewiring where one is due."""
+        return round(self.last + (self.first - self.last) * (1 - self._passed(step)) ** 3)
+
+    def exchanged(self, step: int) -> int:
+        """How many of them a rewiring at `step` gives to the most promising instead of the strongest."""
+        return round(self.exchange / 2 * (1 + math.cos(math.pi * self._passed(step))) * self.edges(step))
+
+    def _passed(self, step: int) -> float:
+        """The share of rewirings that are done."""
+        return min(max((step - self.begin) // self.every, 0), self.count) / self.count
+
+
+def magnitude(pre: Array, post: Array) -> Array:
+    """Frobenius norm of the weights that each edge makes: pre [..., G, n, E, p], post [..., G, m, E, p] -> [..., G, E].
+
+    |R S^T| by the two Gram matrices of p by p. States alone would not do: a factor can go from one to the other.
+    """
+    read, sent = (jnp.einsum("...giep,...gieq->...gepq", states, states) for states in (post, pre))
+    return jnp.sqrt(jnp.maximum(jnp.sum(read * sent, axis=(-2, -1)), 0))
+
+
+def slope(gradient: Array) -> Array:
+    """Norm of the loss's gradient by each edge's post states: [..., G, m, E, p] -> [..., G, E].
+
+    RigL's and GraNet's score: an edge that is not there has post = 0 and some pre, and this is how fast the loss would
+    fall if it were let in.
+    """
+    return jnp.sqrt(jnp.sum(jnp.square(gradient), axis=(-3, -1)))
+
+
+def correlation(signal: Array, heard: Array) -> Array:
+    """How much what an edge carries goes with what its listeners receive: [T, G, E, p], [T, G, m] -> [G, E].
+
+    The mean over numbers and neurons of |Pearson's correlation over tokens|: what fires together wires together. Our
+    reading of G2GNet's rule (arXiv 2508.14140), which regrows by the correlation of activations, for groups.
+    """
+    a, b = (z - jnp.mean(z, axis=0) for z in (signal, heard))
+    a, b = (z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=0) + 1e-12) for z in (a, b))
+    return jnp.mean(jnp.abs(jnp.einsum("tgep,tgj->gepj", a, b)), axis=(-2, -1))
+
+
+def choose(strength: Array, promise: Array, keep: Array, grow: Array, slots: int) -> tuple[Array, Array]:
+    """Which edges there are from now on: for scores [..., E], edges [..., slots] and which slots are used, bool.
+
+    The `keep` strongest stay, and of all others, those just given up among them as in RigL, the `grow` most promising
+    are added. Used slots come first, in ascending order of edges; the edges of a row are distinct. strength of an edge
+    that is not there is negative, promise is >= 0; keep + grow <= slots.
+    """
+    edges = strength.shape[-1]
+    kept = _rank(strength) < keep
+    grown = _rank(jnp.where(kept, -1, jnp.nan_to_num(promise))) < grow
+    place = _rank(-jnp.where(kept | grown, 0, edges) - jnp.arange(edges))
+    heard = slots_of(place, slots).astype(jnp.int32)
+    return heard, jnp.broadcast_to(jnp.arange(slots) < keep + grow, heard.shape)
+
+
+def _rank(score: Array) -> Array:
+    """0 for the highest of the last axis, 1 for the next; of equals, the first. (No sort: those compile slowly.)"""
+    mine, other = score[..., :, None], score[..., None, :]
+    earlier = jnp.tri(score.shape[-1], k=-1, dtype=bool)
+    return jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1)
