@@ -27,7 +27,7 @@ from ngc_jax import budget, count
 from ngc_jax.config import base, make_model
 from ngc_jax.data.tokens import Bytes
 
-LOOPED = {"model.rule": "dense", "model.groups": 4}  # groups of a dense model are its heads alone, unless gated
+LOOPED = {"model.rule": "dense", "model.groups": 4}  # groups of a dense model: heads, and what gates act on
 DENSE = {**LOOPED, "model.prelude": 4, "model.core": 0, "model.coda": 0}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
 CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {  # the fields in which each differs from b
     "NGC": {"rate": 1e-2},
     "NGC, p = 1": {"rate": 1e-2, "model.p_inter": 1},
     "dense": {"rate": 5e-3, **DENSE},
-    "encapsulated": {"rate": 5e-3, **DENSE, "model.groups": 8, "model.gates": True},
+    "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
     "dense looped": {"rate": 5e-3, **LOOPED},
     "low rank": {"rate": 3e-3, **LOW_RANK},
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
