@@ -150,7 +150,7 @@ def main() -> None:
         {model: over_seeds(source, model, measure) for model in MODELS}
         for source, measure in (("text", spoken), ("sums", answered))
     )
-    real = lexical(passages(open_trained(home / name("text", "NGC", 0)))[1])
+    real = lexical(passages(open_trained(home / name(*which[0])))[1])
     lines = [
         f"Made by `python -m experiments.encapsulation --steps={steps}`; means and 95% intervals over seeds 0, 1, 2.",
         "",
