@@ -16,14 +16,17 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
+
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
 from experiments.runs import options
 from ngc_jax import train
 from ngc_jax.config import RULES_OF_A_MODEL, base
 from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.nn.shape import DYNAMIC
 
-SHARINGS = ("qkv", "gate_up", "depth2", "depth3", "qkv,gate_up,depth3", "query+value,1+3")
+SHARINGS = ("qkv", "gate_up", "depth2", "depth3", "depth2,readers", "qkv,gate_up,depth3", "query+value,1+3")
 TINY = {
     "data.context": 16,
     "model.width": 16,
@@ -31,6 +34,8 @@ TINY = {
     "model.groups": 4,
     "model.heads": 2,
     "model.channels": 1,
+    "model.prelude": 0,  # the loop alone: each stack of stages is one more thing to compile
+    "model.coda": 0,
     "train.steps": 4,
     "train.batch_size": 4,
     "train.warmup_steps": 1,
@@ -40,6 +45,7 @@ TINY = {
     "checkpoint.every_steps": 2,
     "stability.every": 0,
 }
+CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}  # after each update
 
 
 def choices() -> dict[str, dict[str, Any]]:
@@ -48,8 +54,9 @@ def choices() -> dict[str, dict[str, Any]]:
     short |= {"checkpoint.every_steps": 2, "eval.batch_size": 8}
     return {
         **{f"rule {name}": {**TINY, "model.rule": name} for name in RULES_OF_A_MODEL},
-        **{f"sharing {name}": {**TINY, "model.sharing": name} for name in SHARINGS},
+        **{f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS},
         **{f"wiring {name}": {**TINY, "model.wiring": name} for name in WIRINGS},
+        **{f"wiring {name}": {**TINY, **CHANGING, "model.wiring": name} for name in DYNAMIC},
         **{f"model {of.model}": {**of.fields, **short} for of in sized(PROTOCOLS["smoke"], list(MODELS))},
     }
 
@@ -59,6 +66,8 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
     config = base()
     config.update_from_flattened_dict({"data.path": PROTOCOLS["smoke"].common["data.path"], **fields})
     unbroken, killed = home / "unbroken", home / "killed"
+    jax.config.update("jax_compilation_cache_dir", str(home / "programs"))  # the second run has those of the first
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with contextlib.redirect_stdout(io.StringIO()):
         train.run(config, unbroken)
         shutil.copytree(unbroken, killed)
