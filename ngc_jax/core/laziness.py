@@ -37,7 +37,7 @@ def movement(before: Tree, after: Tree) -> Array:
 def tangent_kernel(function: Callable[[Tree, Array], Array], params: Tree, inputs: Array, block: int = 32) -> Array:
     """K [N, N] for inputs [N, ...]: K[a, b] = <dy_a, dy_b>, d the gradient at `params` of y_a = function(params, a).
 
-    So many gradients are held at a time, never the whole Jacobian; each block takes one pass over all inputs, which
+    `block` gradients are held at a time, never the whole Jacobian; each block takes one pass over all inputs, which
     makes N + N^2 / block gradients. Source: Jacot et al. 2018, arXiv 1806.07572.
     """
     gradient = partial(jax.grad(function), params)
@@ -52,6 +52,6 @@ def tangent_kernel(function: Callable[[Tree, Array], Array], params: Tree, input
 def alignment(a: Array, b: Array) -> Array:
     """<a, b> / (|a| |b|) of two kernels [N, N], Frobenius: 1 where they differ by a factor alone.
 
-    Not centred, as in arXiv 2310.08513; kernels are positive, so it lies in [0, 1].
+    Not centred, as in arXiv 2310.08513; kernels are positive semidefinite, so it lies in [0, 1].
     """
     return jnp.sum(a * b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
