@@ -45,8 +45,9 @@ class Schedule:
         return round(self.last + (self.first - self.last) * (1 - self._passed(step)) ** 3)
 
     def exchanged(self, step: int) -> int:
-        """How many of them a rewiring at `step` gives to the most promising instead of the strongest."""
-        return round(self.exchange / 2 * (1 + math.cos(math.pi * self._passed(step))) * self.edges(step))
+        """How many of them a rewiring at `step` gives to the most promising instead of the strongest; one stays."""
+        share = self.exchange / 2 * (1 + math.cos(math.pi * self._passed(step)))
+        return min(round(share * self.edges(step)), self.edges(step) - 1)
 
     def _passed(self, step: int) -> float:
         """The share of rewirings that are done."""
@@ -85,13 +86,16 @@ def correlation(signal: Array, heard: Array) -> Array:
 def choose(strength: Array, promise: Array, keep: Array, grow: Array, slots: int) -> tuple[Array, Array]:
     """Which edges there are from now on: for scores [..., E], edges [..., slots] and which slots are used, bool.
 
-    The `keep` strongest stay, and of all others, those just given up among them as in RigL, the `grow` most promising
-    are added. Used slots come first, in ascending order of edges; the edges of a row are distinct. strength of an edge
-    that is not there is negative, promise is >= 0; keep + grow <= slots.
+    The `keep` strongest stay, and of those that were not there the `grow` most promising are added. Where these are too
+    few, the most promising of those just given up come back: not before, since what an edge said until now is part of
+    what its listeners received, and correlation would always call it back. Used slots come first, in ascending order of
+    edges; the edges of a row are distinct. strength of an edge that is not there is negative, promise is >= 0;
+    keep + grow <= slots.
     """
     edges = strength.shape[-1]
     kept = _rank(strength) < keep
-    grown = _rank(jnp.where(kept, -1, jnp.nan_to_num(promise))) < grow
+    turn = _rank(jnp.nan_to_num(promise)) + edges * (strength >= 0) + edges * kept
+    grown = _rank(-turn) < grow
     place = _rank(-jnp.where(kept | grown, 0, edges) - jnp.arange(edges))
     heard = slots_of(place, slots).astype(jnp.int32)
     return heard, jnp.broadcast_to(jnp.arange(slots) < keep + grow, heard.shape)
