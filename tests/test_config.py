@@ -106,7 +106,7 @@ def test_ngc_base_compiles_abstractly():
         ("train.learning_rate", 0.0, "above 0"),
         ("train.b2", 1.0, "from 0 to below 1"),
         ("checkpoint.keep", 1, "2 or more"),
-        ("mesh.data", 3, "the number of devices here, 1, or -1"),
+        ("mesh.data", 3, "the 1 devices here / .mesh.fsdp=1 x mesh.group=1., 1, or -1"),
     ],
 )
 def test_impossible_values_are_refused(field, value, message):

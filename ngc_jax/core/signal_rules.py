@@ -7,7 +7,7 @@ For: what every rule answers (`Rule`, `SignalRule`), and the rules under which n
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from ngc_jax.core.wiring import Wiring
 
 Array = jax.Array
+Axes = tuple[str | None, ...]  # of a signal, behind those of x: "group", or None for what is no group's own
 States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
 
 
@@ -45,7 +46,14 @@ class Rule(abc.ABC):
 
 
 class SignalRule(Rule):
-    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
+    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T.
+
+    `spoken` and `heard` say which axis of a signal belongs to the group that sends, and which to the group that reads:
+    where groups are on different devices (`mesh.py`), a signal crosses from the one to the other.
+    """
+
+    spoken: ClassVar[Axes]
+    heard: ClassVar[Axes]
 
     @abc.abstractmethod
     def send(self, x: Array, pre: States) -> Array:
@@ -67,6 +75,8 @@ class Broadcast(SignalRule):
     """
 
     grouped = False
+    spoken: ClassVar[Axes] = (None,)
+    heard: ClassVar[Axes] = (None,)
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
@@ -95,6 +105,8 @@ class Metric(SignalRule):
     """
 
     amplitude = ("state",)
+    spoken: ClassVar[Axes] = ("group", None)
+    heard: ClassVar[Axes] = (None, None)
     pairs = "ghpq"  # the axes of M: listening group, speaking group, number read, number sent
 
     @classmethod
@@ -159,6 +171,8 @@ class Addressed(SignalRule):
     is not there costs nothing.
     """
 
+    spoken: ClassVar[Axes] = ("group", None, None)
+    heard: ClassVar[Axes] = (None, "group", None)
     wiring: Wiring | None = None
 
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
@@ -175,6 +189,21 @@ class Addressed(SignalRule):
 
     def receive(self, signal: Array, post: States) -> Array:
         return merge(jnp.einsum("...hgp,gjhp->...gj" if self.wiring is None else "...gsp,gjsp->...gj", signal, post))
+
+    def complete(self, pre: Array, post: Array) -> tuple[Array, Array]:
+        """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule that make the weights of this wiring's.
+
+        A speaker then holds its own states, with zeros for the channels that are not there, and can send on its own:
+        for groups on different devices, where `send` above would move all of x.
+        """
+        heard = np.array(self.wiring)[:, None] == np.arange(len(self.wiring or ()))[:, None]  # [G, G, k]
+        slot, there = np.argmax(heard, -1)[:, None, :, None], np.any(heard, -1)[:, None, :, None]
+
+        def fill(states: Array) -> Array:
+            index = slot.reshape(*[1] * (states.ndim - 4), *slot.shape)
+            return jnp.take_along_axis(states, index, axis=-2) * there.astype(states.dtype)
+
+        return fill(pre).swapaxes(-4, -2), fill(post)
 
     def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         sent = pre if gate is None else pre * gate[:, None]
@@ -193,6 +222,9 @@ class Within(SignalRule):
 
     pre S [G, n, p], post R [G, m, p]. p (n_in + n_out) parameters, twice that in FLOPs per token, rank G p.
     """
+
+    spoken: ClassVar[Axes] = ("group", None)
+    heard: ClassVar[Axes] = ("group", None)
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
@@ -220,6 +252,9 @@ class Block(SignalRule):
     The send state is then one-hot and not stored: pre is (), post R [G, m, n]. n_in n_out / G parameters, twice that
     in FLOPs per token, full rank inside a group. With one group it is the dense layer, our first baseline.
     """
+
+    spoken: ClassVar[Axes] = ("group",)
+    heard: ClassVar[Axes] = ("group",)
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:

@@ -61,6 +61,11 @@ class ModelShape:
         return self.prelude + self.core * self.rounds + self.coda
 
     @property
+    def stream_axes(self) -> tuple[str | None, ...]:
+        """What the axes of the stream [B, T, D] count (`mesh.py`): channels are groups' own, but in the dense model."""
+        return ("window", None, None if self.rule == "dense" else "group")
+
+    @property
     def has_messages(self) -> bool:
         """Whether groups send each other anything."""
         return self.rule not in ("dense", "none")
