@@ -82,7 +82,7 @@ def base() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 1000  # updates, >= 1
     c.train.batch_size = (
-        16  # windows of one update, over all devices: a multiple of accumulation x mesh.data x mesh.fsdp
+        16  # windows of one update: a multiple of accumulation x mesh.data x mesh.fsdp
     )
     c.train.accumulation = 1  # parts that a batch is computed in, one after another, >= 1
     c.train.optimizer = "adamw"  # "adamw", or "muon" for matrices and states with adamw for the rest
@@ -260,15 +260,13 @@ def validate(config: ConfigDict) -> None:
     divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
     of_parts = f"a divisor of the {devices} devices here / mesh.group={mesh.group}: {divisors}"
     need(mesh.fsdp >= 1 and parts % mesh.fsdp == 0, "mesh.fsdp", of_parts)
-    rest = (
-        f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {parts // mesh.fsdp}, or -1"
-    )
-    need(mesh.data in (-1, parts // mesh.fsdp), "mesh.data", rest)
+    rest = parts // mesh.fsdp
+    left = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {rest}, or -1"
+    need(mesh.data in (-1, rest), "mesh.data", left)
     unit = t.accumulation * parts
-    multiple = (
-        f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp), for instance "
-    )
-    need(t.batch_size % unit == 0, "train.batch_size", multiple + str(-(-t.batch_size // unit) * unit))
+    near = -(-t.batch_size // unit) * unit
+    multiple = f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp)"
+    need(t.batch_size % unit == 0, "train.batch_size", f"{multiple}, for instance {near}")
     near = -(-config.eval.batch_size // parts) * parts
     of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
     need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)

@@ -134,7 +134,8 @@ def axes_of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Axes:
     if kind(path) == "scale":
         return tuple(axes)
     for axis, counts in _split_over_group(names):
-        if shape[axis] % _ways(mesh.shape, counts) == 0:
+        parts = _ways(mesh.shape, counts)
+        if parts > 1 and shape[axis] % parts == 0:
             axes[axis] = counts
             break
     first = 1 if _STACKS & set(names) else 0

@@ -190,7 +190,7 @@ class Addressed(SignalRule):
     def receive(self, signal: Array, post: States) -> Array:
         return merge(jnp.einsum("...hgp,gjhp->...gj" if self.wiring is None else "...gsp,gjsp->...gj", signal, post))
 
-    def complete(self, pre: Array, post: Array) -> tuple[Array, Array]:
+    def complete(self, pre: States, post: States) -> tuple[States, States]:
         """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule that make the weights of this wiring's.
 
         A speaker then holds its own states, with zeros for the channels that are not there, and can send on its own:
