@@ -81,9 +81,7 @@ def base() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 1000  # updates, >= 1
-    c.train.batch_size = (
-        16  # windows of one update: a multiple of accumulation x mesh.data x mesh.fsdp
-    )
+    c.train.batch_size = 16  # windows of one update: a multiple of accumulation x mesh.data x mesh.fsdp
     c.train.accumulation = 1  # parts that a batch is computed in, one after another, >= 1
     c.train.optimizer = "adamw"  # "adamw", or "muon" for matrices and states with adamw for the rest
     c.train.learning_rate = 1e-2  # peak, for all that is no neuron state, > 0
