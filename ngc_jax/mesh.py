@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ngc_jax.core.rules import RULES
 from ngc_jax.optim import kind
@@ -118,13 +118,26 @@ def shardings(placed: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
+def gathered(stage: Tree) -> Tree:
+    """Parameters of one stage as they are used: what lies apart only to be kept is brought together, groups are not.
+
+    Said of states, before weights are made of them: else it is the weights that would be brought together.
+    """
+
+    def used(path: tuple[Any, ...], leaf: Array) -> Array:
+        _, *axes = axes_of(path, (1, *leaf.shape), jax.sharding.get_abstract_mesh())
+        return lay(leaf, *(None if axis == "stored" else axis for axis in axes))
+
+    return jax.tree_util.tree_map_with_path(used, stage)
+
+
 def bytes_per_device(placed: Tree) -> int:
     """Bytes that one device holds of `place`."""
     parts = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(placed)]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
-def axes_of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Axes:
+def axes_of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Axes:
     """What the axes of an array of the state count, by its tree path, as far as a mesh splits them.
 
     Scales (a number a channel) and scalars are whole everywhere.

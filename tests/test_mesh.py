@@ -229,7 +229,8 @@ PROGRAM = """
 
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %w2 = (s32[], f32[8,4]{1,0}) while(%t), condition=%cond, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
-  %aa = (f32[2,4]{1,0}, /*index=1*/f32[2,4]{1,0}) all-to-all(%a, %b), replica_groups=mesh['d'=4,'g'=2], device_ids=([2,4]T(1,0)) {'g'}
+  %aa = (f32[2,4]{1,0}, /*index=1*/f32[2,4]{1,0}) all-to-all(%a, %b), replica_groups=mesh['d'=4,'g'=2] {'g'}
+  %at = f32[2,4]{1,0} all-to-all(%a), replica_groups=mesh['d'=4,'g'=2], device_ids=([2,4]T(1,0)) {'d'}, dimensions={0}
   %rs = f32[2,4]{1,0} reduce-scatter(%c), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %cp = f32[2,4]{1,0} collective-permute(%d), source_target_pairs={{0,1},{1,0}}
   %alone = f32[8,4]{1,0} all-reduce(%e), replica_groups={{0},{1}}, to_apply=%add
@@ -241,7 +242,7 @@ def test_wire_bytes_are_the_rings_and_loops_count_as_often_as_they_run():
     assert collectives.wire_bytes(PROGRAM) == {
         "all-reduce": 15 * 2 * 128 * 3 / 4,
         "all-gather": 15 * 64 * 3 / 4,
-        "all-to-all": 64 * 1 / 2,
+        "all-to-all": 64 * 1 / 2 + 32 * 3 / 4,
         "reduce-scatter": 32 * 3,
         "collective-permute": 32,
     }

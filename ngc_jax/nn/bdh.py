@@ -98,8 +98,8 @@ class BDH:
             chex.assert_equal_shape([tokens, segments])
         # A token does not hear itself: it sees what the token before it would.
         mask = attention.visible(positions - 1, positions, tokens.shape[1], segments)
-        encoder, encoder_v = params["encoder"]["weight"], params["encoder_v"]["weight"]
-        decoder = params["decoder"]["weight"].reshape(s.heads, -1, s.width)
+        encoder, encoder_v = (lay(params[name]["weight"], "group", None, None) for name in ("encoder", "encoder_v"))
+        decoder = lay(params["decoder"]["weight"], "group", None).reshape(s.heads, -1, s.width)
 
         def layer(x: Array, state: Array | None) -> tuple[Array, Array | None]:
             active = lay(jax.nn.relu(jnp.einsum("btd,hdn->bhtn", x, encoder)), "window", "group", None, None)
@@ -111,7 +111,7 @@ class BDH:
 
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x = lay(params["embed"][tokens], "window", None, None)
+        x = lay(lay(params["embed"], None, "group")[tokens], "window", None, None)
         x, cache = jax.lax.scan(layer, normalise(x), cache, length=s.layers)
         return unembed(lay(x, "window", None, None), params["unembed"]), cache
 

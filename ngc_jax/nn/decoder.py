@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.stability import Round
-from ngc_jax.mesh import lay
+from ngc_jax.mesh import gathered, lay
 from ngc_jax.nn.layers import RMSNorm, Stage, unembed
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import leaders, spread
@@ -132,7 +132,7 @@ class Decoder:
 
         def body(x: Array, layer: Any) -> tuple[Array, Any]:
             weights, kept = layer
-            return stage.apply({"params": weights}, x, positions, segments, kept)
+            return stage.apply({"params": gathered(weights)}, x, positions, segments, kept)
 
         if self.shape.remat == "stages":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -177,7 +177,7 @@ class Decoder:
         chex.assert_rank([tokens, positions], [2, 1])
         if segments is not None:
             chex.assert_equal_shape([tokens, segments])
-        x = lay(params["embed"][tokens], *self.shape.stream_axes)
+        x = lay(lay(params["embed"], None, "group")[tokens], *self.shape.stream_axes)
         x, cache, records = self.stream(params, x, positions, segments, cache, record)
         x = lay(jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x)), *self.shape.stream_axes)
         return unembed(x, params["unembed"]), cache, records

@@ -151,5 +151,5 @@ def unembed(x: Array, matrix: Array) -> Array:
     """
     tokens, vocab = (None, "vocab") if matrix.shape[1] % ways("vocab") == 0 else ("row", None)
     rows = lay(x.reshape(-1, x.shape[-1]), tokens or "window", None)
-    logits = lay(rows @ matrix, tokens or "window", vocab)
+    logits = lay(rows @ lay(matrix, None, vocab), tokens or "window", vocab)
     return logits.reshape(*x.shape[:-1], -1).astype(jnp.float32)
