@@ -20,7 +20,7 @@ from experiments.runs import flags, options, train
 from experiments.stats import interval
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.evaluate import compile_eval, held_out
-from ngc_jax.mesh import make_mesh
+from ngc_jax.mesh import single
 from ngc_jax.metrics import read_rows
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.workdir import open_trained
@@ -64,8 +64,7 @@ def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
     """Held-out loss of a trained loop, run for other numbers of rounds than it was trained for."""
     trained = open_trained(workdir)
     config = trained.config
-    config.mesh.data = 1
-    tokens, mesh = load_tokens(config.data), make_mesh(config.mesh)
+    tokens, mesh = load_tokens(config.data), single()
     losses = {}
     for rounds in TEST_ROUNDS:
         model = Decoder(dataclasses.replace(trained.decoder.shape, rounds=rounds))

@@ -99,7 +99,7 @@ def base() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 1000  # updates, >= 1
-    c.train.batch_size = 16  # windows of one update, over all devices: a multiple of accumulation x data devices
+    c.train.batch_size = 16  # windows of one update: a multiple of accumulation x mesh.data x mesh.fsdp
     c.train.accumulation = 1  # parts that a batch is computed in, one after another, >= 1
     c.train.optimizer = "adamw"  # "adamw", or "muon" for matrices and states with adamw for the rest
     c.train.learning_rate = 1e-2  # peak, for all that is no neuron state, > 0
@@ -119,7 +119,7 @@ def base() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = 200  # updates between evaluations, >= 1; the last update is always followed by one
     c.eval.windows = 512  # held-out windows of each, spread over the text; 0 = all
-    c.eval.batch_size = 32  # windows at a time: a multiple of the data devices
+    c.eval.batch_size = 32  # windows at a time: a multiple of mesh.data x mesh.fsdp
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 200  # updates between checkpoints, >= 1; the last update always has one
@@ -127,7 +127,9 @@ def base() -> ConfigDict:
     c.checkpoint.keep = 3  # newest checkpoints kept, >= 2, so that a damaged one has a sound one behind it
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices that the batch is split over: the number there is, or -1 for all of them
+    c.mesh.data = -1  # parts of the batch, >= 1, or -1: as many as devices are left; data x fsdp x group = devices
+    c.mesh.fsdp = 1  # parts of the batch, of the parameters and of the optimizer, >= 1
+    c.mesh.group = 1  # parts of the groups, >= 1: a divisor of model.heads; model.form is then "signals" in any case
 
     c.stability = ConfigDict()
     c.stability.every = 200  # updates between measurements on held-out text, >= 1 (the last has one), or 0 for none
@@ -282,16 +284,25 @@ def validate(config: ConfigDict) -> None:
     need(looped, "stability.regulariser", "'none' where the model has no loop of 2 rounds or more (model.core, rounds)")
     need(s.jacobian == 0 or m.core > 0, "stability.jacobian", "0 where the model has no loop (model.core=0)")
 
-    devices = jax.device_count()
-    usable = config.mesh.data == -1 or (config.mesh.data >= 1 and devices == config.mesh.data)
-    need(usable, "mesh.data", f"the number of devices here, {devices}, or -1 for all of them")
-    unit = t.accumulation * devices
-    multiple = f"a multiple of train.accumulation={t.accumulation} x {devices} data devices, for instance "
-    need(t.batch_size % unit == 0, "train.batch_size", multiple + str(-(-t.batch_size // unit) * unit))
-    of_devices = (
-        f"a multiple of the {devices} data devices, for instance {-(-config.eval.batch_size // devices) * devices}"
-    )
-    need(config.eval.batch_size % devices == 0, "eval.batch_size", of_devices)
+    mesh, devices = config.mesh, jax.device_count()
+    here = jax.local_device_count()
+    common = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0 and m.heads % n == 0)
+    of_heads = f"a divisor of model.heads={m.heads} and of the {here} devices of a process: {common}"
+    need(mesh.group >= 1 and m.heads % mesh.group == 0 and here % mesh.group == 0, "mesh.group", of_heads)
+    parts = devices // mesh.group
+    divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+    of_parts = f"a divisor of the {devices} devices here / mesh.group={mesh.group}: {divisors}"
+    need(mesh.fsdp >= 1 and parts % mesh.fsdp == 0, "mesh.fsdp", of_parts)
+    rest = parts // mesh.fsdp
+    left = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {rest}, or -1"
+    need(mesh.data in (-1, rest), "mesh.data", left)
+    unit = t.accumulation * parts
+    near = -(-t.batch_size // unit) * unit
+    multiple = f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp)"
+    need(t.batch_size % unit == 0, "train.batch_size", f"{multiple}, for instance {near}")
+    near = -(-config.eval.batch_size // parts) * parts
+    of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
+    need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

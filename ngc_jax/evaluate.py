@@ -27,8 +27,7 @@ def compile_eval(model: LanguageModel, config: Any, mesh: Mesh, tokens: Tokens) 
     """The jitted evaluation of one batch for a config, on a mesh."""
     tokenizer = tokens.tokenizer
     step = make_eval_step(model, config.train, tokenizer.mark, tokenizer.lengths, config.data.isolate_documents)
-    rows, whole = meshes.rows(mesh), meshes.whole(mesh)
-    return jax.jit(step, in_shardings=(whole, rows, rows), out_shardings=whole)
+    return jax.jit(meshes.on(mesh, step), out_shardings=meshes.whole(mesh))
 
 
 def held_out(
@@ -56,9 +55,8 @@ def held_out(
 
 def compile_watch(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[[Any], dict[str, float]]:
     """The stability measures of `config.stability` on held-out text: params -> {"stability/...": value}."""
-    devices = mesh.devices.size
-    wanted = -(-config.stability.tokens // config.data.context)
-    wanted = -(-wanted // devices) * devices
+    parts = mesh.size // mesh.shape["group"]
+    wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
     batches = held_out_batches(
         Windows(tokens.validation, config.data.context),
         batch_size=wanted,
@@ -67,12 +65,10 @@ def compile_watch(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Ca
         processes=jax.process_count(),
     )
     windows = meshes.put_rows(mesh, next(iter(batches))[0])
-    rows, whole = meshes.rows(mesh), meshes.whole(mesh)
     # It runs seldom: at optimization level 1 it compiles several times faster.
     options = {"xla_backend_optimization_level": 1}
-    step = jax.jit(
-        make_watch(model, config.stability), in_shardings=(whole, rows), out_shardings=whole, compiler_options=options
-    )
+    watch = meshes.on(mesh, make_watch(model, config.stability))
+    step = jax.jit(watch, out_shardings=meshes.whole(mesh), compiler_options=options)
     return lambda params: {name: float(value) for name, value in jax.device_get(step(params, windows)).items()}
 
 
@@ -96,9 +92,8 @@ def main() -> None:
         raise UserError(f"--windows={args.windows}: must be 1 or more, or 0 for all")
     trained = open_trained(args.workdir, args.step)
     config = trained.config
-    config.mesh.data = 1
     tokens = tokens_of(trained, args.workdir)
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = meshes.single()
     step = compile_eval(trained.model, config, mesh, tokens)
     result = held_out(step, trained.params, config, mesh, tokens, args.windows)
     if isinstance(trained.model, Decoder):

@@ -140,13 +140,12 @@ def compile_rewire(
     """
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return None
-    plan, number = changes(config), jax.ShapeDtypeStruct((), jnp.int32)
-    rows, whole = meshes.rows(mesh), meshes.whole(mesh)
+    whole = meshes.whole(mesh)
+    plan, number = changes(config), jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     # It runs seldom: at optimization level 1 it compiles several times faster.
     jitted = jax.jit(
-        make_rewire(model, config, mark),
-        in_shardings=(whole, rows, whole, whole),
-        out_shardings=whole,
+        meshes.on(mesh, make_rewire(model, config, mark)),
+        out_shardings=(meshes.shardings(like), whole),
         donate_argnums=0,
         compiler_options={"xla_backend_optimization_level": 1},
     )

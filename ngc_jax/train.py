@@ -15,6 +15,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import ngc_jax
@@ -57,19 +58,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     print(f"data: {tokens.summary}")
 
     # ---- Compile, before anything is allocated -----------------------------------------------------------------
-    whole, rows = meshes.whole(mesh), meshes.rows(mesh)
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), abstract_state(model, config))
-    batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=rows)
+    like = meshes.place(mesh, abstract_state(model, config))
+    batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=meshes.rows(mesh))
     decoder = model if isinstance(model, Decoder) else None  # no other model has stages that could be watched
     penalty = make_penalty(decoder, config.stability) if decoder else None
     step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty)
     began = time.monotonic()
-    jitted = jax.jit(step_function, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
+    lies = meshes.shardings(like)
+    jitted = jax.jit(meshes.on(mesh, step_function), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
     update = jitted.lower(like, batch).compile()
     rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
     evaluate = compile_eval(model, config, mesh, tokens)
     watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
-    print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices()}")
+    print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
@@ -79,7 +80,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     if start is None:
         # It runs once: at optimization level 1 it compiles three times faster, to the same bits.
         options = {"xla_backend_optimization_level": 1}
-        init = jax.jit(lambda: init_state(model, train, config.seed), out_shardings=whole, compiler_options=options)
+        init = jax.jit(lambda: init_state(model, train, config.seed), out_shardings=lies, compiler_options=options)
         step, state, spent = 0, init(), 0.0
         print(f"starting from step 0 in {workdir}")
     else:
@@ -216,9 +217,10 @@ def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any) -> str:
     )
 
 
-def devices() -> str:
-    """For instance "8 x cpu"."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+def devices(mesh: Mesh) -> str:
+    """For instance "8 x cpu (data 4, group 2)"."""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {jax.devices()[0].device_kind}" + (f" ({axes})" if axes else "")
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from ngc_jax import count, train
 from ngc_jax.checkpoint import digest
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.core import rewiring
-from ngc_jax.core.signal_rules import Rewirable
+from ngc_jax.core.addressed import Rewirable
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
 from ngc_jax.metrics import TIMES, read_rows

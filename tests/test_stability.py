@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICK, TINY, python
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ngc_jax import mesh as meshes
 from ngc_jax import stability
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.communicate import communicate
@@ -264,9 +264,9 @@ def test_models_without_a_loop_or_messages_say_so():
 # ---- In training ----
 
 
-def watched(model, params, tokens, names=MEASURES, **jit):
-    settings = types.SimpleNamespace(measures=",".join(names), rounds=4)
-    return jax.device_get(jax.jit(make_watch(model, settings), **jit)(params, tokens))
+def watched(model, params, tokens, names=MEASURES, mesh=None):
+    watch = make_watch(model, types.SimpleNamespace(measures=",".join(names), rounds=4))
+    return jax.device_get(jax.jit(meshes.on(mesh, watch) if mesh else watch)(params, tokens))
 
 
 def test_what_is_watched_is_what_was_chosen():
@@ -285,19 +285,18 @@ def test_what_is_watched_is_what_was_chosen():
 
 def compare_devices():
     """Run by the test below in a process that has eight devices."""
-    model, params, _ = build(**{"model.groups": 8, "model.width": 16, "model.hidden": 32})
+    model, params, config = build(**{"model.groups": 8, "model.heads": 8, "model.width": 16, "model.hidden": 32})
     tokens = text(rows=8, length=7)
     alone = watched(model, params, tokens)
     for axis in ("data", "group"):
-        mesh = jax.make_mesh((8,), (axis,), axis_types=(AxisType.Auto,))
-
-        def lie(path, p, mesh=mesh, axis=axis):
-            grouped = axis == "group" and str(path[-1]) in ("['pre']", "['post']")
-            return NamedSharding(mesh, PartitionSpec(None, None, "group") if grouped else PartitionSpec())
-
-        shardings = jax.tree_util.tree_map_with_path(lie, params)
-        rows = NamedSharding(mesh, PartitionSpec("data") if axis == "data" else PartitionSpec())
-        spread = watched(model, jax.device_put(params, shardings), jax.device_put(tokens, rows))
+        config.mesh.update({"data": 1, "group": 1, axis: 8})
+        mesh = meshes.make_mesh(config.mesh)
+        spread = watched(
+            model,
+            jax.device_put(params, meshes.shardings(meshes.place(mesh, params))),
+            jax.device_put(tokens, meshes.rows(mesh)),
+            mesh=mesh,
+        )
         for name, value in alone.items():
             assert spread[name] == pytest.approx(float(value), rel=2e-4, abs=1e-5), (axis, name)
 

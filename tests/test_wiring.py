@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ngc_jax
-from ngc_jax.core.signal_rules import Addressed
+from ngc_jax.core.addressed import Addressed
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.stability import gain_bound
 

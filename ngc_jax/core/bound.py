@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.core.addressed import Addressed, Rewirable
 from ngc_jax.core.rules import Rule, States, named, weights
-from ngc_jax.core.signal_rules import Addressed, Block, Broadcast, Metric, Rewirable, Within
+from ngc_jax.core.signal_rules import Block, Broadcast, Metric, Within
 from ngc_jax.core.wiring import Wiring
 
 Array = jax.Array

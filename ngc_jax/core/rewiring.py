@@ -1,7 +1,7 @@
 """Wirings that change while a model trains: how many edges there are when, which are given up, which are tried.
 
 For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not for: the rule whose
-edges these are (`signal_rules.Rewirable`), or doing it to a model in training (`ngc_jax/rewire.py`).
+edges these are (`addressed.Rewirable`), or doing it to a model in training (`ngc_jax/rewire.py`).
 
 Axes: G listening groups, n and m neurons of a group on either side, E edges that could lead to a group, of which it
 keeps a number of slots; p numbers of an edge; T tokens.

@@ -1,8 +1,8 @@
 """From states to weights: the rules by which the states of two neurons make the weight between them.
 
 For: the table of rules, and the two ways to use one: `transmit` a signal, or look at its `weights`. Not for: what each
-rule is (`signal_rules.py`, `generated_rules.py`), which synapses a model has (`nn/layers.py`), or how often they act
-(`communicate.py`).
+rule is (`signal_rules.py`, `addressed.py`, `generated_rules.py`), which synapses a model has (`nn/layers.py`), or how
+often they act (`communicate.py`).
 
 Every neuron owns *states*: a `pre` state with which it sends, a `post` state with which it receives. A weight is an
 interaction of two of them, W[j, i] = mu(post[j], pre[i]). Under the *signal rules* W is a sum of products, so it is
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core import generated_rules, signal_rules
+from ngc_jax.core import addressed, generated_rules, signal_rules
 from ngc_jax.core.signal_rules import Rule, SignalRule, States
 
 Array = jax.Array
@@ -33,7 +33,7 @@ GATES: dict[str, Callable[[Array], Array]] = {
 }
 
 RULES: dict[str, Rule] = {
-    "addressed": signal_rules.Addressed(),
+    "addressed": addressed.Addressed(),
     "broadcast": signal_rules.Broadcast(),
     "metric": signal_rules.Metric(),
     "metric_diagonal": signal_rules.MetricDiagonal(),

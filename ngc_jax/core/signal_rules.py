@@ -1,21 +1,19 @@
 """The signal rules: a weight is a sum of products, so neurons send a few numbers and groups read them.
 
 For: what every rule answers (`Rule`, `SignalRule`), and the rules under which no weight need ever be formed:
-`broadcast`, `metric` and its two small forms, `addressed` with its wirings, `within`, `block`. Not for: rules that make
-W whole (`generated_rules.py`), or using a rule by its name (`rules.py`, whose axes these are).
+`broadcast`, `metric` and its two small forms, `within`, `block`. Not for: `addressed` with its wirings
+(`addressed.py`), rules that make W whole (`generated_rules.py`), or using a rule by its name (`rules.py`, whose axes
+these are).
 """
 
 import abc
-import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from ngc_jax.core.wiring import Wiring, carry, slots_of
 
 Array = jax.Array
+Axes = tuple[str | None, ...]  # of a signal, behind those of x: "group", or None for what is no group's own
 States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
 
 
@@ -62,7 +60,14 @@ class Rule(abc.ABC):
 
 
 class SignalRule(Rule):
-    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
+    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T.
+
+    `spoken` and `heard` say which axis of a signal belongs to the group that sends, and which to the group that reads:
+    where groups are on different devices (`mesh.py`), a signal crosses from the one to the other.
+    """
+
+    spoken: ClassVar[Axes]
+    heard: ClassVar[Axes]
 
     @abc.abstractmethod
     def send(self, x: Array, pre: States) -> Array:
@@ -84,6 +89,8 @@ class Broadcast(SignalRule):
     """
 
     grouped = False
+    spoken: ClassVar[Axes] = (None,)
+    heard: ClassVar[Axes] = (None,)
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
@@ -112,6 +119,8 @@ class Metric(SignalRule):
     """
 
     amplitude = ("state",)
+    spoken: ClassVar[Axes] = ("group", None)
+    heard: ClassVar[Axes] = (None, None)
     pairs = "ghpq"  # the axes of M: listening group, speaking group, number read, number sent
 
     @classmethod
@@ -163,100 +172,14 @@ class MetricScalar(Metric):
     pairs = "gh"
 
 
-@dataclasses.dataclass(frozen=True)
-class Addressed(SignalRule):
-    """W[gj, hi] = sum_p R[g, j, h, p] S[h, i, g, p]: a neuron keeps a port of p numbers for each partner group.
-
-    pre S [G, n, G, p], post R [G, m, G, p]. p G (n_in + n_out) parameters, twice that in FLOPs per token, rank up to
-    min(n_in, n_out, G^2 p). Alone, it is the block form known as Monarch (arXiv 2204.00595) and BTT (2406.06248).
-
-    Under a wiring (`wiring.py`) group g hears k others, h = wiring[g][s], and W is 0 elsewhere. The states are then
-    those of the channels alone, kept by their listener: S[g, i, s, p] belongs to neuron i of the group in slot s of g,
-    pre [G, n, k, p], post R [G, m, k, p]. p k (n_in + n_out) parameters, twice that in FLOPs per token: a channel that
-    is not there costs nothing.
-    """
-
-    wiring: Wiring | None = None
-
-    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
-        send, receive = jax.random.split(key)
-        partners = len(self.wiring[0]) if self.wiring else groups
-        pre = normal(send, (groups, n_in // groups, partners, dim), n_in // groups)
-        return pre, normal(receive, (groups, n_out // groups, partners, dim), partners * dim)
-
-    def send(self, x: Array, pre: States) -> Array:
-        said = split(x, pre.shape[0])
-        if self.wiring is None:
-            return jnp.einsum("...hi,higp->...hgp", said, pre)
-        return _overheard(said, np.array(self.wiring), pre)
-
-    def receive(self, signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...hgp,gjhp->...gj" if self.wiring is None else "...gsp,gjsp->...gj", signal, post))
-
-    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
-        sent = pre if gate is None else pre * gate[:, None]
-        if self.wiring is None:
-            full = jnp.einsum("gjhp,higp->gjhi", post, sent)
-        else:
-            channels = jnp.einsum("gjsp,gisp->gsji", post, sent)
-            groups, _, m, n = channels.shape
-            full = jnp.zeros((groups, m, groups, n), channels.dtype)
-            full = full.at[np.arange(groups)[:, None], :, np.array(self.wiring), :].set(channels)
-        return full.reshape(full.shape[0] * full.shape[1], -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewirable(SignalRule):
-    """`Addressed` under a wiring that is data, so that each synapse has its own and it may change in training.
-
-    The edges that can lead to a group g are numbered e = 0 .. (G - 1) copies - 1, and e comes from the group
-    g + 1 + e // copies (mod G), so never from g itself. With copies = 1 an edge is a whole channel of p numbers; with
-    more, an edge is one port (dim is then 1). g keeps `slots` of them: pre {"state": S [G, n, slots, p], "hears": edges
-    [G, slots], int32, distinct in each row}, post R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A
-    slot whose two states are all 0 is empty: it is not heard, and gets no gradient, for that of a product of two is 0
-    where both are.
-    """
-
-    slots: int
-    copies: int = 1
-
-    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
-        send, receive, wire = jax.random.split(key, 3)
-        # Equally many for each listener, drawn by ordering all edges at random.
-        order = jnp.argsort(jax.random.uniform(wire, (groups, (groups - 1) * self.copies)), axis=1)
-        hears = jnp.sort(order[:, : self.slots], axis=1).astype(jnp.int32)
-        pre = {"state": normal(send, (groups, n_in // groups, self.slots, dim), n_in // groups), "hears": hears}
-        return pre, normal(receive, (groups, n_out // groups, self.slots, dim), self.slots * dim)
-
-    def send(self, x: Array, pre: States) -> Array:
-        state = pre["state"]
-        return _overheard(split(x, state.shape[0]), self._speakers(pre["hears"]), state)
-
-    def receive(self, signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...gsp,gjsp->...gj", signal, post))
-
-    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
-        sent = pre["state"] if gate is None else pre["state"] * gate[:, None]
-        return Addressed().weights(*self.complete({**pre, "state": sent}, post))
-
-    def complete(self, pre: States, post: States) -> tuple[Array, Array]:
-        """The same weights as states of the complete `Addressed`, 0 where there is no edge."""
-        groups = len(post)
-        ports = self._speakers(pre["hears"]) * self.copies + pre["hears"] % self.copies
-        slots = slots_of(ports, groups * self.copies)
-        pre, post = (carry(states, slots).reshape(*states.shape[:2], groups, -1) for states in (pre["state"], post))
-        return jnp.einsum("gihp->higp", pre), post
-
-    def _speakers(self, hears: Array) -> Array:
-        groups = hears.shape[0]
-        return (jnp.arange(groups)[:, None] + 1 + hears // self.copies) % groups
-
-
 class Within(SignalRule):
     """W[gj, gi] = sum_p R[g, j, p] S[g, i, p]: neurons of one group only, through p numbers each.
 
     pre S [G, n, p], post R [G, m, p]. p (n_in + n_out) parameters, twice that in FLOPs per token, rank G p.
     """
+
+    spoken: ClassVar[Axes] = ("group", None)
+    heard: ClassVar[Axes] = ("group", None)
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
@@ -284,6 +207,9 @@ class Block(SignalRule):
     The send state is then one-hot and not stored: pre is (), post R [G, m, n]. n_in n_out / G parameters, twice that
     in FLOPs per token, full rank inside a group. With one group it is the dense layer, our first baseline.
     """
+
+    spoken: ClassVar[Axes] = ("group",)
+    heard: ClassVar[Axes] = ("group",)
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
@@ -316,11 +242,6 @@ def in_kinds(states: Array, kind: Array, axis: int) -> Array:
     tied = jnp.take(states, kind, axis)
     before, after = (jnp.linalg.norm(s, axis=axis, keepdims=True) for s in (states, tied))
     return tied * (before / after)
-
-
-def _overheard(said: Array, speakers: Array | np.ndarray, pre: Array) -> Array:
-    """Signals [..., G, k, p] of x [..., G, n] from the speakers [G, k] of each group, with states kept by listeners."""
-    return jnp.einsum("...gsi,gisp->...gsp", said[..., speakers, :], pre)
 
 
 def split(x: Array, groups: int) -> Array:

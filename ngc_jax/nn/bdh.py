@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
+from ngc_jax.mesh import lay
+from ngc_jax.nn.layers import unembed
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -96,20 +98,22 @@ class BDH:
             chex.assert_equal_shape([tokens, segments])
         # A token does not hear itself: it sees what the token before it would.
         mask = attention.visible(positions - 1, positions, tokens.shape[1], segments)
-        encoder, encoder_v = params["encoder"]["weight"], params["encoder_v"]["weight"]
-        decoder = params["decoder"]["weight"].reshape(s.heads, -1, s.width)
+        encoder, encoder_v = (lay(params[name]["weight"], "group", None, None) for name in ("encoder", "encoder_v"))
+        decoder = lay(params["decoder"]["weight"], "group", None).reshape(s.heads, -1, s.width)
 
         def layer(x: Array, state: Array | None) -> tuple[Array, Array | None]:
-            active = jax.nn.relu(jnp.einsum("btd,hdn->bhtn", x, encoder))
+            active = lay(jax.nn.relu(jnp.einsum("btd,hdn->bhtn", x, encoder)), "window", "group", None, None)
             read = attention.rotate_neighbours(active, positions, ROTARY_BASE)
             mixed, state = attention.attend_linearly(read, x, mask, state)
             gated = active * jax.nn.relu(jnp.einsum("bhtd,hdn->bhtn", normalise(mixed), encoder_v))
-            return normalise(x + normalise(jnp.einsum("bhtn,hnd->btd", gated, decoder))), state
+            said = lay(jnp.einsum("bhtn,hnd->btd", gated, decoder), "window", None, None)
+            return normalise(x + normalise(said)), state
 
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x, cache = jax.lax.scan(layer, normalise(params["embed"][tokens]), cache, length=s.layers)
-        return (x @ params["unembed"]).astype(jnp.float32), cache
+        x = lay(lay(params["embed"], None, "group")[tokens], "window", None, None)
+        x, cache = jax.lax.scan(layer, normalise(x), cache, length=s.layers)
+        return unembed(lay(x, "window", None, None), params["unembed"]), cache
 
 
 def normalise(x: Array) -> Array:

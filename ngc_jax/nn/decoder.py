@@ -18,7 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.stability import Round
-from ngc_jax.nn.layers import RMSNorm, Stage
+from ngc_jax.mesh import gathered, lay
+from ngc_jax.nn.layers import RMSNorm, Stage, unembed
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import leaders, spread
 
@@ -132,7 +133,7 @@ class Decoder:
 
         def body(x: Array, layer: Any) -> tuple[Array, Any]:
             weights, kept = layer
-            return stage.apply({"params": weights}, x, positions, segments, kept)
+            return stage.apply({"params": gathered(weights)}, x, positions, segments, kept)
 
         if self.shape.remat == "stages":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -174,14 +175,13 @@ class Decoder:
         cache: Params | None,
         record: bool,
     ) -> tuple[Array, Params, Round | None]:
-        s = self.shape
         chex.assert_rank([tokens, positions], [2, 1])
         if segments is not None:
             chex.assert_equal_shape([tokens, segments])
-        x, cache, records = self.stream(params, params["embed"][tokens], positions, segments, cache, record)
-        x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
-        logits = x.reshape(-1, s.width) @ params["unembed"]
-        return logits.reshape(*tokens.shape, s.vocab).astype(jnp.float32), cache, records
+        x = lay(lay(params["embed"], None, "group")[tokens], *self.shape.stream_axes)
+        x, cache, records = self.stream(params, x, positions, segments, cache, record)
+        x = lay(jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x)), *self.shape.stream_axes)
+        return unembed(x, params["unembed"]), cache, records
 
 
 KEEP = 0.9  # of the state, from one round to the next, at the start of training

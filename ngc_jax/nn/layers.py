@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
+from ngc_jax.core.addressed import Addressed
 from ngc_jax.core.encapsulation import encapsulate
 from ngc_jax.core.rules import GATES, activation_gain, say, weights
 from ngc_jax.core.signal_rules import SignalRule
+from ngc_jax.mesh import lay, ways
 from ngc_jax.nn.shape import ModelShape, SynapsePart
 from ngc_jax.nn.sharing import leaders, spread
 
@@ -32,7 +34,8 @@ class Synapse(nn.Module):
     same, and then the signal is computed once. A synapse is the sum of the parts its shape names (inside a group,
     between groups), scaled so that unit-variance x gives y of variance gain^2 at start. Under form="weights" the linear
     parts' weights are generated, summed and multiplied once, for the dense layer's FLOPs but none of its parameters;
-    under form="signals" a signal rule's weights are never formed.
+    under form="signals" a signal rule's weights are never formed. Where groups are on different devices they never are
+    under either, so that only signals cross.
     """
 
     parts: tuple[SynapsePart, ...]
@@ -48,21 +51,26 @@ class Synapse(nn.Module):
         outputs, generated = [], []
         # Drawn once, for who is of which kind at start must be the same in all parts, or their sum has a higher rank.
         who = self.make_rng("params") if self.parts[0].kinds and self.is_initializing() else jax.random.key(0)
+        forms = self.form == "weights" and ways("group") == 1
         for part in self.parts:
             scale = self.gain * len(self.parts) ** -0.5 * activation_gain(part.activation)
             states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale, who)
             pre, post = states.get("pre", ()), states["weight" if part.place == "dense" else "post"]
-            if not isinstance(part.how, SignalRule) or (self.form == "weights" and part.activation is None):
+            if not isinstance(part.how, SignalRule) or (forms and part.activation is None):
                 generated.append(jax.vmap(partial(weights, part.how))(spread(self.senders, pre), post))
                 continue
+            how, senders = part.how, self.senders
+            if part.wired is not None and ways("group") > 1:  # speakers hold their states, not listeners
+                pre, post = jax.vmap(part.wired.complete)(spread(senders, pre), post)
+                how, senders = Addressed(), tuple(range(len(senders)))
             sent, axis = tokens, None  # where a send state is one-hot: all members read x as it is
             if part.rule != "block":
-                speak = partial(say, part.how, tokens, activation=part.activation)
-                sent, axis = spread(self.senders, jax.vmap(speak)(pre)), 0
-            outputs.append(jax.vmap(part.how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
+                said = jax.vmap(partial(say, how, tokens, activation=part.activation))(pre)
+                said = lay(lay(said, None, "window", *how.spoken), None, "window", *how.heard)  # here signals cross
+                sent, axis = spread(senders, said), 0
+            outputs.append(jax.vmap(how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
         if generated:
-            product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
-            outputs.append(product.reshape(-1, len(self.senders), self.n_out))
+            outputs.append(jnp.tensordot(tokens, reduce(jnp.add, generated), (1, 2)))
         return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float, who: Array) -> dict[str, Array]:
@@ -142,7 +150,7 @@ class Stage(nn.Module):
 
         read = RMSNorm(name="attention_norm")(x)
         made = square(senders("query_key_value"), name="query_key_value")(read)
-        query, key, value = (made[..., i, :].reshape(heads) for i in range(3))
+        query, key, value = (lay(made[..., i, :].reshape(heads), "window", None, "group", None) for i in range(3))
         if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         query, key = attention.rotate(query, positions), attention.rotate(key, positions)
@@ -153,14 +161,27 @@ class Stage(nn.Module):
             keys = jnp.arange(key.shape[1])
         share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
         self.sow("intermediates", "attention", share)
-        mixed = gated("attention_gates", read, attention.mix(share, value))
-        x = x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :]
+        mixed = gated("attention_gates", read, lay(attention.mix(share, value), "window", None, "group"))
+        x = lay(x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :], *s.stream_axes)
 
         up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders("gate_up"), name="gate_up")
         down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, gain=s.branch_gain, name="down")
         read = RMSNorm(name="exchange_norm")(x)
-        both = up(read)
+        both = lay(up(read), "window", None, None, "group")
         gate, heard = both[..., 0, :], both[..., 1, :]
         if s.exchange_activation is not None:
             gate = gate * GATES[s.exchange_activation](gate)
-        return x + down(gated("exchange_gates", read, gate * heard))[..., 0, :], cache
+        said = gated("exchange_gates", read, gate * heard)
+        return lay(x + down(said)[..., 0, :], *s.stream_axes), cache
+
+
+def unembed(x: Array, matrix: Array) -> Array:
+    """Logits [B, T, V] in float32 for x [B, T, D] and the matrix [D, V].
+
+    With groups on N devices: if N divides the vocabulary, each has a part of it and gets all of x, D numbers a token;
+    else (bytes, a small matrix) each takes a part of the tokens, D / N numbers a token, and gets the matrix.
+    """
+    tokens, vocab = (None, "vocab") if matrix.shape[1] % ways("vocab") == 0 else ("row", None)
+    rows = lay(x.reshape(-1, x.shape[-1]), tokens or "window", None)
+    logits = lay(rows @ lay(matrix, None, vocab), tokens or "window", vocab)
+    return logits.reshape(*x.shape[:-1], -1).astype(jnp.float32)

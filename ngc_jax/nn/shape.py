@@ -6,8 +6,8 @@ For: what a model *is*, and the synapse parts that follow from it. Not for: para
 import dataclasses
 from typing import NamedTuple
 
+from ngc_jax.core.addressed import Addressed, Rewirable
 from ngc_jax.core.rules import RULES, Rule
-from ngc_jax.core.signal_rules import Addressed, Rewirable
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.nn.sharing import Sharing, parse
 
@@ -64,6 +64,11 @@ class ModelShape:
     def depth(self) -> int:
         """Stages that a token passes through, rounds counted."""
         return self.prelude + self.core * self.rounds + self.coda
+
+    @property
+    def stream_axes(self) -> tuple[str | None, ...]:
+        """What the axes of the stream [B, T, D] count (`mesh.py`): channels are groups' own, but in the dense model."""
+        return ("window", None, None if self.rule == "dense" else "group")
 
     @property
     def has_messages(self) -> bool:
