@@ -70,7 +70,8 @@ class Synapse(nn.Module):
                 sent, axis = spread(senders, said), 0
             outputs.append(jax.vmap(how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
         if generated:
-            outputs.append(jnp.tensordot(tokens, reduce(jnp.add, generated), (1, 2)))
+            product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
+            outputs.append(product.reshape(-1, len(self.senders), self.n_out))
         return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float, who: Array) -> dict[str, Array]:
