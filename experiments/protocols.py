@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "block-diagonal": {"rate": 1e-2, "model.rule": "none"},
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
 }
-SIZES = ("NGC", "NGC, p = 1", "dense")  # those of which a smaller one is asked for
+SIZES = ("NGC", "NGC, p = 1", "dense")  # whose curve over sizes is asked for
 SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
 
 
@@ -64,7 +64,7 @@ PROTOCOLS = {
         factors=(1.0,),
         measured=False,
     ),
-    "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1": (), "1:flops": ()}),
+    "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1": SIZES, "1:flops": ()}),
     # nanoGPT's setting for a CPU (4 layers of width 128, context 64, 12 x 64 x 2,000 tokens: loss 1.88), at four times
     # its tokens; the first share is a quarter of a million parameters in matrices.
     "shakespeare_cpu": Protocol(
