@@ -148,9 +148,9 @@ def test_basis_sharing_is_one_basis_for_neighbours_in_all_that_reads_the_stream(
     width, hidden, rank, stages = 16, 24, 2, 4
     config = base()
     config.data.context = 8
-    fields = {name: value for name, value in MODELS["Basis Sharing"].items() if name != "rate"}
-    config.update_from_flattened_dict(fields | {"model.groups": 2, "model.heads": 2, "model.p_inter": rank})
-    config.model.update({"width": width, "hidden": hidden})
+    config.update_from_flattened_dict({k: v for k, v in MODELS["Basis Sharing"].items() if k.startswith("model.")})
+    config.model.update({"groups": 2, "heads": 2, "p_inter": rank, "width": width, "hidden": hidden})
+    config.model.update({"prelude": stages, "core": 0, "coda": 0})
     validate(config)
     model = Decoder(model_shape(config, 20))
     params = jax.jit(model.init)(jax.random.key(0))
