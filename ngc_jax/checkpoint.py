@@ -46,7 +46,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=False,  # `save` does it: here Orbax would do it in the background
             create=not read_only,
             read_only=read_only,
         )
@@ -108,6 +108,9 @@ class Checkpoints:
         """Save in the background. Waits for the save before this one. Raises SaveFailed for either."""
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        # What a kill or a failed save has left; Orbax's threads may write some of it after the failure was raised.
+        for begun in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+            shutil.rmtree(begun, ignore_errors=True)
         with self._attempt(step):
             self._manager.save(step, args=items, force=True)
         self._sealing = step, self._pool.submit(self._seal, step)
@@ -140,16 +143,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _attempt(self, step: int) -> Iterator[None]:
-        """Raise SaveFailed for what goes wrong with a save, and leave nothing half written behind."""
+        """Raise SaveFailed for what goes wrong with a save, and be ready for the next."""
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore has ValueError for a file that cannot be written
             with contextlib.suppress(OSError, ValueError):
-                self._manager.close()  # waits for its threads, and would raise the same for every save to come
+                self._manager.close()  # it would raise the same for every save to come
             home = self.directory / str(step)
-            begun = [] if (home / MANIFEST).exists() else [home]
-            for directory in [*begun, *self.directory.glob(f"{step}.*")]:
-                shutil.rmtree(directory, ignore_errors=True)
+            if not (home / MANIFEST).exists():
+                shutil.rmtree(home, ignore_errors=True)
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
             cause = str(error).partition(" [tensorstore_spec")[0]
             raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error

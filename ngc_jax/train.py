@@ -41,6 +41,8 @@ from ngc_jax.steps import init_state, make_train_step
 from ngc_jax.watchdog import Watchdog
 from ngc_jax.workdir import abstract_state, claim
 
+MEASURED = {"eval", "stability", "final"}  # kinds of rows that are made of the state between two updates
+
 
 class Diverged(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite, and going back did not help."""
@@ -111,6 +113,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     # ---- The loop ------------------------------------------------------------------------------------------------
     metrics, clock = Metrics(workdir, step), Clock(meta["seconds"])
     asked_to_stop, watchdog = Preemption(), Watchdog(train.hang_minutes, train.hang_exit, workdir / "hang.txt")
+    unmeasured = MEASURED - metrics.measured  # what is due after this step and was abandoned has yet to be made
     saved, last_save = step, time.monotonic()
     late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
     settled = step  # the last update whose scalars were read
@@ -190,7 +193,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     def rewind() -> None:
         """Go back to a checkpoint from before the trouble, and on with the batches after it. Raises Diverged."""
-        nonlocal step, state, batches, metrics, late, settled, broken, warned, saved, rewinds, passed
+        nonlocal step, state, batches, metrics, unmeasured, late, settled, broken, warned, saved, rewinds, passed
         with saving():
             checkpoints.wait()
         before = [at for at in checkpoints.steps() if at <= settled - broken]
@@ -214,6 +217,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         checkpoints.drop_after(sound)
         metrics.close()
         metrics = Metrics(workdir, sound)
+        unmeasured = MEASURED - metrics.measured
         row = {"train/rewinds": rewinds, "train/passed": passed, "train/rewound_from": settled}
         metrics.write({"step": sound + 1, **row})  # of what comes now: a run that goes on from `sound` will redo it
         state = late = None  # their memory is needed
@@ -222,7 +226,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         clock.start(step)
         watchdog.beat()
 
-    unmeasured = {"eval", "stability", "final"} - metrics.measured  # of the step gone on from: it was abandoned
     with asked_to_stop, watchdog:
         clock.start(step)
         while True:
@@ -264,7 +267,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             with jax.transfer_guard("disallow"):
                 state, scalars = update(state, placed)
             settle()  # of the update before, while this one runs
-            step, late, unmeasured = step + 1, (step + 1, scalars), set(due)
+            step, late, unmeasured = step + 1, (step + 1, scalars), MEASURED
             if rewire and changes(config).due(step):
                 settle()
                 state, changed = rewire(state, placed, step)
