@@ -1,7 +1,8 @@
 """Train a model: python launch.py --config=configs/ngc_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 1 a failure of the machine, 2 a
-mistake in what was asked for, 3 training diverged, 75 asked to stop (saved; run again).
+mistake in what was asked for, 3 training diverged, 4 it hung (train.hang_exit; run again), 75 asked to stop (saved; run
+again).
 """
 
 import pathlib
@@ -53,6 +54,6 @@ def fail(code: int, error: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what goes wrong is raised, and said in one line
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse)

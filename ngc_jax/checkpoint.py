@@ -8,11 +8,13 @@ whose seal is missing or broken is passed over for the newest one that is sound.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,10 @@ from ngc_jax.atomic import write_durably
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written, on a full disk say. Those before it are untouched; the next may succeed."""
 
 
 class Restored(NamedTuple):
@@ -38,15 +44,15 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int = 3, read_only: bool = False):
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=False,  # `save` does it: here Orbax would do it in the background
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self._sealing: concurrent.futures.Future[None] | None = None
+        self._sealing: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first, sound or not."""
@@ -71,10 +77,12 @@ class Checkpoints:
                 return f"{name} does not match its checksum"
         return None
 
-    def newest_sound(self) -> tuple[int | None, dict[int, str]]:
-        """The newest sound step, if any, and the faults of the steps after it."""
+    def newest_sound(self, among: Collection[int] | None = None) -> tuple[int | None, dict[int, str]]:
+        """The newest sound step, if any, and the faults of the steps after it; of all, or of those in `among`."""
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
+            if among is not None and step not in among:
+                continue
             fault = self.fault(step)
             if fault is None:
                 return step, faults
@@ -97,22 +105,33 @@ class Checkpoints:
         return Restored(step, read["state"], read["meta"])
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Save in the background. Waits for the save before this one; raises what went wrong with it."""
+        """Save in the background. Waits for the save before this one. Raises SaveFailed for either."""
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=items, force=True)
-        self._sealing = self._pool.submit(self._seal, step)
+        # What a kill or a failed save has left; Orbax's threads may write some of it after the failure was raised.
+        for begun in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+            shutil.rmtree(begun, ignore_errors=True)
+        with self._attempt(step):
+            self._manager.save(step, args=items, force=True)
+        self._sealing = step, self._pool.submit(self._seal, step)
 
     def check(self) -> None:
-        """Raise at once what went wrong with a save in the background, if anything did."""
-        if self._sealing is not None and self._sealing.done():
+        """Raise SaveFailed at once for a save in the background that went wrong, if one did."""
+        if self._sealing is not None and self._sealing[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when everything is saved and sealed."""
-        sealing, self._sealing = self._sealing, None
-        if sealing is not None:
-            sealing.result()
+        """Return when everything is saved and sealed. Raises SaveFailed, once for each save that went wrong."""
+        if self._sealing is not None:
+            (step, sealing), self._sealing = self._sealing, None
+            with self._attempt(step):
+                sealing.result()
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints after a step, which a run that goes on from there will make anew."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def close(self) -> None:
         """Wait, then let go of the directory."""
@@ -121,6 +140,21 @@ class Checkpoints:
         finally:
             self._pool.shutdown()
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _attempt(self, step: int) -> Iterator[None]:
+        """Raise SaveFailed for what goes wrong with a save, and be ready for the next."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore has ValueError for a file that cannot be written
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.close()  # it would raise the same for every save to come
+            home = self.directory / str(step)
+            if not (home / MANIFEST).exists():
+                shutil.rmtree(home, ignore_errors=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            cause = str(error).partition(" [tensorstore_spec")[0]
+            raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
 
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()

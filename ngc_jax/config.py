@@ -113,7 +113,10 @@ def base() -> ConfigDict:
     c.train.b2 = 0.99  # AdamW's second moment, in [0, 1)
     c.train.clip_norm = 1.0  # of the whole gradient, > 0
     c.train.compute_dtype = "float32"  # "float32" or "bfloat16"; parameters and optimizer are float32 always
-    c.train.max_bad_steps = 20  # updates with a non-finite loss or gradient, skipped in a row, before the run stops
+    c.train.max_bad_steps = 20  # updates with a non-finite loss or gradient, skipped in a row, that are trouble; >= 1
+    c.train.max_rewinds = 2  # times that trouble sends the run back to a checkpoint, past the batches since, >= 0
+    c.train.hang_minutes = 0.0  # without an update, a batch of evaluation or a save that are a hang, > 0; 0 = no watch
+    c.train.hang_exit = False  # True: a hang ends the process, for a scheduler to start it again
     c.train.log_every = 20  # updates between rows of metrics, >= 1
 
     c.eval = ConfigDict()
@@ -255,6 +258,10 @@ def validate(config: ConfigDict) -> None:
         need(t[field] >= 1, f"train.{field}", "1 or more")
     for field in ("learning_rate", "state_learning_rate", "clip_norm"):
         need(t[field] > 0, f"train.{field}", "above 0")
+    for field in ("max_rewinds", "hang_minutes"):
+        need(t[field] >= 0, f"train.{field}", "0 or more")
+    watched = "False where train.hang_minutes is 0, so that no hang is noticed"
+    need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", watched)
     need(t.weight_decay >= 0, "train.weight_decay", "0 or more")
     need(0 <= t.b1 < 1, "train.b1", "from 0 to below 1, for instance 0.9")
     need(0 <= t.b2 < 1, "train.b2", "from 0 to below 1, for instance 0.99")
@@ -311,6 +318,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
     """
     free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
+    free |= {"train.hang_minutes", "train.hang_exit"}
     free |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

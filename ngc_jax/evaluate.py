@@ -31,11 +31,18 @@ def compile_eval(model: LanguageModel, config: Any, mesh: Mesh, tokens: Tokens) 
 
 
 def held_out(
-    step: Callable[..., Any], params: Any, config: Any, mesh: Mesh, tokens: Tokens, limit: int
+    step: Callable[..., Any],
+    params: Any,
+    config: Any,
+    mesh: Mesh,
+    tokens: Tokens,
+    limit: int,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """{"loss": nats per token, "bits_per_byte": ...} on `limit` windows (0 = all).
 
-    Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers.
+    Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers. `between` is
+    called before each batch, and may raise to abandon all.
     """
     batches = held_out_batches(
         Windows(tokens.validation, config.data.context),
@@ -46,6 +53,7 @@ def held_out(
     )
     total: dict[str, float] = {}
     for windows, real in batches:
+        between()
         sums = step(params, meshes.put_rows(mesh, windows), meshes.put_rows(mesh, real))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)

@@ -4,6 +4,7 @@ For: writing and reading rows. Not for: computing them. A row is {"step": s, nam
 update s, so a run that goes on from checkpoint s keeps the rows up to s and writes the later ones anew.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -28,35 +29,54 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
 
 
 class Metrics:
-    """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from."""
+    """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from.
+
+    `measured`: what the rows of `start` hold already besides its update: "eval", "stability", "final", "wiring".
+    """
 
     def __init__(self, workdir: pathlib.Path, start: int):
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(workdir) if row["step"] <= start] if start else []
         write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a")  # noqa: SIM115 (closed by close())
+        others = [row for row in kept if row["step"] == start and "train/loss" not in row]
+        self.measured = {name.partition("/")[0] for row in others for name in row}
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._unwritten = b""
         self._board = _Board.open(workdir / "tensorboard")
         if self._board:
             for row in kept:
                 self._board.write(row)
 
     def write(self, row: Row) -> None:
-        """Add a row. What is not finite becomes null, as JSON has no such numbers."""
+        """Add a row. What is not finite becomes null, as JSON has no such numbers. A full disk is no error yet."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._unwritten += f"{json.dumps(row)}\n".encode()
+        with contextlib.suppress(OSError):
+            self._write()
         if self._board:
-            self._board.write(row)
+            try:
+                self._board.write(row)
+            except OSError:
+                self._board = None  # it is only a view, made anew when the run goes on
 
     def sync(self) -> None:
-        """Have all rows on disk. Called before a checkpoint, so that a checkpoint never lacks the rows before it."""
+        """Have all rows on disk. Called before a checkpoint, so that a checkpoint never lacks the rows before it.
+
+        Raises OSError where that cannot be; the rows are kept for the next time.
+        """
+        self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
         self._file.close()
         if self._board:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+    def _write(self) -> None:
+        while self._unwritten:  # a disk that fills up takes part of it
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 class _Board:

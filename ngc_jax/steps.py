@@ -27,9 +27,12 @@ Tree = Any
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run is, after `step` updates. Batch, learning rate and everything random follow from `step`."""
+    """All that a run is, after `step` updates. Learning rate and everything random follow from `step`.
 
-    step: Array  # int32: batches consumed, skipped ones counted
+    So does the batch, but for the count of batches that were passed over, which is saved beside it (`train.py`).
+    """
+
+    step: Array  # int32: updates, skipped ones counted
     params: Tree  # float32; and int32, not trained, where it says who hears whom (rewire.py)
     optimizer: Tree
     skipped: Array  # int32: updates skipped so far because loss or gradient was not finite

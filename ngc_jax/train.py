@@ -2,13 +2,17 @@
 
 For: the order, and what happens between updates. Not for: what an update is (`steps.py`).
 
-The run's one counter is the number of updates made. Update s reads batch s - 1 at learning rate s - 1; row s and
-checkpoint s are made after it. Rows are on disk before the checkpoint of their step, so whatever checkpoint a run
-goes on from, no row before it is missing, and the rows after it are dropped and made again.
+The run's one counter is the number of updates made. Update s reads batch s - 1 + passed at learning rate s - 1; row s
+and checkpoint s are made after it. Rows are on disk before the checkpoint of their step, so whatever checkpoint a run
+goes on from, no row before it is missing but of an evaluation that was abandoned, which is made first; and the rows
+after it are dropped and made again. `passed` counts the batches that rewinding left out, as Chowdhery et al. 2022
+(PaLM, arXiv 2204.02311, 5.1) did by hand: back to a checkpoint from before the trouble, on with the batches after it.
 """
 
+import contextlib
 import pathlib
 import time
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import flax
@@ -30,15 +34,18 @@ from ngc_jax.evaluate import compile_eval, compile_watch, held_out
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.preemption import Preemption
+from ngc_jax.preemption import Asked, Preemption
 from ngc_jax.rewire import changes, compile_rewire, pruned
 from ngc_jax.stability.regulariser import make_penalty
 from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.watchdog import Watchdog
 from ngc_jax.workdir import abstract_state, claim
+
+MEASURED = {"eval", "stability", "final"}  # kinds of rows that are made of the state between two updates
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row had a loss or gradient that is not finite."""
+    """Too many updates in a row had a loss or gradient that is not finite, and going back did not help."""
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -73,19 +80,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
+    progress = Progress(train.steps)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    start, faults = checkpoints.newest_sound()
-    for step, fault in faults.items():
-        print(f"checkpoint {step} is passed over: {fault}; moved to {checkpoints.set_aside(step)}")
+
+    def newest(among: Collection[int]) -> int | None:
+        """The newest sound checkpoint of these; one that is not sound is named and set aside."""
+        sound, faults = checkpoints.newest_sound(among)
+        for bad, fault in faults.items():
+            progress.say(f"checkpoint {bad} is passed over: {fault}; moved to {checkpoints.set_aside(bad)}")
+        return sound
+
+    start = newest(checkpoints.steps())
     if start is None:
         # It runs once: at optimization level 1 it compiles three times faster, to the same bits.
         options = {"xla_backend_optimization_level": 1}
         init = jax.jit(lambda: init_state(model, train, config.seed), out_shardings=lies, compiler_options=options)
-        step, state, spent = 0, init(), 0.0
+        step, state, meta = 0, init(), dict[str, Any](seconds=0.0)
         print(f"starting from step 0 in {workdir}")
     else:
         step, state, meta = checkpoints.restore(start, like)
-        spent = meta["seconds"]
         if meta["data"] != tokens.fingerprint:
             raise UserError(
                 f"the text has changed since checkpoint {step} of --workdir={workdir}: fingerprint "
@@ -95,22 +108,40 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         print(f"going on from checkpoint {step} of {train.steps} in {workdir}")
         if meta["versions"] != versions():
             print(f"it was made with {meta['versions']}, this is {versions()}: equal to rounding, not to the bit")
+    rewinds, passed = meta.get("rewinds", 0), meta.get("passed", 0)  # times gone back; batches passed over by that
 
     # ---- The loop ------------------------------------------------------------------------------------------------
-    metrics, progress, clock = Metrics(workdir, step), Progress(train.steps), Clock(spent)
-    last_save = time.monotonic()
+    metrics, clock = Metrics(workdir, step), Clock(meta["seconds"])
+    asked_to_stop, watchdog = Preemption(), Watchdog(train.hang_minutes, train.hang_exit, workdir / "hang.txt")
+    unmeasured = MEASURED - metrics.measured  # what is due after this step and was abandoned has yet to be made
+    saved, last_save = step, time.monotonic()
     late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
-    broken = 0  # updates skipped in a row
+    settled = step  # the last update whose scalars were read
+    broken = 0  # updates skipped in a row, up to that one
     warned = 0  # the update at which the standing warning of divergence began; 0 = none stands
 
+    def batches_from(step: int) -> Iterator[Any]:
+        return train_batches(
+            Windows(tokens.train, data.context),
+            batch_size=train.batch_size,
+            seed=config.seed,
+            start=step + passed,
+            stop=train.steps + passed,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+
+    batches = batches_from(step)
+
     def settle() -> None:
-        """Read the scalars of the update before this one, log them, and stop where training has broken down."""
-        nonlocal late, broken, warned
-        if late is None:
+        """Read the scalars of the update before this one and log them; in trouble, no further than to its last."""
+        nonlocal late, settled, broken, warned
+        if late is None or broken >= train.max_bad_steps:
             return
         (at, scalars), late = late, None
         row = {name: value.item() for name, value in jax.device_get(scalars).items()}
-        broken = row["train/bad_in_a_row"]
+        watchdog.beat()
+        settled, broken = at, row["train/bad_in_a_row"]
         if broken or at == 1 or at % train.log_every == 0 or at == train.steps:
             per_step = clock.lap(at)
             speed = train.batch_size * data.context / per_step
@@ -123,79 +154,131 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         warned = (warned or at) if likely or (broken and warned) else 0
         if broken:
             progress.say(f"step {at}: loss {row['train/loss']}, gradient norm {row['train/grad_norm']}: update skipped")
-        if broken >= train.max_bad_steps:
+
+    def measure(kinds: Iterable[str]) -> bool:
+        """Write the rows of these kinds; False: asked to stop meanwhile, and abandoned."""
+
+        def between() -> None:
+            watchdog.beat()
+            asked_to_stop.check()
+
+        def hold_out(kind: str) -> dict[str, float]:
+            limit, text = (config.eval.windows, "held-out") if kind == "eval" else (0, "held-out, whole text")
+            result = held_out(evaluate, state.params, config, mesh, tokens, limit, between)
+            losses = f"loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
+            progress.say(f"step {step}: {text} {losses}")
+            return {f"{kind}/{name}": value for name, value in result.items()}
+
+        with clock, contextlib.suppress(Asked):
+            for kind in kinds:
+                between()
+                measures = watch(state.params) if watch and kind == "stability" else hold_out(kind)
+                metrics.write({"step": step, **measures})
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def saving(ending: bool = False) -> Iterator[None]:
+        """A save that fails is shouted of and training goes on, unless it ends here."""
+        try:
+            yield
+        except OSError as error:
+            last_sound, _ = checkpoints.newest_sound()
+            kept = f"the last sound checkpoint, {last_sound}, is kept"
+            if ending:
+                raise OSError(f"{error}; {kept}; make room and give the same command again") from error
+            again = step - step % config.checkpoint.every_steps + config.checkpoint.every_steps
+            soon = f"next try after step {again}, or in {config.checkpoint.every_minutes:g} minutes"
+            progress.say(f"NOT SAVED: {error}; training goes on; {kept}; {soon}")
+
+    def rewind() -> None:
+        """Go back to a checkpoint from before the trouble, and on with the batches after it. Raises Diverged."""
+        nonlocal step, state, batches, metrics, unmeasured, late, settled, broken, warned, saved, rewinds, passed
+        with saving():
             checkpoints.wait()
-            sound, _ = checkpoints.newest_sound()
+        before = [at for at in checkpoints.steps() if at <= settled - broken]
+        # Not one that a signal or the clock made: also a run that was never stopped must find it.
+        planned = [at for at in before if at % config.checkpoint.every_steps == 0]
+        sound = newest(planned or before)
+        if sound is None or rewinds == train.max_rewinds:
             foretold = f"the warning stood from step {warned} on" if warned else "no warning came before it"
             raise Diverged(
-                f"stopped at step {at}: loss or gradient was not finite {broken} times in a row; last sound "
-                f"checkpoint: {sound}; {foretold}; try a smaller train.learning_rate={train.learning_rate:g} or "
+                f"stopped at step {settled}: loss or gradient was not finite {broken} times in a row; rewound "
+                f"{rewinds} times; last sound checkpoint: {sound}; {foretold}; try a smaller "
+                f"train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )
-
-    def measure(name: str, limit: int) -> None:
-        with clock:
-            result = held_out(evaluate, state.params, config, mesh, tokens, limit)
-            metrics.write({"step": step} | {f"{name}/{k}": v for k, v in result.items()})
-            kind = "held-out" if name == "eval" else "held-out, whole text"
-            progress.say(
-                f"step {step}: {kind} loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
-            )
-
-    batches = train_batches(
-        Windows(tokens.train, data.context),
-        batch_size=train.batch_size,
-        seed=config.seed,
-        start=step,
-        stop=train.steps,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
-    with Preemption() as asked_to_stop:
+        rewinds, passed = rewinds + 1, passed + settled - sound
+        progress.say(
+            f"step {settled}: rewound to checkpoint {sound}, {rewinds} of at most {train.max_rewinds} times; "
+            f"the {settled - sound} batches since then are passed over"
+        )
+        checkpoints.drop_after(sound)
+        metrics.close()
+        metrics = Metrics(workdir, sound)
+        unmeasured = MEASURED - metrics.measured
+        row = {"train/rewinds": rewinds, "train/passed": passed, "train/rewound_from": settled}
+        metrics.write({"step": sound + 1, **row})  # of what comes now: a run that goes on from `sound` will redo it
+        state = late = None  # their memory is needed
+        step, state, _ = checkpoints.restore(sound, like)
+        batches, settled, saved, broken, warned = batches_from(step), step, step, 0, 0
         clock.start(step)
-        for windows in batches:
-            placed = meshes.put_rows(mesh, windows)
+        watchdog.beat()
+
+    with asked_to_stop, watchdog:
+        clock.start(step)
+        while True:
+            # What comes after update `step`, the one that this start goes on from as well.
+            last = step == train.steps
+            due = {
+                "eval": step > 0 and (last or step % config.eval.every == 0),
+                "stability": step > 0 and watch is not None and (last or step % config.stability.every == 0),
+                "final": last,
+            }
+            kinds = [kind for kind in due if due[kind] and kind in unmeasured]
+            minutes = (time.monotonic() - last_save) / 60
+            save = last or step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
+            if kinds or save:
+                settle()
+            if broken >= train.max_bad_steps:
+                rewind()
+                continue
+            measured = measure(kinds)
+            stop = bool(asked_to_stop)  # once: asked after the save, the run would leave with a step unsaved
+            if step > saved and (save or stop):
+                settle()
+                # While updates are skipped nothing is saved: the checkpoints stay those from before the trouble.
+                if last or stop or not broken:
+                    with clock, saving():
+                        checkpoints.wait()  # for the save before this one
+                    with clock, saving(ending=last or stop):
+                        metrics.sync()
+                        meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
+                        checkpoints.save(step, state, meta | {"rewinds": rewinds, "passed": passed})
+                        if last or stop:
+                            checkpoints.wait()
+                    saved, last_save = step, time.monotonic()
+                    watchdog.beat()
+            if last or stop:
+                break
+
+            placed = meshes.put_rows(mesh, next(batches))
             with jax.transfer_guard("disallow"):
                 state, scalars = update(state, placed)
             settle()  # of the update before, while this one runs
-            step, late = step + 1, (step + 1, scalars)
-            checkpoints.check()
-
+            step, late, unmeasured = step + 1, (step + 1, scalars), MEASURED
             if rewire and changes(config).due(step):
                 settle()
                 state, changed = rewire(state, placed, step)
                 metrics.write({"step": step, **changed})
-
-            last = step == train.steps
-            stop = bool(asked_to_stop)  # once: asked after the save, the run would leave with a step unsaved
-            if last or step % config.eval.every == 0:
-                settle()
-                measure("eval", config.eval.windows)
-            if watch and (last or step % config.stability.every == 0):
-                settle()
-                with clock:
-                    metrics.write({"step": step, **watch(state.params)})
-            if last:
-                measure("final", 0)
-            minutes = (time.monotonic() - last_save) / 60
-            due = step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
-            if last or due or stop:
-                settle()
-                # While updates are skipped nothing is saved: the checkpoints stay those from before the trouble.
-                if last or stop or not broken:
-                    with clock:
-                        metrics.sync()
-                        meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
-                        checkpoints.save(step, state, meta)
-                    last_save = time.monotonic()
-            if stop:
-                break
+            with saving():
+                checkpoints.check()
         checkpoints.close()
 
     # ---- The end ---------------------------------------------------------------------------------------------------
     metrics.close()
-    if step < train.steps:
+    if step < train.steps or not measured:
         progress.say(f"asked to stop: step {step} is saved; the same command goes on from there")
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))

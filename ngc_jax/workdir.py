@@ -1,7 +1,7 @@
 """The work directory: what lies where, who may use it, and opening a trained model from it.
 
 For: the contract DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, card.md}, `damaged/`
-beside them where a checkpoint had to be set aside. Not for: writing rows (`metrics.py`) or checkpoints.
+beside them where a checkpoint had to be set aside, hang.txt where it hung. Not for: writing rows or checkpoints.
 """
 
 import argparse
