@@ -230,7 +230,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         clock.start(step)
         while True:
             # What comes after update `step`, the one that this start goes on from as well.
-            last = step == train.steps
+            last, stop = step == train.steps, bool(asked_to_stop)
             due = {
                 "eval": step > 0 and (last or step % config.eval.every == 0),
                 "stability": step > 0 and watch is not None and (last or step % config.stability.every == 0),
@@ -239,27 +239,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             kinds = [kind for kind in due if due[kind] and kind in unmeasured]
             minutes = (time.monotonic() - last_save) / 60
             save = last or step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
-            if kinds or save:
+            if kinds or save or stop:
                 settle()
             if broken >= train.max_bad_steps:
                 rewind()
                 continue
             measured = measure(kinds)
-            stop = bool(asked_to_stop)  # once: asked after the save, the run would leave with a step unsaved
-            if step > saved and (save or stop):
-                settle()
-                # While updates are skipped nothing is saved: the checkpoints stay those from before the trouble.
-                if last or stop or not broken:
-                    with clock, saving():
-                        checkpoints.wait()  # for the save before this one
-                    with clock, saving(ending=last or stop):
-                        metrics.sync()
-                        meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
-                        checkpoints.save(step, state, meta | {"rewinds": rewinds, "passed": passed})
-                        if last or stop:
-                            checkpoints.wait()
-                    saved, last_save = step, time.monotonic()
-                    watchdog.beat()
+            stop = stop or not measured  # not asked anew: a step whose row is not written is not saved
+            # While updates are skipped nothing is saved: the checkpoints stay those from before the trouble.
+            if step > saved and (last or stop or (save and not broken)):
+                with clock, saving():
+                    checkpoints.wait()  # for the save before this one
+                with clock, saving(ending=last or stop):
+                    metrics.sync()
+                    meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
+                    checkpoints.save(step, state, meta | {"rewinds": rewinds, "passed": passed})
+                    if last or stop:
+                        checkpoints.wait()
+                saved, last_save = step, time.monotonic()
+                watchdog.beat()
             if last or stop:
                 break
 

@@ -92,6 +92,8 @@ def test_flops_count_loops_as_often_as_they_run():
         ("train.warmup_steps", 1000, "at least 0 and below train.steps=1000, for instance 100"),
         ("train.learning_rate", 0.0, "above 0"),
         ("train.b2", 1.0, "from 0 to below 1"),
+        ("train.max_rewinds", -1, "0 or more"),
+        ("train.hang_exit", True, "False where train.hang_minutes is 0"),
         ("checkpoint.keep", 1, "2 or more"),
         ("mesh.data", 3, "the 1 devices here / .mesh.fsdp=1 x mesh.group=1., 1, or -1"),
     ],
