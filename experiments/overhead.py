@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.exponents import ratio
+from benchmarks.pairs import paired
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.tokens import Bytes
@@ -32,7 +32,7 @@ def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[O
     batch = jnp.zeros((reference.train.batch_size, reference.data.context + 1), jnp.int32)
     for config in configs:
         update, peak = _update(config)
-        yield Overhead(ratio(plain, update, batch), peak / least, peak)
+        yield Overhead(paired(plain, update, batch).ratio, peak / least, peak)
 
 
 def model_of(config: ConfigDict) -> LanguageModel:
