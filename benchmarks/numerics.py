@@ -8,10 +8,10 @@ x64, in which a model's norms, softmax and logits stay float32, as they are writ
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.overhead import model_of
@@ -42,7 +42,8 @@ def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[T
     """For each name: what the device computes, the reference, and their arguments as NumPy arrays."""
     found: dict[str, Any] = {}
     for name, rule in RULES.items():
-        pre, post = rule.init(jax.random.key(0), groups=8, n_in=256, n_out=384, dim=4)
+        init = jax.jit(partial(rule.init, groups=8, n_in=256, n_out=384, dim=4))
+        pre, post = init(jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (64, 256))
         acts = lambda x, pre, post, name=name: transmit(name, x, pre, post)  # noqa: E731
         found[name] = (acts, lambda x, pre, post, name=name: x @ weights(name, pre, post).T, (x, pre, post))

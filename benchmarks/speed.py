@@ -8,6 +8,7 @@ is faster. Ports are as many as give NGC the share of dense's matrix parameters 
 """
 
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -60,8 +61,8 @@ def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDic
     return dense, ngc
 
 
-def decoding(config: ConfigDict):
-    """A function that decodes TOKENS tokens of one text, the last that a context holds, with a cache that is donated."""
+def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
+    """A function that decodes TOKENS tokens of one text, each at the last place of a cache, which is donated."""
     model = model_of(config)
     dtype = jnp.dtype(config.train.compute_dtype)
     params = jax.jit(lambda: jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(0))))()

@@ -28,10 +28,10 @@ class Overhead(NamedTuple):
 
 def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[Overhead]:
     """Compile and measure each beside the reference, of equal batches: the median of pairs, one after the other."""
-    plain, least = _update(reference)
+    plain, least = update_of(reference)
     batch = jnp.zeros((reference.train.batch_size, reference.data.context + 1), jnp.int32)
     for config in configs:
-        update, peak = _update(config)
+        update, peak = update_of(config)
         yield Overhead(paired(plain, update, batch).ratio, peak / least, peak)
 
 
@@ -40,7 +40,7 @@ def model_of(config: ConfigDict) -> LanguageModel:
     return make_model(config, Bytes.vocab if config.data.tokenizer == "bytes" else config.data.vocab_size)
 
 
-def _update(config: ConfigDict) -> tuple[Any, int]:
+def update_of(config: ConfigDict) -> tuple[Any, int]:
     """A config's update as a function of the batch alone, and its peak memory in bytes."""
     model = model_of(config)
     state = jax.jit(lambda: init_state(model, config.train, 0))()
