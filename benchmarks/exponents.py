@@ -6,14 +6,13 @@ For: the ratios that docs/stability.md quotes. Not for: correctness (`tests/test
 of paired rounds, forward and exponents one after the other, since machines are shared and drift.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.pairs import paired
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
@@ -22,24 +21,11 @@ from ngc_jax.stability.watch import make_watch
 from ngc_jax.steps import init_state, make_train_step
 
 Array = jax.Array
-STEPS, PAIRS = 32, 9
+STEPS = 32
 
 
 def forward(step: Callable[[Any, Any], Any], x: Array) -> Array:
     return jax.lax.scan(lambda x, _: (step(x, None), None), x, length=STEPS)[0]
-
-
-def ratio(plain: Callable[[Array], Array], other: Callable[[Array], Array], x: Array) -> float:
-    """Median of time(other) / time(plain) over pairs."""
-
-    def took(function: Callable[[Array], Array]) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(function(x))
-        return time.perf_counter() - began
-
-    for function in (plain, other):
-        took(function)
-    return statistics.median(took(other) / took(plain) for _ in range(PAIRS))
 
 
 def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
@@ -65,7 +51,7 @@ def watching() -> float:
     batch = jax.random.randint(jax.random.key(1), (config.train.batch_size, length), 0, 256)
     rows = -(-config.stability.tokens // config.data.context)
     held_out = jax.random.randint(jax.random.key(2), (rows, length), 0, 256)
-    times = ratio(lambda x: update(state, batch)[1]["train/loss"], lambda x: watch(state.params, held_out), batch)
+    times = paired(lambda: update(state, batch)[1]["train/loss"], lambda: watch(state.params, held_out)).ratio
     return times / config.stability.every
 
 
@@ -78,7 +64,8 @@ def main() -> None:
             spectrum = jax.jit(lambda x, step=step, k=k: lyapunov_spectrum(step, x, steps=STEPS, k=k))
             found.append((f"k = {k}", k + 1.5, spectrum))
         for label, allowed, other in found:
-            print(f"{name:22} {label:8} {ratio(plain, other, x):6.2f}   (wanted: at most {allowed})", flush=True)
+            times = paired(plain, other, x).ratio
+            print(f"{name:22} {label:8} {times:6.2f}   (wanted: at most {allowed})", flush=True)
         sizes = []
         for steps in (64, 1024):
             spectrum = jax.jit(lambda x, step=step, steps=steps: lyapunov_spectrum(step, x, steps=steps, k=4))

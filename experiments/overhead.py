@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.exponents import ratio
+from benchmarks.pairs import paired
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.tokens import Bytes
@@ -28,11 +28,11 @@ class Overhead(NamedTuple):
 
 def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[Overhead]:
     """Compile and measure each beside the reference, of equal batches: the median of pairs, one after the other."""
-    plain, least = _update(reference)
+    plain, least = update_of(reference)
     batch = jnp.zeros((reference.train.batch_size, reference.data.context + 1), jnp.int32)
     for config in configs:
-        update, peak = _update(config)
-        yield Overhead(ratio(plain, update, batch), peak / least, peak)
+        update, peak = update_of(config)
+        yield Overhead(paired(plain, update, batch).ratio, peak / least, peak)
 
 
 def model_of(config: ConfigDict) -> LanguageModel:
@@ -40,7 +40,7 @@ def model_of(config: ConfigDict) -> LanguageModel:
     return make_model(config, Bytes.vocab if config.data.tokenizer == "bytes" else config.data.vocab_size)
 
 
-def _update(config: ConfigDict) -> tuple[Any, int]:
+def update_of(config: ConfigDict) -> tuple[Any, int]:
     """A config's update as a function of the batch alone, and its peak memory in bytes."""
     model = model_of(config)
     state = jax.jit(lambda: init_state(model, config.train, 0))()

@@ -43,11 +43,11 @@ class Addressed(SignalRule):
     def send(self, x: Array, pre: States) -> Array:
         said = split(x, pre.shape[0])
         if self.wiring is None:
-            return jnp.einsum("...hi,higp->...hgp", said, pre)
+            return jnp.moveaxis(jnp.einsum("h...i,higp->h...gp", said, pre), 0, -3)
         return _overheard(said, np.array(self.wiring), pre)
 
     def receive(self, signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...hgp,gjhp->...gj" if self.wiring is None else "...gsp,gjsp->...gj", signal, post))
+        return merge(jnp.einsum("...hgp,gjhp->g...j" if self.wiring is None else "...gsp,gjsp->g...j", signal, post))
 
     def complete(self, pre: States, post: States) -> tuple[States, States]:
         """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule that make the weights of this wiring's.
@@ -103,7 +103,7 @@ class Rewirable(SignalRule):
         return _overheard(split(x, state.shape[0]), self._speakers(pre["hears"]), state)
 
     def receive(self, signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...gsp,gjsp->...gj", signal, post))
+        return merge(jnp.einsum("...gsp,gjsp->g...j", signal, post))
 
     def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         sent = pre["state"] if gate is None else pre["state"] * gate[:, None]
@@ -123,5 +123,5 @@ class Rewirable(SignalRule):
 
 
 def _overheard(said: Array, speakers: Array | np.ndarray, pre: Array) -> Array:
-    """Signals [..., G, k, p] of x [..., G, n] from the speakers [G, k] of each group, with states kept by listeners."""
-    return jnp.einsum("...gsi,gisp->...gsp", said[..., speakers, :], pre)
+    """Signals [..., G, k, p] of x [G, ..., n] from the speakers [G, k] of each group, with states kept by listeners."""
+    return jnp.einsum("gs...i,gisp->...gsp", said[speakers], pre)

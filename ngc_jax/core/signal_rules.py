@@ -136,13 +136,13 @@ class Metric(SignalRule):
 
     @staticmethod
     def send(x: Array, pre: States) -> Array:
-        return jnp.einsum("...hi,hip->...hp", split(x, pre.shape[0]), pre)
+        return jnp.moveaxis(jnp.einsum("h...i,hip->h...p", split(x, pre.shape[0]), pre), 0, -2)
 
     @classmethod
     def receive(cls, signal: Array, post: States) -> Array:
         sent = "q" if "q" in cls.pairs else "p"  # a diagonal or scalar map leaves numbers where they are
         heard = jnp.einsum(f"...h{sent},{cls.pairs}->...gp", signal, post["map"])
-        return merge(jnp.einsum("...gp,gjp->...gj", heard, post["state"]))
+        return merge(jnp.einsum("...gp,gjp->g...j", heard, post["state"]))
 
     @classmethod
     def weights(cls, pre: States, post: States, gate: Array | None = None) -> Array:
@@ -189,11 +189,11 @@ class Within(SignalRule):
 
     @staticmethod
     def send(x: Array, pre: States) -> Array:
-        return jnp.einsum("...gi,gip->...gp", split(x, pre.shape[0]), pre)
+        return jnp.moveaxis(jnp.einsum("g...i,gip->g...p", split(x, pre.shape[0]), pre), 0, -2)
 
     @staticmethod
     def receive(signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...gp,gjp->...gj", signal, post))
+        return merge(jnp.einsum("...gp,gjp->g...j", signal, post))
 
     @staticmethod
     def weights(pre: States, post: States, gate: Array | None = None) -> Array:
@@ -224,7 +224,7 @@ class Block(SignalRule):
 
     @staticmethod
     def receive(signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...gi,gji->...gj", split(signal, post.shape[0]), post))
+        return merge(jnp.einsum("g...i,gji->g...j", split(signal, post.shape[0]), post))
 
     @staticmethod
     def weights(pre: States, post: States, gate: Array | None = None) -> Array:
@@ -245,13 +245,13 @@ def in_kinds(states: Array, kind: Array, axis: int) -> Array:
 
 
 def split(x: Array, groups: int) -> Array:
-    """[..., G n] -> [..., G, n]."""
-    return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    """[..., G n] -> [G, ..., n]: groups in front, where XLA:CPU multiplies a batch of matrices twice as fast."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
 
 
 def merge(y: Array) -> Array:
-    """[..., G, n] -> [..., G n]."""
-    return y.reshape(*y.shape[:-2], -1)
+    """[G, ..., n] -> [..., G n]."""
+    return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], -1)
 
 
 def _block_diagonal(blocks: Array) -> Array:

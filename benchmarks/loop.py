@@ -1,0 +1,150 @@
+"""What the training loop costs beside a bare step, and what its input and its checkpoints cost.
+
+    python -m benchmarks.loop
+
+For: three figures of `train.run` on configs/ngc_small.py. The loop's time for an update, as its log has it, over that
+of a step written by hand (the same model, optax's AdamW, no guard, no scalars but the loss) that is fed from memory;
+the input pipeline alone; and how long the loop waits at a checkpoint. Not for: what an update's parts cost.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from experiments.overhead import model_of
+from ngc_jax.checkpoint import Checkpoints
+from ngc_jax.config import base
+from ngc_jax.data.batches import Windows, train_batches
+from ngc_jax.data.tokens import load_tokens
+from ngc_jax.metrics import read_rows
+from ngc_jax.steps import init_state
+from ngc_jax.train import run
+
+
+def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
+    """ngc_small for a few updates on a text of this folder: nothing but updates until the last."""
+    text = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.parent.rglob("ngc_jax/*.py")))
+    (home / "text").mkdir()
+    (home / "text" / "source.txt").write_bytes(text)
+    config = base()
+    config.data.path, config.data.cache_dir = str(home / "text"), str(home / "cache")
+    config.model.width, config.model.hidden = args.width, 3 * args.width
+    config.train.batch_size, config.train.steps, config.train.warmup_steps = args.batch_size, args.updates, 1
+    config.train.log_every = max(1, args.updates // 10)
+    config.eval.every = config.checkpoint.every_steps = args.updates
+    config.eval.windows = 1
+    config.stability.every = 0
+    return config
+
+
+def batches(config: ConfigDict) -> Iterator[np.ndarray]:
+    """The run's input, from the start."""
+    windows = Windows(load_tokens(config.data).train, config.data.context)
+    return train_batches(
+        windows, batch_size=config.train.batch_size, seed=config.seed, start=0, stop=config.train.steps
+    )
+
+
+def of_the_loop(config: ConfigDict, workdir: pathlib.Path) -> float:
+    """Seconds of an update by the log of a whole run: the median lap, without the first."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(config, workdir)
+    tokens = config.train.batch_size * config.data.context
+    laps = [tokens / row["tokens_per_second"] for row in read_rows(workdir) if "tokens_per_second" in row]
+    return statistics.median(laps[2:])  # the first holds one update, the second what warms up
+
+
+def bare(config: ConfigDict) -> Callable[[], float]:
+    """A step by hand; called, the seconds of an update: the median lap of as many updates as the run makes."""
+    model, train = model_of(config), config.train
+    rates = optax.warmup_cosine_decay_schedule(0, train.learning_rate, train.warmup_steps, train.steps)
+    adam = optax.adamw(rates, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
+    chain = optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits, _ = model.apply(params, tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def step(params: Any, memory: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params, tokens)
+        updates, memory = chain.update(grads, memory, params)
+        return optax.apply_updates(params, updates), memory, value
+
+    params = jax.jit(model.init)(jax.random.key(0))
+    memory = chain.init(params)
+    fed = [jax.device_put(batch) for batch in batches(config)]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, memory, fed[0]).compile()
+
+    def lap(part: list[jax.Array]) -> float:
+        nonlocal params, memory
+        began = time.perf_counter()
+        for batch in part:
+            params, memory, value = compiled(params, memory, batch)
+        jax.block_until_ready(value)
+        return (time.perf_counter() - began) / len(part)
+
+    size = train.log_every
+    return lambda: statistics.median(lap(fed[at : at + size]) for at in range(size, len(fed), size))
+
+
+def of_the_input(config: ConfigDict) -> float:
+    """Seconds of a batch, where nothing else runs."""
+    ahead = batches(config)
+    next(ahead)
+    began = time.perf_counter()
+    read = sum(1 for _ in ahead)
+    return (time.perf_counter() - began) / read
+
+
+def of_a_save(config: ConfigDict, home: pathlib.Path, saves: int = 5) -> tuple[float, float]:
+    """Seconds that a save keeps the loop waiting, and until it is on disk and sealed: medians."""
+    state = jax.jit(lambda: init_state(model_of(config), config.train, 0))()
+    jax.block_until_ready(state)
+    checkpoints = Checkpoints(home)
+    waits, wholes = [], []
+    for step in range(saves):
+        began = time.perf_counter()
+        checkpoints.save(step, state, {})
+        waits.append(time.perf_counter() - began)
+        checkpoints.wait()
+        wholes.append(time.perf_counter() - began)
+    checkpoints.close()
+    return statistics.median(waits[1:]), statistics.median(wholes[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--updates", type=int, default=50, help="of a run, at least 30")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=16)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        home = pathlib.Path(folder)
+        config = short(args, home)
+        by_hand = bare(config)
+        by_hand()
+        pairs = [(by_hand(), of_the_loop(config, home / str(pair))) for pair in range(args.pairs)]
+        plain, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(b / a for a, b in pairs)
+        print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; ngc_small at width {args.width}")
+        print(f"update: bare step {1e3 * plain:.1f} ms, our loop {1e3 * ours:.1f} ms; {len(pairs)} pairs: {ratio:.3f}")
+        tokens, read = config.train.batch_size * config.data.context, of_the_input(config)
+        print(f"input alone: {tokens / read:,.0f} tokens/s, {ours / read:.0f} times what the loop takes")
+        wait, whole = of_a_save(config, home / "saves")
+        print(f"save: the loop waits {1e3 * wait:.0f} ms, {wait / ours:.2f} updates; sealed after {1e3 * whole:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

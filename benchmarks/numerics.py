@@ -1,0 +1,85 @@
+"""Does this device compute what float64 on its host computes? `python -m benchmarks.numerics`
+
+For: every rule's `transmit` against x @ W.T, and an update's loss and gradient in both forms, in float32 on the device;
+at the precision that the device takes by default (on some GPUs TF32), and at the highest. Exit code 1 where an error
+is over its limit. Not for: whether the mathematics is right (`tests/`). The references are the same functions under
+x64, in which a model's norms, softmax and logits stay float32, as they are written.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.overhead import model_of
+from ngc_jax.config import base
+from ngc_jax.core.rules import RULES, transmit, weights
+from ngc_jax.data.tokens import Bytes
+from ngc_jax.steps import losses
+
+Tree = Any
+LIMITS = {"highest": 1e-5, "default": 1e-2}  # of |found - reference| / |reference|
+
+
+def in_float64(function: Callable[..., Tree], *args: Tree) -> Tree:
+    """What a function gives for float64 arguments on the host's processor, as NumPy arrays."""
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, args)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        return jax.tree.map(np.asarray, jax.jit(function)(*wide))
+
+
+def error(found: Tree, reference: Tree) -> float:
+    """|found - reference| / |reference|, the norms taken over all arrays of a tree."""
+    a, b = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(t)]) for t in
+            (found, reference))  # fmt: skip
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[Tree, ...]]]:
+    """For each name: what the device computes, the reference, and their arguments as NumPy arrays."""
+    found: dict[str, Any] = {}
+    for name, rule in RULES.items():
+        init = jax.jit(partial(rule.init, groups=8, n_in=256, n_out=384, dim=4))
+        pre, post = init(jax.random.key(0))
+        x = jax.random.normal(jax.random.key(1), (64, 256))
+        acts = lambda x, pre, post, name=name: transmit(name, x, pre, post)  # noqa: E731
+        found[name] = (acts, lambda x, pre, post, name=name: x @ weights(name, pre, post).T, (x, pre, post))
+    tokens = jax.random.randint(jax.random.key(2), (4, 65), 0, 256)
+    for form in ("weights", "signals"):
+        config = base()
+        config.model.form = form
+        config.data.context = 64
+        model = model_of(config)
+
+        def gradient(params: Tree, tokens: jax.Array, model: Any = model) -> Tree:
+            def loss(params: Tree) -> jax.Array:
+                return losses(model, params, tokens, Bytes.mark, False, params["embed"].dtype)[0].mean()
+
+            return jax.value_and_grad(loss)(params)
+
+        params = jax.jit(model.init)(jax.random.key(3))
+        found[f"loss and gradient, {form}"] = (gradient, gradient, (params, tokens))
+    return {name: (a, b, jax.tree.map(np.asarray, args)) for name, (a, b, args) in found.items()}
+
+
+def main() -> None:
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}: relative errors of float32 against float64\n")
+    print("| what | " + " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items()) + " |")
+    print("| --- " * (1 + len(LIMITS)) + "|")
+    sound = True
+    for name, (function, reference, args) in cases().items():
+        wanted, errors = in_float64(reference, *args), []
+        for precision, limit in LIMITS.items():
+            with jax.default_matmul_precision(precision):
+                errors.append(error(jax.jit(function)(*args), wanted))
+            sound = sound and errors[-1] <= limit
+        print(f"| {name} | " + " | ".join(f"{e:.1e}" for e in errors) + " |", flush=True)
+    if not sound:
+        sys.exit("error: beyond the limit")
+
+
+if __name__ == "__main__":
+    main()

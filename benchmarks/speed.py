@@ -1,0 +1,140 @@
+"""NGC against dense, in time: an update, and one token of a text, at each width.
+
+    python -m benchmarks.speed --widths=256,512,1024
+
+For: ratios of an NGC model to the dense one of the same width, stages and heads, in both forms; dense / NGC, so above 1
+is faster. Ports are as many as give NGC the share of dense's matrix parameters at which ngc_small comes to dense_small
+(experiments/results/match_dense.md). Not for: what either learns at these widths.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks.pairs import Paired, paired
+from experiments.overhead import model_of, update_of
+from ngc_jax import count
+from ngc_jax.budget import cost
+from ngc_jax.config import base, validate
+
+SHARE = 0.32  # of dense's parameters in matrices
+TOKENS = 20  # decoded in one timing, after one another
+PEAKS = {  # FLOPs a second of one device in bfloat16, without sparsity, by the vendors' data sheets
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+class Row(NamedTuple):
+    """One NGC model beside the dense one."""
+
+    share: float  # of dense's parameters in matrices
+    flops: tuple[int, int]  # of an update: dense, NGC
+    update: Paired  # NGC is the plain one
+    token: Paired
+
+
+def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDict, ConfigDict]:
+    """The configs of the dense model and of the NGC model that has SHARE of its matrices."""
+    dense = base()
+    dense.model.update(rule="dense", width=width, hidden=3 * width, p_intra=width, groups=groups, heads=groups)
+    dense.model.update(prelude=args.stages, core=0, coda=0, rounds=1)
+    dense.data.context, dense.train.batch_size = args.context, args.batch_size
+    dense.train.compute_dtype = args.dtype
+    ngc = dense.copy_and_resolve_references()
+    ngc.model.rule = "addressed"
+    costs = []
+    for ngc.model.p_inter in (1, 2):
+        costs.append(cost(ngc))
+    more = (SHARE * cost(dense) - costs[0]) / (costs[1] - costs[0])  # every further port costs as much as the second
+    ngc.model.p_inter = max(1, 1 + round(more))
+    validate(ngc)
+    return dense, ngc
+
+
+def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
+    """A function that decodes TOKENS tokens of one text, each at the last place of a cache, which is donated."""
+    model = model_of(config)
+    dtype = jnp.dtype(config.train.compute_dtype)
+    params = jax.jit(lambda: jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(0))))()
+    step = jax.jit(model.decode, donate_argnums=2)
+    token, cache = jnp.zeros((1, 1), jnp.int32), model.init_cache(1, config.data.context, dtype)
+    position = jnp.int32(config.data.context - 1)
+
+    def decode() -> jax.Array:
+        nonlocal cache
+        for _ in range(TOKENS):
+            logits, cache = step(params, token, cache, position)
+        return logits
+
+    return decode
+
+
+def flops(config: ConfigDict) -> int:
+    """Of the matrix products of an update, the backward pass counted as two forward ones."""
+    model = model_of(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context), jnp.int32)
+    return 3 * count.forward_flops(model.apply, params, tokens)
+
+
+def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
+    """The row of each form."""
+    batch = jnp.zeros((dense.train.batch_size, dense.data.context + 1), jnp.int32)
+    found = {}
+    for form in ("weights", "signals"):
+        ngc.model.form = form
+        update = paired(update_of(ngc)[0], update_of(dense)[0], batch, pairs=pairs)
+        token = paired(decoding(ngc), decoding(dense), pairs=pairs)
+        found[form] = Row(cost(ngc) / cost(dense), (flops(dense), flops(ngc)), update, token)
+    return found
+
+
+def used(flops: int, seconds: float, dtype: str) -> str:
+    """Share of the device's peak, where that is known (model FLOPs utilisation, arXiv 2204.02311, appendix B)."""
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+    return f"{flops / seconds / peak:.1%}" if peak and dtype == "bfloat16" else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--widths", default="256,512,1024", help="with commas")
+    parser.add_argument("--groups", type=int, default=8, help="of every model, and its heads")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--pairs", type=int, default=9, help="that each ratio is the median of")
+    args = parser.parse_args()
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}; {args.stages} stages, {args.batch_size} x {args.context} tokens")
+    print(f"{args.dtype}; medians of {args.pairs} pairs, one after the other; above 1: NGC is faster\n")
+    print("| width | groups x ports | share of matrices | form | GFLOPs dense, NGC | ms dense, NGC | update "
+          "| MFU dense, NGC | us a token dense, NGC | token |")  # fmt: skip
+    print("| --- " * 10 + "|")
+    for width in map(int, args.widths.split(",")):
+        dense, ngc = models(width, args.groups, args)
+        for form, row in rows(dense, ngc, args.pairs).items():
+            (plain, ours), update, token = row.flops, row.update, row.token
+            print(
+                f"| {width} | {args.groups} x {ngc.model.p_inter} | {row.share:.3f} | {form} "
+                f"| {plain / 1e9:.1f}, {ours / 1e9:.1f} | {1e3 * update.other:.1f}, {1e3 * update.plain:.1f} "
+                f"| {update.ratio:.2f} "
+                f"| {used(plain, update.other, args.dtype)}, {used(ours, update.plain, args.dtype)} "
+                f"| {1e6 * token.other / TOKENS:.0f}, {1e6 * token.plain / TOKENS:.0f} | {token.ratio:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
