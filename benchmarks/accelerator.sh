@@ -51,7 +51,7 @@ from ngc_jax.train import versions
 print(f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({jax.default_backend()}), Python {platform.python_version()}")
 print(*(f"{name} {version}" for name, version in versions().items()), sep=", ")'
 part "Numerics" 80 "$python" -m benchmarks.numerics
-part "Exact resume" 120 "${exact[@]}" "$python" -m experiments.chaos --kills=3 --workdir="$scratch/chaos"
+part "Exact resume" 120 "${exact[@]}" "$python" -m experiments.chaos --rounds=3 --faults=kill --workdir="$scratch/chaos"
 part "Speed against dense" 110 "$python" -m benchmarks.speed "${speed[@]}"
 part "Our loop" 50 "$python" -m benchmarks.loop "${loop[@]}"
 [ -n "${SMALL:-}" ] || part "Compile time" 80 "$python" -m benchmarks.compile_time --repeats=1
