@@ -48,13 +48,13 @@ Found = dict[str, list[float]]  # a measure's value for each seed
 
 
 def lexical(texts: Sequence[bytes]) -> dict[str, float]:
-    """How varied texts are, by their first words."""
+    """How varied texts are, by their first words; a text without any, blank lines of code, says nothing."""
     found = [words(text.decode(errors="replace"))[:WORDS] for text in texts]
     return {
         "distinct-1": distinct(found, 1),
         "distinct-2": distinct(found, 2),
-        "type-token ratio": float(np.mean([type_token_ratio(text) for text in found])),
-        "repeated 3-grams": float(np.mean([repetition(text, 3) for text in found])),
+        "type-token ratio": float(np.nanmean([type_token_ratio(text) for text in found])),
+        "repeated 3-grams": float(np.nanmean([repetition(text, 3) for text in found])),
     }
 
 

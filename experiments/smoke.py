@@ -17,6 +17,7 @@ import shutil
 from typing import Any
 
 import jax
+from absl import logging
 
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
@@ -88,7 +89,8 @@ def main() -> None:
     shutil.rmtree(home, ignore_errors=True)
     wanted = choices()
     # Processes of their own, started anew: JAX's threads do not survive a fork.
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    anew = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, anew, logging.set_verbosity, (logging.ERROR,)) as pool:
         losses = pool.map(resumes, [home / name.replace(" ", "-") for name in wanted], wanted.values())
         for name, loss in zip(wanted, losses, strict=True):
             print(f"{name}: {loss:.4f} nats per byte; resumed to the bit", flush=True)
