@@ -240,7 +240,7 @@ def test_killed_at_random_ends_where_an_unbroken_run_ends(tiny_flags, tmp_path):
 @pytest.mark.slow
 def test_a_run_on_eight_devices_is_the_run_on_one(tiny_flags, tmp_path):
     flags = [*tiny_flags, "--config.train.steps=50", "--config.checkpoint.every_steps=50"]
-    flags += ["--config.eval.every=50", "--config.stability.every=0"]
+    flags += ["--config.eval.every=50"]
     devices = {1: "", 8: "--xla_force_host_platform_device_count=8"}
     for count, setting in devices.items():
         done = launch(*flags, f"--workdir={tmp_path / str(count)}", XLA_FLAGS=f"{setting} {QUICK}")
