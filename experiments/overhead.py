@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from benchmarks.pairs import paired
 from ngc_jax import count
 from ngc_jax.config import make_model
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokens import Bytes, most_tokens
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.steps import init_state, make_train_step
 
@@ -37,7 +37,7 @@ def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[O
 
 def model_of(config: ConfigDict) -> LanguageModel:
     """The model of a config, for the vocabulary that its text will have at most."""
-    return make_model(config, Bytes.vocab if config.data.tokenizer == "bytes" else config.data.vocab_size)
+    return make_model(config, most_tokens(config.data))
 
 
 def update_of(config: ConfigDict) -> tuple[Any, int]:

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict, config_flags
 
 from ngc_jax import budget, count
 from ngc_jax import mesh as meshes
-from ngc_jax.config import make_model, validate
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.config import make_model, model_shape, validate
+from ngc_jax.data.tokens import Bytes, most_tokens
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -91,15 +91,14 @@ def bytes_of_state(config: ConfigDict, mesh: Mesh) -> int:
 
 def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageModel, Any, jax.ShapeDtypeStruct]:
     """The model, and the shapes and places of its state and of a batch."""
-    model = make_model(config, Bytes.vocab if config.data.tokenizer == "bytes" else config.data.vocab_size)
+    model = make_model(config, most_tokens(config.data))
     batch = jax.ShapeDtypeStruct((windows, config.data.context + 1), jnp.int32, sharding=meshes.rows(mesh))
     return model, meshes.place(mesh, abstract_state(model, config)), batch
 
 
 def layers(config: ConfigDict) -> int:
     """Stages that a token passes through, or layers of a BDH."""
-    m = config.model
-    return m.rounds if m.kind == "bdh" else m.prelude + m.core * m.rounds + m.coda
+    return config.model.rounds if config.model.kind == "bdh" else model_shape(config, 1).depth
 
 
 def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:

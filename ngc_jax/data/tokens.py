@@ -89,6 +89,11 @@ class Tokens(NamedTuple):
     summary: str
 
 
+def most_tokens(config: Any) -> int:
+    """The vocabulary of `config.data`'s tokenizer at most: a BPE learned on little text has fewer."""
+    return Bytes.vocab if config.tokenizer == "bytes" else int(config.vocab_size)
+
+
 def load_tokens(config: Any) -> Tokens:
     """The tokens that `config.data` asks for, from the cache if they were made before. Raises UserError.
 
