@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.runs import flags, options, train
 from experiments.stats import interval
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.data.tokens import load_data
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import single
 from ngc_jax.metrics import read_rows
@@ -64,12 +64,12 @@ def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
     """Held-out loss of a trained loop, run for other numbers of rounds than it was trained for."""
     trained = open_trained(workdir)
     config = trained.config
-    tokens, mesh = load_tokens(config.data), single()
+    data, mesh = load_data(config.data), single()
     losses = {}
     for rounds in TEST_ROUNDS:
         model = Decoder(dataclasses.replace(trained.decoder.shape, rounds=rounds))
-        step = compile_eval(model, config, mesh, tokens)
-        losses[rounds] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
+        step = compile_eval(model, config, mesh, data)
+        losses[rounds] = held_out(step, trained.params, config, mesh, data, 512)["loss"]
     jax.clear_caches()
     return losses
 

@@ -1,7 +1,8 @@
-"""Held-out loss of a model. As a command: `python -m ngc_jax.evaluate --workdir=DIR`, over the whole held-out text.
+"""Held-out loss of a model. As a command: `python -m ngc_jax.evaluate --workdir=DIR`, over all that is held out.
 
-For: turning batches of held-out windows into nats per token, bits per byte and stability measures. Not for: what one
-batch is worth (`steps.py`), or what is measured of stability (`stability/watch.py`).
+For: turning held-out batches into nats per target, bits per byte or problems solved, and stability measures. Not for:
+what one batch is worth (`steps.py`), what is measured of stability (`stability/watch.py`), or tests by difficulty
+(`solve.py`).
 """
 
 import math
@@ -13,8 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from ngc_jax import mesh as meshes
-from ngc_jax.data.batches import Windows, held_out_batches
-from ngc_jax.data.tokens import Tokens, load_tokens
+from ngc_jax.data.batches import held_out_batches
+from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -23,10 +24,9 @@ from ngc_jax.steps import make_eval_step
 from ngc_jax.workdir import Trained, command, open_trained, parser
 
 
-def compile_eval(model: LanguageModel, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[..., Any]:
+def compile_eval(model: LanguageModel, config: Any, mesh: Mesh, data: Data) -> Callable[..., Any]:
     """The jitted evaluation of one batch for a config, on a mesh."""
-    tokenizer = tokens.tokenizer
-    step = make_eval_step(model, config.train, tokenizer.mark, tokenizer.lengths, config.data.isolate_documents)
+    step = make_eval_step(model, config.train, data.tokenizer.lengths, data.boundary)
     return jax.jit(meshes.on(mesh, step), out_shardings=meshes.whole(mesh))
 
 
@@ -35,78 +35,80 @@ def held_out(
     params: Any,
     config: Any,
     mesh: Mesh,
-    tokens: Tokens,
+    data: Data,
     limit: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """{"loss": nats per token, "bits_per_byte": ...} on `limit` windows (0 = all).
+    """{"loss": nats per target} on `limit` examples (0 = all); of text "bits_per_byte", of problems "exact".
 
-    Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers. `between` is
-    called before each batch, and may raise to abandon all.
+    Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers. Exact is the
+    share of problems with every answer right. `between` is called before each batch, and may raise to abandon all.
     """
     batches = held_out_batches(
-        Windows(tokens.validation, config.data.context),
+        data.validation,
         batch_size=config.eval.batch_size,
         limit=limit,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
     total: dict[str, float] = {}
-    for windows, real in batches:
+    for batch, real in batches:
         between()
-        sums = step(params, meshes.put_rows(mesh, windows), meshes.put_rows(mesh, real))
+        sums = step(params, meshes.put_rows(mesh, batch), meshes.put_rows(mesh, real))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
-    bits = total["nats"] / math.log(2)
-    return {"loss": total["nats"] / total["tokens"], "bits_per_byte": bits / total["bytes"]}
+    loss = {"loss": total["nats"] / total["targets"]}
+    if "problems" in total:
+        return loss | {"exact": total["solved"] / total["problems"]}
+    return loss | {"bits_per_byte": total["nats"] / math.log(2) / total["bytes"]}
 
 
-def compile_watch(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Callable[[Any], dict[str, float]]:
-    """The stability measures of `config.stability` on held-out text: params -> {"stability/...": value}."""
+def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Callable[[Any], dict[str, float]]:
+    """The stability measures of `config.stability` on held-out data: params -> {"stability/...": value}."""
     parts = mesh.size // mesh.shape["group"]
     wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
     batches = held_out_batches(
-        Windows(tokens.validation, config.data.context),
+        data.validation,
         batch_size=wanted,
         limit=wanted,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    windows = meshes.put_rows(mesh, next(iter(batches))[0])
+    tokens = meshes.put_rows(mesh, next(iter(batches))[0][:, 0])
     # It runs seldom: at optimization level 1 it compiles several times faster.
     options = {"xla_backend_optimization_level": 1}
     watch = meshes.on(mesh, make_watch(model, config.stability))
     step = jax.jit(watch, out_shardings=meshes.whole(mesh), compiler_options=options)
-    return lambda params: {name: float(value) for name, value in jax.device_get(step(params, windows)).items()}
+    return lambda params: {name: float(value) for name, value in jax.device_get(step(params, tokens)).items()}
 
 
-def tokens_of(trained: Trained, workdir: pathlib.Path) -> Tokens:
-    """The text that a run was trained on, and its held-out part. Raises UserError where this is another text by now."""
-    tokens = load_tokens(trained.config.data)
-    if trained.meta["data"] != tokens.fingerprint:
+def data_of(trained: Trained, workdir: pathlib.Path) -> Data:
+    """What a run was trained on, and what was held out. Raises UserError where this is something else by now."""
+    data = load_data(trained.config.data)
+    if trained.meta["data"] != data.fingerprint:
         raise UserError(
-            f"this is not the text that {workdir} was trained on: fingerprint {tokens.fingerprint[:16]}, "
-            f"trained on {trained.meta['data'][:16]} (another Python version, or changed files at data.path)"
+            f"this is not what {workdir} was trained on: fingerprint {data.fingerprint[:16]}, trained on "
+            f"{trained.meta['data'][:16]} (another Python version, or changed files at data.path, or another ngc_jax)"
         )
-    return tokens
+    return data
 
 
 def main() -> None:
     """Print the held-out loss of a checkpoint."""
     arguments = parser(__doc__)
-    arguments.add_argument("--windows", type=int, default=0, help="held-out windows; default 0: all")
+    arguments.add_argument("--windows", type=int, default=0, help="held-out windows or problems; default 0: all")
     args = arguments.parse_args()
     if args.windows < 0:
         raise UserError(f"--windows={args.windows}: must be 1 or more, or 0 for all")
     trained = open_trained(args.workdir, args.step)
     config = trained.config
-    tokens = tokens_of(trained, args.workdir)
+    data = data_of(trained, args.workdir)
     mesh = meshes.single()
-    step = compile_eval(trained.model, config, mesh, tokens)
-    result = held_out(step, trained.params, config, mesh, tokens, args.windows)
+    step = compile_eval(trained.model, config, mesh, data)
+    result = held_out(step, trained.params, config, mesh, data, args.windows)
     if isinstance(trained.model, Decoder):
-        result |= compile_watch(trained.model, config, mesh, tokens)(trained.params)
-    print(f"{args.workdir}, step {trained.step}, held out from {tokens.summary}")
+        result |= compile_watch(trained.model, config, mesh, data)(trained.params)
+    print(f"{args.workdir}, step {trained.step}, held out from {data.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.data.tokens import Symbols
 from ngc_jax.errors import UserError
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.workdir import command, open_trained, parser
@@ -72,6 +73,8 @@ def main() -> None:
         raise UserError(f"--seed={args.seed}: must be from 0 to 4,294,967,295")
     trained = open_trained(args.workdir, args.step)
     tokenizer = trained.tokenizer
+    if isinstance(tokenizer, Symbols):
+        raise UserError(f"{args.workdir} holds a model of data.task={trained.config.data.task!r}: ask ngc_jax.solve")
     prompt = np.array([[tokenizer.mark, *tokenizer.encode(os.fsencode(args.prompt))]], np.int32)
     tokens = generate(
         trained.model,

@@ -3,7 +3,8 @@
 For: the train state, the loss, gradient accumulation, the guard against non-finite updates. Not for: the loop, or how
 a gradient becomes a direction (`optim.py`).
 
-Axes: A accumulated parts, B windows of a batch, T tokens, V vocabulary.
+Axes: A accumulated parts, B examples of a batch, T tokens, V vocabulary. A batch is int32 [B, 2, T]: what is read, and
+the target of each position, below 0 where nothing is asked.
 """
 
 from collections.abc import Callable
@@ -59,44 +60,47 @@ def together(trained: Tree, fixed: Tree) -> Tree:
     return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
 
 
-def losses(
-    model: LanguageModel, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any
-) -> tuple[Array, Array]:
-    """Nats of each target [B, T] and which of them count [B, T] bool, for tokens [B, T + 1].
-
-    The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
-    """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
+def predict(model: LanguageModel, params: Tree, inputs: Array, boundary: int | None, dtype: Any) -> Array:
+    """Logits [B, T, V] for inputs [B, T]. No token sees back across the last `boundary` token, if one is given."""
+    segments = None if boundary is None else jnp.cumsum(inputs == boundary, axis=1)
     params = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
-    logits, _ = model.apply(params, inputs, segments)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark
+    return model.apply(params, inputs, segments)[0]
+
+
+def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Nats of each target [B, T], and which of them count [B, T] bool."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0)), targets >= 0
+
+
+def losses(model: LanguageModel, params: Tree, batch: Array, boundary: int | None, dtype: Any) -> tuple[Array, Array]:
+    """Nats of each target of a batch [B, T], and which of them count [B, T] bool."""
+    return nats_of(predict(model, params, batch[:, 0], boundary, dtype), batch[:, 1])
 
 
 def make_train_step(
-    model: LanguageModel, config: Any, mark: int, isolate: bool, penalty: Penalty | None = None
+    model: LanguageModel, config: Any, boundary: int | None = None, penalty: Penalty | None = None
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it).
+    """The update for `config.train`: (state, batch [B, 2, T]) -> (state, scalars of the state *before* it).
 
     `penalty` (stability/regulariser.py), nats per token, is added to what is minimised, and not to train/loss.
     """
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+    def summed(trained: Tree, fixed: Tree, batch: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
         params = together(trained, fixed)
-        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+        nats, counts = losses(model, params, batch, boundary, dtype)
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
-        extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
+        extra = 0.0 if penalty is None else penalty(params, batch[:, 0], key) * count
         return total + extra, (total, count)
 
-    def gradient(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, tokens, key)
+    def gradient(trained: Tree, fixed: Tree, batch: Array, key: Array) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, batch, key)
         return nats, count, grads
 
-    def accumulated(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, batch: Array, key: Array) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
-        parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
+        parts = batch.reshape(-1, config.accumulation, *batch.shape[1:]).swapaxes(0, 1)
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
@@ -104,10 +108,10 @@ def make_train_step(
 
         return jax.lax.scan(add, zero, parts)[0]
 
-    def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
         old, fixed = apart(state.params)
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, tokens, key)
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, batch, key)
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -135,18 +139,27 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool
+    model: LanguageModel, config: Any, lengths: np.ndarray | None, boundary: int | None = None
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
-    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes."""
+    """Sums over one batch: (params, batch [B, 2, T], real [B] bool) -> nats and targets.
+
+    Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are and are solved.
+    """
     dtype = jnp.dtype(config.compute_dtype)
 
-    def step(params: Tree, tokens: Array, real: Array) -> dict[str, Array]:
-        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+    def step(params: Tree, batch: Array, real: Array) -> dict[str, Array]:
+        targets = batch[:, 1]
+        logits = predict(model, params, batch[:, 0], boundary, dtype)
+        nats, counts = nats_of(logits, targets)
         counts = counts & real[:, None]
-        return {
-            "nats": jnp.sum(nats * counts),
-            "tokens": jnp.sum(counts),
-            "bytes": jnp.sum(jnp.asarray(lengths)[tokens[:, 1:]] * counts),
-        }
+        sums = {"nats": jnp.sum(nats * counts), "targets": jnp.sum(counts)}
+        if lengths is None:
+            return sums | {"problems": jnp.sum(real), "solved": jnp.sum(solved(logits, targets) & real)}
+        return sums | {"bytes": jnp.sum(jnp.asarray(lengths)[targets] * counts)}
 
     return step
+
+
+def solved(logits: Array, targets: Array) -> Array:
+    """Whether by logits [B, T, V] the likeliest symbol is the right one wherever targets [B, T] ask for one: [B]."""
+    return jnp.all((jnp.argmax(logits, axis=-1) == targets) | (targets < 0), axis=-1)
