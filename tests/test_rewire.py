@@ -157,8 +157,10 @@ def slopes(model, params):
         moved = (np.take_along_axis(a, where, -2) for a in (pre, np.asarray(flat[out])))
         flat[path[:-1]], flat[out] = (a.reshape(*a.shape[:-2], G - 1, copies) for a in moved)
 
+    examples = batch()
+
     def loss(params):
-        nats, counts = losses(plain, params, batch(), None, jnp.float32)
+        nats, counts = losses(plain, params, examples, None, jnp.float32)
         return jnp.sum(nats * counts) / jnp.sum(counts)
 
     found = {}

@@ -143,17 +143,24 @@ def listops(rng: Generator, depth: int) -> Written:
 
 
 def dyck(rng: Generator, depth: int) -> Written:
-    """The brackets that close what is open, then "."; what is given reaches this depth, and goes on as long again."""
+    """The brackets that close what is open, then ".".
+
+    What is given climbs to its depth, wanders for as many symbols again, and goes straight to where it stops.
+    """
     question: list[str] = []
     open_: list[str] = []
-    left = 0  # symbols to come; they are counted from when the depth is reached
-    while not left or len(question) < left:
-        up = not open_ or (len(open_) < depth and rng.random() < (0.5 if left else 0.7))
+    stop = int(rng.integers(1, depth + 1))  # brackets that are left open
+    wandered = 0  # symbols up to which it wanders, once the depth is reached
+    while not wandered or len(question) < wandered or len(open_) != stop:
+        if wandered and len(question) >= wandered:
+            up = len(open_) < stop
+        else:
+            up = not open_ or (len(open_) < depth and rng.random() < (0.5 if wandered else 0.7))
         if up:
             open_.append(str(rng.choice(list(CLOSING))))
         question.append(open_[-1] if up else CLOSING[open_.pop()])
-        if len(open_) == depth and not left:
-            left = len(question) + depth
+        if len(open_) == depth and not wandered:
+            wandered = len(question) + depth
     return _written([*question, "="], [*(CLOSING[bracket] for bracket in reversed(open_)), "."])
 
 
