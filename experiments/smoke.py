@@ -7,11 +7,13 @@ two checkpoints leaves behind is given to the same run again, which must end wit
 one. Not for: kills at random instants (`chaos.py`), or how well anything learns (`compare.py`).
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import io
 import math
 import multiprocessing
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -21,7 +23,6 @@ from absl import logging
 
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
-from experiments.runs import options
 from ngc_jax import train
 from ngc_jax.config import RULES_OF_A_MODEL, base
 from ngc_jax.core.wiring import WIRINGS
@@ -84,7 +85,10 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    args = options(__doc__, "runs/smoke").parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/smoke"))
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time; default: cores")
+    args = parser.parse_args()
     home = args.workdir.absolute()
     shutil.rmtree(home, ignore_errors=True)
     wanted = choices()

@@ -5,10 +5,13 @@ beside them where a checkpoint had to be set aside, hang.txt where it hung. Not 
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +48,44 @@ def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> No
         write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[None]:
+    """Keep other trainers out of a work directory while the block runs. Raises UserError where one is in it.
+
+    Held by a lock on the directory, which goes when its process does, however that ends. A directory that has nothing
+    in it at the end is removed.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir, os.O_RDONLY)
+    except OSError:  # `claim` says what is wrong with it
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--workdir={workdir} is in use by another process: wait for it, or give another") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            workdir.rmdir()
+        os.close(handle)
+
+
+def in_use(workdir: pathlib.Path) -> bool:
+    """Whether a trainer is in a work directory."""
+    if not workdir.exists():
+        return False
+    try:
+        with hold(workdir):
+            return False
+    except UserError:
+        return True
 
 
 def _ours(path: pathlib.Path) -> bool:
