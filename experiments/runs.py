@@ -65,6 +65,7 @@ def train(home: pathlib.Path, runs: dict[str, list[str]], jobs: int) -> dict[str
 
 
 TUNING_SEED = 1000  # of the runs that try a learning rate; used for nothing else
+FURTHER = 2  # learning rates beyond those given that may be tried
 
 
 class Tuned(NamedTuple):
@@ -86,12 +87,29 @@ def tune(
 ) -> dict[str, Tuned]:
     """Try each model's learning rates at a `share` of the length, then train it at the best with each seed.
 
-    run(model, rate, seed, share of the length) gives the flags of a run.
+    Where the best is the first or the last of a model's, one beyond it is tried, as far again, at most FURTHER times:
+    the rule is the same for all. A model with one rate has none tried. run(model, rate, seed, share of the length)
+    gives the flags of a run.
     """
-    trials = {model: tried if len(tried) > 1 else () for model, tried in rates.items()}
-    short = {f"tune-{m}-{r:g}": run(m, r, TUNING_SEED, share) for m in rates for r in trials[m]}
-    found = train(home, short, jobs)
-    tried = {model: {rate: found[f"tune-{model}-{rate:g}"] for rate in trials[model]} for model in rates}
+    tried: dict[str, dict[float, float]] = {model: {} for model in rates}
+    wanted = {model: list(some) if len(some) > 1 else [] for model, some in rates.items()}
+    for _ in range(FURTHER + 1):
+        short = {f"tune-{m}-{r:g}": run(m, r, TUNING_SEED, share) for m in rates for r in wanted[m]}
+        found = train(home, short, jobs)
+        for model in rates:
+            tried[model] |= {rate: found[f"tune-{model}-{rate:g}"] for rate in wanted[model]}
+        wanted = {model: beyond(tried[model]) for model in rates}
     best = {m: min(tried[m], key=tried[m].__getitem__, default=rates[m][0]) for m in rates}
     final = train(home, {f"{m}-seed{seed}": run(m, best[m], seed, 1.0) for seed in seeds for m in rates}, jobs)
     return {m: Tuned(tried[m], best[m], [final[f"{m}-seed{seed}"] for seed in seeds]) for m in rates}
+
+
+def beyond(tried: Mapping[float, float]) -> list[float]:
+    """The learning rate to try next, if any, after these gave these losses: one beyond the end at which the best is."""
+    ordered = sorted(tried)
+    if len(ordered) < 2:
+        return []
+    best = min(ordered, key=tried.__getitem__)
+    if best == ordered[-1]:
+        return [best * best / ordered[-2]]
+    return [best * best / ordered[1]] if best == ordered[0] else []

@@ -10,6 +10,7 @@ after it are dropped and made again. `passed` counts the batches that rewinding 
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -38,7 +39,7 @@ from ngc_jax.nn.model import LanguageModel
 from ngc_jax.preemption import Asked, Preemption
 from ngc_jax.rewire import changes, compile_rewire, pruned
 from ngc_jax.stability.regulariser import make_penalty
-from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.steps import TrainState, init_state, make_train_step
 from ngc_jax.watchdog import Watchdog
 from ngc_jax.workdir import abstract_state, claim
 
@@ -47,6 +48,24 @@ MEASURED = {"eval", "stability", "final"}  # kinds of rows that are made of the 
 
 class Diverged(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite, and going back did not help."""
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: all that changes from one update to the next, and that going back replaces."""
+
+    step: int  # updates made
+    state: TrainState  # after them
+    batches: Iterator[Any]  # of the updates to come
+    metrics: Metrics
+    unmeasured: Collection[str]  # kinds of rows that were not made of this state yet
+    rewinds: int  # times gone back
+    passed: int  # batches left out by that
+    saved: int  # the last step that was saved
+    settled: int  # the last update whose scalars were read
+    late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
+    broken: int = 0  # updates skipped in a row, up to `settled`
+    warned: int = 0  # the update at which the standing warning of divergence began; 0 = none stands
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -92,12 +111,29 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             progress.say(f"checkpoint {bad} is passed over: {fault}; moved to {checkpoints.set_aside(bad)}")
         return sound
 
+    def begin(step: int, state: TrainState, rewinds: int = 0, passed: int = 0) -> Position:
+        """Be at a checkpoint, or at step 0."""
+        metrics = Metrics(workdir, step)
+        batches = train_batches(
+            Windows(tokens.train, data.context),
+            batch_size=train.batch_size,
+            seed=config.seed,
+            start=step + passed,
+            stop=train.steps + passed,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        # What was due after this step and was abandoned has yet to be made.
+        unmeasured = MEASURED - metrics.measured
+        return Position(step, state, batches, metrics, unmeasured, rewinds, passed, saved=step, settled=step)
+
     start = newest(checkpoints.steps())
+    seconds = 0.0  # of training, in earlier starts
     if start is None:
         # It runs once: at optimization level 1 it compiles three times faster, to the same bits.
         options = {"xla_backend_optimization_level": 1}
         init = jax.jit(lambda: init_state(model, train, config.seed), out_shardings=lies, compiler_options=options)
-        step, state, meta = 0, init(), dict[str, Any](seconds=0.0)
+        here = begin(0, init())
         print(f"starting from step 0 in {workdir}")
     else:
         step, state, meta = checkpoints.restore(start, like)
@@ -107,54 +143,34 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                 f"{tokens.fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for the library source: the "
                 "same Python), or another --workdir"
             )
+        here, seconds = begin(step, state, meta.get("rewinds", 0), meta.get("passed", 0)), meta["seconds"]
         print(f"going on from checkpoint {step} of {train.steps} in {workdir}")
         if meta["versions"] != versions():
             print(f"it was made with {meta['versions']}, this is {versions()}: equal to rounding, not to the bit")
-    rewinds, passed = meta.get("rewinds", 0), meta.get("passed", 0)  # times gone back; batches passed over by that
 
     # ---- The loop ------------------------------------------------------------------------------------------------
-    metrics, clock = Metrics(workdir, step), Clock(meta["seconds"])
+    clock, last_save = Clock(seconds), time.monotonic()
     asked_to_stop, watchdog = Preemption(), Watchdog(train.hang_minutes, train.hang_exit, workdir / "hang.txt")
-    unmeasured = MEASURED - metrics.measured  # what is due after this step and was abandoned has yet to be made
-    saved, last_save = step, time.monotonic()
-    late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
-    settled = step  # the last update whose scalars were read
-    broken = 0  # updates skipped in a row, up to that one
-    warned = 0  # the update at which the standing warning of divergence began; 0 = none stands
-
-    def batches_from(step: int) -> Iterator[Any]:
-        return train_batches(
-            Windows(tokens.train, data.context),
-            batch_size=train.batch_size,
-            seed=config.seed,
-            start=step + passed,
-            stop=train.steps + passed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
-
-    batches = batches_from(step)
 
     def settle() -> None:
         """Read the scalars of the update before this one and log them; in trouble, no further than to its last."""
-        nonlocal late, settled, broken, warned
-        if late is None or broken >= train.max_bad_steps:
+        if here.late is None or here.broken >= train.max_bad_steps:
             return
-        (at, scalars), late = late, None
+        (at, scalars), here.late = here.late, None
         row = {name: value.item() for name, value in jax.device_get(scalars).items()}
         watchdog.beat()
-        settled, broken = at, row["train/bad_in_a_row"]
-        if broken or at == 1 or at % train.log_every == 0 or at == train.steps:
+        here.settled, here.broken = at, row["train/bad_in_a_row"]
+        if here.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
             per_step = clock.lap(at)
             speed = train.batch_size * data.context / per_step
-            metrics.write({"step": at, **row, "tokens_per_second": speed, "seconds": clock.seconds()})
+            here.metrics.write({"step": at, **row, "tokens_per_second": speed, "seconds": clock.seconds()})
             progress.show(at, row["train/loss"], speed, per_step)
         likely = row["stability/warning"] > 0
-        if likely and not warned:
+        if likely and not here.warned:
             change = f"the parameters change by {row['stability/relative_update']:.1%} in an update"
             progress.say(f"step {at}: divergence likely: {change}; a smaller learning rate is safer")
-        warned = (warned or at) if likely or (broken and warned) else 0
-        if broken:
+        here.warned = (here.warned or at) if likely or (here.broken and here.warned) else 0
+        if here.broken:
             progress.say(f"step {at}: loss {row['train/loss']}, gradient norm {row['train/grad_norm']}: update skipped")
 
     def measure(kinds: Iterable[str]) -> bool:
@@ -166,16 +182,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
         def hold_out(kind: str) -> dict[str, float]:
             limit, text = (config.eval.windows, "held-out") if kind == "eval" else (0, "held-out, whole text")
-            result = held_out(evaluate, state.params, config, mesh, tokens, limit, between)
+            result = held_out(evaluate, here.state.params, config, mesh, tokens, limit, between)
             losses = f"loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
-            progress.say(f"step {step}: {text} {losses}")
+            progress.say(f"step {here.step}: {text} {losses}")
             return {f"{kind}/{name}": value for name, value in result.items()}
 
         with clock, contextlib.suppress(Asked):
             for kind in kinds:
                 between()
-                measures = watch(state.params) if watch and kind == "stability" else hold_out(kind)
-                metrics.write({"step": step, **measures})
+                measures = watch(here.state.params) if watch and kind == "stability" else hold_out(kind)
+                here.metrics.write({"step": here.step, **measures})
             return True
         return False
 
@@ -189,97 +205,95 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             kept = f"the last sound checkpoint, {last_sound}, is kept"
             if ending:
                 raise OSError(f"{error}; {kept}; make room and give the same command again") from error
-            again = step - step % config.checkpoint.every_steps + config.checkpoint.every_steps
+            again = here.step - here.step % config.checkpoint.every_steps + config.checkpoint.every_steps
             soon = f"next try after step {again}, or in {config.checkpoint.every_minutes:g} minutes"
             progress.say(f"NOT SAVED: {error}; training goes on; {kept}; {soon}")
 
-    def rewind() -> None:
-        """Go back to a checkpoint from before the trouble, and on with the batches after it. Raises Diverged."""
-        nonlocal step, state, batches, metrics, unmeasured, late, settled, broken, warned, saved, rewinds, passed
+    def rewind() -> Position:
+        """Back to a checkpoint from before the trouble, and on with the batches after it. Raises Diverged."""
         with saving():
             checkpoints.wait()
-        before = [at for at in checkpoints.steps() if at <= settled - broken]
+        before = [at for at in checkpoints.steps() if at <= here.settled - here.broken]
         # Not one that a signal or the clock made: also a run that was never stopped must find it.
         planned = [at for at in before if at % config.checkpoint.every_steps == 0]
         sound = newest(planned or before)
-        if sound is None or rewinds == train.max_rewinds:
-            foretold = f"the warning stood from step {warned} on" if warned else "no warning came before it"
+        if sound is None or here.rewinds == train.max_rewinds:
+            foretold = f"the warning stood from step {here.warned} on" if here.warned else "no warning came before it"
             raise Diverged(
-                f"stopped at step {settled}: loss or gradient was not finite {broken} times in a row; rewound "
-                f"{rewinds} times; last sound checkpoint: {sound}; {foretold}; try a smaller "
+                f"stopped at step {here.settled}: loss or gradient was not finite {here.broken} times in a row; "
+                f"rewound {here.rewinds} times; last sound checkpoint: {sound}; {foretold}; try a smaller "
                 f"train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )
-        rewinds, passed = rewinds + 1, passed + settled - sound
+        rewinds, left_out = here.rewinds + 1, here.settled - sound
         progress.say(
-            f"step {settled}: rewound to checkpoint {sound}, {rewinds} of at most {train.max_rewinds} times; "
-            f"the {settled - sound} batches since then are passed over"
+            f"step {here.settled}: rewound to checkpoint {sound}, {rewinds} of at most {train.max_rewinds} times; "
+            f"the {left_out} batches since then are passed over"
         )
         checkpoints.drop_after(sound)
-        metrics.close()
-        metrics = Metrics(workdir, sound)
-        unmeasured = MEASURED - metrics.measured
-        row = {"train/rewinds": rewinds, "train/passed": passed, "train/rewound_from": settled}
-        metrics.write({"step": sound + 1, **row})  # of what comes now: a run that goes on from `sound` will redo it
-        state = late = None  # their memory is needed
-        step, state, _ = checkpoints.restore(sound, like)
-        batches, settled, saved, broken, warned = batches_from(step), step, step, 0, 0
-        clock.start(step)
+        here.metrics.close()
+        del here.state  # its memory is needed
+        back = begin(*checkpoints.restore(sound, like)[:2], rewinds, here.passed + left_out)
+        row = {"train/rewinds": rewinds, "train/passed": back.passed, "train/rewound_from": here.settled}
+        back.metrics.write({"step": sound + 1, **row})  # of what comes now: a run that goes on from `sound` redoes it
+        clock.start(sound)
         watchdog.beat()
+        return back
 
     with asked_to_stop, watchdog:
-        clock.start(step)
+        clock.start(here.step)
         while True:
-            # What comes after update `step`, the one that this start goes on from as well.
-            last, stop = step == train.steps, bool(asked_to_stop)
+            # What comes after update `here.step`, the one that this start goes on from as well.
+            step, last, stop = here.step, here.step == train.steps, bool(asked_to_stop)
             due = {
                 "eval": step > 0 and (last or step % config.eval.every == 0),
                 "stability": step > 0 and watch is not None and (last or step % config.stability.every == 0),
                 "final": last,
             }
-            kinds = [kind for kind in due if due[kind] and kind in unmeasured]
+            kinds = [kind for kind in due if due[kind] and kind in here.unmeasured]
             minutes = (time.monotonic() - last_save) / 60
             save = last or step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
             if kinds or save or stop:
                 settle()
-            if broken >= train.max_bad_steps:
-                rewind()
+            if here.broken >= train.max_bad_steps:
+                here = rewind()
                 continue
             measured = measure(kinds)
             stop = stop or not measured  # not asked anew: a step whose row is not written is not saved
             # While updates are skipped nothing is saved: the checkpoints stay those from before the trouble.
-            if step > saved and (last or stop or (save and not broken)):
+            if step > here.saved and (last or stop or (save and not here.broken)):
                 with clock, saving():
                     checkpoints.wait()  # for the save before this one
                 with clock, saving(ending=last or stop):
-                    metrics.sync()
+                    here.metrics.sync()
                     meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
-                    checkpoints.save(step, state, meta | {"rewinds": rewinds, "passed": passed})
+                    checkpoints.save(step, here.state, meta | {"rewinds": here.rewinds, "passed": here.passed})
                     if last or stop:
                         checkpoints.wait()
-                saved, last_save = step, time.monotonic()
+                here.saved, last_save = step, time.monotonic()
                 watchdog.beat()
             if last or stop:
                 break
 
-            placed = meshes.put_rows(mesh, next(batches))
+            placed = meshes.put_rows(mesh, next(here.batches))
             with jax.transfer_guard("disallow"):
-                state, scalars = update(state, placed)
+                here.state, scalars = update(here.state, placed)
             settle()  # of the update before, while this one runs
-            step, late, unmeasured = step + 1, (step + 1, scalars), MEASURED
-            if rewire and changes(config).due(step):
+            here.step, here.late, here.unmeasured = step + 1, (step + 1, scalars), MEASURED
+            if rewire and changes(config).due(here.step):
                 settle()
-                state, changed = rewire(state, placed, step)
-                metrics.write({"step": step, **changed})
+                here.state, changed = rewire(here.state, placed, here.step)
+                here.metrics.write({"step": here.step, **changed})
             with saving():
                 checkpoints.check()
         checkpoints.close()
 
     # ---- The end ---------------------------------------------------------------------------------------------------
-    metrics.close()
+    here.metrics.close()
     if step < train.steps or not measured:
-        progress.say(f"asked to stop: step {step} is saved; the same command goes on from there")
+        kept = f"step {step} is saved" if step else "before the first update"
+        progress.say(f"asked to stop: {kept}; the same command goes on from there")
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
     card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
