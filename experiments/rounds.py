@@ -8,7 +8,6 @@ rounds do. Three seeds each. Killed, it goes on where it was. Writes results.md 
 how good the models are.
 """
 
-import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -22,7 +21,6 @@ from ngc_jax.data.tokens import load_tokens
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import single
 from ngc_jax.metrics import read_rows
-from ngc_jax.nn.decoder import Decoder
 from ngc_jax.workdir import open_trained
 
 SEEDS, STEPS = (0, 1, 2), 400
@@ -67,8 +65,7 @@ def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
     tokens, mesh = load_tokens(config.data), single()
     losses = {}
     for rounds in TEST_ROUNDS:
-        model = Decoder(dataclasses.replace(trained.decoder.shape, rounds=rounds))
-        step = compile_eval(model, config, mesh, tokens)
+        step = compile_eval(trained.decoder.at(rounds), config, mesh, tokens)
         losses[rounds] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
     jax.clear_caches()
     return losses

@@ -9,7 +9,6 @@ What is drawn follows from seed and update alone, so that a run that goes on dra
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +32,9 @@ def lognormal_poisson(mean: float, low: int, high: int) -> np.ndarray:
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     rates = np.exp(math.log(mean - 1) - SIGMA**2 / 2 + SIGMA * nodes)
-    below = stats.poisson.cdf(np.arange(low - 1, high)[:, None] - 1, rates) @ weights / weights.sum()  # r <= low - 1, ...
+    below = (
+        stats.poisson.cdf(np.arange(low - 1, high)[:, None] - 1, rates) @ weights / weights.sum()
+    )  # r <= low - 1, ...
     below[0], ends = 0.0, [1.0]
     return np.diff(np.concatenate([below, ends]))
 
@@ -117,13 +118,11 @@ def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
         most, of = i.high, f"iteration.high={i.high}"
         need(i.low >= 1, "iteration.low", "1 or more")
         need(i.low <= i.high, "iteration.low", f"at most iteration.high={i.high}, for instance {max(1, i.high // 2)}")
-    if i.rounds == "lognormal_poisson":
-        least, near = max(i.low, 1.5), (max(i.low, 1.5) + i.high) / 2
-        need(least <= i.mean <= i.high, "iteration.mean", f"from {least:g} to iteration.high={i.high}, for instance {near:g}")
+    need(i.mean > 1, "iteration.mean", "above 1, for instance 4.0")
     need(0 <= i.backprop <= most, "iteration.backprop", f"from 1 to {of}, or 0 for all rounds")
     driven = "0 where model.drive=False: rounds without a gradient would leave all before the loop untrained"
     need(m.drive or i.backprop in (0, most), "iteration.backprop", driven)
-    judged = i.backprop or most
-    within = f"from 1 to {judged - 1}, below the rounds that gradients go through, or 0 for none"
-    need(0 <= i.supervise_every < max(judged, 1), "iteration.supervise_every", within if judged > 1 else "0 for one round")
+    judged = max(i.backprop or most, 1)
+    within = f"0, or below the {judged} rounds that gradients go through, for instance {judged // 2}"
+    need(0 <= i.supervise_every < judged, "iteration.supervise_every", within)
     need(i.supervise_weight > 0, "iteration.supervise_weight", "above 0, for instance 1.0")

@@ -24,7 +24,7 @@ from ngc_jax.stability.regulariser import Penalty
 
 Array = jax.Array
 Tree = Any
-Drawn = tuple[Array, Array | None]  # of an update: a key, for the penalty; and how many rounds it has
+Drawn = tuple[Array, Any]  # of an update: a key, for the penalty; and how many rounds it has, or None
 
 
 @flax.struct.dataclass
@@ -68,9 +68,7 @@ def losses(
     return read(model.apply, params, tokens, mark, isolate, dtype)[:2]
 
 
-def read(
-    apply: Apply, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any
-) -> tuple[Array, Array, Any]:
+def read(apply: Apply, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any) -> tuple[Array, Array, Any]:
     """`losses` of apply(params, inputs, segments) -> (logits [..., B, T, V], what else): nats [..., B, T], and that.
 
     The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
@@ -156,15 +154,21 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool
+    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool, settle: Apply | None = None
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
-    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes."""
+    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes.
+
+    `settle` stands for `model.apply` where the loop is to run until it settles (`Decoder.settle`): then rounds too.
+    """
     dtype = jnp.dtype(config.compute_dtype)
+    apply = settle or model.apply
 
     def step(params: Tree, tokens: Array, real: Array) -> dict[str, Array]:
-        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+        nats, counts, rounds = read(apply, params, tokens, mark, isolate, dtype)
         counts = counts & real[:, None]
+        made = {} if settle is None else {"rounds": jnp.sum(rounds * counts)}
         return {
+            **made,
             "nats": jnp.sum(nats * counts),
             "tokens": jnp.sum(counts),
             "bytes": jnp.sum(jnp.asarray(lengths)[tokens[:, 1:]] * counts),

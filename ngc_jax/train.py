@@ -98,7 +98,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
     evaluate = compile_eval(model, config, mesh, tokens)
     watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
-    print(costs(model, like, batch, update, iteration) + f"; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
+    costing = costs(model, like, batch, update, iteration)
+    print(f"{costing}; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
     progress = Progress(train.steps)
@@ -306,10 +307,8 @@ def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any, iteration:
     stored = count.parameters(like.params)
     inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
     # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
-    if iteration is None:
-        flops = 3 * count.forward_flops(model.apply, like.params, inputs)
-    else:
-        flops = iteration.flops(like.params, inputs)
+    forward = count.forward_flops
+    flops = iteration.flops(like.params, inputs) if iteration else 3 * forward(model.apply, like.params, inputs)
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
         f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "

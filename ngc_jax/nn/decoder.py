@@ -244,14 +244,13 @@ class Decoder:
         x, cache, records = self.stream(params, self._embed(params, tokens), positions, segments, cache, record)
         return self._unembed(params, x), cache, records
 
-    def _loop_begins(
-        self, params: Params, tokens: Array, segments: Array | None
-    ) -> tuple[Params, Array, Array]:
+    def _loop_begins(self, params: Params, tokens: Array, segments: Array | None) -> tuple[Params, Array, Array]:
         """Whole parameters, positions [T], and the stream [B, T, D] before the first round."""
         if not self.shape.core:
             raise ValueError("model: has no loop (model.core=0), so there are no rounds to choose")
         params, positions = self.whole(params), jnp.arange(tokens.shape[1])
-        return params, positions, self.stages(params.get("prelude"), self._embed(params, tokens), positions, segments)[0]
+        x, _ = self.stages(params.get("prelude"), self._embed(params, tokens), positions, segments)
+        return params, positions, x
 
     def _read_out(self, params: Params, x: Array, positions: Array, segments: Array | None) -> Array:
         """Logits [B, T, V] of the stream after some round; `params` are `whole`."""
