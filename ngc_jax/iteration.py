@@ -1,4 +1,4 @@
-"""Training for iteration: how many rounds an update has, through how many gradients go, and after which it is judged.
+"""Training for iteration: how many rounds an update has, which of them gradients go through, and when it is judged.
 
 For: reading `config.iteration`, the draw of an update's rounds, the weights of its read-outs, and what it costs. Not
 for: the loop itself (`core/communicate.py`), or rounds of a trained model (`evaluate.py`).
@@ -22,7 +22,7 @@ from ngc_jax.nn.decoder import Decoder
 Array = jax.Array
 Apply = Callable[..., tuple[Array, Any]]  # (params, tokens [B, T], segments) -> logits [..., B, T, V], and what else
 DRAWS = ("fixed", "uniform", "lognormal_poisson")
-SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502.05171, section 3.3
+SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502.05171
 
 
 def lognormal_poisson(mean: float, low: int, high: int) -> np.ndarray:
@@ -32,11 +32,8 @@ def lognormal_poisson(mean: float, low: int, high: int) -> np.ndarray:
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     rates = np.exp(math.log(mean - 1) - SIGMA**2 / 2 + SIGMA * nodes)
-    below = (
-        stats.poisson.cdf(np.arange(low - 1, high)[:, None] - 1, rates) @ weights / weights.sum()
-    )  # r <= low - 1, ...
-    below[0], ends = 0.0, [1.0]
-    return np.diff(np.concatenate([below, ends]))
+    at_most = stats.poisson.cdf(np.arange(low, high)[:, None] - 1, rates) @ weights / weights.sum()  # low, ... rounds
+    return np.diff(np.concatenate([[0.0], at_most, [1.0]]))
 
 
 @dataclasses.dataclass(frozen=True)
