@@ -4,8 +4,8 @@
 
 For: every rule, sharing, wiring and kind of iteration, and every model of the comparison, a few updates each at a tiny
 size. What a kill between two checkpoints leaves behind is given to the same run again, which must end with the state
-and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how
-well anything learns (`compare.py`).
+and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how well anything learns
+(`compare.py`).
 """
 
 import concurrent.futures
