@@ -7,7 +7,6 @@ do. It does not say how good the models are.
     python -m experiments.run rounds
 """
 
-import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -23,7 +22,6 @@ from ngc_jax.data.tokens import load_tokens
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import single
 from ngc_jax.metrics import read_rows
-from ngc_jax.nn.decoder import Decoder
 from ngc_jax.workdir import open_trained
 
 STEPS = 400
@@ -66,7 +64,7 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     tokens, mesh = load_tokens(config.data), single()
     losses = {}
     for rounds in TEST_ROUNDS:
-        step = compile_eval(Decoder(dataclasses.replace(shape, rounds=rounds)), config, mesh, tokens)
+        step = compile_eval(trained.decoder.at(rounds), config, mesh, tokens)
         losses[f"loss, {rounds} rounds"] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
     return losses
 

@@ -2,9 +2,10 @@
 
     python -m experiments.smoke --workdir=runs/smoke
 
-For: every rule, sharing, wiring and model of the comparison, a few updates each at a tiny size. What a kill between
-two checkpoints leaves behind is given to the same run again, which must end with the state and the rows of the unbroken
-one. Not for: kills at random instants (`chaos.py`), or how well anything learns (`compare.py`).
+For: every rule, sharing, wiring and kind of iteration, and every model of the comparison, a few updates each at a tiny
+size. What a kill between two checkpoints leaves behind is given to the same run again, which must end with the state
+and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how well anything learns
+(`compare.py`).
 """
 
 import argparse
@@ -47,6 +48,15 @@ TINY = {
     "checkpoint.every_steps": 2,
     "stability.every": 0,
 }
+MANY = {"model.rounds": 3, "iteration.high": 4, "iteration.mean": 2.5}
+ITERATIONS: dict[str, dict[str, Any]] = {
+    "uniform": {"iteration.rounds": "uniform"},
+    "lognormal_poisson": {"iteration.rounds": "lognormal_poisson", "iteration.backprop": 2},
+    "backprop": {"iteration.backprop": 1},
+    "supervise": {"iteration.supervise_every": 1},
+    "all": {"iteration.rounds": "uniform", "iteration.backprop": 3, "iteration.supervise_every": 2},
+    "no drive": {"model.drive": False},
+}
 CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}  # after each update
 
 
@@ -59,6 +69,7 @@ def choices() -> dict[str, dict[str, Any]]:
         **{f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS},
         **{f"wiring {name}": {**TINY, "model.wiring": name} for name in WIRINGS},
         **{f"wiring {name}": {**TINY, **CHANGING, "model.wiring": name} for name in DYNAMIC},
+        **{f"iteration {name}": {**TINY, **MANY, **fields} for name, fields in ITERATIONS.items()},
         **{f"model {of.model}": {**of.fields, **short} for of in sized(PROTOCOLS["smoke"], list(MODELS))},
     }
 

@@ -124,6 +124,13 @@ class Trained(NamedTuple):
             raise UserError(f"model.kind={self.config.model.kind!r} has no stages to measure; 'decoder' has")
         return self.model
 
+    @property
+    def looped(self) -> Decoder:
+        """The model, where a number of rounds is asked for. Raises UserError for one that has no loop."""
+        if not self.decoder.shape.core:
+            raise UserError("--rounds: the model has no loop (model.core=0), so there is nothing to repeat")
+        return self.decoder
+
 
 def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
     """Read the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
@@ -165,6 +172,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--workdir", type=pathlib.Path, required=True, help="work directory of a run")
     arguments.add_argument("--step", type=int, help="checkpoint to read; default: the newest sound one")
     return arguments
+
+
+def rounds(text: str) -> int:
+    """A number of rounds as it is written on a command line. Raises UserError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--rounds={text}: must be 1 or more, for instance 8")
+    return int(text)
 
 
 def command(main: Callable[[], None]) -> None:
