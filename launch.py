@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from ngc_jax.errors import UserError
 from ngc_jax.preemption import EXIT_CODE
 from ngc_jax.train import Diverged, run
-from ngc_jax.workdir import workdir_of
+from ngc_jax.workdir import hold, workdir_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")
@@ -24,13 +24,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    workdir = (
-        pathlib.Path(WORKDIR.value)
-        if WORKDIR.value
-        else workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )
+    workdir = pathlib.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
     try:
-        done = run(CONFIG.value, workdir)
+        with hold(workdir):
+            done = run(CONFIG.value, workdir)
     except (UserError, Diverged, OSError) as error:  # OSError: a full disk, say; what was saved before is sound
         fail(2 if isinstance(error, UserError) else 3 if isinstance(error, Diverged) else 1, error)
     sys.exit(0 if done else EXIT_CODE)

@@ -1,52 +1,61 @@
 """Held-out loss of a model. As a command: `python -m ngc_jax.evaluate --workdir=DIR`, over all that is held out.
 
+`--rounds=8` runs the loop for another number of rounds than the config says; `--rounds=settled` until a round moves no
+token's state by `--tolerance` of its length, for `--cap` rounds at most, and says how many rounds that were.
+
 For: turning held-out batches into nats per target, bits per byte or problems solved, and stability measures. Not for:
 what one batch is worth (`steps.py`), what is measured of stability (`stability/watch.py`), or tests by difficulty
 (`solve.py`).
 """
 
+import argparse
 import math
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from ngc_jax import mesh as meshes
-from ngc_jax.data.batches import held_out_batches
+from ngc_jax.data.batches import Examples, held_out_batches
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.errors import UserError
+from ngc_jax.iteration import Apply
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability.watch import make_watch
 from ngc_jax.steps import make_eval_step
-from ngc_jax.workdir import Trained, command, open_trained, parser
+from ngc_jax.workdir import Trained, command, open_trained, parser, rounds
 
 
-def compile_eval(model: LanguageModel, config: Any, mesh: Mesh, data: Data) -> Callable[..., Any]:
-    """The jitted evaluation of one batch for a config, on a mesh."""
-    step = make_eval_step(model, config.train, data.tokenizer.lengths, data.boundary)
+def compile_eval(
+    model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
+) -> Callable[..., Any]:
+    """The jitted evaluation of one batch for a config, on a mesh; `settle`, if given, for `model.apply`."""
+    step = make_eval_step(model, config.train, data.tokenizer.lengths, data.boundary, settle)
     return jax.jit(meshes.on(mesh, step), out_shardings=meshes.whole(mesh))
 
 
 def held_out(
     step: Callable[..., Any],
     params: Any,
-    config: Any,
     mesh: Mesh,
-    data: Data,
-    limit: int,
+    examples: Examples,
+    batch_size: int,
+    limit: int = 0,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """{"loss": nats per target} on `limit` examples (0 = all); of text "bits_per_byte", of problems "exact".
+    """{"loss": nats per target} on `limit` examples (0 = all); of text "bits_per_byte", of problems "exact"; and where
+    the loop runs until it settles "rounds" per target.
 
     Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over tokenizers. Exact is the
     share of problems with every answer right. `between` is called before each batch, and may raise to abandon all.
     """
     batches = held_out_batches(
-        data.validation,
-        batch_size=config.eval.batch_size,
+        examples,
+        batch_size=batch_size,
         limit=limit,
         process=jax.process_index(),
         processes=jax.process_count(),
@@ -57,10 +66,12 @@ def held_out(
         sums = step(params, meshes.put_rows(mesh, batch), meshes.put_rows(mesh, real))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
-    loss = {"loss": total["nats"] / total["targets"]}
+    means = {"loss": total["nats"] / total["targets"]}
     if "problems" in total:
-        return loss | {"exact": total["solved"] / total["problems"]}
-    return loss | {"bits_per_byte": total["nats"] / math.log(2) / total["bytes"]}
+        means["exact"] = total["solved"] / total["problems"]
+    else:
+        means["bits_per_byte"] = total["nats"] / math.log(2) / total["bytes"]
+    return means | ({"rounds": total["rounds"] / total["targets"]} if "rounds" in total else {})
 
 
 def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Callable[[Any], dict[str, float]]:
@@ -93,21 +104,41 @@ def data_of(trained: Trained, workdir: pathlib.Path) -> Data:
     return data
 
 
+def ask_rounds(arguments: argparse.ArgumentParser) -> None:
+    """Add what `run_for` reads of a command line."""
+    arguments.add_argument("--rounds", help="of the loop: a number, or 'settled'; default: model.rounds")
+    arguments.add_argument("--tolerance", type=float, default=0.01, help="of 'settled', > 0: |change| / |state|")
+    arguments.add_argument("--cap", type=int, default=64, help="of 'settled', >= 1: rounds at most")
+
+
+def run_for(trained: Trained, args: argparse.Namespace) -> tuple[LanguageModel, Apply | None]:
+    """The model for the rounds that `args` ask for, and what stands for its `apply` where they are to settle."""
+    if args.tolerance <= 0:
+        raise UserError(f"--tolerance={args.tolerance}: must be above 0, for instance 0.01")
+    if args.cap < 1:
+        raise UserError(f"--cap={args.cap}: must be 1 or more, for instance 64")
+    if args.rounds == "settled":
+        return trained.model, partial(trained.looped.settle, tolerance=args.tolerance, cap=args.cap)
+    return trained.model if args.rounds is None else trained.looped.at(rounds(args.rounds)), None
+
+
 def main() -> None:
     """Print the held-out loss of a checkpoint."""
     arguments = parser(__doc__)
     arguments.add_argument("--windows", type=int, default=0, help="held-out windows or problems; default 0: all")
+    ask_rounds(arguments)
     args = arguments.parse_args()
     if args.windows < 0:
         raise UserError(f"--windows={args.windows}: must be 1 or more, or 0 for all")
     trained = open_trained(args.workdir, args.step)
     config = trained.config
+    model, settle = run_for(trained, args)
     data = data_of(trained, args.workdir)
     mesh = meshes.single()
-    step = compile_eval(trained.model, config, mesh, data)
-    result = held_out(step, trained.params, config, mesh, data, args.windows)
-    if isinstance(trained.model, Decoder):
-        result |= compile_watch(trained.model, config, mesh, data)(trained.params)
+    step = compile_eval(model, config, mesh, data, settle)
+    result = held_out(step, trained.params, mesh, data.validation, config.eval.batch_size, args.windows)
+    if isinstance(model, Decoder) and settle is None:  # what is watched is a loop of a fixed number of rounds
+        result |= compile_watch(model, config, mesh, data)(trained.params)
     print(f"{args.workdir}, step {trained.step}, held out from {data.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")

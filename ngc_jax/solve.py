@@ -3,70 +3,57 @@
 For: tests of any difficulty, beyond those of training too, on problems that training cannot have seen
 (`data/problems.py`). Not for: held-out loss (`evaluate.py`).
 
+`--rounds=32` and `--rounds=settled` run the loop as in `evaluate.py`, where training had other rounds.
+
 A problem is solved when every answer is right, each the likeliest symbol given the right ones before it; for an answer
 of several symbols that is what greedy decoding writes.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
 import scipy.stats
 
-from ngc_jax.data.batches import Examples, held_out_batches
+from ngc_jax import mesh as meshes
+from ngc_jax.data.batches import Examples
 from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import TASKS, check
 from ngc_jax.data.tokens import cache_directory
 from ngc_jax.errors import UserError
+from ngc_jax.evaluate import ask_rounds, held_out, run_for
+from ngc_jax.iteration import Apply
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.steps import solved
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.steps import make_eval_step
 from ngc_jax.workdir import Trained, command, open_trained, parser
 
-Array = jax.Array
-Answer = Callable[[Any, Array], Array]  # (params, inputs [B, T]) -> logits [B, T, V]
 ATTENDED = 2**23  # pairs of positions in a batch at most, so that attention over long problems fits in memory
 
 
-class Score(NamedTuple):
-    """Of problems of one difficulty, how many were solved."""
-
-    difficulty: int
-    problems: int
-    solved: int
-
-    def interval(self) -> tuple[float, float]:
-        """95% interval of the share that is solved, after Wilson: holds near 0 and 1 too."""
-        found = scipy.stats.binomtest(self.solved, self.problems).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-
-
-def count_solved(answer: Answer, params: Any, examples: Examples, batch_size: int) -> int:
-    """How many of the problems are solved by `answer`, a model run in any way."""
-
-    @jax.jit
-    def right(params: Any, batch: Array) -> Array:
-        return solved(answer(params, batch[:, 0]), batch[:, 1])
-
-    rows = max(1, min(batch_size, ATTENDED // examples[0].shape[1] ** 2))
-    batches = held_out_batches(examples, batch_size=rows)
-    return sum(int(np.sum(np.asarray(right(params, batch)) & real)) for batch, real in batches)
-
-
-def score(trained: Trained, difficulty: int, examples: int, seed: int) -> Score:
-    """The score on so many test problems of a difficulty. Those longer than in training are attended to as a whole."""
-    data = trained.config.data
-    found = problem_set(data.task, difficulty, difficulty, {"test": examples}, seed, cache_directory(data))
-    problems = Problems(found.home, "test", found.longest)
+def wide(trained: Trained, length: int) -> Trained:
+    """The same model, with attention that looks back on so many tokens at least."""
     model = trained.model
-    if isinstance(model, Decoder):
-        model = Decoder(dataclasses.replace(model.shape, context=max(data.context, found.longest)))
+    if isinstance(model, Decoder) and model.shape.context < length:
+        model = Decoder(dataclasses.replace(model.shape, context=length))
+    return trained._replace(model=model)
 
-    def answer(params: Any, inputs: Array) -> Array:
-        return model.apply(params, inputs)[0]
 
-    return Score(difficulty, examples, count_solved(answer, trained.params, problems, trained.config.eval.batch_size))
+def score(
+    model: LanguageModel, params: Any, config: Any, problems: Examples, settle: Apply | None = None
+) -> dict[str, float]:
+    """`held_out` of problems: "exact" is the share that is solved. `settle`, if given, stands for `model.apply`."""
+    mesh = meshes.single()
+    step = jax.jit(meshes.on(mesh, make_eval_step(model, config.train, None, settle=settle)))
+    rows = max(1, min(config.eval.batch_size, ATTENDED // problems[0].shape[1] ** 2))
+    return held_out(step, params, mesh, problems, rows)
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share of `count` independent cases, after Wilson: holds near 0 and 1 too."""
+    found = scipy.stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def difficulties(given: str, data: Any) -> Sequence[int]:
@@ -87,6 +74,7 @@ def main() -> None:
     arguments.add_argument("--difficulties", default="", help="such as 5,10,20; default: those of training, and beyond")
     arguments.add_argument("--examples", type=int, default=200, help="problems of each, >= 1")
     arguments.add_argument("--seed", type=int, default=0, help="that they are drawn from, >= 0")
+    ask_rounds(arguments)
     args = arguments.parse_args()
     if args.examples < 1:
         raise UserError(f"--examples={args.examples}: must be 1 or more, for instance 200")
@@ -99,12 +87,20 @@ def main() -> None:
     asked = difficulties(args.difficulties, data)
     unit = TASKS[data.task].unit
     print(f"{args.workdir}, step {trained.step}: {data.task}, trained on {data.low} to {data.high} {unit}")
-    print(f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  95% interval")
+    print(
+        f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  {'95% interval':17}  {'rounds' * (args.rounds == 'settled')}"
+    )
     for difficulty in asked:
-        found = score(trained, difficulty, args.examples, args.seed)
-        low, high = found.interval()
-        share = found.solved / found.problems
-        print(f"{difficulty:>10}  {found.problems:>8}  {share:>7.2%}  {low:.2%} to {high:.2%}", flush=True)
+        found = problem_set(
+            data.task, difficulty, difficulty, {"test": args.examples}, args.seed, cache_directory(data)
+        )
+        problems = Problems(found.home, "test", found.longest)
+        model, settle = run_for(wide(trained, found.longest), args)
+        result = score(model, trained.params, trained.config, problems, settle)
+        low, high = interval(result["exact"], args.examples)
+        rounds = f"  {result['rounds']:.1f}" if "rounds" in result else ""
+        span = f"{low:.2%} to {high:.2%}"
+        print(f"{difficulty:>10}  {args.examples:>8}  {result['exact']:>7.2%}  {span:17}{rounds}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax import optim
+from ngc_jax.iteration import Apply, Iteration
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability import monitor
 from ngc_jax.stability.regulariser import Penalty
 
 Array = jax.Array
 Tree = Any
+Drawn = tuple[Array, Any]  # of an update: a key, for the penalty; and how many rounds it has, or None
 
 
 @flax.struct.dataclass
@@ -60,58 +62,72 @@ def together(trained: Tree, fixed: Tree) -> Tree:
     return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
 
 
-def predict(model: LanguageModel, params: Tree, inputs: Array, boundary: int | None, dtype: Any) -> Array:
-    """Logits [B, T, V] for inputs [B, T]. No token sees back across the last `boundary` token, if one is given."""
+def predict(apply: Apply, params: Tree, inputs: Array, boundary: int | None, dtype: Any) -> tuple[Array, Any]:
+    """Logits [..., B, T, V] of apply(params, inputs [B, T], segments), and what else it returns.
+
+    No token sees back across the last `boundary` token, if one is given.
+    """
     segments = None if boundary is None else jnp.cumsum(inputs == boundary, axis=1)
     params = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
-    return model.apply(params, inputs, segments)[0]
+    return apply(params, inputs, segments)
 
 
 def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Nats of each target [B, T], and which of them count [B, T] bool."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0)), targets >= 0
+    """Nats of each target [..., B, T] by logits [..., B, T, V], and which of the targets [B, T] count [B, T] bool."""
+    labels = jnp.broadcast_to(jnp.maximum(targets, 0), logits.shape[:-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets >= 0
 
 
 def losses(model: LanguageModel, params: Tree, batch: Array, boundary: int | None, dtype: Any) -> tuple[Array, Array]:
     """Nats of each target of a batch [B, T], and which of them count [B, T] bool."""
-    return nats_of(predict(model, params, batch[:, 0], boundary, dtype), batch[:, 1])
+    return nats_of(predict(model.apply, params, batch[:, 0], boundary, dtype)[0], batch[:, 1])
 
 
 def make_train_step(
-    model: LanguageModel, config: Any, boundary: int | None = None, penalty: Penalty | None = None
+    model: LanguageModel,
+    config: Any,
+    boundary: int | None = None,
+    penalty: Penalty | None = None,
+    iteration: Iteration | None = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """The update for `config.train`: (state, batch [B, 2, T]) -> (state, scalars of the state *before* it).
 
     `penalty` (stability/regulariser.py), nats per token, is added to what is minimised, and not to train/loss.
+    `iteration` says how the model's loop is run; None: as `model.apply` runs it.
     """
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(trained: Tree, fixed: Tree, batch: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
-        params = together(trained, fixed)
-        nats, counts = losses(model, params, batch, boundary, dtype)
+    def summed(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, tuple[Array, Array]]:
+        params, (key, rounds) = together(trained, fixed), drawn
+        apply = model.apply if iteration is None else iteration.apply(rounds)
+        logits, weights = predict(apply, params, batch[:, 0], boundary, dtype)
+        nats, counts = nats_of(logits, batch[:, 1])
+        if iteration is not None:
+            nats = jnp.sum(weights[..., None] * nats, axis=0)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
         extra = 0.0 if penalty is None else penalty(params, batch[:, 0], key) * count
         return total + extra, (total, count)
 
-    def gradient(trained: Tree, fixed: Tree, batch: Array, key: Array) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, batch, key)
+    def gradient(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, batch, drawn)
         return nats, count, grads
 
-    def accumulated(trained: Tree, fixed: Tree, batch: Array, key: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
         parts = batch.reshape(-1, config.accumulation, *batch.shape[1:]).swapaxes(0, 1)
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, gradient(trained, fixed, part, key)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, fixed, part, drawn)), None
 
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
+        rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = apart(state.params)
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, batch, key)
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, batch, (key, rounds))
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -132,6 +148,7 @@ def make_train_step(
             "train/bad_in_a_row": bad,
             "stability/relative_update": change,
             "stability/warning": warning,
+            **({} if rounds is None else {"train/rounds": rounds}),
         }
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
@@ -139,20 +156,28 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, config: Any, lengths: np.ndarray | None, boundary: int | None = None
+    model: LanguageModel,
+    config: Any,
+    lengths: np.ndarray | None,
+    boundary: int | None = None,
+    settle: Apply | None = None,
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
     """Sums over one batch: (params, batch [B, 2, T], real [B] bool) -> nats and targets.
 
     Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are and are solved.
+    `settle` stands for `model.apply` where the loop is to run until it settles (`Decoder.settle`): then rounds too.
     """
     dtype = jnp.dtype(config.compute_dtype)
+    apply = settle or model.apply
 
     def step(params: Tree, batch: Array, real: Array) -> dict[str, Array]:
         targets = batch[:, 1]
-        logits = predict(model, params, batch[:, 0], boundary, dtype)
+        logits, rounds = predict(apply, params, batch[:, 0], boundary, dtype)
         nats, counts = nats_of(logits, targets)
         counts = counts & real[:, None]
         sums = {"nats": jnp.sum(nats * counts), "targets": jnp.sum(counts)}
+        if settle is not None:
+            sums["rounds"] = jnp.sum(rounds * counts)
         if lengths is None:
             return sums | {"problems": jnp.sum(real), "solved": jnp.sum(solved(logits, targets) & real)}
         return sums | {"bytes": jnp.sum(jnp.asarray(lengths)[targets] * counts)}

@@ -5,10 +5,13 @@ beside them where a checkpoint had to be set aside, hang.txt where it hung. Not 
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +48,44 @@ def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> No
         write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[None]:
+    """Keep other trainers out of a work directory while the block runs. Raises UserError where one is in it.
+
+    Held by a lock on the directory, which goes when its process does, however that ends. A directory that has nothing
+    in it at the end is removed.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir, os.O_RDONLY)
+    except OSError:  # `claim` says what is wrong with it
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--workdir={workdir} is in use by another process: wait for it, or give another") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            workdir.rmdir()
+        os.close(handle)
+
+
+def in_use(workdir: pathlib.Path) -> bool:
+    """Whether a trainer is in a work directory."""
+    if not workdir.exists():
+        return False
+    try:
+        with hold(workdir):
+            return False
+    except UserError:
+        return True
 
 
 def _ours(path: pathlib.Path) -> bool:
@@ -109,6 +150,13 @@ class Trained(NamedTuple):
             raise UserError(f"model.kind={self.config.model.kind!r} has no stages to measure; 'decoder' has")
         return self.model
 
+    @property
+    def looped(self) -> Decoder:
+        """The model, where a number of rounds is asked for. Raises UserError for one that has no loop."""
+        if not self.decoder.shape.core:
+            raise UserError("--rounds: the model has no loop (model.core=0), so there is nothing to repeat")
+        return self.decoder
+
 
 def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
     """Read the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
@@ -150,6 +198,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--workdir", type=pathlib.Path, required=True, help="work directory of a run")
     arguments.add_argument("--step", type=int, help="checkpoint to read; default: the newest sound one")
     return arguments
+
+
+def rounds(text: str) -> int:
+    """A number of rounds as it is written on a command line. Raises UserError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--rounds={text}: must be 1 or more, for instance 8")
+    return int(text)
 
 
 def command(main: Callable[[], None]) -> None:

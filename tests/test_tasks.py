@@ -365,5 +365,5 @@ def test_exact_is_what_greedy_decoding_writes(kept):
     right = np.all(np.array([problem.targets[-answers:] for problem in problems]) == said, axis=1)
     assert 0 < right.sum() < len(problems)
     examples = [padded(problem, length + 5) for problem in problems]
-    answer = lambda params, inputs: trained.model.apply(params, inputs)[0]  # noqa: E731
-    assert solve.count_solved(answer, trained.params, examples, 16) == right.sum()
+    result = solve.score(solve.wide(trained, length).model, trained.params, trained.config, examples)
+    assert result["exact"] == pytest.approx(right.mean())
