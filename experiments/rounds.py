@@ -65,9 +65,8 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     losses = {}
     for rounds in TEST_ROUNDS:
         step = compile_eval(trained.decoder.at(rounds), config, mesh, data)
-        losses[f"loss, {rounds} rounds"] = held_out(
-            step, trained.params, mesh, data.validation, config.eval.batch_size, 512
-        )["loss"]
+        found = held_out(step, trained.params, mesh, data.validation, config.eval.batch_size, limit=512)
+        losses[f"loss, {rounds} rounds"] = found["loss"]
     return losses
 
 

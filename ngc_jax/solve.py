@@ -87,20 +87,17 @@ def main() -> None:
     asked = difficulties(args.difficulties, data)
     unit = TASKS[data.task].unit
     print(f"{args.workdir}, step {trained.step}: {data.task}, trained on {data.low} to {data.high} {unit}")
-    print(
-        f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  {'95% interval':17}  {'rounds' * (args.rounds == 'settled')}"
-    )
+    print(f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  95% interval")
     for difficulty in asked:
-        found = problem_set(
-            data.task, difficulty, difficulty, {"test": args.examples}, args.seed, cache_directory(data)
-        )
+        counts, cache = {"test": args.examples}, cache_directory(data)
+        found = problem_set(data.task, difficulty, difficulty, counts, args.seed, cache)
         problems = Problems(found.home, "test", found.longest)
         model, settle = run_for(wide(trained, found.longest), args)
         result = score(model, trained.params, trained.config, problems, settle)
         low, high = interval(result["exact"], args.examples)
-        rounds = f"  {result['rounds']:.1f}" if "rounds" in result else ""
-        span = f"{low:.2%} to {high:.2%}"
-        print(f"{difficulty:>10}  {args.examples:>8}  {result['exact']:>7.2%}  {span:17}{rounds}", flush=True)
+        rounds = f", {result['rounds']:.1f} rounds" if "rounds" in result else ""
+        said = f"{result['exact']:>7.2%}  {low:.2%} to {high:.2%}{rounds}"
+        print(f"{difficulty:>10}  {args.examples:>8}  {said}", flush=True)
 
 
 if __name__ == "__main__":
