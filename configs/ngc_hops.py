@@ -1,7 +1,7 @@
 """A small NGC model that learns to hop, one to four times (docs/tasks.md), in minutes on two cores.
 
-    python launch.py --config=configs/ngc_hops.py
-    python -m ngc_jax.solve --workdir=runs/ngc_hops
+python launch.py --config=configs/ngc_hops.py
+python -m ngc_jax.solve --workdir=runs/ngc_hops
 """
 
 from ngc_jax.config import base

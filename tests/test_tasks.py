@@ -246,7 +246,7 @@ def asked(cache) -> ConfigDict:
     config = base()
     config.update_from_flattened_dict(TINY)
     config.data.update({"task": "dyck", "low": 1, "high": 3, "problems": 1000, "context": 40, "cache_dir": str(cache)})
-    config.model.update({"rule": "dense", "core": 0, "prelude": 1})  # the quickest to compile
+    config.model.update({"rule": "dense", "rounds": 2})  # the quickest to compile
     config.train.update({"steps": 150, "batch_size": 32, "learning_rate": 3e-2, "state_learning_rate": 3e-2})
     config.train.log_every, config.eval.every, config.checkpoint.every_steps, config.stability.every = 150, 150, 150, 0
     return config
@@ -351,6 +351,11 @@ def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatc
     for _, exact, low, high in found.values():
         assert float(low) < float(exact) < float(high) or float(exact) in (0, 100)
     assert float(found[2][1]) > float(found[6][1]), "harder ones than in training, and longer than its context"
+    monkeypatch.setattr(
+        sys, "argv", [*sys.argv[:2], "--difficulties=2", "--examples=20", "--rounds=settled", "--cap=3"]
+    )
+    command(solve.main)
+    assert re.search(r" 20 +[\d.]+%  .*, [123]\.\d rounds", capsys.readouterr().out)
 
 
 def test_exact_is_what_greedy_decoding_writes(kept):
