@@ -39,7 +39,7 @@ def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, gen
     use = 'sample --workdir={} --prompt="def " --tokens=200'
     limits = "Trained on this text alone, without alignment or filtering: it continues text, and states no facts."
     if config.data.task:
-        use, limits = "solve  --workdir={}", "Trained on this task alone; it knows no other."
+        use, limits = "solve --workdir={}", "Trained on this task alone; it knows no other."
     seen = t.steps * t.batch_size * config.data.context / 1e6
     text = f"""# {workdir.name}
 
