@@ -3,8 +3,8 @@
 python launch.py --config=configs/ngc_hops.py
 python -m ngc_jax.solve --workdir=runs/ngc_hops
 
-47,872 parameters. After its 1,200 updates (7 minutes) 99.8% of 5,000 held-out problems are solved, all of 200 at each of
-1, 2 and 4 hops, and none of 200 at 8: with five rounds always it does not go beyond its training. One seed.
+47,872 parameters. After its 1,200 updates (7 minutes) 99.8% of 5,000 held-out problems are solved, all of 200 at each
+of 1, 2 and 4 hops, and none of 200 at 8: with five rounds always it does not go beyond its training. One seed.
 """
 
 from ngc_jax.config import base
