@@ -5,7 +5,6 @@ in one place, named in the comment's section) or named runs (`configs/`).
 """
 
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.data.tasks import TASKS
 from ngc_jax.errors import UserError
 from ngc_jax.iteration import check as check_iteration
 from ngc_jax.nn.bdh import BDH, BDHShape
@@ -33,16 +33,23 @@ def base() -> ConfigDict:
     c.seed = 0  # 0 to 4,294,967,295: parameters and the order of the data follow from it
 
     c.data = ConfigDict()
+    # A reasoning task instead of text (docs/tasks.md): "parity", "running_parity", "modular", "hops",
+    # "addition", "listops", "dyck", "path", "maze", "sudoku4", "sudoku6", "sudoku9", "sudoku9_search"; "" = text
+    c.data.task = ""
+    c.data.low = 1  # least difficulty of the task's problems, as its table in docs/tasks.md has it
+    c.data.high = 10  # greatest, >= low; data.context must hold the longest
+    c.data.problems = 100_000  # of the task to train on, >= 1; data.validation_fraction of that many are held out
+    c.data.problem_seed = 0  # what problems are drawn from, 0 to 4,294,967,295
     c.data.path = ""  # a text file or a folder of text files; "" = this interpreter's library source
     c.data.tfds_name = ""  # a prepared TFDS text set instead, such as "lm1b" or "wiki40b/en"; "" = none
     c.data.tfds_data_dir = ""  # where TFDS sets are kept; "" = TFDS's own default
     c.data.train_split = "train"  # of the TFDS set, slices allowed: "train[:95%]"
     c.data.validation_split = "validation"  # of the TFDS set, likewise
     c.data.text_key = "text"  # the TFDS feature that holds the text
-    c.data.validation_fraction = 0.1  # of data.path held out, in (0, 0.5]
+    c.data.validation_fraction = 0.1  # of data.path, or of data.problems beside them, held out, in (0, 0.5]
     c.data.tokenizer = "bytes"  # "bytes", or "bpe": byte pairs learned on the train text
     c.data.vocab_size = 4096  # tokens of a BPE, 258 to 1,000,000; bytes have 257
-    c.data.context = 128  # tokens of a window, >= 1: what attention can look back on
+    c.data.context = 128  # tokens of a window, or of the longest problem, >= 1: what attention can look back on
     c.data.isolate_documents = False  # True: a token attends within its own document only
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
@@ -132,7 +139,7 @@ def base() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 200  # updates between evaluations, >= 1; the last update is always followed by one
-    c.eval.windows = 512  # held-out windows of each, spread over the text; 0 = all
+    c.eval.windows = 512  # held-out windows or problems of each, evenly spread; 0 = all
     c.eval.batch_size = 32  # windows at a time: a multiple of mesh.data x mesh.fsdp
 
     c.checkpoint = ConfigDict()
@@ -194,6 +201,16 @@ def validate(config: ConfigDict) -> None:
     choice("data.tokenizer", d.tokenizer, ("bytes", "bpe"))
     need(258 <= d.vocab_size <= 1_000_000, "data.vocab_size", "from 258 to 1,000,000, for instance 4096")
     need(d.context >= 1, "data.context", "1 or more, for instance 128")
+    if d.task:
+        choice("data.task", d.task, TASKS)
+        task = TASKS[d.task]
+        need(not (d.path or d.tfds_name), "data.task", "'' where data.path or data.tfds_name gives a text")
+        need(not d.isolate_documents, "data.isolate_documents", "False where data.task has no documents")
+        need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) where data.task={d.task!r}")
+        need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) where data.task={d.task!r}")
+        need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
+        need(d.problems >= 1, "data.problems", "1 or more, for instance 100000")
+        need(0 <= d.problem_seed < 2**32, "data.problem_seed", "from 0 to 4,294,967,295")
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
     choice("model.kind", m.kind, ("decoder", "bdh"))
@@ -322,29 +339,3 @@ def validate(config: ConfigDict) -> None:
     near = -(-config.eval.batch_size // parts) * parts
     of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
     need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields of two configs that make two different runs, as "field: old -> new".
-
-    How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
-    """
-    free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
-    free |= {"train.hang_minutes", "train.hang_exit"}
-    free |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for name, value in tree.items():
-            path = prefix + name
-            if path not in free:
-                leaves |= flat(value, path + ".") if isinstance(value, dict) else {path: value}
-        return leaves
-
-    a, b = flat(old), flat(new)
-    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
-
-
-def workdir_of(config_file: str) -> pathlib.Path:
-    """The default work directory, runs/<config name>, for a config file given as PATH or PATH:ARGUMENT."""
-    return pathlib.Path("runs") / pathlib.Path(config_file.partition(":")[0]).stem

@@ -28,8 +28,8 @@ from ngc_jax import budget, card, count
 from ngc_jax import mesh as meshes
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import make_model, validate
-from ngc_jax.data.batches import Windows, train_batches
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.data.batches import train_batches
+from ngc_jax.data.tokens import load_data
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import compile_eval, compile_watch, held_out
 from ngc_jax.iteration import Iteration, make_iteration
@@ -78,26 +78,26 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     # ---- What is asked for -------------------------------------------------------------------------------------
     validate(config)
     budget.resolve(config)
-    tokens = load_tokens(data)
-    model = make_model(config, tokens.tokenizer.vocab)
+    source = load_data(data)
+    model = make_model(config, source.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
-    claim(workdir, config, tokens.tokenizer)
-    print(f"data: {tokens.summary}")
+    claim(workdir, config, source.tokenizer)
+    print(f"data: {source.summary}")
 
     # ---- Compile, before anything is allocated -----------------------------------------------------------------
     like = meshes.place(mesh, abstract_state(model, config))
-    batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=meshes.rows(mesh))
+    batch = jax.ShapeDtypeStruct((train.batch_size, 2, data.context), jnp.int32, sharding=meshes.rows(mesh))
     decoder = model if isinstance(model, Decoder) else None  # no other model has stages that could be watched
     penalty = make_penalty(decoder, config.stability) if decoder else None
     iteration = make_iteration(decoder, config) if decoder else None
-    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty, iteration)
+    step_function = make_train_step(model, train, source.boundary, penalty, iteration)
     began = time.monotonic()
     lies = meshes.shardings(like)
     jitted = jax.jit(meshes.on(mesh, step_function), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
     update = jitted.lower(like, batch).compile()
-    rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
-    evaluate = compile_eval(model, config, mesh, tokens)
-    watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
+    rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
+    evaluate = compile_eval(model, config, mesh, source)
+    watch = compile_watch(decoder, config, mesh, source) if decoder and config.stability.every else None
     costing = costs(model, like, batch, update, iteration)
     print(f"{costing}; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
@@ -116,7 +116,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         """Be at a checkpoint, or at step 0."""
         metrics = Metrics(workdir, step)
         batches = train_batches(
-            Windows(tokens.train, data.context),
+            source.train,
             batch_size=train.batch_size,
             seed=config.seed,
             start=step + passed,
@@ -138,11 +138,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         print(f"starting from step 0 in {workdir}")
     else:
         step, state, meta = checkpoints.restore(start, like)
-        if meta["data"] != tokens.fingerprint:
+        if meta["data"] != source.fingerprint:
             raise UserError(
                 f"the text has changed since checkpoint {step} of --workdir={workdir}: fingerprint "
-                f"{tokens.fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for the library source: the "
-                "same Python), or another --workdir"
+                f"{source.fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for the library source: the "
+                "same Python; for a task: the same ngc_jax), or another --workdir"
             )
         here, seconds = begin(step, state, meta.get("rewinds", 0), meta.get("passed", 0)), meta["seconds"]
         print(f"going on from checkpoint {step} of {train.steps} in {workdir}")
@@ -182,10 +182,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             asked_to_stop.check()
 
         def hold_out(kind: str) -> dict[str, float]:
-            limit, text = (config.eval.windows, "held-out") if kind == "eval" else (0, "held-out, whole text")
-            result = held_out(evaluate, here.state.params, config, mesh, tokens, limit, between)
-            losses = f"loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
-            progress.say(f"step {here.step}: {text} {losses}")
+            limit, part = (config.eval.windows, "held-out") if kind == "eval" else (0, "all held-out")
+            rows = config.eval.batch_size
+            result = held_out(evaluate, here.state.params, mesh, source.validation, rows, limit, between)
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
+            progress.say(f"step {here.step}: {part} {said}")
             return {f"{kind}/{name}": value for name, value in result.items()}
 
         with clock, contextlib.suppress(Asked):
@@ -268,7 +269,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                     checkpoints.wait()  # for the save before this one
                 with clock, saving(ending=last or stop):
                     here.metrics.sync()
-                    meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
+                    meta = {"seconds": clock.seconds(), "data": source.fingerprint, "versions": versions()}
                     checkpoints.save(step, here.state, meta | {"rewinds": here.rewinds, "passed": here.passed})
                     if last or stop:
                         checkpoints.wait()
@@ -297,7 +298,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         progress.say(f"asked to stop: {kept}; the same command goes on from there")
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
-    card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
+    card.write(workdir, config, source.summary, stored, count.generated_weights(model.shape))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True
 
@@ -305,7 +306,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any, iteration: Iteration | None) -> str:
     """What the run costs, in one line: counted parameters and FLOPs, and the compiled step's memory."""
     stored = count.parameters(like.params)
-    inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
+    inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[2]), batch.dtype)
     # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
     forward = count.forward_flops
     flops = iteration.flops(like.params, inputs) if iteration else 3 * forward(model.apply, like.params, inputs)

@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT
 
 from ngc_jax import count
-from ngc_jax.config import RULES_OF_A_MODEL, base, differences, model_shape, validate
+from ngc_jax.config import RULES_OF_A_MODEL, base, model_shape, validate
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.workdir import abstract_state
+from ngc_jax.workdir import abstract_state, differences
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 

@@ -13,6 +13,7 @@ from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.core.communicate import communicate_each, communicate_until_settled
 from ngc_jax.core.stability import relative_change
 from ngc_jax.count import forward_flops
+from ngc_jax.data.batches import foretold
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
 from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration
@@ -210,9 +211,9 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
     config = settings(**fields)
     model = make_model(config, Bytes.vocab)
     iteration = make_iteration(model, config)
-    tokens = jax.random.randint(jax.random.key(0), (8, 9), 0, 256)
+    tokens = np.array(jax.random.randint(jax.random.key(0), (8, 9), 0, 256))
     state = jax.jit(lambda: init_state(model, config.train, 0))().replace(step=jnp.int32(7))
-    _, scalars = jax.jit(make_train_step(model, config.train, Bytes.mark, False, iteration=iteration))(state, tokens)
+    _, scalars = jax.jit(make_train_step(model, config.train, iteration=iteration))(state, foretold(tokens))
     rounds = int(scalars["train/rounds"])
     assert rounds == int(iteration.draw(jnp.int32(7)))
 
