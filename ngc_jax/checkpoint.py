@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ngc_jax import processes
 from ngc_jax.atomic import write_durably
 
 Tree = Any
@@ -95,8 +96,12 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         os.replace(self.directory / str(step), aside)
-        self._manager.reload()
+        self.reload()
         return aside
+
+    def reload(self) -> None:
+        """See what another process has moved."""
+        self._manager.reload()
 
     def restore(self, step: int, abstract: Tree) -> Restored:
         """Read a step into the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct leaves)."""
@@ -109,7 +114,7 @@ class Checkpoints:
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         # What a kill or a failed save has left; Orbax's threads may write some of it after the failure was raised.
-        for begun in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+        for begun in self.directory.glob("*.orbax-checkpoint-tmp*") if processes.first() else ():
             shutil.rmtree(begun, ignore_errors=True)
         with self._attempt(step):
             self._manager.save(step, args=items, force=True)
@@ -147,18 +152,19 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore has ValueError for a file that cannot be written
-            with contextlib.suppress(OSError, ValueError):
-                self._manager.close()  # it would raise the same for every save to come
-            home = self.directory / str(step)
-            if not (home / MANIFEST).exists():
-                shutil.rmtree(home, ignore_errors=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            if jax.process_count() == 1:  # many cannot go on: the others may be waiting for this one in the save
+                with contextlib.suppress(OSError, ValueError):
+                    self._manager.close()  # it would raise the same for every save to come
+                home = self.directory / str(step)
+                if not (home / MANIFEST).exists():
+                    shutil.rmtree(home, ignore_errors=True)
+                self._manager = ocp.CheckpointManager(self.directory, options=self._options)
             cause = str(error).partition(" [tensorstore_spec")[0]
             raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
 
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if processes.first():
             home = self.directory / str(step)
             write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
 

@@ -48,8 +48,7 @@ def held_out(
         Windows(tokens.validation, config.data.context),
         batch_size=config.eval.batch_size,
         limit=limit,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        rows=meshes.local_rows(mesh, config.eval.batch_size),
     )
     total: dict[str, float] = {}
     for windows, real in batches:
@@ -69,8 +68,7 @@ def compile_watch(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Ca
         Windows(tokens.validation, config.data.context),
         batch_size=wanted,
         limit=wanted,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        rows=meshes.local_rows(mesh, wanted),
     )
     windows = meshes.put_rows(mesh, next(iter(batches))[0])
     # It runs seldom: at optimization level 1 it compiles several times faster.

@@ -15,6 +15,7 @@ import time
 import types
 from typing import Any
 
+from ngc_jax import processes
 from ngc_jax.atomic import write_durably
 
 Row = dict[str, Any]
@@ -32,16 +33,21 @@ class Metrics:
     """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from.
 
     `measured`: what the rows of `start` hold already besides its update: "eval", "stability", "final", "wiring".
+    Of many processes the first one writes, and all must open it.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
-        path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(workdir) if row["step"] <= start] if start else []
-        write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
+        path, writes = workdir / "metrics.jsonl", processes.first()
+        kept = [row for row in read_rows(workdir) if row["step"] <= start] if start and writes else []
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
-        self.measured = {name.partition("/")[0] for row in others for name in row}
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        measured = {name.partition("/")[0] for row in others for name in row}
+        self.measured = set(processes.exchange(sorted(measured))[0])
         self._unwritten = b""
+        self._file = self._board = None
+        if not writes:
+            return
+        write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self._board = _Board.open(workdir / "tensorboard")
         if self._board:
             for row in kept:
@@ -49,6 +55,8 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Add a row. What is not finite becomes null, as JSON has no such numbers. A full disk is no error yet."""
+        if not self._file:
+            return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._unwritten += f"{json.dumps(row)}\n".encode()
         with contextlib.suppress(OSError):
@@ -64,18 +72,20 @@ class Metrics:
 
         Raises OSError where that cannot be; the rows are kept for the next time.
         """
-        self._write()
-        os.fsync(self._file.fileno())
+        if self._file:
+            self._write()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             with contextlib.suppress(OSError):
                 self._board.close()
 
     def _write(self) -> None:
-        while self._unwritten:  # a disk that fills up takes part of it
+        while self._file and self._unwritten:  # a disk that fills up takes part of it
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import ngc_jax
-from ngc_jax import budget, card, count
+from ngc_jax import budget, card, count, processes
 from ngc_jax import mesh as meshes
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import make_model, validate
@@ -75,9 +75,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     train, data = config.train, config.data
 
     # ---- What is asked for -------------------------------------------------------------------------------------
-    validate(config)
-    budget.resolve(config)
-    tokens = load_tokens(data)
+    with processes.agreed():
+        validate(config)
+        budget.resolve(config)
+        tokens = load_tokens(data)
+    processes.same(config=config.to_json(sort_keys=True), text=tokens.fingerprint, software=str(versions()))
     model = make_model(config, tokens.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
     claim(workdir, config, tokens.tokenizer)
@@ -104,9 +106,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     def newest(among: Collection[int]) -> int | None:
         """The newest sound checkpoint of these; one that is not sound is named and set aside."""
-        sound, faults = checkpoints.newest_sound(among)
+        sound, faults = checkpoints.newest_sound(among) if processes.first() else (None, {})
         for bad, fault in faults.items():
             progress.say(f"checkpoint {bad} is passed over: {fault}; moved to {checkpoints.set_aside(bad)}")
+        (sound, *_) = processes.exchange(sound)
+        checkpoints.reload()
         return sound
 
     def begin(step: int, state: TrainState, rewinds: int = 0, passed: int = 0) -> Position:
@@ -118,8 +122,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
             seed=config.seed,
             start=step + passed,
             stop=train.steps + passed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            rows=meshes.local_rows(mesh, train.batch_size),
         )
         # What was due after this step and was abandoned has yet to be made.
         unmeasured = MEASURED - metrics.measured
@@ -148,7 +151,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     # ---- The loop ------------------------------------------------------------------------------------------------
     clock, last_save = Clock(seconds), time.monotonic()
-    asked_to_stop, watchdog = Preemption(), Watchdog(train.hang_minutes, train.hang_exit, workdir / "hang.txt")
+    asked_to_stop, votes = Preemption(), processes.Votes(mesh)
+    report = workdir / ("hang.txt" if processes.first() else f"hang_{jax.process_index()}.txt")
+    watchdog = Watchdog(train.hang_minutes, train.hang_exit, report)
+
+    def poll() -> tuple[bool, ...]:
+        """Whether to stop, and whether it is time to save."""
+        minutes = (time.monotonic() - last_save) / 60
+        return votes(bool(asked_to_stop), minutes > config.checkpoint.every_minutes)
 
     def settle() -> None:
         """Read the scalars of the update before this one and log them; in trouble, no further than to its last."""
@@ -176,7 +186,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
         def between() -> None:
             watchdog.beat()
-            asked_to_stop.check()
+            if poll()[0]:
+                raise Asked
 
         def hold_out(kind: str) -> dict[str, float]:
             limit, text = (config.eval.windows, "held-out") if kind == "eval" else (0, "held-out, whole text")
@@ -195,13 +206,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     @contextlib.contextmanager
     def saving(ending: bool = False) -> Iterator[None]:
-        """A save that fails is shouted of and training goes on, unless it ends here."""
+        """A save that fails is shouted of and training goes on, unless it ends here or there are many processes."""
         try:
             yield
         except OSError as error:
             last_sound, _ = checkpoints.newest_sound()
             kept = f"the last sound checkpoint, {last_sound}, is kept"
-            if ending:
+            if ending or jax.process_count() > 1:
                 raise OSError(f"{error}; {kept}; make room and give the same command again") from error
             again = here.step - here.step % config.checkpoint.every_steps + config.checkpoint.every_steps
             soon = f"next try after step {again}, or in {config.checkpoint.every_minutes:g} minutes"
@@ -243,15 +254,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         clock.start(here.step)
         while True:
             # What comes after update `here.step`, the one that this start goes on from as well.
-            step, last, stop = here.step, here.step == train.steps, bool(asked_to_stop)
+            step, last = here.step, here.step == train.steps
+            stop, overdue = poll()
             due = {
                 "eval": step > 0 and (last or step % config.eval.every == 0),
                 "stability": step > 0 and watch is not None and (last or step % config.stability.every == 0),
                 "final": last,
             }
             kinds = [kind for kind in due if due[kind] and kind in here.unmeasured]
-            minutes = (time.monotonic() - last_save) / 60
-            save = last or step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
+            save = last or step % config.checkpoint.every_steps == 0 or overdue
             if kinds or save or stop:
                 settle()
             if here.broken >= train.max_bad_steps:
@@ -270,6 +281,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                     if last or stop:
                         checkpoints.wait()
                 here.saved, last_save = step, time.monotonic()
+                votes.forget()
                 watchdog.beat()
             if last or stop:
                 break
@@ -294,7 +306,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         progress.say(f"asked to stop: {kept}; the same command goes on from there")
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
-    card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
+    if processes.first():
+        card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True
 

@@ -15,6 +15,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
+from ngc_jax import processes
 from ngc_jax.atomic import write_durably
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base, differences, make_model
@@ -27,7 +28,20 @@ from ngc_jax.steps import TrainState, init_state
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's."""
+    """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's.
+
+    Of many processes the first does it, and all of them must see it.
+    """
+    with processes.agreed():
+        if processes.first():
+            _claim(workdir, config, tokenizer)
+    with processes.agreed():
+        if not (workdir / "config.json").exists():
+            shared = "give a directory on a file system that all processes share"
+            raise UserError(f"--workdir={workdir}, as process 0 has made it, is not to be seen here: {shared}")
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     try:
         if (workdir / "config.json").exists():
             changed = differences(read_config(workdir).to_dict(), config.to_dict())

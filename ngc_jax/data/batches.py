@@ -1,11 +1,11 @@
 """The global batch as a pure function of (seed, step).
 
-For: cutting a token stream into windows, shuffling them anew each epoch, and giving each process its rows of a step's
-batch. There is no iterator state: a run that goes on from step s asks for batch s, on any number of processes.
-Not for: where tokens come from (`tokens.py`) or where batches go (`mesh.py`).
+For: cutting a token stream into windows, shuffling them anew each epoch, and reading the rows of a step's batch that a
+process needs. There is no iterator state: a run that goes on from step s asks for batch s, on any number of processes.
+Not for: where tokens come from (`tokens.py`), where batches go or whose rows are which (`mesh.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -26,35 +26,35 @@ class Windows:
 
 
 def train_batches(
-    windows: Windows, *, batch_size: int, seed: int, start: int, stop: int, process: int = 0, processes: int = 1
+    windows: Windows, *, batch_size: int, seed: int, start: int, stop: int, rows: Sequence[int] | None = None
 ) -> Iterator[np.ndarray]:
-    """This process's rows, [batch_size / processes, context + 1], of the global batches of steps start .. stop - 1.
+    """These rows (None: all), [rows, context + 1], of the global batches of steps start .. stop - 1.
 
     Global row r of step s is window number s * batch_size + r of an endless sequence of epochs, each of them a
     permutation of all windows drawn from (seed, epoch). Rows are read ahead on a thread.
     """
     epochs = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    rows = batch_size // processes
+    wanted = range(batch_size) if rows is None else rows
 
     def batch(step: int) -> np.ndarray:
-        first = step * batch_size + process * rows
-        return np.stack([epochs[first + row] for row in range(rows)])
+        return np.stack([epochs[step * batch_size + int(row)] for row in wanted])
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(ahead))
 
 
 def held_out_batches(
-    windows: Windows, *, batch_size: int, limit: int = 0, process: int = 0, processes: int = 1
+    windows: Windows, *, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Windows for evaluation, in order: pairs (tokens [rows, context + 1], real [rows] bool).
 
     `limit` > 0 takes that many, evenly spaced over the text. The last batch is filled up with rows that are not real.
+    `rows` of each batch (None: all).
     """
     count = min(limit, len(windows)) if limit else len(windows)
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(int) if limit else np.arange(count)
-    rows = batch_size // processes
-    for first in range(process * rows, -(-count // batch_size) * batch_size, batch_size):
-        index = np.arange(first, first + rows)
+    wanted = np.arange(batch_size) if rows is None else np.asarray(rows)
+    for first in range(0, count, batch_size):
+        index = first + wanted
         real = index < count
         yield np.stack([windows[chosen[i]] for i in np.minimum(index, count - 1)]), real
