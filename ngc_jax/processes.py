@@ -4,7 +4,8 @@ For: joining by flags or by what the cluster says, one process's word for all, a
 update. Not for: which part of an array or a batch is whose (`mesh.py`).
 
 Every process runs the same program and must come to the same exchanges in the same order; so whatever differs between
-them (a signal, a clock, a file, an error) is exchanged before it decides anything. One process alone passes through all
+them (a signal, a clock, a file, an error) is exchanged before it decides anything. Devices must be at rest for an
+exchange: on CPUs two programs that communicate at once take each other's messages. One process alone passes through all
 of this without a wait.
 """
 
@@ -134,29 +135,20 @@ def same(**values: str) -> None:
             raise UserError(f"process {others[0]} has another {name} than process 0: give all of them the same")
 
 
-class Votes:
-    """Questions that any process may answer with yes for all, a call at every update: (yes, no) -> (yes, no).
+def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
+    """This process's votes, a row for each of its devices, [devices, votes] bool, to be counted by a jitted function.
 
-    Among many processes the answers are those to the call before. They were summed by the devices behind the update of
-    that time, so nobody waits for them, and they are the same everywhere.
+    So a question rides on work that all do anyway, and nobody waits for the answer. None where there is one process.
     """
+    if jax.process_count() == 1:
+        return None
+    lies = NamedSharding(mesh, meshes.spec("row", None))
+    return jax.make_array_from_callback((mesh.size, len(votes)), lies, lambda _: np.array([votes]))
 
-    def __init__(self, mesh: Mesh):
-        self._lies = NamedSharding(mesh, meshes.spec("row", None))
-        self._any = jax.jit(lambda votes: votes.any(axis=0), out_shardings=meshes.whole(mesh))
-        self._cast: jax.Array | None = None
 
-    def __call__(self, *votes: bool) -> tuple[bool, ...]:
-        if jax.process_count() == 1:
-            return votes
-        shape = (self._lies.mesh.size, len(votes))
-        before = self._cast
-        self._cast = self._any(jax.make_array_from_callback(shape, self._lies, lambda _: np.array([votes])))
-        return (False,) * len(votes) if before is None else tuple(map(bool, jax.device_get(before)))
-
-    def forget(self) -> None:
-        """What was asked for is done: the next call's answers are no."""
-        self._cast = None
+def tally(cast: jax.Array | None) -> tuple[jax.Array, ...]:
+    """For each question whether any process voted for it; () where there is one process."""
+    return () if cast is None else tuple(cast.any(axis=0))
 
 
 def leave(error: BaseException) -> None:

@@ -63,6 +63,7 @@ class Position:
     saved: int  # the last step that was saved
     settled: int  # the last update whose scalars were read
     late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
+    wanted: tuple[bool, ...] = (False, False)  # by any of many processes, when the last update that was read began
     broken: int = 0  # updates skipped in a row, up to `settled`
     warned: int = 0  # the update at which the standing warning of divergence began; 0 = none stands
 
@@ -93,8 +94,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty)
     began = time.monotonic()
     lies = meshes.shardings(like)
-    jitted = jax.jit(meshes.on(mesh, step_function), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
-    update = jitted.lower(like, batch).compile()
+
+    def voting(state: TrainState, tokens: Any, cast: Any) -> tuple[TrainState, Any]:
+        after, scalars = step_function(state, tokens)
+        return after, (scalars, processes.tally(cast))
+
+    jitted = jax.jit(meshes.on(mesh, voting), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
+    update = jitted.lower(like, batch, processes.ballots(mesh, False, False)).compile()
     rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
     evaluate = compile_eval(model, config, mesh, tokens)
     watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
@@ -115,6 +121,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     def begin(step: int, state: TrainState, rewinds: int = 0, passed: int = 0) -> Position:
         """Be at a checkpoint, or at step 0."""
+        jax.block_until_ready(state)
         metrics = Metrics(workdir, step)
         batches = train_batches(
             Windows(tokens.train, data.context),
@@ -151,21 +158,22 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     # ---- The loop ------------------------------------------------------------------------------------------------
     clock, last_save = Clock(seconds), time.monotonic()
-    asked_to_stop, votes = Preemption(), processes.Votes(mesh)
+    asked_to_stop = Preemption()
     report = workdir / ("hang.txt" if processes.first() else f"hang_{jax.process_index()}.txt")
     watchdog = Watchdog(train.hang_minutes, train.hang_exit, report)
 
-    def poll() -> tuple[bool, ...]:
-        """Whether to stop, and whether it is time to save."""
-        minutes = (time.monotonic() - last_save) / 60
-        return votes(bool(asked_to_stop), minutes > config.checkpoint.every_minutes)
+    def wishes() -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether it is time to save."""
+        return bool(asked_to_stop), (time.monotonic() - last_save) / 60 > config.checkpoint.every_minutes
 
     def settle() -> None:
         """Read the scalars of the update before this one and log them; in trouble, no further than to its last."""
         if here.late is None or here.broken >= train.max_bad_steps:
             return
-        (at, scalars), here.late = here.late, None
-        row = {name: value.item() for name, value in jax.device_get(scalars).items()}
+        (at, on_device), here.late = here.late, None
+        scalars, wanted = jax.device_get(on_device)
+        here.wanted = tuple(map(bool, wanted))
+        row = {name: value.item() for name, value in scalars.items()}
         watchdog.beat()
         here.settled, here.broken = at, row["train/bad_in_a_row"]
         if here.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
@@ -186,7 +194,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
         def between() -> None:
             watchdog.beat()
-            if poll()[0]:
+            if any(processes.exchange(bool(asked_to_stop))):
                 raise Asked
 
         def hold_out(kind: str) -> dict[str, float]:
@@ -222,6 +230,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         """Back to a checkpoint from before the trouble, and on with the batches after it. Raises Diverged."""
         with saving():
             checkpoints.wait()
+        jax.block_until_ready(here.state)
         before = [at for at in checkpoints.steps() if at <= here.settled - here.broken]
         # Not one that a signal or the clock made: also a run that was never stopped must find it.
         planned = [at for at in before if at % config.checkpoint.every_steps == 0]
@@ -255,7 +264,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         while True:
             # What comes after update `here.step`, the one that this start goes on from as well.
             step, last = here.step, here.step == train.steps
-            stop, overdue = poll()
+            stop, overdue = wishes() if jax.process_count() == 1 else here.wanted
             due = {
                 "eval": step > 0 and (last or step % config.eval.every == 0),
                 "stability": step > 0 and watch is not None and (last or step % config.stability.every == 0),
@@ -281,14 +290,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                     if last or stop:
                         checkpoints.wait()
                 here.saved, last_save = step, time.monotonic()
-                votes.forget()
+                here.wanted = (False, False)
                 watchdog.beat()
             if last or stop:
                 break
 
             placed = meshes.put_rows(mesh, next(here.batches))
+            cast = processes.ballots(mesh, *wishes())
             with jax.transfer_guard("disallow"):
-                here.state, scalars = update(here.state, placed)
+                here.state, scalars = update(here.state, placed, cast)
             settle()  # of the update before, while this one runs
             here.step, here.late, here.unmeasured = step + 1, (step + 1, scalars), MEASURED
             if rewire and changes(config).due(here.step):
