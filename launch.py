@@ -24,6 +24,7 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; 1: alone, whatever the cluster.")
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
 JOIN_MINUTES = flags.DEFINE_float("join_minutes", 5.0, "How long to wait for the others to start.", lower_bound=0.01)
+LOST_SECONDS = flags.DEFINE_integer("lost_seconds", 100, "After how long without a sign one is lost.", lower_bound=5)
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
     workdir = WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
     try:
-        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value)
+        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value, LOST_SECONDS.value)
         done = run(CONFIG.value, pathlib.Path(workdir))
     except (UserError, Diverged) as error:
         fail(2 if isinstance(error, UserError) else 3, error)

@@ -48,12 +48,15 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None, minutes: float) -> None:
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, minutes: float = 5, lost: int = 100
+) -> None:
     """Find the other processes of this run; before anything asks jax for devices.
 
     `coordinator` is HOST:PORT of process 0. All three None: what `cluster` says, or alone; `processes` 1: alone.
     Raises UserError for flags that make no sense and where jax cannot find the others; ends the process with a message
-    where they have not come after so many minutes. All processes but the first fall silent on stdout.
+    where they have not come after so many minutes. From then on one that gives no sign of life for `lost` seconds ends
+    all the others, and all but the first are silent on stdout.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
@@ -83,6 +86,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, mi
             processes,
             process,
             cluster_detection_method=None if missing else "deactivate",
+            heartbeat_timeout_seconds=lost,
             initialization_timeout=round(60 * minutes) + 60,
         )
     except (ValueError, RuntimeError) as error:
