@@ -5,11 +5,11 @@ mistake in what was asked for, 3 training diverged, 4 it hung (train.hang_exit; 
 again). On several hosts: the same command on each (docs/pods.md).
 """
 
-import pathlib
 import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from ngc_jax import processes
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
     try:
         processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value, LOST_SECONDS.value)
-        done = run(CONFIG.value, pathlib.Path(workdir))
+        done = run(CONFIG.value, epath.Path(workdir))
     except (UserError, Diverged) as error:
         fail(2 if isinstance(error, UserError) else 3, error)
     except BaseException as error:

@@ -5,7 +5,6 @@ batch is worth (`steps.py`), or what is measured of stability (`stability/watch.
 """
 
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ngc_jax import mesh as meshes
+from ngc_jax.atomic import Path
 from ngc_jax.data.batches import Windows, held_out_batches
 from ngc_jax.data.tokens import Tokens, load_tokens
 from ngc_jax.errors import UserError
@@ -78,7 +78,7 @@ def compile_watch(model: Decoder, config: Any, mesh: Mesh, tokens: Tokens) -> Ca
     return lambda params: {name: float(value) for name, value in jax.device_get(step(params, windows)).items()}
 
 
-def tokens_of(trained: Trained, workdir: pathlib.Path) -> Tokens:
+def tokens_of(trained: Trained, workdir: Path) -> Tokens:
     """The text that a run was trained on, and its held-out part. Raises UserError where this is another text by now."""
     tokens = load_tokens(trained.config.data)
     if trained.meta["data"] != tokens.fingerprint:

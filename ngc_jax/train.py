@@ -11,7 +11,6 @@ after it are dropped and made again. `passed` counts the batches that rewinding 
 
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from ml_collections import ConfigDict
 import ngc_jax
 from ngc_jax import budget, card, count, processes
 from ngc_jax import mesh as meshes
+from ngc_jax.atomic import Path
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import make_model, validate
 from ngc_jax.data.batches import Windows, train_batches
@@ -68,7 +68,7 @@ class Position:
     warned: int = 0  # the update at which the standing warning of divergence began; 0 = none stands
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
+def run(config: ConfigDict, workdir: Path) -> bool:
     """Train from scratch, or go on from the newest sound checkpoint in `workdir`. True: done; False: asked to stop.
 
     Raises UserError for what the user can mend, before anything is written, and Diverged.

@@ -6,17 +6,17 @@ beside them where a checkpoint had to be set aside, hang.txt where it hung. Not 
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from ngc_jax import processes
-from ngc_jax.atomic import write_durably
+from ngc_jax.atomic import Path, write_durably
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base, differences, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
@@ -27,7 +27,7 @@ from ngc_jax.rewire import pruned
 from ngc_jax.steps import TrainState, init_state
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's.
 
     Of many processes the first does it, and all of them must see it.
@@ -41,7 +41,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> No
             raise UserError(f"--workdir={workdir}, as process 0 has made it, is not to be seen here: {shared}")
 
 
-def _claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     try:
         if (workdir / "config.json").exists():
             changed = differences(read_config(workdir).to_dict(), config.to_dict())
@@ -57,16 +57,16 @@ def _claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> N
             save_tokenizer(tokenizer, workdir)
         # Last, for it is what makes the directory a run's.
         write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
-    except OSError as error:
+    except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
 
 
-def _ours(path: pathlib.Path) -> bool:
+def _ours(path: Path) -> bool:
     """Whether `claim` may have left this, killed before it came to its end."""
     return path.name == "tokenizer.json" or path.name.startswith((".config.json", ".tokenizer.json"))
 
 
-def read_config(workdir: pathlib.Path) -> ConfigDict:
+def read_config(workdir: Path) -> ConfigDict:
     """The config of a run. Raises UserError if there is none."""
     try:
         stored = json.loads((workdir / "config.json").read_text())
@@ -74,7 +74,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         config.update(stored)
     except FileNotFoundError as error:
         raise UserError(f"--workdir={workdir} holds no run: no config.json in it") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
     return config
 
@@ -98,7 +98,7 @@ class Trained(NamedTuple):
         return self.model
 
 
-def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
+def open_trained(workdir: Path, step: int | None = None) -> Trained:
     """Read the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
@@ -135,7 +135,7 @@ def _here(leaf: Any) -> jax.ShapeDtypeStruct:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every command on a work directory takes."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    arguments.add_argument("--workdir", type=pathlib.Path, required=True, help="work directory of a run")
+    arguments.add_argument("--workdir", type=epath.Path, required=True, help="work directory of a run")
     arguments.add_argument("--step", type=int, help="checkpoint to read; default: the newest sound one")
     return arguments
 

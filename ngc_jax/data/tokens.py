@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.atomic import build_directory, write_durably
+from ngc_jax.atomic import Path, build_directory, write_durably
 from ngc_jax.data.corpus import Corpus, expand, open_corpus
 from ngc_jax.errors import UserError
 
@@ -139,13 +139,13 @@ def _whole(home: pathlib.Path) -> bool:
         return False
 
 
-def load_tokenizer(home: pathlib.Path) -> Tokenizer:
+def load_tokenizer(home: Path) -> Tokenizer:
     """The tokenizer kept in a token cache or a work directory: BPE if there is a tokenizer.json, else bytes."""
     file = home / "tokenizer.json"
     return BPE(file.read_text()) if file.is_file() else Bytes()
 
 
-def save_tokenizer(tokenizer: Tokenizer, home: pathlib.Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
     """Keep what `load_tokenizer` needs; bytes need nothing."""
     if isinstance(tokenizer, BPE):
         write_durably(home / "tokenizer.json", tokenizer.serialised)
