@@ -17,6 +17,7 @@ from ngc_jax.config import workdir_of
 from ngc_jax.errors import UserError
 from ngc_jax.preemption import EXIT_CODE
 from ngc_jax.train import Diverged, run
+from ngc_jax.workdir import hold
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")
@@ -30,10 +31,11 @@ LOST_SECONDS = flags.DEFINE_integer("lost_seconds", 100, "After how long without
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    workdir = WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = epath.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
     try:
         processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value, LOST_SECONDS.value)
-        done = run(CONFIG.value, epath.Path(workdir))
+        with hold(workdir):
+            done = run(CONFIG.value, workdir)
     except (UserError, Diverged) as error:
         fail(2 if isinstance(error, UserError) else 3, error)
     except BaseException as error:

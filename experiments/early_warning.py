@@ -5,9 +5,10 @@
 For: many small runs whose peak learning rates span stable to diverging, each with a long warm-up, so that the limit is
 met at different times; statistics of the steps before, as warnings. 48 runs choose, 80 others judge, 16 of a dense
 model say whether it carries over. Killed, it goes on where it was. Writes results.md and warning.png beside the runs.
-Not for: the monitor itself.
+A set's runs go through one program side by side, and so are none of `run.py`'s. Not for: the monitor itself.
 """
 
+import argparse
 import concurrent.futures
 import multiprocessing
 import pathlib
@@ -20,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import options
 from experiments.stats import auroc
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import Windows, train_batches
@@ -226,7 +226,9 @@ def draw(home: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__, "runs/early_warning")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/early_warning"))
+    parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
     parser.add_argument("--cache_dir", default="", help="for prepared text; default as config.data.cache_dir")
     args = parser.parse_args()
     home = args.workdir.absolute()

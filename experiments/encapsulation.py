@@ -1,50 +1,48 @@
-"""What do gates over groups change? The questions of structured neuron encapsulation, in one command:
+"""What do gates over groups change?
 
-    python -m experiments.encapsulation --steps=600 --workdir=runs/encapsulation --jobs=1
+The questions of structured neuron encapsulation: a dense model and NGC, each with gates and without, on two texts. On
+the library's source: held-out loss, how varied and how repetitive sampled text is, how differently successive stages
+look back. On sums of digits modulo five: how often a sum is answered alike in another order of its terms. And what
+gates add to the time and memory of an update, as multiples. Learning rates are those of earlier studies, the same with
+gates and without.
 
-For: a dense model and NGC, each with gates and without, three seeds each, on two texts. On the default text: held-out
-loss, how varied and how repetitive sampled text is, how differently successive stages look back. On sums of digits
-modulo five: how often a sum is answered alike in another order of its terms. And what gates add to the time and memory
-of an update. Killed, it goes on where it was. Writes results.md beside the runs. Not for: tuning; learning rates are
-those of earlier studies, the same with gates and without.
+    python -m experiments.run encapsulation
 """
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from experiments.overhead import overhead
-from experiments.runs import flags, options, train
-from experiments.stats import interval
+from experiments.blocks import Block, Words
+from experiments.overhead import Overhead, overhead
+from experiments.study import Results, Study
 from experiments.sums import reordered, sums
+from experiments.sweeps import cases, seeds
 from experiments.text_measures import agreement, attention_divergence, distinct, repetition, type_token_ratio, words
-from ngc_jax import budget
-from ngc_jax.config import base
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.sample import generate
 from ngc_jax.stability import attention_shares
 from ngc_jax.workdir import Trained, open_trained
 
-SEEDS = (0, 1, 2)
-COMMON = {"data.context": 64, "model.width": 64, "model.hidden": 192, "stability.every": 0}
-DENSE = {"model.rule": "dense", "model.prelude": 4, "model.core": 0, "model.coda": 0}
-RATES = {"train.learning_rate": 3e-3, "train.state_learning_rate": 3e-3}
-GATED = {"model.gates": True}
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {**DENSE, **RATES},
-    "dense with gates": {**DENSE, **RATES, **GATED},
-    "NGC": {},
-    "NGC with gates": GATED,
+STEPS = 600
+COMMON = {
+    "data.context": 64,
+    "model.width": 64,
+    "model.hidden": 192,
+    "stability.every": 0,
+    "train.steps": STEPS,
+    "train.warmup_steps": STEPS // 10,
+    "eval.every": STEPS,
+    "checkpoint.every_steps": STEPS,
 }
-PAIRS = (("dense", "dense with gates"), ("NGC", "NGC with gates"))
+DENSE = {"model.rule": "dense", "model.prelude": 4, "model.core": 0, "model.coda": 0}
 TEXTS, PROMPT, LENGTH = 128, 32, 256  # continuations of held-out text, and their bytes
 WORDS = 40  # of each that are compared: as many for all, since what is counted depends on length
 TERMS, ASKED = (1, 2, 3, 4), (4, 5)  # of the sums that are learned, and of those that are asked for
-Found = dict[str, list[float]]  # a measure's value for each seed
 
 
 def lexical(texts: Sequence[bytes]) -> dict[str, float]:
@@ -93,81 +91,46 @@ def answered(trained: Trained) -> dict[str, float]:
     return found
 
 
-def table(found: dict[str, Found]) -> list[str]:
-    """Markdown: each model's measures, and beneath each pair what gates changed, paired by seed."""
-    names = list(next(iter(found.values())))
-    lines = ["| model | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
-    for plain, gated in PAIRS:
-        for model in (plain, gated):
-            lines.append(f"| {model} | " + " | ".join(interval(found[model][name]) for name in names) + " |")
-        changes = [np.subtract(found[gated][name], found[plain][name]).tolist() for name in names]
-        lines.append("| *change by gates* | " + " | ".join(map(interval, changes)) + " |")
-    return lines
+def measure(workdir: pathlib.Path) -> dict[str, float]:
+    """What the text that a run was trained on lets one ask."""
+    trained = open_trained(workdir)
+    return answered(trained) if trained.config.data.path else spoken(trained)
 
 
-def costs(fields: dict[str, Any]) -> list[str]:
-    """Markdown: what gates add to parameters, and to the time and memory of an update."""
-    lines = ["| model | parameters in matrices | time of an update | peak memory |", "| --- | --- | --- | --- |"]
-    for pair in PAIRS:
-        plain, gated = base(), base()
-        for config, model in zip((plain, gated), pair, strict=True):
-            config.update_from_flattened_dict({**fields, **MODELS[model]})
-        (more,) = overhead(plain, [gated])
-        lines += [
-            f"| {pair[0]} | {budget.cost(plain):,} | 1 | 1 |",
-            f"| {pair[1]} | {budget.cost(gated):,} | {more.time:.2f} | {more.memory:.2f} |",
-        ]
-    return lines
+def prepare(home: pathlib.Path) -> None:
+    """Write the sums that are learned."""
+    (home / "sums.txt").write_text("\n".join(sums(300_000, TERMS, seed=0, held_out=False)) + "\n")
 
 
-def main() -> None:
-    parser = options(__doc__, "runs/encapsulation")
-    parser.add_argument("--steps", type=int, default=600, help="updates of each run, of 16 windows of 64 bytes")
-    args = parser.parse_args()
-    home, steps = args.workdir.absolute(), args.steps
-    home.mkdir(parents=True, exist_ok=True)
-    task = home / "sums.txt"
-    task.write_text("\n".join(sums(300_000, TERMS, seed=0, held_out=False)) + "\n")
-    sources: dict[str, dict[str, Any]] = {"text": {}, "sums": {"data.path": task}}
-    fields = {**COMMON, "train.steps": steps, "train.warmup_steps": steps // 10}
-    rare = {"eval.every": steps, "checkpoint.every_steps": steps}
-
-    def name(source: str, model: str, seed: int) -> str:
-        return f"{source}-{model.replace(' ', '-')}-seed{seed}"
-
-    def run(source: str, model: str, seed: int) -> list[str]:
-        return flags("configs/ngc_small.py", {"seed": seed, **fields, **rare, **sources[source], **MODELS[model]})
-
-    which = list(itertools.product(sources, MODELS, SEEDS))
-    losses = train(home, {name(*one): run(*one) for one in which}, args.jobs)
-
-    def over_seeds(source: str, model: str, measure: Callable[[Trained], dict[str, float]]) -> Found:
-        names = [name(source, model, seed) for seed in SEEDS]
-        rows = [{"loss": losses[of], **measure(open_trained(home / of))} for of in names]
-        return {what: [row[what] for row in rows] for what in rows[0]}
-
-    said, learned = (
-        {model: over_seeds(source, model, measure) for model in MODELS}
-        for source, measure in (("text", spoken), ("sums", answered))
-    )
-    real = lexical(passages(open_trained(home / name(*which[0])))[1])
-    lines = [
-        f"Made by `python -m experiments.encapsulation --steps={steps}`; means and 95% intervals over seeds 0, 1, 2.",
-        "",
-        *table(said),
-        "| *the text itself* | | " + " | ".join(f"{value:.3f}" for value in real.values()) + " | |",
-        "",
-        "Sums of digits modulo five, held out, asked in two or more orders of their terms:",
-        "",
-        *table(learned),
-        "",
-        "Of an update, as multiples of that without gates:",
-        "",
-        *costs(fields),
-    ]
-    (home / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+def costs(configs: Sequence[ConfigDict]) -> list[dict[str, str]]:
+    """What an update costs against that of the same model without gates."""
+    found = []
+    for config in configs:
+        plain = config.copy_and_resolve_references()
+        plain.model.gates = False
+        (more,) = overhead(plain, [config]) if config.model.gates else [Overhead(1.0, 1.0, 0)]
+        found.append({"time of an update": f"{more.time:.2f}", "peak memory": f"{more.memory:.2f}"})
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def answer(results: Results) -> list[Block]:
+    """How varied the held-out text itself is."""
+    trained = next(iter(results.workdirs(results.groups[0]).values()), None)
+    if trained is None:
+        return []
+    real = lexical(passages(open_trained(trained))[1])
+    return [Words("The held-out text itself: " + ", ".join(f"{what} {value:.3f}" for what, value in real.items()))]
+
+
+STUDY = Study(
+    sweep=cases("text", {"library": {}, "sums": {"data.path": "{DIR}/sums.txt"}})
+    * cases("model", {"dense": {**DENSE, "rate": 3e-3}, "NGC": {}})
+    * cases("gates", {"without gates": {}, "with gates": {"model.gates": True}})
+    * seeds(3),
+    common=COMMON,
+    prepare=prepare,
+    measure=measure,
+    baseline={"gates": "without gates"},
+    costs=costs,
+    answer=answer,
+)

@@ -1,51 +1,35 @@
-"""Is ngc_small as good as dense_small? The question of the README's table, answered by one command:
+"""Is ngc_small as good as dense_small?
 
-    python -m experiments.match_dense --workdir=runs/match_dense --jobs=2
+The question of the README's table: the same steps, the same tuning budget on both sides (learning rates a factor of two
+apart, at four fifths of the length, with a seed that is not used again), then three seeds each at full length.
 
-For: two configs, the same steps, the same tuning budget on both sides (a learning rate out of four, a factor of two
-apart, at four fifths of the length, with a seed that is not used again), then three seeds each at full length. Killed,
-it goes on where it was; every run is a plain `launch.py` run. Writes results.md beside the runs. Not for: any other
-comparison.
+    python -m experiments.run match_dense
 """
 
 import math
 import statistics
+from typing import Any
 
-from experiments.runs import flags, options, tune
+from experiments.blocks import Block, Table
 from experiments.stats import interval
+from experiments.study import LOSS, Results, Study
+from experiments.sweeps import cases, seeds
 
-RATES = {"dense_small": (1.25e-3, 2.5e-3, 5e-3, 1e-2), "ngc_small": (2.5e-3, 5e-3, 1e-2, 2e-2)}
-SEEDS = (0, 1, 2)
-
-
-def main() -> None:
-    parser = options(__doc__, "runs/match_dense")
-    parser.add_argument("--steps", type=int, default=1000, help="updates of the final runs; tuning takes four fifths")
-    args = parser.parse_args()
-    home = args.workdir.absolute()
-
-    def run(model: str, rate: float, seed: int, share: float) -> list[str]:
-        rates = {"train.learning_rate": rate, "train.state_learning_rate": rate}
-        return flags(f"configs/{model}.py", {"seed": seed, "train.steps": int(share * args.steps), **rates})
-
-    found = tune(home, RATES, run, seeds=SEEDS, share=0.8, jobs=args.jobs)
-    lines = [
-        f"Made by `python -m experiments.match_dense --steps={args.steps}`; loss in nats per byte on the whole",
-        "held-out text of this Python's library source; mean and 95% interval over seeds 0, 1, 2.",
-        "",
-        "| config | loss at each learning rate tried, 4/5 of the length | chosen | loss, three seeds | bits per byte |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for model in RATES:
-        tried = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in found[model].tried.items())
-        losses = found[model].losses
-        bits = statistics.mean(losses) / math.log(2)
-        lines.append(f"| {model} | {tried} | {found[model].rate:g} | {interval(losses, 4)} | {bits:.4f} |")
-    ratios = [ngc / dense for ngc, dense in zip(found["ngc_small"].losses, found["dense_small"].losses, strict=True)]
-    lines += ["", f"ngc_small / dense_small, paired by seed: {interval(ratios, 4)}."]
-    (home / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+DENSE = {"model.rule": "dense", "model.prelude": 4, "model.core": 0, "model.coda": 0}  # of configs/dense_small.py
+MODELS: dict[str, dict[str, Any]] = {
+    "dense_small": {**DENSE, "rate": (1.25e-3, 2.5e-3, 5e-3, 1e-2)},
+    "ngc_small": {"rate": (2.5e-3, 5e-3, 1e-2, 2e-2)},
+}
 
 
-if __name__ == "__main__":
-    main()
+def answer(results: Results) -> list[Block]:
+    """Bits per byte, and the ratio of the losses, paired by seed."""
+    found = {group.name: results.of(group, LOSS) for group in results.groups}
+    both = [seed for seed in found["ngc_small"] if seed in found["dense_small"]]
+    ratios = [found["ngc_small"][seed] / found["dense_small"][seed] for seed in both]
+    bits = {f"{name}, bits per byte": statistics.mean(of.values()) / math.log(2) for name, of in found.items()}
+    rows = [[name, f"{value:.4f}"] for name, value in bits.items()]
+    return [Table(["", ""], [*rows, ["ngc_small / dense_small, paired by seed", interval(ratios, 4)]])]
+
+
+STUDY = Study(sweep=cases("config", MODELS) * seeds(3), tuning=0.8, baseline={"config": "dense_small"}, answer=answer)

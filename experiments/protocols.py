@@ -49,6 +49,11 @@ class Protocol:
     dense: str = "dense_small"  # of configs/: what shares are of
     needs_path: bool = False  # whether the text is a file that must be given
 
+    @property
+    def only_dense(self) -> "Protocol":
+        """The same with dense alone, at its own size."""
+        return dataclasses.replace(self, shares={"1": ("dense",)})
+
 
 PROTOCOLS = {
     "smoke": Protocol(
@@ -105,10 +110,6 @@ class Sized:
     rate: float  # around which learning rates are tried
     fields: dict[str, Any]  # in which it differs from the protocol's config
     config: ConfigDict  # all of it, with its sizes solved
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}-{self.share}".replace(", ", "-").replace(" = ", "").replace(" ", "-").replace(":", "-")
 
 
 def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:

@@ -1,11 +1,10 @@
-"""Do weights of low rank at start make for richer learning? One command:
+"""Do weights of low rank at start make for richer learning?
 
-    python -m experiments.rich_or_lazy --workdir=runs/rich_or_lazy --jobs=2
-
-For: NGC and dense loops whose weights start with rank 4, 16 or as drawn (`model.init_rank`), the question that
+NGC and dense loops whose weights start with rank 4, 16 or as drawn (`model.init_rank`), the question that
 arXiv 2310.08513 asks of recurrent networks: held-out loss, effective ranks at start and at the end, how far parameters
-and weights moved, and how far the tangent kernel turned. Three seeds each. Killed, it goes on where it was. Writes
-results.md beside the runs. Not for: which of the two models is better.
+and weights moved, and how far the tangent kernel turned. It does not say which of the two models is better.
+
+    python -m experiments.run rich_or_lazy
 """
 
 import pathlib
@@ -14,26 +13,19 @@ from typing import Any
 
 import jax
 
-from experiments.runs import flags, options, train
-from experiments.stats import interval
+from experiments.study import Study
+from experiments.sweeps import cases, seeds
 from ngc_jax.core.laziness import alignment, movement
 from ngc_jax.data.batches import Windows, held_out_batches
 from ngc_jax.evaluate import tokens_of
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.stability.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.steps import init_state
-from ngc_jax.workdir import command, open_trained
+from ngc_jax.workdir import open_trained
 
-SEEDS, STEPS = (0, 1, 2), 400
-RANKS = {4: "4", 16: "16", 0: "as drawn"}
+STEPS = 400
 WINDOWS = 32  # of held-out text, for the kernel
-RATES = {"addressed": 1e-2, "dense": 5e-3}  # of configs/ngc_small.py and dense_small.py
-KINDS = {"addressed": "NGC", "dense": "dense"}
 kernel = jax.jit(logit_kernel, static_argnums=0)
-
-
-def folder(rule: str, rank: int, seed: int) -> str:
-    return f"{rule}-rank{rank}-seed{seed}"
 
 
 def mean_rank(model: Decoder, params: Any) -> float:
@@ -57,43 +49,22 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     }
 
 
-def report(losses: dict[str, float], found: dict[str, dict[str, float]]) -> str:
-    """The table, as Markdown, from each run's loss and measures."""
-    measures = list(found[folder("dense", 0, 0)])
-    lines = [
-        "Made by `python -m experiments.rich_or_lazy`; means and 95% intervals over seeds 0, 1, 2.",
-        "",
-        "| model | rank at start | held-out loss | " + " | ".join(measures) + " |",
-        "| --- " * (3 + len(measures)) + "|",
-    ]
-    for rule, kind in KINDS.items():
-        for rank, said in RANKS.items():
-            names = [folder(rule, rank, seed) for seed in SEEDS]
-            cells = [interval([losses[name] for name in names])]
-            cells += [interval([found[name][measured] for name in names]) for measured in measures]
-            lines.append(f"| {kind} | {said} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = options(__doc__, "runs/rich_or_lazy")
-    parser.add_argument("--steps", type=int, default=STEPS, help="updates of a run")
-    args = parser.parse_args()
-    home = args.workdir.absolute()
-    common = {"train.steps": args.steps, "train.warmup_steps": args.steps // 10, "stability.every": 0}
-    common |= {"eval.every": args.steps, "checkpoint.every_steps": args.steps}
-    runs = {}
-    for seed in SEEDS:
-        for rank in RANKS:
-            for rule, rate in RATES.items():
-                rates = {"train.learning_rate": rate, "train.state_learning_rate": rate}
-                fields = {"seed": seed, "model.rule": rule, "model.init_rank": rank, **rates, **common}
-                runs[folder(rule, rank, seed)] = flags("configs/ngc_tiny.py", fields)
-    losses = train(home, runs, args.jobs)
-    text = report(losses, {name: measure(home / name) for name in runs})
-    (home / "results.md").write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    command(main)
+FIELDS = {
+    "train.steps": STEPS,
+    "train.warmup_steps": STEPS // 10,
+    "eval.every": STEPS,
+    "checkpoint.every_steps": STEPS,
+    "stability.every": 0,
+}
+RANKS = {"rank 4": {"model.init_rank": 4}, "rank 16": {"model.init_rank": 16}, "as drawn": {}}
+MODELS: dict[str, dict[str, Any]] = {
+    "NGC": {"rate": 1e-2},
+    "dense": {"model.rule": "dense", "rate": 5e-3},
+}  # as configs/ngc_small.py, dense_small.py
+STUDY = Study(
+    sweep=cases("model", MODELS) * cases("at start", RANKS) * seeds(3),
+    config="ngc_tiny",
+    common=FIELDS,
+    measure=measure,
+    baseline={"at start": "as drawn"},
+)

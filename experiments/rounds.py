@@ -1,31 +1,30 @@
-"""Do trained loops settle, and may they go on for longer than they were trained? Two questions, one command:
+"""Do trained loops settle, and may they go on for longer than they were trained?
 
-    python -m experiments.rounds --workdir=runs/rounds --jobs=2
+(a) Contraction and exponents over training, of models that were not told to contract, and of some that were; (b)
+held-out loss at 1 to 16 rounds at test time, and whether the exponent of the trained loop foretells what more rounds
+do. It does not say how good the models are.
 
-For: (a) contraction and exponents over training, of models that were not told to contract, and of some that were;
-(b) held-out loss at 1 to 16 rounds at test time, and whether the exponent of the trained loop foretells what more
-rounds do. Three seeds each. Killed, it goes on where it was. Writes results.md and figures beside the runs. Not for:
-how good the models are.
+    python -m experiments.run rounds
 """
 
-import dataclasses
 import math
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.runs import flags, options, train
+from experiments.blocks import Block, Heading, Table, Words
+from experiments.figures import legend, picture
 from experiments.stats import interval
+from experiments.study import Results, Study
+from experiments.sweeps import cases, seeds
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import single
 from ngc_jax.metrics import read_rows
-from ngc_jax.nn.decoder import Decoder
 from ngc_jax.workdir import open_trained
 
-SEEDS, STEPS = (0, 1, 2), 400
+STEPS = 400
 TEST_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16)
 COMMON = {
     "data.context": 64,
@@ -36,7 +35,7 @@ COMMON = {
     "stability.tokens": 2048,
     "stability.rounds": 16,
 }
-DENSE = {"model.rule": "dense", "train.learning_rate": 3e-3, "train.state_learning_rate": 3e-3}
+DENSE = {"model.rule": "dense", "rate": 3e-3}
 MODELS: dict[str, dict[str, Any]] = {
     "NGC, 2 rounds": {"model.rounds": 2},
     "NGC, 4 rounds": {"model.rounds": 4},
@@ -56,110 +55,87 @@ WATCHED = {
 }
 
 
-def folder(model: str, seed: int) -> str:
-    return model.replace(", ", "-").replace(" ", "-") + f"-seed{seed}"
-
-
-def at_rounds(workdir: pathlib.Path) -> dict[int, float]:
+def measure(workdir: pathlib.Path) -> dict[str, float]:
     """Held-out loss of a trained loop, run for other numbers of rounds than it was trained for."""
     trained = open_trained(workdir)
-    config = trained.config
+    config, shape = trained.config, trained.decoder.shape
+    if not shape.core:
+        return {}
     tokens, mesh = load_tokens(config.data), single()
     losses = {}
     for rounds in TEST_ROUNDS:
-        model = Decoder(dataclasses.replace(trained.decoder.shape, rounds=rounds))
-        step = compile_eval(model, config, mesh, tokens)
-        losses[rounds] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
-    jax.clear_caches()
+        step = compile_eval(trained.decoder.at(rounds), config, mesh, tokens)
+        losses[f"loss, {rounds} rounds"] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
     return losses
 
 
-def over_training(home: pathlib.Path, axes: dict[str, Any]) -> list[str]:
+def over_training(results: Results) -> list[Block]:
     """Question (a): a table of first and last values, and curves."""
-    lines = ["| model | measure | after 100 updates | at the end |", "| --- | --- | --- | --- |"]
-    for model in MODELS:
-        rows = [read_rows(home / folder(model, seed)) for seed in SEEDS]
+    rows, drawn = [], dict[tuple[str, str], np.ndarray]()
+    for group in results.groups:
+        runs = [read_rows(workdir) for workdir in results.workdirs(group).values()]
         for name, label in WATCHED.items():
-            curves = [[(row["step"], row[name]) for row in run if name in row] for run in rows]
-            if not curves[0]:
-                continue
-            first, last = ([curve[i][1] for curve in curves] for i in (0, -1))
-            lines.append(f"| {model} | {label} | {interval(first)} | {interval(last)} |")
-            if name in axes:
-                mean = np.mean([[value for _, value in curve] for curve in curves], axis=0)
-                axes[name].plot([at for at, _ in curves[0]], mean, label=model)
-    return lines
+            curves = np.array([[(row["step"], row[name]) for row in run if name in row] for run in runs])
+            if curves.size:
+                drawn[group.name, name] = curves.mean(axis=0)
+                ends = (interval(curves[:, at, 1].tolist()) for at in (0, -1))
+                rows.append([group.name, label, *ends])
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots(1, 2)
+        for axis, name, neutral in zip(axes, [*WATCHED][:2], (1, 0), strict=True):
+            for (model, watched), curve in drawn.items():
+                if watched == name:
+                    axis.plot(curve[:, 0], curve[:, 1], label=model)
+            axis.set(xlabel="updates", ylabel=WATCHED[name])
+            axis.axhline(neutral, color="black", linewidth=0.5)
+        legend(canvas, axes[0])
+
+    caption = "Below 1 a round's step shrinks; below 0 neighbouring states approach. Means over seeds."
+    table = Table(["model", "measure", "after 100 updates", "at the end"], rows)
+    return [Heading("Over training"), table, picture("over_training", caption, draw, width=9.0)]
 
 
-def beyond(home: pathlib.Path, axis: Any) -> list[str]:
+def beyond(results: Results) -> list[Block]:
     """Question (b): loss by rounds at test time, and the rank correlation of its rise with the exponent."""
-    lines = [
-        "| held-out loss at this many rounds | " + " | ".join(map(str, TEST_ROUNDS)) + " |",
-        "| --- " * (1 + len(TEST_ROUNDS)) + "|",
-    ]
+    losses = {
+        group.name: np.array([[*results.of(group, f"loss, {r} rounds").values()] for r in TEST_ROUNDS])
+        for group in results.groups
+        if f"loss, {TEST_ROUNDS[0]} rounds" in results.measures(group)
+    }
+
+    def draw(canvas: Any) -> None:
+        axis = canvas.subplots()
+        for model, found in losses.items():
+            axis.plot(TEST_ROUNDS, found.mean(axis=1), "o-", markersize=3, label=model)
+        axis.set(xlabel="rounds at test time", ylabel="held-out loss (nats per token)", ylim=(None, 4))
+        legend(canvas, axis)
+
     exponents, rises = [], []
-    for model, fields in MODELS.items():
-        if fields.get("model.core") == 0:
+    for group in results.groups:
+        if group.name not in losses:
             continue
-        losses = [at_rounds(home / folder(model, seed)) for seed in SEEDS]
-        lines.append(f"| {model} | " + " | ".join(interval([run[r] for run in losses]) for r in TEST_ROUNDS) + " |")
-        axis.plot(TEST_ROUNDS, np.mean([list(run.values()) for run in losses], axis=0), "o-", markersize=3, label=model)
-        for seed, run in zip(SEEDS, losses, strict=True):
-            rows = read_rows(home / folder(model, seed))
-            last = {name: value for row in rows for name, value in row.items()}
+        for workdir in results.workdirs(group).values():
+            last = {name: value for row in read_rows(workdir) for name, value in row.items()}
             exponents.append(last["stability/exponent_per_round"])
-            rises.append(run[16] - run[fields["model.rounds"]])
+        trained = TEST_ROUNDS.index(group.fields["model.rounds"])
+        rises += (losses[group.name][-1] - losses[group.name][trained]).tolist()
     ranks = [np.argsort(np.argsort(values)) for values in (exponents, rises)]
     observed = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     shuffle = np.random.default_rng(0)
     chance = [np.corrcoef(ranks[0], shuffle.permutation(ranks[1]))[0, 1] for _ in range(10_000)]
     p = float(np.mean(np.abs(chance) >= abs(observed)))
-    lines += [
-        "",
+    said = (
         f"Rank correlation, over {len(rises)} trained loops, of the leading exponent per round with the rise of the "
-        f"loss from the trained number of rounds to 16: {observed:.2f} (permutation p = {p:.4f}).",
-    ]
-    return lines
+        f"loss from the trained number of rounds to {TEST_ROUNDS[-1]}: {observed:.2f} (permutation p = {p:.4f})."
+    )
+    caption = "Held-out loss at other numbers of rounds than trained; means over seeds."
+    return [Heading("More rounds at test time"), picture("more_rounds", caption, draw), Words(said)]
 
 
-def main() -> None:
-    from matplotlib.figure import Figure
-
-    args = options(__doc__, "runs/rounds").parse_args()
-    home = args.workdir.absolute()
-    runs = {
-        folder(model, seed): flags("configs/ngc_small.py", {"seed": seed, **COMMON, **fields})
-        for seed in SEEDS
-        for model, fields in MODELS.items()
-    }
-    train(home, runs, args.jobs)
-
-    figure = Figure(figsize=(11, 3.6), dpi=130, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    trained = over_training(home, {"stability/contraction_per_round": left, "stability/exponent_per_round": middle})
-    tested = beyond(home, right)
-    left.set(xlabel="updates", ylabel="contraction per round", title="below 1: a round's step shrinks")
-    middle.set(xlabel="updates", ylabel="leading exponent per round (nats)", title="below 0: neighbours approach")
-    right.set(xlabel="rounds at test time", ylabel="held-out loss (nats per byte)", title="longer than trained")
-    left.axhline(1, color="black", linewidth=0.5)
-    middle.axhline(0, color="black", linewidth=0.5)
-    right.set_ylim(top=4)
-    right.legend(fontsize=6, frameon=False)
-    figure.savefig(home / "rounds.png")
-    lines = [
-        "Made by `python -m experiments.rounds`; means and 95% intervals over seeds 0, 1, 2.",
-        "",
-        "## (a) Over training",
-        "",
-        *trained,
-        "",
-        "## (b) More rounds at test time",
-        "",
-        *tested,
-    ]
-    (home / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+def answer(results: Results) -> list[Block]:
+    """Both questions."""
+    return [*over_training(results), *beyond(results)]
 
 
-if __name__ == "__main__":
-    main()
+STUDY = Study(sweep=cases("model", MODELS) * seeds(3), common=COMMON, measure=measure, answer=answer)

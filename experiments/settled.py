@@ -1,11 +1,11 @@
-"""Are wrong answers less settled than right ones? One command:
+"""Are wrong answers less settled than right ones?
 
-    python -m experiments.settled --workdir=runs/settled --jobs=2
+Looped models learn sums of digits modulo five, "3204=4", of one to five terms; then, at the "=" of sums of three to
+eight that they never saw: how far the last round still moved the state, for answers that were right and for those that
+were wrong. "AUROC" is how often a wrong answer has the larger value than a right one of as many terms; 0.5 says
+nothing.
 
-For: looped models that learn sums of digits modulo five, "3204=4", of one to five terms, and then, at the "=" of sums
-of three to eight that they never saw, how far the last round still moved the state, for answers that were right and
-for those that were wrong, at equal difficulty. Three seeds each. Killed, it goes on where it was. Writes results.md
-beside the runs. Not for: reasoning, of which this is a toy.
+    python -m experiments.run settled
 """
 
 import math
@@ -16,17 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runs import flags, options, train
-from experiments.stats import auroc, interval
+from experiments.stats import auroc
+from experiments.study import Study
 from experiments.sums import sums
+from experiments.sweeps import cases, seeds
 from ngc_jax.core.stability import contraction, norm
 from ngc_jax.stability import round_states
 from ngc_jax.workdir import open_trained
 
-SEEDS, STEPS, ROUNDS = (0, 1, 2), 1000, 4
+STEPS, ROUNDS = 1000, 4
 TRAINED, ASKED = (1, 2, 3, 4, 5), (3, 4, 5, 6, 7, 8)  # terms of a sum
 CONTEXT = 64
 COMMON = {
+    "data.path": "{DIR}/sums.txt",
     "data.context": CONTEXT,
     "model.width": 64,
     "model.hidden": 192,
@@ -36,10 +38,8 @@ COMMON = {
     "eval.every": STEPS,
     "checkpoint.every_steps": STEPS,
 }
-MODELS: dict[str, dict[str, Any]] = {
-    "NGC": {"train.learning_rate": 5e-3, "train.state_learning_rate": 5e-3},
-    "dense looped": {"model.rule": "dense", "train.learning_rate": 2e-3, "train.state_learning_rate": 2e-3},
-}
+MODELS: dict[str, dict[str, Any]] = {"NGC": {"rate": 5e-3}, "dense looped": {"model.rule": "dense", "rate": 2e-3}}
+MEASURES = ("last step", "last contraction", "entropy of the answer")
 
 
 def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -79,9 +79,6 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found.items()}
 
 
-MEASURES = ("last step", "last contraction", "entropy of the answer")
-
-
 def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
     """AUROC among sums of the same number of terms, averaged with the number of wrong answers as weight."""
     total, weight = 0.0, 0
@@ -95,44 +92,16 @@ def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
     return total / weight if weight else math.nan
 
 
-def main() -> None:
-    args = options(__doc__, "runs/settled").parse_args()
-    home = args.workdir.absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    text = home / "sums.txt"
-    text.write_text("\n".join(sums(300_000, TRAINED, seed=0, held_out=False)) + "\n")
-    runs = {
-        f"{model.replace(' ', '-')}-seed{seed}": flags(
-            "configs/ngc_small.py", {"seed": seed, "data.path": text, **COMMON, **fields}
-        )
-        for seed in SEEDS
-        for model, fields in MODELS.items()
-    }
-    train(home, runs, args.jobs)
-
-    lines = [
-        "Made by `python -m experiments.settled`; means and 95% intervals over seeds 0, 1, 2.",
-        "",
-        "| model | " + " | ".join(f"right, {terms} terms" for terms in ASKED) + " |",
-        "| --- " * (1 + len(ASKED)) + "|",
-    ]
-    found = {model: [answers(home / f"{model.replace(' ', '-')}-seed{seed}") for seed in SEEDS] for model in MODELS}
-    for model, seeds in found.items():
-        shares = [interval([float(np.mean(one["right"][one["terms"] == terms])) for one in seeds]) for terms in ASKED]
-        lines.append(f"| {model} | " + " | ".join(shares) + " |")
-    lines += [
-        "",
-        "How often a wrong answer has the larger value than a right one of as many terms (AUROC; 0.5 = no difference):",
-        "",
-        "| model | last step \\|x_R - x_(R-1)\\| / \\|x_R\\| | contraction of the last round | entropy of the answer |",
-        "| --- | --- | --- | --- |",
-    ]
-    for model, seeds in found.items():
-        cells = [interval([within_difficulty(one, name) for one in seeds]) for name in MEASURES]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    (home / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+def measure(workdir: pathlib.Path) -> dict[str, float]:
+    """How many sums of each length are right, and what is told by how settled the state was."""
+    found = answers(workdir)
+    right = {f"right, {terms} terms": float(np.mean(found["right"][found["terms"] == terms])) for terms in ASKED}
+    return right | {f"AUROC of the {name}": within_difficulty(found, name) for name in MEASURES}
 
 
-if __name__ == "__main__":
-    main()
+def prepare(home: pathlib.Path) -> None:
+    """Write the sums that are learned."""
+    (home / "sums.txt").write_text("\n".join(sums(300_000, TRAINED, seed=0, held_out=False)) + "\n")
+
+
+STUDY = Study(sweep=cases("model", MODELS) * seeds(3), common=COMMON, prepare=prepare, measure=measure)

@@ -2,16 +2,19 @@
 
     python -m experiments.smoke --workdir=runs/smoke
 
-For: every rule, sharing, wiring and model of the comparison, a few updates each at a tiny size. What a kill between
-two checkpoints leaves behind is given to the same run again, which must end with the state and the rows of the unbroken
-one. Not for: kills at random instants (`chaos.py`), or how well anything learns (`compare.py`).
+For: every rule, sharing, wiring and kind of iteration, and every model of the comparison, a few updates each at a tiny
+size. What a kill between two checkpoints leaves behind is given to the same run again, which must end with the state
+and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how well anything learns
+(`compare.py`).
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import io
 import math
 import multiprocessing
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -21,7 +24,6 @@ from absl import logging
 
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
-from experiments.runs import options
 from ngc_jax import train
 from ngc_jax.config import RULES_OF_A_MODEL, base
 from ngc_jax.core.wiring import WIRINGS
@@ -46,6 +48,15 @@ TINY = {
     "checkpoint.every_steps": 2,
     "stability.every": 0,
 }
+MANY = {"model.rounds": 3, "iteration.high": 4, "iteration.mean": 2.5}
+ITERATIONS: dict[str, dict[str, Any]] = {
+    "uniform": {"iteration.rounds": "uniform"},
+    "lognormal_poisson": {"iteration.rounds": "lognormal_poisson", "iteration.backprop": 2},
+    "backprop": {"iteration.backprop": 1},
+    "supervise": {"iteration.supervise_every": 1},
+    "all": {"iteration.rounds": "uniform", "iteration.backprop": 3, "iteration.supervise_every": 2},
+    "no drive": {"model.drive": False},
+}
 CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}  # after each update
 
 
@@ -58,6 +69,7 @@ def choices() -> dict[str, dict[str, Any]]:
         **{f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS},
         **{f"wiring {name}": {**TINY, "model.wiring": name} for name in WIRINGS},
         **{f"wiring {name}": {**TINY, **CHANGING, "model.wiring": name} for name in DYNAMIC},
+        **{f"iteration {name}": {**TINY, **MANY, **fields} for name, fields in ITERATIONS.items()},
         **{f"model {of.model}": {**of.fields, **short} for of in sized(PROTOCOLS["smoke"], list(MODELS))},
     }
 
@@ -84,7 +96,10 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    args = options(__doc__, "runs/smoke").parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/smoke"))
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time; default: cores")
+    args = parser.parse_args()
     home = args.workdir.absolute()
     shutil.rmtree(home, ignore_errors=True)
     wanted = choices()

@@ -25,13 +25,15 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
             f"a Neuronal Group Communication decoder: {m.groups} groups, intra-group part: {intra}; between groups: "
             f"{m.rule} with {m.p_inter} numbers, message activation {m.message_activation}"
         )
+    i = config.iteration
+    drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
     stability = [f"| {name} | {_number(last[name])} |" for name in sorted(last) if name.startswith("stability/")]
     seen = t.steps * t.batch_size * config.data.context / 1e6
     text = f"""# {workdir.name}
 
 **What.** A language model trained from scratch, {kind}.
 Width {m.width}, hidden {m.hidden}, {m.heads} heads.
-Stages: {m.prelude}, then {m.core} in {m.rounds} rounds, then {m.coda}.
+Stages: {m.prelude}, then {m.core} in {m.rounds} rounds{drawn}, then {m.coda}.
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and {stored.embeddings:,} in embeddings;
 {generated:,} weights are generated in a forward pass.
 

@@ -75,7 +75,7 @@ def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
 
 
 def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
-    """The train step, compiled for a mesh; nothing is allocated."""
+    """The train step, with `model.rounds` rounds, compiled for a mesh; nothing is allocated."""
     model, like, batch = _abstract(config, mesh, config.train.batch_size)
     penalty = make_penalty(model, config.stability) if isinstance(model, Decoder) else None
     step = make_train_step(model, config.train, Bytes.mark, config.data.isolate_documents, penalty)
@@ -107,6 +107,7 @@ def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
     m = dense.model
     m.prelude, m.core, m.coda, m.rounds = layers(config), 0, 0, 1
     m.gates, m.init_rank = False, 0
+    dense.iteration.rounds, dense.iteration.backprop, dense.iteration.supervise_every = "fixed", 0, 0
     m.kind, m.rule, m.wiring, m.sharing, m.message_activation = "decoder", "dense", "complete", "none", "none"
     if width:
         m.width, m.hidden = width, round(m.hidden * width / m.width)

@@ -15,6 +15,7 @@ from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.errors import UserError
+from ngc_jax.iteration import check as check_iteration
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -85,6 +86,7 @@ def base() -> ConfigDict:
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
+    c.model.drive = True  # each round adds the loop's input anew, in learned shares; False: the first has it alone
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
     c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
@@ -96,6 +98,15 @@ def base() -> ConfigDict:
     c.rewire.every = 50  # updates between two changes, >= 1
     c.rewire.exchange = 0.3  # share of a group's edges exchanged in a change, in [0, 1]; falls to 0 by the end
     c.rewire.regrow = "gradient"  # new edges by "gradient", "correlation" of activations, or at "random"
+
+    c.iteration = ConfigDict()  # rounds in training; evaluation and sampling have model.rounds (docs/method.md)
+    c.iteration.rounds = "fixed"  # of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"
+    c.iteration.low = 1  # fewest that are drawn, >= 1
+    c.iteration.high = 8  # most that are drawn, >= low
+    c.iteration.mean = 4.0  # of "lognormal_poisson" before it is cut to low and high, > 1
+    c.iteration.backprop = 0  # last rounds that gradients go through, >= 1; 0 = all
+    c.iteration.supervise_every = 0  # rounds between those after which there is a loss, last one included; 0 = it alone
+    c.iteration.supervise_weight = 1.0  # of each loss before the last one's 1, > 0; train/loss is their weighted mean
 
     c.train = ConfigDict()
     c.train.steps = 1000  # updates, >= 1
@@ -246,6 +257,7 @@ def validate(config: ConfigDict) -> None:
     whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
     need(m.heads in fits, "model.heads", whole)
 
+    check_iteration(config, need)
     unit, most = 1 if m.rule == "dense" else m.groups, min(m.width, m.hidden)
     near = min(max(unit, round(m.init_rank / unit) * unit), most // unit * unit)
     ranks = f"0, or a multiple of {unit} (kinds of senders, as many in each group) up to {most}, for instance {near}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from ngc_jax.errors import UserError
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.workdir import command, open_trained, parser
+from ngc_jax.workdir import command, open_trained, parser, rounds
 
 Array = jax.Array
 
@@ -60,6 +60,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=200, help="tokens to add, >= 1")
     arguments.add_argument("--temperature", type=float, default=0.8, help=">= 0; 0 = the likeliest token each time")
     arguments.add_argument("--top_p", type=float, default=0.95, help="in (0, 1]")
+    arguments.add_argument("--rounds", help="of the loop, >= 1; default: model.rounds")
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
     if args.tokens < 1:
@@ -70,11 +71,14 @@ def main() -> None:
         raise UserError(f"--top_p={args.top_p}: must be above 0 and at most 1, for instance 0.95")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be from 0 to 4,294,967,295")
+    if args.rounds == "settled":
+        raise UserError("--rounds=settled: a cache keeps what each round made, so their number is fixed; give one")
     trained = open_trained(args.workdir, args.step)
+    model = trained.model if args.rounds is None else trained.looped.at(rounds(args.rounds))
     tokenizer = trained.tokenizer
     prompt = np.array([[tokenizer.mark, *tokenizer.encode(os.fsencode(args.prompt))]], np.int32)
     tokens = generate(
-        trained.model,
+        model,
         trained.params,
         jnp.asarray(prompt),
         args.tokens,

@@ -17,12 +17,14 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax import optim
+from ngc_jax.iteration import Apply, Iteration
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability import monitor
 from ngc_jax.stability.regulariser import Penalty
 
 Array = jax.Array
 Tree = Any
+Drawn = tuple[Array, Any]  # of an update: a key, for the penalty; and how many rounds it has, or None
 
 
 @flax.struct.dataclass
@@ -62,52 +64,68 @@ def together(trained: Tree, fixed: Tree) -> Tree:
 def losses(
     model: LanguageModel, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any
 ) -> tuple[Array, Array]:
-    """Nats of each target [B, T] and which of them count [B, T] bool, for tokens [B, T + 1].
+    """Nats of each target [B, T] and which of them count [B, T] bool, for tokens [B, T + 1]."""
+    return read(model.apply, params, tokens, mark, isolate, dtype)[:2]
+
+
+def read(apply: Apply, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any) -> tuple[Array, Array, Any]:
+    """`losses` of apply(params, inputs, segments) -> (logits [..., B, T, V], what else): nats [..., B, T], and that.
 
     The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
     params = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
-    logits, _ = model.apply(params, inputs, segments)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), targets != mark
+    logits, beside = apply(params, inputs, segments)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(targets, logits.shape[:-1]))
+    return nats, targets != mark, beside
 
 
 def make_train_step(
-    model: LanguageModel, config: Any, mark: int, isolate: bool, penalty: Penalty | None = None
+    model: LanguageModel,
+    config: Any,
+    mark: int,
+    isolate: bool,
+    penalty: Penalty | None = None,
+    iteration: Iteration | None = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it).
 
     `penalty` (stability/regulariser.py), nats per token, is added to what is minimised, and not to train/loss.
+    `iteration` says how the model's loop is run; None: as `model.apply` runs it.
     """
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
-        params = together(trained, fixed)
-        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+    def summed(trained: Tree, fixed: Tree, tokens: Array, drawn: Drawn) -> tuple[Array, tuple[Array, Array]]:
+        params, (key, rounds) = together(trained, fixed), drawn
+        apply = model.apply if iteration is None else iteration.apply(rounds)
+        nats, counts, weights = read(apply, params, tokens, mark, isolate, dtype)
+        if iteration is not None:
+            nats = jnp.sum(weights[..., None] * nats, axis=0)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
         extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
         return total + extra, (total, count)
 
-    def gradient(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, tokens, key)
+    def gradient(trained: Tree, fixed: Tree, tokens: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, tokens, drawn)
         return nats, count, grads
 
-    def accumulated(trained: Tree, fixed: Tree, tokens: Array, key: Array) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, tokens: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
         parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, gradient(trained, fixed, part, key)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, fixed, part, drawn)), None
 
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
+        rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = apart(state.params)
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, tokens, key)
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, tokens, (key, rounds))
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -128,6 +146,7 @@ def make_train_step(
             "train/bad_in_a_row": bad,
             "stability/relative_update": change,
             "stability/warning": warning,
+            **({} if rounds is None else {"train/rounds": rounds}),
         }
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
@@ -135,15 +154,21 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool
+    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool, settle: Apply | None = None
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
-    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes."""
+    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes.
+
+    `settle` stands for `model.apply` where the loop is to run until it settles (`Decoder.settle`): then rounds too.
+    """
     dtype = jnp.dtype(config.compute_dtype)
+    apply = settle or model.apply
 
     def step(params: Tree, tokens: Array, real: Array) -> dict[str, Array]:
-        nats, counts = losses(model, params, tokens, mark, isolate, dtype)
+        nats, counts, rounds = read(apply, params, tokens, mark, isolate, dtype)
         counts = counts & real[:, None]
+        made = {} if settle is None else {"rounds": jnp.sum(rounds * counts)}
         return {
+            **made,
             "nats": jnp.sum(nats * counts),
             "tokens": jnp.sum(counts),
             "bytes": jnp.sum(jnp.asarray(lengths)[tokens[:, 1:]] * counts),

@@ -32,6 +32,7 @@ from ngc_jax.data.batches import Windows, train_batches
 from ngc_jax.data.tokens import load_tokens
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import compile_eval, compile_watch, held_out
+from ngc_jax.iteration import Iteration, make_iteration
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -91,7 +92,8 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=meshes.rows(mesh))
     decoder = model if isinstance(model, Decoder) else None  # no other model has stages that could be watched
     penalty = make_penalty(decoder, config.stability) if decoder else None
-    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty)
+    iteration = make_iteration(decoder, config) if decoder else None
+    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty, iteration)
     began = time.monotonic()
     lies = meshes.shardings(like)
 
@@ -104,7 +106,8 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
     evaluate = compile_eval(model, config, mesh, tokens)
     watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
-    print(costs(model, like, batch, update) + f"; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
+    costing = costs(model, like, batch, update, iteration)
+    print(f"{costing}; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
     progress = Progress(train.steps)
@@ -322,12 +325,13 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     return True
 
 
-def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any) -> str:
+def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any, iteration: Iteration | None) -> str:
     """What the run costs, in one line: counted parameters and FLOPs, and the compiled step's memory."""
     stored = count.parameters(like.params)
     inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
     # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
-    flops = 3 * count.forward_flops(model.apply, like.params, inputs)
+    forward = count.forward_flops
+    flops = iteration.flops(like.params, inputs) if iteration else 3 * forward(model.apply, like.params, inputs)
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
         f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "

@@ -5,9 +5,12 @@ beside them where a checkpoint had to be set aside, hang.txt where it hung. Not 
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ngc_jax import processes
-from ngc_jax.atomic import Path, write_durably
+from ngc_jax.atomic import Path, in_bucket, write_durably
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base, differences, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
@@ -61,6 +64,51 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
 
 
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Keep other trainers out of a work directory while the block runs. Raises UserError where one is in it.
+
+    Held by a lock on the directory, which goes when its process does, however that ends; of many processes the first
+    holds it. A directory that has nothing in it at the end is removed. Buckets, and some file systems, have no locks.
+    """
+    with processes.agreed():
+        handle = _lock(workdir) if processes.first() and not in_bucket(workdir) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()
+            os.close(handle)
+
+
+def _lock(workdir: Path) -> int | None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir, os.O_RDONLY)
+    except OSError:  # `claim` says what is wrong with it
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"--workdir={workdir} is in use by another process: wait for it, or give another") from error
+    except OSError:
+        pass  # a file system without locks
+    return handle
+
+
+def in_use(workdir: Path) -> bool:
+    """Whether a trainer is in a work directory."""
+    if not workdir.exists():
+        return False
+    try:
+        with hold(workdir):
+            return False
+    except UserError:
+        return True
+
+
 def _ours(path: Path) -> bool:
     """Whether `claim` may have left this, killed before it came to its end."""
     return path.name == "tokenizer.json" or path.name.startswith((".config.json", ".tokenizer.json"))
@@ -96,6 +144,13 @@ class Trained(NamedTuple):
         if not isinstance(self.model, Decoder):
             raise UserError(f"model.kind={self.config.model.kind!r} has no stages to measure; 'decoder' has")
         return self.model
+
+    @property
+    def looped(self) -> Decoder:
+        """The model, where a number of rounds is asked for. Raises UserError for one that has no loop."""
+        if not self.decoder.shape.core:
+            raise UserError("--rounds: the model has no loop (model.core=0), so there is nothing to repeat")
+        return self.decoder
 
 
 def open_trained(workdir: Path, step: int | None = None) -> Trained:
@@ -138,6 +193,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--workdir", type=epath.Path, required=True, help="work directory of a run")
     arguments.add_argument("--step", type=int, help="checkpoint to read; default: the newest sound one")
     return arguments
+
+
+def rounds(text: str) -> int:
+    """A number of rounds as it is written on a command line. Raises UserError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--rounds={text}: must be 1 or more, for instance 8")
+    return int(text)
 
 
 def command(main: Callable[[], None]) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import python
 
-from ngc_jax import train
+from ngc_jax import evaluate, sample, train
 from ngc_jax.checkpoint import digest
+from ngc_jax.errors import UserError
 from ngc_jax.inspect import parameter_table
 from ngc_jax.metrics import read_rows
 from ngc_jax.sample import choose, generate
@@ -89,6 +90,26 @@ def test_the_commands_print_what_was_trained(run, tmp_path):
     plotted = python("-m", "ngc_jax.plot", f"--out={picture}", run)
     assert plotted.returncode == 0, plotted.stderr
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_loop_is_evaluated_for_other_rounds_and_until_it_settles(run, monkeypatch, capsys):
+    def printed(command, *flags):
+        monkeypatch.setattr("sys.argv", ["command", f"--workdir={run}", *flags])
+        command()
+        return dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+
+    monkeypatch.setattr(evaluate, "compile_watch", lambda *_: lambda _: {})  # most of what would be compiled
+    four = float(printed(evaluate.main, "--rounds=4")["loss"])
+    settled = printed(evaluate.main, "--rounds=settled", "--tolerance=1e-9", "--cap=4")  # that no round stays below
+    assert (float(settled["loss"]), float(settled["rounds"])) == (pytest.approx(four, abs=1e-5), 4)
+    assert four != pytest.approx(read_rows(run)[-1]["final/loss"], abs=1e-3)  # of two rounds
+    for command, flag, message in (
+        (evaluate.main, "--rounds=0", "must be 1 or more"),
+        (evaluate.main, "--cap=0", "must be 1 or more"),
+        (sample.main, "--rounds=settled", "a cache keeps what each round made"),
+    ):
+        with pytest.raises(UserError, match=message):
+            printed(command, flag)
 
 
 @pytest.mark.slow

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import compare, early_warning, protocols, rich_or_lazy, rule_pictures, settled, stats, sums
+from experiments import early_warning, protocols, rule_pictures, settled, stats, sums
 from experiments import text_measures as measures
-from experiments.overhead import Overhead
 from ngc_jax import RULES, budget
 
 
@@ -108,33 +107,7 @@ def test_each_rule_has_its_section_and_its_picture(tmp_path):
     assert (tmp_path / "broadcast.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_comparison_reports_each_model_with_its_cost(tmp_path):
-    entries = [compare.Entry(of) for of in protocols.sized(protocols.PROTOCOLS["smoke"], ["NGC", "BDH"])]
-    for entry in entries:
-        entry.rate, entry.losses, entry.cost = 0.01, [1.5, 1.7], Overhead(2.0, 1.5, 9 * 2**20)
-    text = compare.report(tmp_path, "smoke", entries, seeds=2)
-    assert "| 0.25 | NGC | 1.6000 ± 1.2706 |" in text
-    rows = (tmp_path / "rows.csv").read_text().splitlines()
-    assert [row.split(",")[:4] for row in rows[1:3]] == [
-        ["NGC", "0.25", "0", "1.500000"],
-        ["NGC", "0.25", "1", "1.700000"],
-    ]
-    assert (tmp_path / "pareto.png").stat().st_size > 5000
-
-
 def test_a_comparison_solves_the_share_for_each_model():
     (of,) = protocols.sized(protocols.PROTOCOLS["smoke"], ["Basis Sharing"])
-    assert of.name == "Basis-Sharing-0.25"
     share = budget.cost(of.config) / 851_968
     assert share == pytest.approx(0.25, rel=0.01)
-
-
-def test_rich_or_lazy_reports_each_model_at_each_rank_over_seeds():
-    cells = [("addressed", rank) for rank in (4, 16, 0)] + [("dense", rank) for rank in (4, 16, 0)]
-    names = {(*cell, seed): rich_or_lazy.folder(*cell, seed) for cell in cells for seed in (0, 1, 2)}
-    losses = {name: 2 + rank / 10 + seed for (_, rank, seed), name in names.items()}
-    found = {name: {"kernel turned": rank / 100} for (_, rank, _), name in names.items()}
-    rows = rich_or_lazy.report(losses, found).splitlines()[2:]
-    assert rows[0] == "| model | rank at start | held-out loss | kernel turned |"
-    assert rows[2] == "| NGC | 4 | 3.400 ± 2.484 | 0.040 ± 0.000 |"
-    assert rows[7] == "| dense | as drawn | 3.000 ± 2.484 | 0.000 ± 0.000 |"

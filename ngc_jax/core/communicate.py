@@ -1,7 +1,8 @@
 """The communication loop: groups exchange signals for some rounds, with the same states in each.
 
-For: one round and its scan, whatever the update is (a stack of attention and exchange stages, a synapse alone).
-Not for: the update itself, or what a stage is (`nn/layers.py`).
+For: one round and its scan, whatever the update is (a stack of attention and exchange stages, a synapse alone); and
+loops of a number of rounds that is an array, or that the state decides. Not for: the update itself, or what a stage is
+(`nn/layers.py`); how many rounds an update of training has (`iteration.py`).
 """
 
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ngc_jax.core.stability import Round, norm, record_round
+from ngc_jax.core.stability import Round, norm, record_round, relative_change
 
 Array = jax.Array
+Turn = Callable[[Array], Array]  # one round, x -> keep x + drive e + update(x)
 
 
 def communicate(
@@ -52,3 +55,65 @@ def communicate(
     change = jnp.zeros(start.shape[:-1], jnp.float32) if record else None
     (x, _), (memory, records) = jax.lax.scan(body, (start, change), memory, length=rounds)
     return x, memory, records
+
+
+def communicate_each(
+    turn: Turn, start: Array, rounds: Array, *, backprop: int, still: Turn | None, every: int = 0, remat: bool = True
+) -> tuple[Array, Array]:
+    """Run x <- turn(x) from x_0 = `start`, for each example as many rounds as it asks for.
+
+    start [B, ...]; rounds [B], int32, >= 0. Gradients go through the last `backprop` rounds of each example (truncated
+    back-propagation). The rounds before are run by `still`, which is turn with gradients stopped, in a loop that keeps
+    nothing and runs as often as the longest example needs; with still=None there are none before, and `backprop` is
+    the most rounds that are run. An example of fewer rounds than others rests before its first round, not after its
+    last: so all end together, and the last rounds of each are the last rounds of the loop.
+
+    Returns states [S, B, ...] and the rounds [S, B] that each example had made there: after the last round, which is
+    the last of them, and, where `every` > 0, at each `every` rounds before it within the last `backprop`.
+    """
+    asked = rounds.reshape(-1, *(1,) * (start.ndim - 1))
+    x = start
+    if still is not None:
+        longest = jnp.max(rounds)
+
+        def quiet(i: Array, x: Array) -> Array:
+            return jnp.where(longest - i <= asked, still(x), x)
+
+        x = jax.lax.fori_loop(0, jnp.maximum(longest - backprop, 0), quiet, jax.lax.stop_gradient(start))
+        x = jnp.where(asked <= backprop, start, x)  # the gradient of these goes back to where they began
+
+    def one_round(x: Array, left: Array) -> tuple[Array, Array | None]:
+        after = jnp.where(left <= asked, turn(x), x)
+        return after, after if every else None
+
+    body = jax.checkpoint(one_round, prevent_cse=False) if remat else one_round
+    x, states = jax.lax.scan(body, x, jnp.arange(backprop, 0, -1))
+    if not every or not backprop:
+        return x[None], rounds[None]
+    left = np.arange(backprop - 1, -1, -1)[(backprop - 1) % every :: every]  # after each state that is returned
+    return states[(backprop - 1) % every :: every], rounds - left[:, None]
+
+
+def communicate_until_settled(turn: Turn, start: Array, tolerance: Array | float, cap: int) -> tuple[Array, Array]:
+    """Run x <- turn(x) from x_0 = `start` [..., D] until no token's state moves, for `cap` rounds at most.
+
+    A token's state rests in a round that would move it by less than `tolerance` of its length (`relative_change`); it
+    moves again when a round would, for instance since another token has moved on. So no token moves by what comes
+    after it, and at the end a round would move each by less than the tolerance, but for the cap. Returns the state, and
+    the rounds [...] in which each token moved. No gradient.
+    """
+
+    def unsettled(carry: tuple[Array, Array, Array, Array]) -> Array:
+        _, _, made, moved = carry
+        return moved & (made < cap)
+
+    def one_round(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        x, rounds, made, _ = carry
+        after = turn(x)
+        moves = ~(relative_change(after, x) < tolerance)  # what is not finite does not rest
+        return jnp.where(moves[..., None], after, x), rounds + moves, made + 1, jnp.any(moves)
+
+    zero = jnp.zeros((), jnp.int32)
+    begin = (start, jnp.zeros(start.shape[:-1], jnp.int32), zero, jnp.ones((), bool))
+    x, rounds, _, _ = jax.lax.while_loop(unsettled, one_round, begin)
+    return x, rounds

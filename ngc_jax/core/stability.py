@@ -109,9 +109,14 @@ def slope(values: Array, where: Array | None = None) -> Array:
     return jnp.sum(values * at, axis=-1) / jnp.maximum(jnp.sum(jnp.square(at), axis=-1), TINY)
 
 
+def relative_change(after: Array, before: Array) -> Array:
+    """|x_{k+1} - x_k| / |x_k| of [..., D]: [...]: how far a round moves the state, in lengths of the state."""
+    return norm(after.astype(jnp.float32) - before.astype(jnp.float32)) / jnp.maximum(norm(before), TINY)
+
+
 def departure(state: Array, without: Array) -> Array:
     """|x - x~| / |x~| of [..., D]: [...]. x~ is the same model's state with its messages, or its drive, off."""
-    return norm(state.astype(jnp.float32) - without.astype(jnp.float32)) / jnp.maximum(norm(without), TINY)
+    return relative_change(state, without)
 
 
 class Transport(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ngc_jax.core.communicate import communicate
+from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled
 from ngc_jax.core.stability import Round
 from ngc_jax.mesh import gathered, lay
 from ngc_jax.nn.layers import RMSNorm, Stage, unembed
@@ -30,9 +30,16 @@ Update = Callable[[Array, Any], tuple[Array, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Functions of one model shape; holds no arrays."""
+    """Functions of one model shape; holds no arrays.
+
+    Parameters do not depend on `shape.rounds`, but for their scale at the start: see `at`.
+    """
 
     shape: ModelShape
+
+    def at(self, rounds: int) -> "Decoder":
+        """The same model with another number of rounds; it takes the same parameters."""
+        return Decoder(dataclasses.replace(self.shape, rounds=rounds))
 
     def init(self, key: Array) -> Params:
         """Parameters, float32. Stages of a stack lie behind one another on a leading axis."""
@@ -60,7 +67,8 @@ class Decoder:
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
             leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(KEEP))))
-            params["core"] = {"stages": params["core"], "leak": leak, "drive": jnp.full(s.width, 1 - KEEP)}
+            drive = {"drive": jnp.full(s.width, 1 - KEEP)} if s.drive else {}
+            params["core"] = {"stages": params["core"], "leak": leak, **drive}
         return params
 
     def rows(self) -> dict[str, slice]:
@@ -94,6 +102,54 @@ class Decoder:
         logits, _, records = self._forward(params, tokens, jnp.arange(tokens.shape[1]), segments, None, record)
         return logits, records
 
+    def iterate(
+        self,
+        params: Params,
+        tokens: Array,
+        segments: Array | None = None,
+        *,
+        rounds: Array,
+        backprop: int = 0,
+        most: int | None = None,
+        every: int = 0,
+    ) -> tuple[Array, Array]:
+        """`apply` for a number of rounds that is an array, [] or [B] int32, with gradients through the last `backprop`.
+
+        most: a bound of `rounds` that is known before, if there is one; where it is `backprop` no round is without
+        gradients. Returns logits [S, B, T, V], the last of them after the last round, and the rounds [S, B] made there;
+        see `communicate_each` for both and for `every`. Raises ValueError for a model without a loop.
+        """
+        params, positions, x = self._loop_begins(params, tokens, segments)
+        held = jax.lax.stop_gradient((params, x))
+        states, made = communicate_each(
+            self.turn(params, x, positions, segments),
+            x,
+            jnp.broadcast_to(rounds, tokens.shape[:1]),
+            backprop=backprop,
+            still=None if most == backprop else self.turn(*held, positions, segments),
+            every=every,
+            remat=self.shape.remat != "none",
+        )
+        # One after another, so that the coda is compiled once.
+        return jax.lax.map(lambda x: self._read_out(params, x, positions, segments), states), made
+
+    def settle(
+        self,
+        params: Params,
+        tokens: Array,
+        segments: Array | None = None,
+        *,
+        tolerance: Array | float,
+        cap: int,
+    ) -> tuple[Array, Array]:
+        """`apply` with rounds until the state settles, `cap` at most: logits [B, T, V], and the rounds of each [B, T].
+
+        See `communicate_until_settled`. Raises ValueError for a model without a loop.
+        """
+        params, positions, x = self._loop_begins(params, tokens, segments)
+        x, rounds = communicate_until_settled(self.turn(params, x, positions, segments), x, tolerance, cap)
+        return self._read_out(params, x, positions, segments), rounds
+
     def decode(self, params: Params, tokens: Array, cache: Params, position: Array) -> tuple[Array, Params]:
         """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
         positions = position + jnp.arange(tokens.shape[1])
@@ -119,9 +175,16 @@ class Decoder:
 
         return update
 
+    def turn(self, params: Params, start: Array, positions: Array, segments: Array | None = None) -> Turn:
+        """One round, x -> keep x + drive e + core(x) with e = `start` held; `params` are `whole`."""
+        keep, drive = self.scales(params)
+        update = self.update(params, positions, segments)
+        return lambda x: keep * x + drive * start + update(x, None)[0]
+
     def scales(self, params: Params) -> tuple[Array, Array]:
-        """keep and drive [D] of the loop: the leak exp(-softplus(a)), in (0, 1), and the external potential."""
-        return jnp.exp(-jax.nn.softplus(params["core"]["leak"])), params["core"]["drive"]
+        """keep and drive [D] of the loop: the leak exp(-softplus(a)), in (0, 1), and the external potential, if any."""
+        keep = jnp.exp(-jax.nn.softplus(params["core"]["leak"]))
+        return keep, params["core"]["drive"] if self.shape.drive else jnp.zeros_like(keep)
 
     def stages(
         self, stages: Params | None, x: Array, positions: Array, segments: Array | None = None, cache: Any = None
@@ -178,10 +241,27 @@ class Decoder:
         chex.assert_rank([tokens, positions], [2, 1])
         if segments is not None:
             chex.assert_equal_shape([tokens, segments])
-        x = lay(lay(params["embed"], None, "group")[tokens], *self.shape.stream_axes)
-        x, cache, records = self.stream(params, x, positions, segments, cache, record)
+        x, cache, records = self.stream(params, self._embed(params, tokens), positions, segments, cache, record)
+        return self._unembed(params, x), cache, records
+
+    def _loop_begins(self, params: Params, tokens: Array, segments: Array | None) -> tuple[Params, Array, Array]:
+        """Whole parameters, positions [T], and the stream [B, T, D] before the first round."""
+        if not self.shape.core:
+            raise ValueError("model: has no loop (model.core=0), so there are no rounds to choose")
+        params, positions = self.whole(params), jnp.arange(tokens.shape[1])
+        x, _ = self.stages(params.get("prelude"), self._embed(params, tokens), positions, segments)
+        return params, positions, x
+
+    def _read_out(self, params: Params, x: Array, positions: Array, segments: Array | None) -> Array:
+        """Logits [B, T, V] of the stream after some round; `params` are `whole`."""
+        return self._unembed(params, self.stages(params.get("coda"), x, positions, segments)[0])
+
+    def _embed(self, params: Params, tokens: Array) -> Array:
+        return lay(lay(params["embed"], None, "group")[tokens], *self.shape.stream_axes)
+
+    def _unembed(self, params: Params, x: Array) -> Array:
         x = lay(jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x)), *self.shape.stream_axes)
-        return unembed(x, params["unembed"]), cache, records
+        return unembed(x, params["unembed"])
 
 
 KEEP = 0.9  # of the state, from one round to the next, at the start of training

@@ -56,6 +56,7 @@ class ModelShape:
     prelude: int
     core: int
     rounds: int
+    drive: bool
     coda: int
     form: str
     remat: str
@@ -74,6 +75,11 @@ class ModelShape:
     def has_messages(self) -> bool:
         """Whether groups send each other anything."""
         return self.rule not in ("dense", "none")
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether there is a loop that the external drive pulls back to where it began."""
+        return self.core > 0 and self.drive
 
     @property
     def shared(self) -> Sharing:

@@ -168,7 +168,7 @@ def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
         return model.stream(params, params["embed"][row], positions)[0][0]
 
     state = last(params)
-    parts = [*(["drive"] if model.shape.core else []), *(["messages"] if model.shape.has_messages else [])]
+    parts = [*(["drive"] if model.shape.has_drive else []), *(["messages"] if model.shape.has_messages else [])]
     return {
         "moves": token_moves(state),
         "settling": token_contraction(state),

@@ -39,7 +39,7 @@ def make_penalty(model: Decoder, config: Any) -> Penalty | None:
 
     config is `config.stability`: regulariser, low, high, weight, jacobian. The values held in the band are natural
     logarithms per round, of the contraction (mean over rounds and tokens) or the leading exponent (mean over
-    sequences), over the rounds of training.
+    sequences), over `model.rounds` rounds, whatever number an update draws (`iteration.py`).
     """
     if config.regulariser == "none" and not config.jacobian:
         return None

@@ -34,9 +34,8 @@ def rounds_step(model: Decoder, params: Params, tokens: Array) -> tuple[Step, Ar
         raise ValueError("model: has no loop (model.core=0); its exponents go along depth or tokens")
     positions, params = jnp.arange(tokens.shape[1]), model.whole(params)
     start, _ = model.stages(params.get("prelude"), params["embed"][tokens], positions)
-    keep, drive = model.scales(params)
-    update = model.update(params, positions)
-    return (lambda x, u: keep * x + drive * start + update(x, None)[0]), start
+    turn = model.turn(params, start, positions)
+    return (lambda x, u: turn(x)), start
 
 
 def round_states(model: Decoder, params: Params, tokens: Array, rounds: int) -> Array:
@@ -85,11 +84,8 @@ def depth_exponents(model: Decoder, params: Params, tokens: Array, *, k: int = 1
         if s.prelude:
             carry = _follow(stage, carry, params["prelude"])
         if s.core:
-            start = carry[0]
-            keep, drive = model.scales(params)
-            update = model.update(params, positions)
-            turns = jnp.arange(s.rounds)
-            carry = _follow(lambda x, _: keep * x + drive * start + update(x, None)[0], carry, turns)
+            turn = model.turn(params, carry[0], positions)
+            carry = _follow(lambda x, _: turn(x), carry, jnp.arange(s.rounds))
         if s.coda:
             carry = _follow(stage, carry, params["coda"])
         return -jnp.sort(-carry[2] / s.depth)

@@ -41,7 +41,7 @@ def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, 
         if "tokens" in measures and s.context >= 3:
             found["contraction_per_token"] = jnp.mean(token_contraction(x))
         if "departure" in measures:
-            kinds = ["messages"] * s.has_messages + ["drive"] * (s.core > 0)
+            kinds = ["messages"] * s.has_messages + ["drive"] * s.has_drive
             for what in kinds:
                 without = last_stream(silenced(params, what), tokens)[0]
                 found[f"departure_{what}"] = jnp.mean(departure(x, without))

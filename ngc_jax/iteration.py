@@ -1,0 +1,125 @@
+"""Training for iteration: how many rounds an update has, which of them gradients go through, and when it is judged.
+
+For: reading `config.iteration`, the draw of an update's rounds, the weights of its read-outs, and what it costs. Not
+for: the loop itself (`core/communicate.py`), or rounds of a trained model (`evaluate.py`).
+
+What is drawn follows from seed and update alone, so that a run that goes on draws what it would have drawn.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from ngc_jax.count import forward_flops
+from ngc_jax.nn.decoder import Decoder
+
+Array = jax.Array
+Apply = Callable[..., tuple[Array, Any]]  # (params, tokens [B, T], segments) -> logits [..., B, T, V], and what else
+DRAWS = ("fixed", "uniform", "lognormal_poisson")
+SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502.05171
+
+
+def lognormal_poisson(mean: float, low: int, high: int) -> np.ndarray:
+    """Shares [high - low + 1] of r = 1 + Poisson(e^tau), tau normal with spread SIGMA, cut to [low, high]; sum is 1.
+
+    Before it is cut r has this mean, above 1: Geiping et al. call mean - 1 r-bar. What lies beyond an end counts to it.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    rates = np.exp(math.log(mean - 1) - SIGMA**2 / 2 + SIGMA * nodes)
+    at_most = stats.poisson.cdf(np.arange(low, high)[:, None] - 1, rates) @ weights / weights.sum()  # low, ... rounds
+    return np.diff(np.concatenate([[0.0], at_most, [1.0]]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """How the loop is run in an update; holds no arrays. Axes: S read-outs, B examples."""
+
+    model: Decoder
+    low: int  # fewest rounds
+    shares: tuple[float, ...]  # of updates that have low, low + 1, ... rounds
+    backprop: int  # last rounds that gradients go through, from 1 to most
+    every: int  # rounds between read-outs, >= 1; 0: the last round alone is read out
+    weight: float  # of a read-out before the last round, whose own is 1
+    seed: int
+
+    @property
+    def most(self) -> int:
+        """Rounds that no update exceeds."""
+        return self.low + len(self.shares) - 1
+
+    def draw(self, step: Array) -> Array:
+        """The rounds of the update after `step` updates: [] int32."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        return self.low + jax.random.categorical(key, jnp.log(jnp.array(self.shares))).astype(jnp.int32)
+
+    def apply(self, rounds: Array) -> Apply:
+        """`model.apply` for training with these rounds, [] or one for each example, [B].
+
+        It returns logits [S, B, T, V] and the weights [S, B] of the S read-outs, which sum to one for each example.
+        """
+
+        def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
+            options = {"backprop": self.backprop, "most": self.most, "every": self.every}
+            logits, made = self.model.iterate(params, tokens, segments, rounds=rounds, **options)
+            last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
+            weights = jnp.where(last, 1.0, jnp.where(made > 0, self.weight, 0.0))  # nothing to judge before round 1
+            return logits, weights / jnp.sum(weights, axis=0)
+
+        return apply
+
+    def flops(self, params: Any, tokens: Any) -> float:
+        """FLOPs of the matrix products of an update, mean over the draw, for tokens [B, T].
+
+        By the usual convention the backward pass is twice the forward pass of what has gradients, and recomputation is
+        not counted. The last `backprop` rounds count in full, since they are computed also where an example rests.
+        """
+        one, two = (forward_flops(self.model.at(rounds).apply, params, tokens) for rounds in (1, 2))
+        # The program's loop of rounds before the last ones is of unknown length, and its body is counted once.
+        inside = (two - one) * (self.backprop < self.most)
+        counted = forward_flops(self.apply(jnp.int32(self.most)), params, tokens)
+        before = np.maximum(np.arange(self.low, self.most + 1) - self.backprop, 0) @ self.shares
+        return 3 * (counted - inside) + float(before) * (two - one)
+
+
+def make_iteration(model: Decoder, config: Any) -> Iteration | None:
+    """What a run's config asks for; None where each update has `model.rounds` rounds, as `model.apply` does."""
+    i = config.iteration
+    low, high, shares = i.low, i.high, np.ones(1)
+    if i.rounds == "fixed":
+        low = high = config.model.rounds
+    if i.rounds == "uniform":
+        shares = np.full(high - low + 1, 1 / (high - low + 1))
+    if i.rounds == "lognormal_poisson":
+        shares = lognormal_poisson(i.mean, low, high)
+    backprop, every = i.backprop or high, i.supervise_every
+    if i.rounds == "fixed" and backprop == high and not every:
+        return None
+    return Iteration(model, low, tuple(shares.tolist()), backprop, every, i.supervise_weight, config.seed)
+
+
+def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
+    """The part of `config.validate` that is about `config.iteration`; need(holds, field, what it must be) refuses."""
+    i, m = config.iteration, config.model
+    need(i.rounds in DRAWS, "iteration.rounds", "one of " + ", ".join(map(repr, DRAWS)))
+    for field, none in (("rounds", "fixed"), ("backprop", 0), ("supervise_every", 0)):
+        loop = m.kind == "decoder" and m.core > 0
+        need(loop or i[field] == none, f"iteration.{field}", f"{none!r} where the model has no loop (model.kind, core)")
+    most, of = m.rounds, f"model.rounds={m.rounds}"
+    if i.rounds != "fixed":
+        most, of = i.high, f"iteration.high={i.high}"
+        need(i.low >= 1, "iteration.low", "1 or more")
+        need(i.low <= i.high, "iteration.low", f"at most iteration.high={i.high}, for instance {max(1, i.high // 2)}")
+    need(i.mean > 1, "iteration.mean", "above 1, for instance 4.0")
+    need(0 <= i.backprop <= most, "iteration.backprop", f"from 1 to {of}, or 0 for all rounds")
+    driven = "0 where model.drive=False: rounds without a gradient would leave all before the loop untrained"
+    need(m.drive or i.backprop in (0, most), "iteration.backprop", driven)
+    judged = max(i.backprop or most, 1)
+    within = f"0, or below the {judged} rounds that gradients go through, for instance {judged // 2}"
+    need(0 <= i.supervise_every < judged, "iteration.supervise_every", within)
+    need(i.supervise_weight > 0, "iteration.supervise_weight", "above 0, for instance 1.0")

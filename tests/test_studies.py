@@ -1,0 +1,183 @@
+"""Studies: what is varied, which runs that makes, what is reported; and that a kill changes nothing of it."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import scipy.stats
+from conftest import ROOT
+
+from experiments import stats
+from experiments.compare import study as comparison
+from experiments.protocols import PROTOCOLS
+from experiments.report import report
+from experiments.study import LOSS, Results, Study, config_of, find, groups, plan, prepared
+from experiments.sweeps import Sweep, cases, seeds, vary, zipped
+from ngc_jax.errors import UserError
+
+MODELS = cases("model", {"NGC": {}, "NGC, p = 1": {"model.p_inter": 1}})
+
+
+def test_a_sweep_is_made_by_product_chain_and_zip():
+    both = MODELS * vary("train.steps", (5, 9)) * seeds(2)
+    assert [one.name for one in both][:5] == [
+        "NGC-steps5-seed0",
+        "NGC-steps5-seed1",
+        "NGC-steps9-seed0",
+        "NGC-steps9-seed1",
+        "NGC-p1-steps5-seed0",
+    ]
+    assert both[-1].fields == {"model.p_inter": 1, "train.steps": 9, "seed": 1}
+    assert [one.name for one in MODELS + cases("model", {"dense": {}})] == ["NGC", "NGC-p1", "dense"]
+    assert isinstance(MODELS + MODELS, Sweep)
+    pairs = zipped(MODELS, vary("seed", (3, 4)))
+    assert [one.fields["seed"] for one in pairs] == [3, 4]
+    with pytest.raises(ValueError, match="varied twice"):
+        MODELS * MODELS
+    with pytest.raises(ValueError, match="longer"):
+        zipped(MODELS, seeds(3))
+
+
+def test_a_study_that_cannot_be_told_apart_or_has_no_seeds_is_refused():
+    with pytest.raises(UserError, match="wants seeds"):
+        groups(Study(MODELS))
+    with pytest.raises(UserError, match="two variants of the study are called a-b-seed0"):
+        groups(Study(cases("x", {"a b": {}, "a-b": {"seed": 1}}) * seeds(1)))
+    with pytest.raises(UserError, match="labels of no variant"):
+        groups(Study(MODELS * seeds(1), baseline={"model": "dense"}))
+    with pytest.raises(UserError, match="no config has"):
+        config_of(Study(MODELS), {"model.widht": 3})
+    with pytest.raises(UserError, match="there is no study 'nonsense'"):
+        find("nonsense")
+
+
+def runs_by(study, loss):
+    """Carry out a plan in which loss(fields) is what comes of a run; the runs in order."""
+    losses, made = {}, []
+    while True:
+        missing = [run for run in plan(study, groups(study), losses) if run.name not in losses]
+        if not missing:
+            return made
+        losses |= {run.name: loss(run.fields) for run in missing}
+        made += missing
+
+
+def test_a_learning_rate_is_chosen_by_short_runs_and_looked_for_beyond_the_edge():
+    study = Study(cases("model", {"NGC": {"rate": (0.1, 0.2)}}) * seeds(2), common={"train.steps": 100}, tuning=0.3)
+    made = runs_by(study, lambda fields: abs(math.log(fields["train.learning_rate"] / 0.5)))
+    assert [run.name for run in made] == [f"tune-NGC-{rate}" for rate in ("0.1", "0.2", "0.4", "0.8")] + [
+        "NGC-seed0",
+        "NGC-seed1",
+    ]
+    assert {run.fields["train.steps"] for run in made[:4]} == {30}
+    assert {run.fields["seed"] for run in made[:4]} == {1000}
+    assert [run.fields["train.state_learning_rate"] for run in made[4:]] == pytest.approx([0.4, 0.4])
+    # Never more than two beyond those given, downwards too, and where everything diverges.
+    assert len(runs_by(study, lambda fields: -fields["train.learning_rate"])) == 6
+    downwards = runs_by(study, lambda fields: fields["train.learning_rate"])
+    assert [run.fields["train.learning_rate"] for run in downwards[2:4]] == pytest.approx([0.05, 0.025])
+    assert runs_by(study, lambda fields: math.inf)[2].fields["train.learning_rate"] == pytest.approx(0.05)
+    # One between the others is the best: none beyond.
+    three = Study(cases("model", {"NGC": {"rate": (0.25, 0.5, 1.0)}}) * seeds(1))
+    assert len(runs_by(three, lambda fields: abs(fields["train.learning_rate"] - 0.5))) == 4
+    # A single rate is taken, none leaves the config's.
+    single = Study(cases("model", {"a": {"rate": 0.3}, "b": {}}) * seeds(1))
+    assert [run.fields.get("train.learning_rate") for run in runs_by(single, lambda fields: 0.0)] == [0.3, None]
+
+
+def test_paired_differences_and_holms_correction():
+    values, others = {0: 1.0, 1: 2.0, 2: 4.0, 7: 9.0}, {0: 0.5, 1: 1.9, 2: 3.0, 8: 0.0}
+    found = stats.paired(values, others)
+    assert found.differences == pytest.approx([0.5, 0.1, 1.0])
+    assert found.p == pytest.approx(scipy.stats.ttest_rel([1, 2, 4], [0.5, 1.9, 3]).pvalue)
+    assert math.isnan(stats.paired({0: 1.0}, others).p)
+    assert stats.paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}).p == 1
+    # 0.01 x 3, 0.02 x 2, 0.03 x 1 but not below the one before; 0.5 x 3 is at most 1.
+    assert stats.adjusted({"a": 0.02, "b": 0.01, "c": 0.03, "d": math.nan}) == pytest.approx(
+        {"a": 0.04, "b": 0.03, "c": 0.04, "d": math.nan}, nan_ok=True
+    )
+    assert stats.adjusted({"a": 0.5, "b": 0.6}) == {"a": 1, "b": 1}
+
+
+def made_up(home, study, losses):
+    """Results of runs that never were."""
+    study = prepared(study, home)
+    records = {
+        name: {
+            "fields": {"train.learning_rate": 0.01},
+            "command": f"python launch.py --workdir={home / name}",
+            "commit": "abc",
+            "versions": {"jax": "1"},
+            "data": "text",
+            "measures": {} if loss is None else {LOSS: loss},
+            "error": "" if loss is not None else "exit code 1: out of memory",
+        }
+        for name, loss in losses.items()
+    }
+    return Results(study, home, groups(study), records)
+
+
+def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
+    study = comparison(PROTOCOLS["smoke"], ["NGC", "dense"], 2)
+    losses = {"NGC-0.25-seed0": 1.5, "NGC-0.25-seed1": 1.7, "dense-0.25-seed0": None}
+    page = report(made_up(tmp_path, study, losses), "Title\n\nWords <of> it.").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Title\n\nWords <of> it.\n")
+    assert "<h1>Title</h1>" in page
+    assert "Words &lt;of&gt; it." in page
+    assert re.search(r"\| NGC \| 0.25 \| 1.6000 ± 1.2706 \| 2 \| 2\d\d,\d{3} \|", text)
+    assert "| dense-0.25-seed0 | exit code 1: out of memory |" in text
+    assert "| dense-0.25-seed1 | not run yet |" in text
+    assert f"python launch.py --workdir={tmp_path}" not in text
+    assert "python launch.py --workdir=DIR/NGC-0.25-seed0" in text
+    assert (tmp_path / "rows.csv").read_text().splitlines()[1] == "NGC-0.25-seed0,1.5,"
+
+    home = tmp_path / "paired"
+    study = Study(MODELS * seeds(2), config="ngc_tiny", baseline={"model": "NGC"})
+    report(made_up(home, study, {"NGC-seed0": 1.0, "NGC-seed1": 2.0, "NGC-p1-seed0": 1.1, "NGC-p1-seed1": 2.3}), "T")
+    assert "| NGC, p = 1 | 1.7000 ± 7.6237 | 0.2000 ± 1.2706 | 0.295 |" in (home / "report.md").read_text()
+    assert (home / "pareto.png").stat().st_size > 5000
+    assert not (home / "curves.png").exists()  # of runs that have no rows
+
+
+def example():
+    """The study that experiments/README.md shows."""
+    return re.search(r"```python\n(.*?)```", (ROOT / "experiments" / "README.md").read_text(), re.DOTALL)[1]
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own_killed_three_times_has_the_report_of_an_unbroken_one(tiny_flags, tmp_path):
+    source = example()
+    assert len(source.strip().splitlines()) <= 30
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    changes = [flag for flag in tiny_flags if flag.startswith("--config.")]
+
+    def start(home):
+        line = [sys.executable, "-m", "experiments.run", str(file), f"--workdir={home}", "--jobs=1", *changes]
+        return subprocess.Popen(
+            line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    chance = random.Random(0)
+    for kill in (os.kill, os.killpg, os.kill):  # the first and the last leave a trainer behind
+        process = start(tmp_path / "killed")
+        time.sleep(chance.uniform(4, 12))
+        kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    for home in ("unbroken", "killed"):
+        out, _ = (process := start(tmp_path / home)).communicate(timeout=300)
+        assert process.returncode == 0, out.decode()
+    names = ["report.md", "report.html", "rows.csv", "curves.png", "pareto.png"]
+    unbroken, killed = ([(tmp_path / home / name).read_bytes() for name in names] for home in ("unbroken", "killed"))
+    assert unbroken == killed
+    record = json.loads((tmp_path / "killed" / "records" / "port2-seed0.json").read_text())
+    assert record["commit"]
+    assert record["data"].startswith("text: ")
