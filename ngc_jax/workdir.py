@@ -78,7 +78,7 @@ def hold(workdir: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
-                workdir.rmdir()
+                os.rmdir(workdir)
             os.close(handle)
 
 
