@@ -3,12 +3,11 @@
 For: writing card.md from the config and the rows of a run. Not for: measuring anything.
 """
 
-import pathlib
 from typing import Any
 
 import jax
 
-from ngc_jax.atomic import write_durably
+from ngc_jax.atomic import Path, write_durably
 from ngc_jax.count import Parameters
 from ngc_jax.metrics import Row, duration, read_rows
 
@@ -19,7 +18,7 @@ HELD_OUT = {
 }
 
 
-def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, generated: int) -> None:
+def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: int) -> None:
     """Write DIR/card.md."""
     rows = read_rows(workdir)
     last = {name: value for row in rows for name, value in row.items()}  # the latest value of every name

@@ -10,7 +10,6 @@ what one batch is worth (`steps.py`), what is measured of stability (`stability/
 
 import argparse
 import math
-import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from ngc_jax import mesh as meshes
+from ngc_jax.atomic import Path
 from ngc_jax.data.batches import Examples, held_out_batches
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.errors import UserError
@@ -57,8 +57,7 @@ def held_out(
         examples,
         batch_size=batch_size,
         limit=limit,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        rows=meshes.local_rows(mesh, batch_size),
     )
     total: dict[str, float] = {}
     for batch, real in batches:
@@ -82,8 +81,7 @@ def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Callab
         data.validation,
         batch_size=wanted,
         limit=wanted,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        rows=meshes.local_rows(mesh, wanted),
     )
     tokens = meshes.put_rows(mesh, next(iter(batches))[0][:, 0])
     # It runs seldom: at optimization level 1 it compiles several times faster.
@@ -93,7 +91,7 @@ def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Callab
     return lambda params: {name: float(value) for name, value in jax.device_get(step(params, tokens)).items()}
 
 
-def data_of(trained: Trained, workdir: pathlib.Path) -> Data:
+def data_of(trained: Trained, workdir: Path) -> Data:
     """What a run was trained on, and what was held out. Raises UserError where this is something else by now."""
     data = load_data(trained.config.data)
     if trained.meta["data"] != data.fingerprint:

@@ -239,7 +239,7 @@ def test_each_epoch_is_another_permutation_of_all_windows():
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_together_read_the_same_global_batch(processes):
-    parts = [take(process=p, processes=processes) for p in range(processes)]
+    parts = [take(rows=rows) for rows in np.split(np.arange(4), processes)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), take())
 
 
@@ -252,7 +252,7 @@ def test_windows_overlap_by_their_target_alone():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_held_out_windows_are_each_read_once(processes):
     windows = Windows(np.arange(8 * 10 + 1), 8)
-    parts = [held_out_batches(windows, batch_size=4, process=p, processes=processes) for p in range(processes)]
+    parts = [held_out_batches(windows, batch_size=4, rows=rows) for rows in np.split(np.arange(4), processes)]
     seen = sorted(rows[i, 0, 0] // 8 for part in parts for rows, real in part for i in np.flatnonzero(real))
     assert seen == list(range(10))
     few = [rows[real][:, 0, 0] // 8 for rows, real in held_out_batches(windows, batch_size=4, limit=3)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.atomic import build_directory, write_durably
+from ngc_jax.atomic import Path, build_directory, write_durably
 from ngc_jax.data import NOTHING
 from ngc_jax.data.batches import Examples, Windows
 from ngc_jax.data.corpus import Corpus, expand, open_corpus
@@ -177,7 +177,7 @@ def _whole(home: pathlib.Path) -> bool:
         return False
 
 
-def load_tokenizer(home: pathlib.Path) -> Tokenizer:
+def load_tokenizer(home: Path) -> Tokenizer:
     """The tokenizer kept in a token cache or a work directory: in its tokenizer.json, or bytes if there is none."""
     file = home / "tokenizer.json"
     if not file.is_file():
@@ -187,7 +187,7 @@ def load_tokenizer(home: pathlib.Path) -> Tokenizer:
     return Symbols(symbols) if symbols else BPE(serialised)
 
 
-def save_tokenizer(tokenizer: Tokenizer, home: pathlib.Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
     """Keep what `load_tokenizer` needs; bytes need nothing."""
     if isinstance(tokenizer, BPE):
         write_durably(home / "tokenizer.json", tokenizer.serialised)
