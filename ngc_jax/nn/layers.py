@@ -19,7 +19,7 @@ from ngc_jax.core import attention
 from ngc_jax.core.addressed import Addressed
 from ngc_jax.core.encapsulation import encapsulate
 from ngc_jax.core.rules import GATES, activation_gain, say, weights
-from ngc_jax.core.signal_rules import SignalRule
+from ngc_jax.core.signal_rules import FEW, SignalRule
 from ngc_jax.mesh import lay, ways
 from ngc_jax.nn.shape import ModelShape, SynapsePart
 from ngc_jax.nn.sharing import leaders, spread
@@ -52,6 +52,13 @@ class Synapse(nn.Module):
         # Drawn once, for who is of which kind at start must be the same in all parts, or their sum has a higher rank.
         who = self.make_rng("params") if self.parts[0].kinds and self.is_initializing() else jax.random.key(0)
         forms = self.form == "weights" and ways("group") == 1
+        # Members that read one x make one wide product, for which their states are brought together: too much work for
+        # a few tokens, of which each member gets its own.
+        axis = 0 if len(tokens) < FEW else None
+
+        def handed(members: int) -> Array:
+            return tokens if axis is None else jnp.broadcast_to(tokens, (members, *tokens.shape))
+
         for part in self.parts:
             scale = self.gain * len(self.parts) ** -0.5 * activation_gain(part.activation)
             states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale, who)
@@ -63,12 +70,13 @@ class Synapse(nn.Module):
             if part.wired is not None and ways("group") > 1:  # speakers hold their states, not listeners
                 pre, post = jax.vmap(part.wired.complete)(spread(senders, pre), post)
                 how, senders = Addressed(), tuple(range(len(senders)))
-            sent, axis = tokens, None  # where a send state is one-hot: all members read x as it is
+            sent, sent_axis = handed(len(senders)), axis  # where a send state is one-hot: all read x as it is
             if part.rule != "block":
-                said = jax.vmap(partial(say, how, tokens, activation=part.activation))(pre)
+                speak = jax.vmap(partial(say, how, activation=part.activation), in_axes=(axis, 0))
+                said = speak(handed(len(set(senders))), pre)
                 said = lay(lay(said, None, "window", *how.spoken), None, "window", *how.heard)  # here signals cross
-                sent, axis = spread(senders, said), 0
-            outputs.append(jax.vmap(how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
+                sent, sent_axis = spread(senders, said), 0
+            outputs.append(jax.vmap(how.receive, in_axes=(sent_axis, 0), out_axes=-2)(sent, post))
         if generated:
             product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
             outputs.append(product.reshape(-1, len(self.senders), self.n_out))
