@@ -18,5 +18,6 @@ def keep_compiled() -> None:
     process wait for each other for ever, and its machine code may not suit the next host that reads it (jax issue
     38445). On a GPU the algorithms that were found fastest are kept as well; another start might have found others.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    asked = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if asked is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(expand(HOME)))

@@ -46,9 +46,9 @@ class TrainState:
 def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
     params = model.init(jax.random.key(seed))
-    zero, watched = jnp.zeros((), jnp.int32), monitor.begin()
-    watched = (watched, spikes.begin()) if config.spike else watched
-    return TrainState(zero, params, optim.optimizer(config).init(apart(params)[0]), zero, zero, watched)
+    zero, memory = jnp.zeros((), jnp.int32), optim.optimizer(config).init(apart(params)[0])
+    watched = (monitor.begin(), spikes.begin()) if config.spike else monitor.begin()
+    return TrainState(zero, params, memory, zero, zero, watched)
 
 
 def apart(params: Tree) -> tuple[Tree, Tree]:
@@ -132,19 +132,18 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        warned, before = state.monitor if config.spike else (state.monitor, None)
+        warned, before = state.monitor if config.spike else (state.monitor, spikes.begin())
         if config.spike:
             good = good & ~spikes.spiked(before, loss, config.spike)
         direction, memory = chain.update(grads, state.optimizer, old)
         params = optim.apply(config, old, direction, state.step)
-        losses = spikes.advance(before, loss) if config.spike else None
         params, memory, losses = jax.tree.map(
             lambda after, before: jnp.where(good, after, before),
-            (params, memory, losses),
+            (params, memory, spikes.advance(before, loss)),
             (old, state.optimizer, before),
         )
         change = optax.tree.norm(jax.tree.map(jnp.subtract, params, old)) / optax.tree.norm(old)
-        watched, warning = monitor.advance(warned, change)
+        warned, warning = monitor.advance(warned, change)
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(good, 0, 1)
         scalars = {
@@ -157,7 +156,7 @@ def make_train_step(
             "stability/warning": warning,
             **({} if rounds is None else {"train/rounds": rounds}),
         }
-        watched = (watched, losses) if config.spike else watched
+        watched = (warned, losses) if config.spike else warned
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
     return step
