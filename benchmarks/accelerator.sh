@@ -19,7 +19,7 @@ export PYTHONPATH=$PWD JAX_COMPILATION_CACHE_DIR=$scratch/programs
 exact=(env XLA_PYTHON_CLIENT_PREALLOCATE=false "XLA_FLAGS=${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true")
 
 if [ -n "${SMALL:-}" ]; then
-  speed=(--widths=64,128 --batch_size=2 --context=64 --pairs=3)
+  speed=(--widths=64 --batch_size=2 --context=64 --pairs=3)
   loop=(--updates=30 --pairs=1 --width=32)
   patience=5 # times the seconds that a part may take
 else

@@ -80,11 +80,11 @@ def flops(config: ConfigDict) -> float:
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
     """The row of each form."""
     batch = jnp.zeros((dense.train.batch_size, 2, dense.data.context), jnp.int32)
-    found = {}
+    token = paired(decoding(ngc), decoding(dense), pairs=pairs)  # decoding is the same in both forms
+    of_dense, found = update_of(dense)[0], {}
     for form in ("weights", "signals"):
         ngc.model.form = form
-        update = paired(update_of(ngc)[0], update_of(dense)[0], batch, pairs=pairs)
-        token = paired(decoding(ngc), decoding(dense), pairs=pairs)
+        update = paired(update_of(ngc)[0], of_dense, batch, pairs=pairs)
         found[form] = Row(cost(ngc) / cost(dense), (flops(dense), flops(ngc)), update, token)
     return found
 
