@@ -168,9 +168,14 @@ class Stage(nn.Module):
             cache = attention.extend(cache, key, value, positions[0])
             key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
             keys = jnp.arange(key.shape[1])
-        share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
-        self.sow("intermediates", "attention", share)
-        mixed = gated("attention_gates", read, lay(attention.mix(share, value), "window", None, "group"))
+        whole_past = cache is None and segments is None and x.shape[1] <= s.context
+        if whole_past and not self.is_mutable_collection("intermediates") and attention.fused(query):
+            mixed = attention.attend_fused(query, key, value)
+        else:
+            share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
+            self.sow("intermediates", "attention", share)
+            mixed = attention.mix(share, value)
+        mixed = gated("attention_gates", read, lay(mixed, "window", None, "group"))
         x = lay(x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :], *s.stream_axes)
 
         up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders("gate_up"), name="gate_up")
