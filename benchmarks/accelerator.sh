@@ -53,6 +53,7 @@ print(*(f"{name} {version}" for name, version in versions().items()), sep=", ")'
 part "Numerics" 80 "$python" -m benchmarks.numerics
 part "Exact resume" 120 "${exact[@]}" "$python" -m experiments.chaos --rounds=3 --faults=kill --workdir="$scratch/chaos"
 part "Speed against dense" 110 "$python" -m benchmarks.speed "${speed[@]}"
+part "A kernel for a rule" 40 "$python" -m benchmarks.fused
 part "Our loop" 50 "$python" -m benchmarks.loop "${loop[@]}"
 [ -n "${SMALL:-}" ] || part "Compile time" 80 "$python" -m benchmarks.compile_time --repeats=1
 printf '\nIn all: %s s.\n' "$SECONDS" | tee -a "$report"
