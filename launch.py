@@ -12,11 +12,10 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ngc_jax.config import workdir_of
 from ngc_jax.errors import UserError
 from ngc_jax.preemption import EXIT_CODE
 from ngc_jax.train import Diverged, run
-from ngc_jax.workdir import hold
+from ngc_jax.workdir import hold, workdir_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")

@@ -5,7 +5,7 @@ in one place, named in the comment's section) or named runs (`configs/`).
 """
 
 import math
-import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +19,13 @@ from ngc_jax.iteration import check as check_iteration
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.recurrent import Recurrent
 from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
 
+OURS: dict[str, Callable[[ModelShape], LanguageModel]] = {"decoder": Decoder, "recurrent": Recurrent}
 RULES_OF_A_MODEL = (*(rule for rule in RULES if rule not in INSIDE), "none", "dense")
 
 
@@ -47,8 +49,9 @@ def base() -> ConfigDict:
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
     c.model = ConfigDict()
-    # "decoder", of which all that follows is; or "bdh", the baseline of nn/bdh.py, which has the width, hidden (its
-    # neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
+    # "decoder", of which all that follows is; "recurrent" (nn/recurrent.py), which has no heads, prelude or coda, and
+    # whose core counts cells with so many rounds a token; or "bdh", the baseline of nn/bdh.py, which has the width,
+    # hidden (its neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
     c.model.kind = "decoder"
     # Between groups: "addressed", "broadcast", "metric", "metric_diagonal", "metric_scalar", "tanh", "shift",
     # "riemannian", "distance" (docs/method.md says what each is), or "none"; "dense" = the ordinary Transformer.
@@ -89,7 +92,9 @@ def base() -> ConfigDict:
     c.model.drive = True  # each round adds the loop's input anew, in learned shares; False: the first has it alone
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
-    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
+    # Recompute for the gradient: "none", "rounds" (each round; in a cell each token), "stages" (each stage too).
+    c.model.remat = "rounds"
+    c.model.chunk = 0  # of kind="recurrent": tokens that gradients go back through, >= 1; 0 = all of a window
 
     c.rewire = ConfigDict()  # of model.wiring="dynamic" and "dynamic_ports" alone
     c.rewire.channels = 4  # that a group has in the end, 1 to model.channels; ports are these times p_inter
@@ -170,8 +175,8 @@ def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
 
 def make_model(config: ConfigDict, vocab: int) -> LanguageModel:
     """The model that a config asks for, for a vocabulary."""
-    if config.model.kind == "decoder":
-        return Decoder(model_shape(config, vocab))
+    if config.model.kind in OURS:
+        return OURS[config.model.kind](model_shape(config, vocab))
     m = config.model
     return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, layers=m.rounds, remat=m.remat != "none"))
 
@@ -196,13 +201,24 @@ def validate(config: ConfigDict) -> None:
     need(d.context >= 1, "data.context", "1 or more, for instance 128")
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
-    choice("model.kind", m.kind, ("decoder", "bdh"))
+    choice("model.kind", m.kind, (*OURS, "bdh"))
     if m.kind == "bdh":
         unit = 2 * max(1, m.heads)  # rotary positions turn pairs of neurons
         neurons = f"a multiple of 2 model.heads = {unit}, for instance {max(unit, round(m.hidden / unit) * unit)}"
         need(m.hidden % unit == 0, "model.hidden", neurons)
+    if m.kind != "decoder":
         for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
-            need(config.stability[field] == none, f"stability.{field}", f"{none!r} where model.kind='bdh': no stages")
+            still = f"{none!r} where model.kind={m.kind!r}: no stages"
+            need(config.stability[field] == none, f"stability.{field}", still)
+    need(m.chunk >= 0, "model.chunk", "0 or more")
+    need(m.chunk == 0 or m.kind == "recurrent", "model.chunk", f"0 where model.kind={m.kind!r}")
+    if m.kind == "recurrent":
+        need(m.core >= 1, "model.core", "1 or more where model.kind='recurrent': its cells")
+        for field, none in (("prelude", 0), ("coda", 0), ("gates", False)):
+            need(m[field] == none, f"model.{field}", f"{none!r} where model.kind='recurrent'")
+        choice("model.sharing", m.sharing, ("none", "gate_up"))
+        choice("model.wiring", m.wiring, ("complete", *WIRINGS))
+        need(config.mesh.group == 1, "mesh.group", "1 where model.kind='recurrent': signals would cross at each token")
     choice("model.rule", m.rule, RULES_OF_A_MODEL)
     choice("model.message_activation", m.message_activation, ("none", *GATES))
     signals = m.message_activation == "none" or m.rule not in RULES or m.rule in SIGNAL_RULES
@@ -255,7 +271,7 @@ def validate(config: ConfigDict) -> None:
     need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
     best = min(fits, key=lambda h: abs(h - m.heads))
     whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
-    need(m.heads in fits, "model.heads", whole)
+    need(m.heads in fits or m.kind == "recurrent", "model.heads", whole)
 
     check_iteration(config, need)
     unit, most = 1 if m.rule == "dense" else m.groups, min(m.width, m.hidden)
@@ -322,29 +338,3 @@ def validate(config: ConfigDict) -> None:
     near = -(-config.eval.batch_size // parts) * parts
     of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
     need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields of two configs that make two different runs, as "field: old -> new".
-
-    How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
-    """
-    free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
-    free |= {"train.hang_minutes", "train.hang_exit"}
-    free |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for name, value in tree.items():
-            path = prefix + name
-            if path not in free:
-                leaves |= flat(value, path + ".") if isinstance(value, dict) else {path: value}
-        return leaves
-
-    a, b = flat(old), flat(new)
-    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
-
-
-def workdir_of(config_file: str) -> pathlib.Path:
-    """The default work directory, runs/<config name>, for a config file given as PATH or PATH:ARGUMENT."""
-    return pathlib.Path("runs") / pathlib.Path(config_file.partition(":")[0]).stem

@@ -297,7 +297,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         progress.say(f"asked to stop: {kept}; the same command goes on from there")
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
-    card.write(workdir, config, tokens.summary, stored, count.generated_weights(model.shape))
+    card.write(workdir, config, tokens.summary, stored, count.generated_weights(model))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True
 
@@ -311,7 +311,7 @@ def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any, iteration:
     flops = iteration.flops(like.params, inputs) if iteration else 3 * forward(model.apply, like.params, inputs)
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
-        f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
+        f"{count.generated_weights(model):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
         f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
     )
 

@@ -20,13 +20,39 @@ from ml_collections import ConfigDict
 
 from ngc_jax.atomic import write_durably
 from ngc_jax.checkpoint import Checkpoints
-from ngc_jax.config import base, differences, make_model
+from ngc_jax.config import base, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params
 from ngc_jax.rewire import pruned
 from ngc_jax.steps import TrainState, init_state
+
+
+def workdir_of(config_file: str) -> pathlib.Path:
+    """The default work directory, runs/<config name>, for a config file given as PATH or PATH:ARGUMENT."""
+    return pathlib.Path("runs") / pathlib.Path(config_file.partition(":")[0]).stem
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields of two configs that make two different runs, as "field: old -> new".
+
+    How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
+    """
+    free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
+    free |= {"train.hang_minutes", "train.hang_exit"}
+    free |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for name, value in tree.items():
+            path = prefix + name
+            if path not in free:
+                leaves |= flat(value, path + ".") if isinstance(value, dict) else {path: value}
+        return leaves
+
+    a, b = flat(old), flat(new)
+    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:

@@ -166,6 +166,16 @@ class Decoder:
 
         return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
 
+    def generated(self) -> dict[str, dict[str, int]]:
+        """Weights generated in a forward pass: those of every stage, each time it is run."""
+        s = self.shape
+        if s.rule == "dense":
+            return {}
+        square, tall = s.width * s.width, s.width * s.hidden
+        stage = {"query_key_value": 3 * square, "attention_out": square, "gate_up": 2 * tall, "down": tall}
+        runs = {"prelude": s.prelude, "core": s.core * s.rounds, "coda": s.coda}
+        return {stack: {name: times * count for name, count in stage.items()} for stack, times in runs.items()}
+
     def update(self, params: Params, positions: Array, segments: Array | None = None) -> Update:
         """What a round adds to the stream, update(x, cache) -> (core(x), cache), for `communicate`."""
 
