@@ -193,7 +193,7 @@ class Stage(nn.Module):
 
 
 class Cell(nn.Module):
-    """A state that hears the stream token by token: x [T, B, D], state [B, D] -> (x, state). Time is in front.
+    """A state that hears the stream token by token: x [B, T, D], state [B, D] -> (x, state).
 
     With e the normed stream and n(h) = h / rms(h), a round at a token is
 
@@ -203,7 +203,7 @@ class Cell(nn.Module):
     token says. So the token multiplies the state, without which no linear recurrence keeps track of even a parity
     (arXiv 2404.08819). Neurons forget at time scales of their own; pace keeps a state's variance at 1 whatever its
     scale (LRU, arXiv 2303.06349). What the tokens say is one product over all of them, before the loop, and weights
-    are made once. The state is float32 whatever x is. first [T, B], bool: where a document, and so a new state, begins.
+    are made once. The state is float32 whatever x is. first [B, T], bool: where a document, and so a new state, begins.
     """
 
     shape: ModelShape
@@ -232,9 +232,10 @@ class Cell(nn.Module):
             return keep * h + pace * (drive * e + down(gate * heard)[:, 0])
 
         remat = s.remat != "none"
-        state, states = along_tokens(turn, state, (e, told), first, rounds=s.rounds, remat=remat)
+        said, first = jax.tree.map(lambda a: a.swapaxes(0, 1), ((e, told), first))
+        state, states = along_tokens(turn, state, said, first, rounds=s.rounds, remat=remat)
         out = Synapse(s.parts(s.width, s.width), s.width, s.width, s.form, gain=s.core**-0.5, name="out")
-        return x + out(levelled(states).astype(x.dtype))[..., 0, :], state
+        return x + out(levelled(states.swapaxes(0, 1)).astype(x.dtype))[..., 0, :], state
 
 
 def unembed(x: Array, matrix: Array) -> Array:

@@ -4,7 +4,7 @@ For: streams. What it has heard is one state for each cell, however long that wa
 length. With the same functions as `Decoder`. Not for: what a cell holds (`layers.py`), the loop over tokens
 (`core/recurrence.py`), or what only the decoder has: attention, prelude and coda, gates, wirings that change.
 
-Axes: B batch, T tokens, D width, V vocabulary, C cells. Inside, time is in front.
+Axes: B batch, T tokens, D width, V vocabulary, C cells.
 """
 
 import dataclasses
@@ -78,8 +78,8 @@ class Recurrent:
         cell = Cell(self.shape)
 
         def run(states: Array, heard: tuple[Array, Array | None]) -> tuple[Array, Array]:
-            tokens, first = heard
-            x = lay(lay(params["embed"], None, None)[tokens], None, "window", None)
+            tokens, first = jax.tree.map(jnp.transpose, heard)
+            x = lay(lay(params["embed"], None, None)[tokens], "window", None, None)
 
             def body(x: Array, layer: tuple[Params, Array]) -> Any:
                 weights, state = layer
@@ -88,9 +88,9 @@ class Recurrent:
             if self.shape.remat == "stages":
                 body = jax.checkpoint(body, prevent_cse=False)
             x, states = jax.lax.scan(body, x, (params["cells"], states))
-            x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x.swapaxes(0, 1)))
+            x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
             return states, unembed(x, params["unembed"]).swapaxes(0, 1)
 
-        heard = tokens.T, None if first is None else first.T
+        heard = jax.tree.map(jnp.transpose, (tokens, first))  # chunks are cut along the first axis
         states, logits = in_chunks(run, states, heard, self.shape.chunk)
         return logits.swapaxes(0, 1), states
