@@ -1,7 +1,7 @@
 """The decoder language model: embed, prelude stages, core stages in rounds of communication, coda stages, logits.
 
 For: the order of things and the loops. Not for: what a stage holds (`layers.py`) or sizes (`shape.py`). A model of
-another kind (images, streams) is a file beside this one, with the same three functions.
+another kind is a file beside this one (`recurrent.py`, `bdh.py`), with the functions of `model.py`.
 
 Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 """
