@@ -107,9 +107,12 @@ def base() -> ConfigDict:
     c.rewire.regrow = "gradient"  # new edges by "gradient", "correlation" of activations, or at "random"
 
     c.iteration = ConfigDict()  # rounds in training; evaluation and sampling have model.rounds (docs/method.md)
-    c.iteration.rounds = "fixed"  # of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"
-    c.iteration.low = 1  # fewest that are drawn, >= 1
-    c.iteration.high = 8  # most that are drawn, >= low
+    # Of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"; or "marked": each example has as
+    # many as there are marks in it, also when it is evaluated.
+    c.iteration.rounds = "fixed"
+    c.iteration.mark = 0  # the token that is a mark, >= 0
+    c.iteration.low = 1  # fewest rounds, >= 1, unless "fixed"
+    c.iteration.high = 8  # most rounds, >= low; `solve` may have more
     c.iteration.mean = 4.0  # of "lognormal_poisson" before it is cut to low and high, > 1
     c.iteration.backprop = 0  # last rounds that gradients go through, >= 1; 0 = all
     c.iteration.supervise_every = 0  # rounds between those after which there is a loss, last one included; 0 = it alone

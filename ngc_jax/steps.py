@@ -148,7 +148,7 @@ def make_train_step(
             "train/bad_in_a_row": bad,
             "stability/relative_update": change,
             "stability/warning": warning,
-            **({} if rounds is None else {"train/rounds": rounds}),
+            **({} if iteration is None or iteration.mark is not None else {"train/rounds": rounds}),
         }
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
@@ -165,7 +165,7 @@ def make_eval_step(
     """Sums over one batch: (params, batch [B, 2, T], real [B] bool) -> nats and targets.
 
     Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are and are solved.
-    `settle` stands for `model.apply` where the loop is to run until it settles (`Decoder.settle`): then rounds too.
+    `settle` stands for `model.apply` where rounds differ (`Decoder.settle`, `iteration.marked`): then rounds too.
     """
     dtype = jnp.dtype(config.compute_dtype)
     apply = settle or model.apply

@@ -29,7 +29,7 @@ from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import compile_eval, compile_watch, held_out
-from ngc_jax.iteration import make_iteration
+from ngc_jax.iteration import make_iteration, marked
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.preemption import Asked, Preemption
@@ -100,7 +100,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     jitted = jax.jit(meshes.on(mesh, voting), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
     update = jitted.lower(like, batch, processes.ballots(mesh, False, False)).compile()
     rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
-    evaluate = compile_eval(model, config, mesh, source)
+    evaluate = compile_eval(model, config, mesh, source, marked(decoder, config))
     watch = compile_watch(decoder, config, mesh, source) if decoder and config.stability.every else None
     costing = costs(model, like, batch, update, iteration)
     print(f"{costing}; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
