@@ -2,16 +2,17 @@
 
 Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 1 a failure of the machine, 2 a
 mistake in what was asked for, 3 training diverged, 4 it hung (train.hang_exit; run again), 75 asked to stop (saved; run
-again).
+again). On several hosts: the same command on each (docs/pods.md).
 """
 
-import pathlib
 import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
+from ngc_jax import processes
 from ngc_jax.errors import UserError
 from ngc_jax.preemption import EXIT_CODE
 from ngc_jax.train import Diverged, run
@@ -19,17 +20,28 @@ from ngc_jax.workdir import hold, workdir_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; 1: alone, whatever the cluster.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
+JOIN_MINUTES = flags.DEFINE_float("join_minutes", 5.0, "How long to wait for the others to start.", lower_bound=0.01)
+LOST_SECONDS = flags.DEFINE_integer("lost_seconds", 100, "After how long without a sign one is lost.", lower_bound=5)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    workdir = pathlib.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
+    workdir = epath.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
     try:
+        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value, LOST_SECONDS.value)
         with hold(workdir):
             done = run(CONFIG.value, workdir)
-    except (UserError, Diverged, OSError) as error:  # OSError: a full disk, say; what was saved before is sound
-        fail(2 if isinstance(error, UserError) else 3 if isinstance(error, Diverged) else 1, error)
+    except (UserError, Diverged) as error:
+        fail(2 if isinstance(error, UserError) else 3, error)
+    except BaseException as error:
+        processes.leave(error)
+        if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
+            fail(1, error)
+        raise
     sys.exit(0 if done else EXIT_CODE)
 
 

@@ -27,11 +27,11 @@ def seconds(**fields: int) -> float:
     config = base()
     config.model.update(fields)
     model = Decoder(model_shape(config, Bytes.vocab))
-    batch = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context + 1), jnp.int32)
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
     like = abstract_state(model, config)
     jax.clear_caches()
     began = time.perf_counter()
-    jax.jit(make_train_step(model, config.train, Bytes.mark, False)).lower(like, batch).compile()
+    jax.jit(make_train_step(model, config.train)).lower(like, batch).compile()
     return time.perf_counter() - began
 
 

@@ -45,10 +45,10 @@ def watching() -> float:
     config = base()
     model = Decoder(model_shape(config, Bytes.vocab))
     state = jax.jit(lambda: init_state(model, config.train, 0))()
-    update = jax.jit(make_train_step(model, config.train, Bytes.mark, False))
+    update = jax.jit(make_train_step(model, config.train))
     watch = jax.jit(make_watch(model, config.stability))
-    length = config.data.context + 1
-    batch = jax.random.randint(jax.random.key(1), (config.train.batch_size, length), 0, 256)
+    length = config.data.context
+    batch = jax.random.randint(jax.random.key(1), (config.train.batch_size, 2, length), 0, 256)
     rows = -(-config.stability.tokens // config.data.context)
     held_out = jax.random.randint(jax.random.key(2), (rows, length), 0, 256)
     times = paired(lambda: update(state, batch)[1]["train/loss"], lambda: watch(state.params, held_out)).ratio

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -25,8 +26,8 @@ from ml_collections import ConfigDict
 from experiments.overhead import model_of
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base
-from ngc_jax.data.batches import Windows, train_batches
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.data.batches import train_batches
+from ngc_jax.data.tokens import load_data
 from ngc_jax.metrics import read_rows
 from ngc_jax.steps import init_state
 from ngc_jax.train import run
@@ -50,7 +51,7 @@ def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
 
 def batches(config: ConfigDict) -> Iterator[np.ndarray]:
     """The run's input, from the start."""
-    windows = Windows(load_tokens(config.data).train, config.data.context)
+    windows = load_data(config.data).train
     return train_batches(
         windows, batch_size=config.train.batch_size, seed=config.seed, start=0, stop=config.train.steps
     )
@@ -72,12 +73,12 @@ def bare(config: ConfigDict) -> Callable[[], float]:
     adam = optax.adamw(rates, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
     chain = optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits, _ = model.apply(params, tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        logits, _ = model.apply(params, batch[:, 0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch[:, 1], 0)).mean()
 
-    def step(params: Any, memory: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, grads = jax.value_and_grad(loss)(params, tokens)
+    def step(params: Any, memory: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params, batch)
         updates, memory = chain.update(grads, memory, params)
         return optax.apply_updates(params, updates), memory, value
 

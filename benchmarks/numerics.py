@@ -17,7 +17,6 @@ import numpy as np
 from experiments.overhead import model_of
 from ngc_jax.config import base
 from ngc_jax.core.rules import RULES, transmit, weights
-from ngc_jax.data.tokens import Bytes
 from ngc_jax.steps import losses
 
 Tree = Any
@@ -47,21 +46,21 @@ def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[T
         x = jax.random.normal(jax.random.key(1), (64, 256))
         acts = lambda x, pre, post, name=name: transmit(name, x, pre, post)  # noqa: E731
         found[name] = (acts, lambda x, pre, post, name=name: x @ weights(name, pre, post).T, (x, pre, post))
-    tokens = jax.random.randint(jax.random.key(2), (4, 65), 0, 256)
+    batch = jax.random.randint(jax.random.key(2), (4, 2, 64), 0, 256)
     for form in ("weights", "signals"):
         config = base()
         config.model.form = form
         config.data.context = 64
         model = model_of(config)
 
-        def gradient(params: Tree, tokens: jax.Array, model: Any = model) -> Tree:
+        def gradient(params: Tree, batch: jax.Array, model: Any = model) -> Tree:
             def loss(params: Tree) -> jax.Array:
-                return losses(model, params, tokens, Bytes.mark, False, params["embed"].dtype)[0].mean()
+                return losses(model, params, batch, None, params["embed"].dtype)[0].mean()
 
             return jax.value_and_grad(loss)(params)
 
         params = jax.jit(model.init)(jax.random.key(3))
-        found[f"loss and gradient, {form}"] = (gradient, gradient, (params, tokens))
+        found[f"loss and gradient, {form}"] = (gradient, gradient, (params, batch))
     return {name: (a, b, jax.tree.map(np.asarray, args)) for name, (a, b, args) in found.items()}
 
 

@@ -89,7 +89,7 @@ def flops(config: ConfigDict) -> int:
 
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
     """The row of each form."""
-    batch = jnp.zeros((dense.train.batch_size, dense.data.context + 1), jnp.int32)
+    batch = jnp.zeros((dense.train.batch_size, 2, dense.data.context), jnp.int32)
     found = {}
     for form in ("weights", "signals"):
         ngc.model.form = form

@@ -6,10 +6,13 @@ For: writing one content twice. Not for: what stands in it (`report.py`, and eac
 import base64
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from html import escape
 
 from ngc_jax.stability.page import STYLE
+
+WIDER = "body { max-width: 60rem; } figure, .wide, details { margin: 1.2rem 0; } figure { max-width: 46rem; }"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,13 @@ class Table:
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
-        rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>\n" for row in self.rows)
+        rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in self.rows)
         return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    number = re.fullmatch(r"[-\d.,]+( ± [\d.]+)?", text)  # which is not to be broken
+    return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +106,6 @@ def write(home: pathlib.Path, name: str, title: str, blocks: Sequence[Block]) ->
     (home / f"{name}.html").write_text(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{WIDER}</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )

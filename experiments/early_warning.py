@@ -23,8 +23,8 @@ import optax
 
 from experiments.stats import auroc
 from ngc_jax.config import base, model_shape
-from ngc_jax.data.batches import Windows, train_batches
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.data.batches import train_batches
+from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.stability.monitor import HORIZON, THRESHOLD
 from ngc_jax.stability.watch import make_watch
@@ -58,8 +58,8 @@ def settings(rule: str, cache_dir: str) -> Any:
 def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
     """Train a set, 16 rates at once, on the same batches; every signal of every step to a file of [steps, runs]."""
     config = settings(rule, cache_dir)
-    tokens = load_tokens(config.data)
-    model = Decoder(model_shape(config, tokens.tokenizer.vocab))
+    data = load_data(config.data)
+    model = Decoder(model_shape(config, data.tokenizer.vocab))
     watch = make_watch(model, types.SimpleNamespace(measures="rounds"))
     adam = optax.ScaleByAdamState
 
@@ -68,20 +68,18 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
 
     def step(state: Any, rate: jax.Array, batch: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         train = types.SimpleNamespace(**{**config.train.to_dict(), "learning_rate": rate, "state_learning_rate": rate})
-        after, scalars = make_train_step(model, train, tokens.tokenizer.mark, False)(state, batch)
+        after, scalars = make_train_step(model, train)(state, batch)
         old, new = momentum(state.optimizer), momentum(after.optimizer)
         gradient = jax.tree.map(lambda n, o: n - config.train.b1 * o, new, old)  # clipped, and times 1 - b1
         cosine = optax.tree.vdot(gradient, old) / (optax.tree.norm(gradient) * optax.tree.norm(old) + 1e-12)
         size = {"alignment": cosine, "parameter_norm": optax.tree.norm(state.params)}
-        return after, {**scalars, **watch(state.params, batch), **size}
+        return after, {**scalars, **watch(state.params, batch[:, 0]), **size}
 
     keys = jnp.arange(RUNS) + RUNS * seed
     state = jax.jit(jax.vmap(lambda seed: init_state(model, config.train, seed)))(keys)
     update = jax.jit(jax.vmap(step, in_axes=(0, 0, None)), donate_argnums=0)
     rows = []
-    for batch in train_batches(
-        Windows(tokens.train, config.data.context), batch_size=16, seed=seed, start=0, stop=STEPS
-    ):
+    for batch in train_batches(data.train, batch_size=16, seed=seed, start=0, stop=STEPS):
         state, scalars = update(state, jnp.asarray(RATES, jnp.float32), batch)
         rows.append(scalars)
     signals = {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}

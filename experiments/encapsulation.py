@@ -23,7 +23,8 @@ from experiments.study import Results, Study
 from experiments.sums import reordered, sums
 from experiments.sweeps import cases, seeds
 from experiments.text_measures import agreement, attention_divergence, distinct, repetition, type_token_ratio, words
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.data.batches import Windows
+from ngc_jax.data.tokens import Bytes, load_data
 from ngc_jax.sample import generate
 from ngc_jax.stability import attention_shares
 from ngc_jax.workdir import Trained, open_trained
@@ -58,7 +59,9 @@ def lexical(texts: Sequence[bytes]) -> dict[str, float]:
 
 def passages(trained: Trained) -> tuple[np.ndarray, list[bytes]]:
     """Held-out prompts [TEXTS, PROMPT], evenly spaced, and how the text itself goes on."""
-    text = load_tokens(trained.config.data).validation
+    windows = load_data(trained.config.data).validation
+    assert isinstance(windows, Windows)
+    text = windows.tokens
     starts = np.linspace(0, len(text) - PROMPT - LENGTH, TEXTS).astype(int)
     chosen = np.stack([text[at : at + PROMPT + LENGTH] for at in starts]).astype(np.int32)
     return chosen[:, :PROMPT], [trained.tokenizer.decode(row) for row in chosen[:, PROMPT:].tolist()]
@@ -83,7 +86,7 @@ def answered(trained: Trained) -> dict[str, float]:
     for terms in ASKED:
         sets = reordered(sums(6000, (terms,), seed=1, held_out=True))
         lines = [line for same in sets for line in same]
-        prompts = [trained.tokenizer.encode(f"\n{line[:-1]}".encode()) for line in lines]
+        prompts = [Bytes().encode(f"\n{line[:-1]}".encode()) for line in lines]
         given = np.asarray(answer(trained.state.params, np.array(prompts, np.int32)))
         right = given == np.array([ord(line[-1]) for line in lines])
         by_set = np.split(given, np.cumsum([len(same) for same in sets])[:-1])

@@ -76,18 +76,17 @@ def pareto(results: Results) -> Picture | None:
     first = next(iter(results.groups[0].labels))
 
     def draw(canvas: Any) -> None:
-        axes = canvas.subplots(1, 2, sharey=True)
+        axes = canvas.subplots(2, 1)
         for axis, cost, label in zip(axes, (1, 2), ("parameters in matrices", "FLOPs per token"), strict=True):
             for model in dict.fromkeys(point[0].labels[first] for point in points):
                 of = sorted((p[cost], p[3], p[4]) for p in points if p[0].labels[first] == model)
                 x, y, bars = zip(*of, strict=True)
                 axis.errorbar(x, y, bars, fmt="o-", markersize=4, linewidth=1, label=model)
-            axis.set_xscale("log")
-            axis.set_xlabel(label)
-        axes[0].set_ylabel(results.study.outcome)
+            axis.set(xscale="log", xlabel=label, ylabel=results.study.outcome)
         legend(canvas, axes[0])
 
-    return picture("pareto", f"{results.study.outcome} against cost; bars: the range over seeds.", draw, width=9.0)
+    caption = f"{_begun(results.study.outcome)} against cost: means, and the range over seeds."
+    return picture("pareto", caption, draw, height=7.0)
 
 
 def heat_map(results: Results) -> Picture | None:
@@ -114,5 +113,9 @@ def heat_map(results: Results) -> Picture | None:
         axis.set_yticks(range(len(down)), down)
         canvas.colorbar(image, label=results.study.outcome)
 
-    caption = f"{results.study.outcome}, means: {large[0]} by {large[1]}."
+    caption = f"{_begun(results.study.outcome)}, means: {large[0]} by {large[1]}."
     return picture("heat_map", caption, draw, height=1.2 + 0.5 * len(down))
+
+
+def _begun(text: str) -> str:
+    return text[:1].upper() + text[1:]

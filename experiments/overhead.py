@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from benchmarks.pairs import paired
 from ngc_jax import count
 from ngc_jax.config import make_model
-from ngc_jax.data.tokens import Bytes, most_tokens
+from ngc_jax.data.tokens import most_tokens
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.steps import init_state, make_train_step
 
@@ -29,7 +29,7 @@ class Overhead(NamedTuple):
 def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[Overhead]:
     """Compile and measure each beside the reference, of equal batches: the median of pairs, one after the other."""
     plain, least = update_of(reference)
-    batch = jnp.zeros((reference.train.batch_size, reference.data.context + 1), jnp.int32)
+    batch = jnp.zeros((reference.train.batch_size, 2, reference.data.context), jnp.int32)
     for config in configs:
         update, peak = update_of(config)
         yield Overhead(paired(plain, update, batch).ratio, peak / least, peak)
@@ -44,8 +44,8 @@ def update_of(config: ConfigDict) -> tuple[Any, int]:
     """A config's update as a function of the batch alone, and its peak memory in bytes."""
     model = model_of(config)
     state = jax.jit(lambda: init_state(model, config.train, 0))()
-    batch = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context + 1), jnp.int32)
-    step = jax.jit(make_train_step(model, config.train, Bytes.mark, False), donate_argnums=0)
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
+    step = jax.jit(make_train_step(model, config.train), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
 
     def update(batch: jax.Array) -> Any:

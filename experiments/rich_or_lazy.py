@@ -16,8 +16,8 @@ import jax
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.core.laziness import alignment, movement
-from ngc_jax.data.batches import Windows, held_out_batches
-from ngc_jax.evaluate import tokens_of
+from ngc_jax.data.batches import held_out_batches
+from ngc_jax.evaluate import data_of
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.stability.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.steps import init_state
@@ -38,8 +38,8 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     trained = open_trained(workdir)
     config, model, after = trained.config, trained.decoder, trained.state.params
     before = jax.jit(lambda: init_state(model, config.train, config.seed).params)()
-    windows = Windows(tokens_of(trained, workdir).validation, config.data.context)
-    tokens = next(held_out_batches(windows, batch_size=WINDOWS, limit=WINDOWS))[0][:, :-1]
+    windows = data_of(trained, workdir).validation
+    tokens = next(held_out_batches(windows, batch_size=WINDOWS, limit=WINDOWS))[0][:, 0]
     return {
         "effective rank at start": mean_rank(model, before),
         "at the end": mean_rank(model, after),

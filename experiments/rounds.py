@@ -18,7 +18,7 @@ from experiments.figures import legend, picture
 from experiments.stats import interval
 from experiments.study import Results, Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.data.tokens import load_data
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import single
 from ngc_jax.metrics import read_rows
@@ -61,11 +61,12 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     config, shape = trained.config, trained.decoder.shape
     if not shape.core:
         return {}
-    tokens, mesh = load_tokens(config.data), single()
+    data, mesh = load_data(config.data), single()
     losses = {}
     for rounds in TEST_ROUNDS:
-        step = compile_eval(trained.decoder.at(rounds), config, mesh, tokens)
-        losses[f"loss, {rounds} rounds"] = held_out(step, trained.params, config, mesh, tokens, 512)["loss"]
+        step = compile_eval(trained.decoder.at(rounds), config, mesh, data)
+        found = held_out(step, trained.params, mesh, data.validation, config.eval.batch_size, limit=512)
+        losses[f"loss, {rounds} rounds"] = found["loss"]
     return losses
 
 

@@ -35,10 +35,10 @@ from rich.table import Table
 from experiments.report import report
 from experiments.study import LOSS, Group, Results, Run, Study, find, groups, plan, prepared, read_records
 from ngc_jax.atomic import write_durably
+from ngc_jax.costs import versions
 from ngc_jax.errors import UserError
 from ngc_jax.metrics import duration, read_rows
 from ngc_jax.preemption import EXIT_CODE
-from ngc_jax.train import versions
 from ngc_jax.workdir import command, in_use
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -21,6 +21,7 @@ from experiments.study import Study
 from experiments.sums import sums
 from experiments.sweeps import cases, seeds
 from ngc_jax.core.stability import contraction, norm
+from ngc_jax.data.tokens import Bytes
 from ngc_jax.stability import round_states
 from ngc_jax.workdir import open_trained
 
@@ -47,7 +48,7 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     trained = open_trained(workdir)
     model, params = trained.decoder, trained.params
     text = ("\n".join(sums(6000, ASKED, seed=1, held_out=True)) + "\n").encode()
-    tokens = np.asarray(trained.tokenizer.encode(text), np.int32)
+    tokens = np.asarray(Bytes().encode(text), np.int32)
     windows = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
 
     @jax.jit

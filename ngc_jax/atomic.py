@@ -1,6 +1,8 @@
 """Files and directories that are there whole or not at all, whatever is killed or runs at the same time.
 
-For: `write_durably` a file, `build_directory` a cache entry. Not for: checkpoints, which Orbax writes.
+For: `write_durably` a file, a `Log` of lines, `build_directory` a cache entry; what is different in a bucket (gs://...),
+where an object is written whole or not at all, and nothing is added to one, renamed, or held back from the disk. Not
+for: checkpoints, which Orbax writes.
 """
 
 import contextlib
@@ -9,12 +11,43 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TypeAlias
+
+from etils import epath
 
 from ngc_jax.errors import UserError
 
+Path: TypeAlias = pathlib.Path | epath.Path
 
-def write_durably(path: pathlib.Path, text: str) -> None:
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path is a bucket's, "gs://..." say, and not a file system's."""
+    return "://" in os.fspath(path)
+
+
+def files(directory: Path) -> Iterator[Path]:
+    """All files below a directory."""
+    for path in directory.iterdir():
+        yield from files(path) if path.is_dir() else [path]
+
+
+def move(directory: Path, to: Path) -> None:
+    """Rename a directory, over one that is there. In a bucket each file is copied, and then the old ones removed."""
+    if in_bucket(directory):
+        for path in files(directory):
+            epath.Path(path).copy(to / path.relative_to(directory), overwrite=True)
+        epath.Path(directory).rmtree()
+        return
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(exist_ok=True)
+    os.replace(directory, to)
+
+
+def write_durably(path: Path, text: str) -> None:
     """Write a file whole or not at all, and have it on disk when this returns."""
+    if in_bucket(path):
+        path.write_text(text)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w") as file:
@@ -25,6 +58,41 @@ def write_durably(path: pathlib.Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class Log:
+    """A file that begins with a text and grows by lines. In a bucket it is written anew, whole, at each `sync`."""
+
+    def __init__(self, path: Path, text: str):
+        write_durably(path, text)
+        self._path, self._text, self._unwritten = path, text, b""
+        self._file = None if in_bucket(path) else open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+
+    def add(self, line: str) -> None:
+        """Add a line. A full disk is no error yet."""
+        if self._file:
+            self._unwritten += line.encode()
+            with contextlib.suppress(OSError):
+                self._write()
+        else:
+            self._text += line
+
+    def sync(self) -> None:
+        """Have all lines on disk. Raises OSError where that cannot be; they are kept for the next time."""
+        if self._file:
+            self._write()
+            os.fsync(self._file.fileno())
+        else:
+            write_durably(self._path, self._text)
+
+    def close(self) -> None:
+        self.sync()
+        if self._file:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._file and self._unwritten:  # a disk that fills up takes part of it
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 @contextlib.contextmanager

@@ -3,17 +3,22 @@
 For: writing card.md from the config and the rows of a run. Not for: measuring anything.
 """
 
-import pathlib
 from typing import Any
 
 import jax
 
-from ngc_jax.atomic import write_durably
+from ngc_jax.atomic import Path, write_durably
 from ngc_jax.count import Parameters
 from ngc_jax.metrics import Row, duration, read_rows
 
+HELD_OUT = {
+    "final/loss": "loss, all that was held out (nats per target)",
+    "final/bits_per_byte": "bits per byte, whole held-out text",
+    "final/exact": "share of held-out problems solved",
+}
 
-def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, generated: int) -> None:
+
+def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: int) -> None:
     """Write DIR/card.md."""
     rows = read_rows(workdir)
     last = {name: value for row in rows for name, value in row.items()}  # the latest value of every name
@@ -35,15 +40,20 @@ def write(workdir: pathlib.Path, config: Any, data: str, stored: Parameters, gen
             f"{m.rule} with {m.p_inter} numbers, message activation {m.message_activation}"
         )
     stability = [f"| {name} | {_number(last[name])} |" for name in sorted(last) if name.startswith("stability/")]
+    held_out = [f"| {said} | {_number(last[name])} |" for name, said in HELD_OUT.items() if name in last]
+    use = 'sample --workdir={} --prompt="def " --tokens=200'
+    limits = "Trained on this text alone, without alignment or filtering: it continues text, and states no facts."
+    if config.data.task:
+        use, limits = "solve --workdir={}", "Trained on this task alone; it knows no other."
     seen = t.steps * t.batch_size * config.data.context / 1e6
     text = f"""# {workdir.name}
 
-**What.** A language model trained from scratch, {kind}.
+**What.** A model trained from scratch, {kind}.
 Width {m.width}, hidden {m.hidden}, {sizes}
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and {stored.embeddings:,} in embeddings;
 {generated:,} weights are generated in a forward pass.
 
-**Data.** {data}. Tokens: {config.data.tokenizer}; windows of {config.data.context}.
+**Data.** {data}. Tokens: {config.data.task or config.data.tokenizer}; windows of {config.data.context}.
 
 **How.** {t.steps:,} updates of {t.batch_size} windows ({seen:.2f} M tokens), {t.optimizer},
 peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule}, weight decay
@@ -51,21 +61,19 @@ peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g})
 {jax.device_count()} x {jax.devices()[0].device_kind} with jax {jax.__version__}.
 Updates skipped as not finite: {last["train/skipped"]}; batches passed over by rewinding: {last.get("train/passed", 0)}.
 
-**How good**, at the end, on text that was not trained on:
+**How good**, at the end, on what was not trained on:
 
 | measure | value |
 | --- | --- |
-| loss, whole held-out text (nats per token) | {_number(last["final/loss"])} |
-| bits per byte, whole held-out text | {_number(last["final/bits_per_byte"])} |
-{_lines(stability)}
+{_lines(held_out + stability)}
 {_curve(rows)}
 **Use.**
 
-    python -m ngc_jax.sample --workdir={workdir} --prompt="def " --tokens=200
+    python -m ngc_jax.{use.format(workdir)}
     python -m ngc_jax.evaluate --workdir={workdir}
     python -m ngc_jax.inspect --workdir={workdir}
 
-**Limits.** Trained on this text alone, without alignment or filtering: it continues text, and states no facts.
+**Limits.** {limits}
 """
     write_durably(workdir / "card.md", text)
 

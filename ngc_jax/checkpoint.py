@@ -12,16 +12,16 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
-import shutil
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from ngc_jax.atomic import write_durably
+from ngc_jax import processes
+from ngc_jax.atomic import Path, files, in_bucket, move, write_durably
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
@@ -42,8 +42,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints in one directory. `read_only` never writes or moves anything there."""
 
-    def __init__(self, directory: pathlib.Path, keep: int = 3, read_only: bool = False):
-        self.directory = directory.absolute()
+    def __init__(self, directory: Path, keep: int = 3, read_only: bool = False):
+        self.directory = epath.Path(directory if in_bucket(directory) else os.path.abspath(directory))
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=False,  # `save` does it: here Orbax would do it in the background
@@ -89,14 +89,16 @@ class Checkpoints:
             faults[step] = fault
         return None, faults
 
-    def set_aside(self, step: int) -> pathlib.Path:
+    def set_aside(self, step: int) -> Path:
         """Move an unsound step out of the way, so that it can be saved again; returns where it lies now."""
         aside = self.directory.parent / "damaged" / str(step)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(exist_ok=True)
-        os.replace(self.directory / str(step), aside)
-        self._manager.reload()
+        move(self.directory / str(step), aside)
+        self.reload()
         return aside
+
+    def reload(self) -> None:
+        """See what another process has moved."""
+        self._manager.reload()
 
     def restore(self, step: int, abstract: Tree) -> Restored:
         """Read a step into the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct leaves)."""
@@ -109,8 +111,11 @@ class Checkpoints:
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         # What a kill or a failed save has left; Orbax's threads may write some of it after the failure was raised.
-        for begun in self.directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
-            shutil.rmtree(begun, ignore_errors=True)
+        left = [*self.directory.glob("*.orbax-checkpoint-tmp*")]
+        if in_bucket(self.directory):  # where nothing is renamed, a step has its name from the start
+            left.append(self.directory / str(step))
+        for begun in left if processes.first() else ():
+            _remove(begun)
         with self._attempt(step):
             self._manager.save(step, args=items, force=True)
         self._sealing = step, self._pool.submit(self._seal, step)
@@ -147,18 +152,19 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore has ValueError for a file that cannot be written
-            with contextlib.suppress(OSError, ValueError):
-                self._manager.close()  # it would raise the same for every save to come
-            home = self.directory / str(step)
-            if not (home / MANIFEST).exists():
-                shutil.rmtree(home, ignore_errors=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            if jax.process_count() == 1:  # many cannot go on: the others may be waiting for this one in the save
+                with contextlib.suppress(OSError, ValueError):
+                    self._manager.close()  # it would raise the same for every save to come
+                home = self.directory / str(step)
+                if not (home / MANIFEST).exists():
+                    _remove(home)
+                self._manager = ocp.CheckpointManager(self.directory, options=self._options)
             cause = str(error).partition(" [tensorstore_spec")[0]
             raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
 
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if processes.first():
             home = self.directory / str(step)
             write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
 
@@ -173,11 +179,15 @@ def digest(tree: Tree) -> str:
     return total.hexdigest()
 
 
-def _checksums(home: pathlib.Path) -> dict[str, str]:
-    files = (p for p in sorted(home.rglob("*")) if p.is_file() and MANIFEST not in p.name)
-    return {str(p.relative_to(home)): _sha256(p) for p in files}
+def _remove(home: Path) -> None:
+    with contextlib.suppress(OSError):
+        epath.Path(home).rmtree(missing_ok=True)
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
+def _checksums(home: Path) -> dict[str, str]:
+    return {str(path.relative_to(home)): _sha256(path) for path in files(home) if MANIFEST not in path.name}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -66,10 +66,10 @@ def wire_bytes(hlo: str) -> dict[str, float]:
 def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
     """The loss of one accumulated part of a batch, compiled for a mesh; nothing is allocated."""
     model, like, batch = _abstract(config, mesh, config.train.batch_size // config.train.accumulation)
-    dtype, isolate = jnp.dtype(config.train.compute_dtype), config.data.isolate_documents
+    dtype = jnp.dtype(config.train.compute_dtype)
 
-    def forward(params: Any, tokens: Any) -> Any:
-        return jnp.sum(losses(model, params, tokens, Bytes.mark, isolate, dtype)[0])
+    def forward(params: Any, batch: Any) -> Any:
+        return jnp.sum(losses(model, params, batch, _boundary(config), dtype)[0])
 
     return jax.jit(meshes.on(mesh, forward)).lower(like.params, batch).compile()
 
@@ -78,7 +78,7 @@ def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
     """The train step, with `model.rounds` rounds, compiled for a mesh; nothing is allocated."""
     model, like, batch = _abstract(config, mesh, config.train.batch_size)
     penalty = make_penalty(model, config.stability) if isinstance(model, Decoder) else None
-    step = make_train_step(model, config.train, Bytes.mark, config.data.isolate_documents, penalty)
+    step = make_train_step(model, config.train, _boundary(config), penalty)
     places = (meshes.shardings(like), meshes.whole(mesh))
     jitted = jax.jit(meshes.on(mesh, step), out_shardings=places, donate_argnums=0)
     return jitted.lower(like, batch).compile()
@@ -92,8 +92,12 @@ def bytes_of_state(config: ConfigDict, mesh: Mesh) -> int:
 def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageModel, Any, jax.ShapeDtypeStruct]:
     """The model, and the shapes and places of its state and of a batch."""
     model = make_model(config, most_tokens(config.data))
-    batch = jax.ShapeDtypeStruct((windows, config.data.context + 1), jnp.int32, sharding=meshes.rows(mesh))
+    batch = jax.ShapeDtypeStruct((windows, 2, config.data.context), jnp.int32, sharding=meshes.rows(mesh))
     return model, meshes.place(mesh, abstract_state(model, config)), batch
+
+
+def _boundary(config: ConfigDict) -> int | None:
+    return Bytes.mark if config.data.isolate_documents else None
 
 
 def layers(config: ConfigDict) -> int:

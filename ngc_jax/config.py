@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.data.tasks import TASKS
 from ngc_jax.errors import UserError
 from ngc_jax.iteration import check as check_iteration
 from ngc_jax.nn.bdh import BDH, BDHShape
@@ -22,6 +22,7 @@ from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.recurrent import Recurrent
 from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
+from ngc_jax.rewire import check as check_rewire
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
 
@@ -35,16 +36,23 @@ def base() -> ConfigDict:
     c.seed = 0  # 0 to 4,294,967,295: parameters and the order of the data follow from it
 
     c.data = ConfigDict()
+    # A reasoning task instead of text (docs/tasks.md): "parity", "running_parity", "modular", "hops",
+    # "addition", "listops", "dyck", "path", "maze", "sudoku4", "sudoku6", "sudoku9", "sudoku9_search"; "" = text
+    c.data.task = ""
+    c.data.low = 1  # least difficulty of the task's problems, as its table in docs/tasks.md has it
+    c.data.high = 10  # greatest, >= low; data.context must hold the longest
+    c.data.problems = 100_000  # of the task to train on, >= 1; data.validation_fraction of that many are held out
+    c.data.problem_seed = 0  # what problems are drawn from, 0 to 4,294,967,295
     c.data.path = ""  # a text file or a folder of text files; "" = this interpreter's library source
     c.data.tfds_name = ""  # a prepared TFDS text set instead, such as "lm1b" or "wiki40b/en"; "" = none
     c.data.tfds_data_dir = ""  # where TFDS sets are kept; "" = TFDS's own default
     c.data.train_split = "train"  # of the TFDS set, slices allowed: "train[:95%]"
     c.data.validation_split = "validation"  # of the TFDS set, likewise
     c.data.text_key = "text"  # the TFDS feature that holds the text
-    c.data.validation_fraction = 0.1  # of data.path held out, in (0, 0.5]
+    c.data.validation_fraction = 0.1  # of data.path, or of data.problems beside them, held out, in (0, 0.5]
     c.data.tokenizer = "bytes"  # "bytes", or "bpe": byte pairs learned on the train text
     c.data.vocab_size = 4096  # tokens of a BPE, 258 to 1,000,000; bytes have 257
-    c.data.context = 128  # tokens of a window, >= 1: what attention can look back on
+    c.data.context = 128  # tokens of a window, or of the longest problem, >= 1: what attention can look back on
     c.data.isolate_documents = False  # True: a token attends within its own document only
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
@@ -92,8 +100,7 @@ def base() -> ConfigDict:
     c.model.drive = True  # each round adds the loop's input anew, in learned shares; False: the first has it alone
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
-    # Recompute for the gradient: "none", "rounds" (each round; in a cell each token), "stages" (each stage too).
-    c.model.remat = "rounds"
+    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (or a cell's tokens), "stages" (these too)
     c.model.chunk = 0  # of kind="recurrent": tokens that gradients go back through, >= 1; 0 = all of a window
 
     c.rewire = ConfigDict()  # of model.wiring="dynamic" and "dynamic_ports" alone
@@ -105,9 +112,12 @@ def base() -> ConfigDict:
     c.rewire.regrow = "gradient"  # new edges by "gradient", "correlation" of activations, or at "random"
 
     c.iteration = ConfigDict()  # rounds in training; evaluation and sampling have model.rounds (docs/method.md)
-    c.iteration.rounds = "fixed"  # of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"
-    c.iteration.low = 1  # fewest that are drawn, >= 1
-    c.iteration.high = 8  # most that are drawn, >= low
+    # Of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"; or "marked": each example has as
+    # many as there are marks in it, also when it is evaluated.
+    c.iteration.rounds = "fixed"
+    c.iteration.mark = 0  # the token that is a mark, >= 0
+    c.iteration.low = 1  # fewest rounds, >= 1, unless "fixed"
+    c.iteration.high = 8  # most rounds, >= low; `solve` may have more
     c.iteration.mean = 4.0  # of "lognormal_poisson" before it is cut to low and high, > 1
     c.iteration.backprop = 0  # last rounds that gradients go through, >= 1; 0 = all
     c.iteration.supervise_every = 0  # rounds between those after which there is a loss, last one included; 0 = it alone
@@ -137,7 +147,7 @@ def base() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 200  # updates between evaluations, >= 1; the last update is always followed by one
-    c.eval.windows = 512  # held-out windows of each, spread over the text; 0 = all
+    c.eval.windows = 512  # held-out windows or problems of each, evenly spread; 0 = all
     c.eval.batch_size = 32  # windows at a time: a multiple of mesh.data x mesh.fsdp
 
     c.checkpoint = ConfigDict()
@@ -199,6 +209,16 @@ def validate(config: ConfigDict) -> None:
     choice("data.tokenizer", d.tokenizer, ("bytes", "bpe"))
     need(258 <= d.vocab_size <= 1_000_000, "data.vocab_size", "from 258 to 1,000,000, for instance 4096")
     need(d.context >= 1, "data.context", "1 or more, for instance 128")
+    if d.task:
+        choice("data.task", d.task, TASKS)
+        task = TASKS[d.task]
+        need(not (d.path or d.tfds_name), "data.task", "'' where data.path or data.tfds_name gives a text")
+        need(not d.isolate_documents, "data.isolate_documents", "False where data.task has no documents")
+        need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) where data.task={d.task!r}")
+        need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) where data.task={d.task!r}")
+        need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
+        need(d.problems >= 1, "data.problems", "1 or more, for instance 100000")
+        need(0 <= d.problem_seed < 2**32, "data.problem_seed", "from 0 to 4,294,967,295")
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
     choice("model.kind", m.kind, (*OURS, "bdh"))
@@ -206,10 +226,9 @@ def validate(config: ConfigDict) -> None:
         unit = 2 * max(1, m.heads)  # rotary positions turn pairs of neurons
         neurons = f"a multiple of 2 model.heads = {unit}, for instance {max(unit, round(m.hidden / unit) * unit)}"
         need(m.hidden % unit == 0, "model.hidden", neurons)
-    if m.kind != "decoder":
-        for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
-            still = f"{none!r} where model.kind={m.kind!r}: no stages"
-            need(config.stability[field] == none, f"stability.{field}", still)
+    for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
+        still = f"{none!r} where model.kind={m.kind!r}: no stages"
+        need(m.kind == "decoder" or config.stability[field] == none, f"stability.{field}", still)
     need(m.chunk >= 0, "model.chunk", "0 or more")
     need(m.chunk == 0 or m.kind == "recurrent", "model.chunk", f"0 where model.kind={m.kind!r}")
     if m.kind == "recurrent":
@@ -230,17 +249,7 @@ def validate(config: ConfigDict) -> None:
     wired = "'complete' unless model.rule is 'addressed', whose neurons alone keep a port for each partner"
     need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
     need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
-    if m.wiring in DYNAMIC:
-        r = config.rewire
-        fewer = f"from 1 to model.channels = {m.channels}, those at the start"
-        need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
-        need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
-        later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
-        need(r.begin < r.end <= 1, "rewire.end", later)
-        span = round(r.end * t.steps) - round(r.begin * t.steps)
-        need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
-        need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
-        choice("rewire.regrow", r.regrow, REGROW)
+    check_rewire(config, need)
     if m.wiring not in ("complete", "others"):
         fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
         need(1 <= m.channels < m.groups, "model.channels", fewer)

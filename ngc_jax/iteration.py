@@ -21,7 +21,7 @@ from ngc_jax.nn.decoder import Decoder
 
 Array = jax.Array
 Apply = Callable[..., tuple[Array, Any]]  # (params, tokens [B, T], segments) -> logits [..., B, T, V], and what else
-DRAWS = ("fixed", "uniform", "lognormal_poisson")
+DRAWS = ("fixed", "uniform", "lognormal_poisson", "marked")
 SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502.05171
 
 
@@ -47,6 +47,7 @@ class Iteration:
     every: int  # rounds between read-outs, >= 1; 0: the last round alone is read out
     weight: float  # of a read-out before the last round, whose own is 1
     seed: int
+    mark: int | None = None  # the token whose occurrences are an example's rounds; None: they are drawn
 
     @property
     def most(self) -> int:
@@ -66,7 +67,8 @@ class Iteration:
 
         def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
             options = {"backprop": self.backprop, "most": self.most, "every": self.every}
-            logits, made = self.model.iterate(params, tokens, segments, rounds=rounds, **options)
+            own = rounds if self.mark is None else marks(tokens, self.mark, self.low, self.most)
+            logits, made = self.model.iterate(params, tokens, segments, rounds=own, **options)
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
             weights = jnp.where(last, 1.0, jnp.where(made > 0, self.weight, 0.0))  # nothing to judge before round 1
             return logits, weights / jnp.sum(weights, axis=0)
@@ -87,12 +89,36 @@ class Iteration:
         return 3 * (counted - inside) + float(before) * (two - one)
 
 
+def marks(tokens: Array, mark: int, low: int, high: int) -> Array:
+    """How often a token occurs in each example of tokens [B, T], at least low and at most high: [B] int32."""
+    return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high)
+
+
+def marked(model: Decoder | None, config: Any, cap: int | None = None) -> Apply | None:
+    """What stands for `model.apply` where each example has as many rounds as marks; None where no config asks for it.
+
+    At most `cap` rounds (None: iteration.high). It returns logits, and rounds [B, T].
+    """
+    i = config.iteration
+    if model is None or i.rounds != "marked":
+        return None
+
+    def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
+        rounds = marks(tokens, i.mark, i.low, cap or i.high)
+        logits, _ = model.iterate(params, tokens, segments, rounds=rounds, backprop=1)
+        return logits[-1], jnp.broadcast_to(rounds[:, None], tokens.shape)
+
+    return apply
+
+
 def make_iteration(model: Decoder, config: Any) -> Iteration | None:
     """What a run's config asks for; None where each update has `model.rounds` rounds, as `model.apply` does."""
     i = config.iteration
     low, high, shares = i.low, i.high, np.ones(1)
     if i.rounds == "fixed":
         low = high = config.model.rounds
+    if i.rounds == "marked":
+        shares = np.eye(high - low + 1)[-1]  # for what is counted: as many as may be
     if i.rounds == "uniform":
         shares = np.full(high - low + 1, 1 / (high - low + 1))
     if i.rounds == "lognormal_poisson":
@@ -100,7 +126,8 @@ def make_iteration(model: Decoder, config: Any) -> Iteration | None:
     backprop, every = i.backprop or high, i.supervise_every
     if i.rounds == "fixed" and backprop == high and not every:
         return None
-    return Iteration(model, low, tuple(shares.tolist()), backprop, every, i.supervise_weight, config.seed)
+    mark = i.mark if i.rounds == "marked" else None
+    return Iteration(model, low, tuple(shares.tolist()), backprop, every, i.supervise_weight, config.seed, mark)
 
 
 def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
@@ -115,6 +142,7 @@ def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
         most, of = i.high, f"iteration.high={i.high}"
         need(i.low >= 1, "iteration.low", "1 or more")
         need(i.low <= i.high, "iteration.low", f"at most iteration.high={i.high}, for instance {max(1, i.high // 2)}")
+    need(i.mark >= 0, "iteration.mark", "a token: 0 or more")
     need(i.mean > 1, "iteration.mean", "above 1, for instance 4.0")
     need(0 <= i.backprop <= most, "iteration.backprop", f"from 1 to {of}, or 0 for all rounds")
     driven = "0 where model.drive=False: rounds without a gradient would leave all before the loop untrained"

@@ -95,8 +95,14 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("window"))
 
 
+def local_rows(mesh: Mesh, size: int) -> list[int]:
+    """Which of the `size` rows of a batch this process's devices hold, however the mesh has ordered the devices."""
+    held = rows(mesh).addressable_devices_indices_map((size,)).values()
+    return sorted({row for index in held if index for row in range(size)[index[0]]})
+
+
 def put_rows(mesh: Mesh, local: np.ndarray) -> jax.Array:
-    """The global array whose rows on this process are `local`."""
+    """The global array of which `local` are the rows that this process holds, in order (`local_rows`)."""
     return jax.make_array_from_process_local_data(rows(mesh), local)
 
 

@@ -7,21 +7,20 @@ update s, so a run that goes on from checkpoint s keeps the rows up to s and wri
 import contextlib
 import json
 import math
-import os
-import pathlib
 import shutil
 import sys
 import time
 import types
 from typing import Any
 
-from ngc_jax.atomic import write_durably
+from ngc_jax import processes
+from ngc_jax.atomic import Log, Path, in_bucket
 
 Row = dict[str, Any]
 TIMES = ("seconds", "tokens_per_second")  # the only values that two runs of one config do not share
 
 
-def read_rows(workdir: pathlib.Path) -> list[Row]:
+def read_rows(workdir: Path) -> list[Row]:
     """All whole rows; a last line that was cut off by a kill is left out."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -32,16 +31,19 @@ class Metrics:
     """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from.
 
     `measured`: what the rows of `start` hold already besides its update: "eval", "stability", "final", "wiring".
+    Of many processes the first one writes, and all must open it.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int):
-        path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(workdir) if row["step"] <= start] if start else []
-        write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, workdir: Path, start: int):
+        writes = processes.first()
+        kept = [row for row in read_rows(workdir) if row["step"] <= start] if start and writes else []
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
-        self.measured = {name.partition("/")[0] for row in others for name in row}
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
-        self._unwritten = b""
+        measured = {name.partition("/")[0] for row in others for name in row}
+        self.measured = set(processes.exchange(sorted(measured))[0])
+        self._log = self._board = None
+        if not writes:
+            return
+        self._log = Log(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         self._board = _Board.open(workdir / "tensorboard")
         if self._board:
             for row in kept:
@@ -49,10 +51,10 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Add a row. What is not finite becomes null, as JSON has no such numbers. A full disk is no error yet."""
+        if not self._log:
+            return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._unwritten += f"{json.dumps(row)}\n".encode()
-        with contextlib.suppress(OSError):
-            self._write()
+        self._log.add(json.dumps(row) + "\n")
         if self._board:
             try:
                 self._board.write(row)
@@ -64,25 +66,21 @@ class Metrics:
 
         Raises OSError where that cannot be; the rows are kept for the next time.
         """
-        self._write()
-        os.fsync(self._file.fileno())
+        if self._log:
+            self._log.sync()
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        if self._log:
+            self._log.close()
         if self._board:
             with contextlib.suppress(OSError):
                 self._board.close()
-
-    def _write(self) -> None:
-        while self._unwritten:  # a disk that fills up takes part of it
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 class _Board:
     """TensorBoard event files, rewritten from the rows each time a run goes on: they are only a view."""
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: Path):
         # With this name importable TensorBoard leaves TensorFlow alone, which it would else load where it is installed.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -91,9 +89,9 @@ class _Board:
         self._writer = EventFileWriter(str(directory))
 
     @classmethod
-    def open(cls, directory: pathlib.Path) -> "_Board | None":
+    def open(cls, directory: Path) -> "_Board | None":
         try:
-            return cls(directory)
+            return None if in_bucket(directory) else cls(directory)
         except ImportError:
             return None  # the extra is not installed; metrics.jsonl has everything
 

@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM (a scheduler) and the first Ctrl-C set a flag that the loop reads between updates
 and between the batches of an evaluation.
 
-For: one process. Not for: agreeing on a step among many processes, or hangs (`watchdog.py`).
+For: one process. Not for: stopping many at the same update (`processes.py`), or hangs (`watchdog.py`).
 """
 
 import signal
@@ -12,7 +12,7 @@ EXIT_CODE = 75  # "try again later" (sysexits.h): a scheduler can tell it from s
 
 
 class Asked(Exception):
-    """Raised by `Preemption.check` in the midst of something long that is to be abandoned."""
+    """Raised in the midst of something long, to abandon it."""
 
 
 class Preemption:
@@ -33,11 +33,6 @@ class Preemption:
 
     def __bool__(self) -> bool:
         return self._asked
-
-    def check(self) -> None:
-        """Raise Asked if this process was asked to stop."""
-        if self:
-            raise Asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

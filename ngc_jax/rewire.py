@@ -29,6 +29,7 @@ from ngc_jax.core.wiring import carry, slots_of
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Stage, Synapse, overhearing
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.shape import DYNAMIC
 from ngc_jax.nn.sharing import FANS, spread
 from ngc_jax.stability.systems import walk
 from ngc_jax.steps import TrainState, losses
@@ -49,8 +50,24 @@ def changes(config: Any) -> Schedule:
     return Schedule(first, last, begin, r.every, (end - begin) // r.every, r.exchange)
 
 
-def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
-    """(state, tokens [B, T + 1], keep, grow) -> the state with that many edges a group, and what to log of it.
+def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
+    """The part of `config.validate` that is about `config.rewire`; need(holds, field, what it must be) refuses."""
+    r, m = config.rewire, config.model
+    if m.wiring not in DYNAMIC:
+        return
+    fewer = f"from 1 to model.channels = {m.channels}, those at the start"
+    need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
+    need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
+    later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
+    need(r.begin < r.end <= 1, "rewire.end", later)
+    span = round(r.end * config.train.steps) - round(r.begin * config.train.steps)
+    need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
+    need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
+    need(r.regrow in rewiring.REGROW, "rewire.regrow", "one of " + ", ".join(map(repr, rewiring.REGROW)))
+
+
+def make_rewire(model: Decoder, config: Any, boundary: int | None = None) -> Rewire:
+    """(state, batch [B, 2, T], keep, grow) -> the state with that many edges a group, and what to log of it.
 
     `keep` edges stay by magnitude, `grow` are added by `config.rewire.regrow`. An edge that stays keeps its states and
     the optimizer's moments to the bit. One that is new begins with post = 0, so that the model's function changes by
@@ -62,23 +79,23 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
     edges = (s.groups - 1) * rule.copies
     wide = Decoder(dataclasses.replace(s, channels=s.groups - 1))  # each edge that there could be has a slot
 
-    def loss(posts: dict[Path, Array], laid: dict[Path, Array], tokens: Array) -> Array:
+    def loss(posts: dict[Path, Array], laid: dict[Path, Array], batch: Array) -> Array:
         dtype = jnp.dtype(config.train.compute_dtype)
-        nats, counts = losses(wide, unflatten_dict(laid | posts), tokens, mark, config.data.isolate_documents, dtype)
+        nats, counts = losses(wide, unflatten_dict(laid | posts), batch, boundary, dtype)
         return jnp.sum(nats * counts) / jnp.sum(counts)
 
-    def promises(laid: dict[Path, Array], tokens: Array, key: Array) -> dict[str, Array]:
+    def promises(laid: dict[Path, Array], batch: Array, key: Array) -> dict[str, Array]:
         """What each edge promises, for each stage and fan member: {synapse: [A, F, G, E]}."""
         if config.rewire.regrow == "gradient":
-            slopes = jax.grad(loss)({path: p for path, p in laid.items() if path[-2:] == POST}, laid, tokens)
+            slopes = jax.grad(loss)({path: p for path, p in laid.items() if path[-2:] == POST}, laid, batch)
             return {synapse: rewiring.slope(_joined(model, slopes, synapse, POST)) for synapse in FANS}
         if config.rewire.regrow == "correlation":
-            return _correlations(wide, unflatten_dict(laid), tokens[:, :-1])
+            return _correlations(wide, unflatten_dict(laid), batch[:, 0])
         posts = {synapse: _joined(model, laid, synapse, POST) for synapse in FANS}
         keys = dict(zip(FANS, jax.random.split(key, len(FANS)), strict=True))
         return {name: jax.random.uniform(keys[name], (*post.shape[:3], edges)) for name, post in posts.items()}
 
-    def rewire(state: TrainState, tokens: Array, keep: Array, grow: Array) -> tuple[TrainState, dict[str, Array]]:
+    def rewire(state: TrainState, batch: Array, keep: Array, grow: Array) -> tuple[TrainState, dict[str, Array]]:
         fresh_key, random_key = jax.random.split(jax.random.fold_in(jax.random.key(s.wiring_seed), state.step))
         laid = flatten_dict(state.params)
         origins: dict[str, Array] = {}  # the slot that each edge has today, or -1: [A, F, G, E]
@@ -91,7 +108,7 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
             laid |= _parted(model, laid, synapse, PRE, all_pre)
             laid |= _parted(model, laid, synapse, HEARS, jnp.broadcast_to(jnp.arange(edges), origin.shape))
             laid |= _parted(model, laid, synapse, POST, carry(post, _by_member(model, synapse, origin)))
-        promise = promises(laid, tokens[:: config.train.accumulation], random_key)
+        promise = promises(laid, batch[:: config.train.accumulation], random_key)
 
         moves: dict[Path, Array] = {}  # for each array of states, the slot that each new slot goes on from, or -1
         fresh: dict[Path, Array] = {}  # pre states of edges that are new
@@ -132,9 +149,9 @@ def make_rewire(model: Decoder, config: Any, mark: int) -> Rewire:
 
 
 def compile_rewire(
-    model: LanguageModel, config: Any, mesh: Mesh, mark: int, like: Tree, batch: Any
+    model: LanguageModel, config: Any, mesh: Mesh, boundary: int | None, like: Tree, batch: Any
 ) -> Callable[[TrainState, Array, int], tuple[TrainState, dict[str, float]]] | None:
-    """`make_rewire`, compiled for a state and a batch like these: (state, tokens, step) -> the state and a row to log.
+    """`make_rewire`, compiled for a state and a batch like these: (state, batch, step) -> the state and a row to log.
 
     How many edges there are at a step is what `changes(config)` says. None where the wiring stands still.
     """
@@ -144,16 +161,16 @@ def compile_rewire(
     plan, number = changes(config), jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     # It runs seldom: at optimization level 1 it compiles several times faster.
     jitted = jax.jit(
-        meshes.on(mesh, make_rewire(model, config, mark)),
+        meshes.on(mesh, make_rewire(model, config, boundary)),
         out_shardings=(meshes.shardings(like), whole),
         donate_argnums=0,
         compiler_options={"xla_backend_optimization_level": 1},
     )
     compiled = jitted.lower(like, batch, number, number).compile()
 
-    def rewire(state: TrainState, tokens: Array, step: int) -> tuple[TrainState, dict[str, float]]:
+    def rewire(state: TrainState, placed: Array, step: int) -> tuple[TrainState, dict[str, float]]:
         grow = plan.exchanged(step)
-        state, row = compiled(state, tokens, np.int32(plan.edges(step) - grow), np.int32(grow))
+        state, row = compiled(state, placed, np.int32(plan.edges(step) - grow), np.int32(grow))
         return state, {name: float(value) for name, value in jax.device_get(row).items()}
 
     return rewire

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.data.tokens import Symbols
 from ngc_jax.errors import UserError
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.workdir import command, open_trained, parser, rounds
@@ -76,6 +77,8 @@ def main() -> None:
     trained = open_trained(args.workdir, args.step)
     model = trained.model if args.rounds is None else trained.looped.at(rounds(args.rounds))
     tokenizer = trained.tokenizer
+    if isinstance(tokenizer, Symbols):
+        raise UserError(f"{args.workdir} holds a model of data.task={trained.config.data.task!r}: ask ngc_jax.solve")
     prompt = np.array([[tokenizer.mark, *tokenizer.encode(os.fsencode(args.prompt))]], np.int32)
     tokens = generate(
         model,

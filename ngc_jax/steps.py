@@ -3,7 +3,8 @@
 For: the train state, the loss, gradient accumulation, the guard against non-finite updates. Not for: the loop, or how
 a gradient becomes a direction (`optim.py`).
 
-Axes: A accumulated parts, B windows of a batch, T tokens, V vocabulary.
+Axes: A accumulated parts, B examples of a batch, T tokens, V vocabulary. A batch is int32 [B, 2, T]: what is read, and
+the target of each position, below 0 where nothing is asked.
 """
 
 from collections.abc import Callable
@@ -61,35 +62,35 @@ def together(trained: Tree, fixed: Tree) -> Tree:
     return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
 
 
-def losses(
-    model: LanguageModel, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any
-) -> tuple[Array, Array]:
-    """Nats of each target [B, T] and which of them count [B, T] bool, for tokens [B, T + 1]."""
-    return read(model.apply, params, tokens, mark, isolate, dtype)[:2]
+def predict(apply: Apply, params: Tree, inputs: Array, boundary: int | None, dtype: Any) -> tuple[Array, Any]:
+    """Logits [..., B, T, V] of apply(params, inputs [B, T], segments), and what else it returns.
 
-
-def read(apply: Apply, params: Tree, tokens: Array, mark: int, isolate: bool, dtype: Any) -> tuple[Array, Array, Any]:
-    """`losses` of apply(params, inputs, segments) -> (logits [..., B, T, V], what else): nats [..., B, T], and that.
-
-    The mark that begins a document cannot be foreseen and is no text: it is read, but never a target.
+    No token sees back across the last `boundary` token, if one is given.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    segments = jnp.cumsum(inputs == mark, axis=1) if isolate else None
+    segments = None if boundary is None else jnp.cumsum(inputs == boundary, axis=1)
     params = jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
-    logits, beside = apply(params, inputs, segments)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(targets, logits.shape[:-1]))
-    return nats, targets != mark, beside
+    return apply(params, inputs, segments)
+
+
+def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Nats of each target [..., B, T] by logits [..., B, T, V], and which of the targets [B, T] count [B, T] bool."""
+    labels = jnp.broadcast_to(jnp.maximum(targets, 0), logits.shape[:-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets >= 0
+
+
+def losses(model: LanguageModel, params: Tree, batch: Array, boundary: int | None, dtype: Any) -> tuple[Array, Array]:
+    """Nats of each target of a batch [B, T], and which of them count [B, T] bool."""
+    return nats_of(predict(model.apply, params, batch[:, 0], boundary, dtype)[0], batch[:, 1])
 
 
 def make_train_step(
     model: LanguageModel,
     config: Any,
-    mark: int,
-    isolate: bool,
+    boundary: int | None = None,
     penalty: Penalty | None = None,
     iteration: Iteration | None = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """The update for `config.train`: (state, tokens [B, T + 1]) -> (state, scalars of the state *before* it).
+    """The update for `config.train`: (state, batch [B, 2, T]) -> (state, scalars of the state *before* it).
 
     `penalty` (stability/regulariser.py), nats per token, is added to what is minimised, and not to train/loss.
     `iteration` says how the model's loop is run; None: as `model.apply` runs it.
@@ -97,23 +98,24 @@ def make_train_step(
     dtype = jnp.dtype(config.compute_dtype)
     chain = optim.optimizer(config)
 
-    def summed(trained: Tree, fixed: Tree, tokens: Array, drawn: Drawn) -> tuple[Array, tuple[Array, Array]]:
+    def summed(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, tuple[Array, Array]]:
         params, (key, rounds) = together(trained, fixed), drawn
         apply = model.apply if iteration is None else iteration.apply(rounds)
-        nats, counts, weights = read(apply, params, tokens, mark, isolate, dtype)
+        logits, weights = predict(apply, params, batch[:, 0], boundary, dtype)
+        nats, counts = nats_of(logits, batch[:, 1])
         if iteration is not None:
             nats = jnp.sum(weights[..., None] * nats, axis=0)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
-        extra = 0.0 if penalty is None else penalty(params, tokens[:, :-1], key) * count
+        extra = 0.0 if penalty is None else penalty(params, batch[:, 0], key) * count
         return total + extra, (total, count)
 
-    def gradient(trained: Tree, fixed: Tree, tokens: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, tokens, drawn)
+    def gradient(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(trained, fixed, batch, drawn)
         return nats, count, grads
 
-    def accumulated(trained: Tree, fixed: Tree, tokens: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, Array, Tree]:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all it has in every part.
-        parts = tokens.reshape(-1, config.accumulation, tokens.shape[1]).swapaxes(0, 1)
+        parts = batch.reshape(-1, config.accumulation, *batch.shape[1:]).swapaxes(0, 1)
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
 
         def add(total: Tree, part: Array) -> tuple[Tree, None]:
@@ -121,11 +123,11 @@ def make_train_step(
 
         return jax.lax.scan(add, zero, parts)[0]
 
-    def step(state: TrainState, tokens: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Array) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = apart(state.params)
-        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, tokens, (key, rounds))
+        nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, batch, (key, rounds))
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -146,7 +148,7 @@ def make_train_step(
             "train/bad_in_a_row": bad,
             "stability/relative_update": change,
             "stability/warning": warning,
-            **({} if rounds is None else {"train/rounds": rounds}),
+            **({} if iteration is None or iteration.mark is not None else {"train/rounds": rounds}),
         }
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
@@ -154,24 +156,35 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, config: Any, mark: int, lengths: np.ndarray, isolate: bool, settle: Apply | None = None
+    model: LanguageModel,
+    config: Any,
+    lengths: np.ndarray | None,
+    boundary: int | None = None,
+    settle: Apply | None = None,
 ) -> Callable[[Tree, Array, Array], dict[str, Array]]:
-    """Sums over one batch: (params, tokens [B, T + 1], real [B] bool) -> nats, tokens, bytes.
+    """Sums over one batch: (params, batch [B, 2, T], real [B] bool) -> nats and targets.
 
-    `settle` stands for `model.apply` where the loop is to run until it settles (`Decoder.settle`): then rounds too.
+    Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are and are solved.
+    `settle` stands for `model.apply` where rounds differ (`Decoder.settle`, `iteration.marked`): then rounds too.
     """
     dtype = jnp.dtype(config.compute_dtype)
     apply = settle or model.apply
 
-    def step(params: Tree, tokens: Array, real: Array) -> dict[str, Array]:
-        nats, counts, rounds = read(apply, params, tokens, mark, isolate, dtype)
+    def step(params: Tree, batch: Array, real: Array) -> dict[str, Array]:
+        targets = batch[:, 1]
+        logits, rounds = predict(apply, params, batch[:, 0], boundary, dtype)
+        nats, counts = nats_of(logits, targets)
         counts = counts & real[:, None]
-        made = {} if settle is None else {"rounds": jnp.sum(rounds * counts)}
-        return {
-            **made,
-            "nats": jnp.sum(nats * counts),
-            "tokens": jnp.sum(counts),
-            "bytes": jnp.sum(jnp.asarray(lengths)[tokens[:, 1:]] * counts),
-        }
+        sums = {"nats": jnp.sum(nats * counts), "targets": jnp.sum(counts)}
+        if settle is not None:
+            sums["rounds"] = jnp.sum(rounds * counts)
+        if lengths is None:
+            return sums | {"problems": jnp.sum(real), "solved": jnp.sum(solved(logits, targets) & real)}
+        return sums | {"bytes": jnp.sum(jnp.asarray(lengths)[targets] * counts)}
 
     return step
+
+
+def solved(logits: Array, targets: Array) -> Array:
+    """Whether by logits [B, T, V] the likeliest symbol is the right one wherever targets [B, T] ask for one: [B]."""
+    return jnp.all((jnp.argmax(logits, axis=-1) == targets) | (targets < 0), axis=-1)

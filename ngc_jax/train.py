@@ -11,31 +11,27 @@ after it are dropped and made again. `passed` counts the batches that rewinding 
 
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import ngc_jax
-from ngc_jax import budget, card, count
+from ngc_jax import budget, card, count, processes
 from ngc_jax import mesh as meshes
+from ngc_jax.atomic import Path
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import make_model, validate
-from ngc_jax.data.batches import Windows, train_batches
-from ngc_jax.data.tokens import load_tokens
+from ngc_jax.costs import costs, devices, versions
+from ngc_jax.data.batches import train_batches
+from ngc_jax.data.tokens import load_data
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import compile_eval, compile_watch, held_out
-from ngc_jax.iteration import Iteration, make_iteration
+from ngc_jax.iteration import make_iteration, marked
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.model import LanguageModel
 from ngc_jax.preemption import Asked, Preemption
 from ngc_jax.rewire import changes, compile_rewire, pruned
 from ngc_jax.stability.regulariser import make_penalty
@@ -64,11 +60,12 @@ class Position:
     saved: int  # the last step that was saved
     settled: int  # the last update whose scalars were read
     late: tuple[int, Any] | None = None  # the update whose scalars are still on the device
+    wanted: tuple[bool, ...] = (False, False)  # by any of many processes, when the last update that was read began
     broken: int = 0  # updates skipped in a row, up to `settled`
     warned: int = 0  # the update at which the standing warning of divergence began; 0 = none stands
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
+def run(config: ConfigDict, workdir: Path) -> bool:
     """Train from scratch, or go on from the newest sound checkpoint in `workdir`. True: done; False: asked to stop.
 
     Raises UserError for what the user can mend, before anything is written, and Diverged.
@@ -76,28 +73,35 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
     train, data = config.train, config.data
 
     # ---- What is asked for -------------------------------------------------------------------------------------
-    validate(config)
-    budget.resolve(config)
-    tokens = load_tokens(data)
-    model = make_model(config, tokens.tokenizer.vocab)
+    with processes.agreed():
+        validate(config)
+        budget.resolve(config)
+        source = load_data(data)
+    processes.same(config=config.to_json(sort_keys=True), text=source.fingerprint, software=str(versions()))
+    model = make_model(config, source.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
-    claim(workdir, config, tokens.tokenizer)
-    print(f"data: {tokens.summary}")
+    claim(workdir, config, source.tokenizer)
+    print(f"data: {source.summary}")
 
     # ---- Compile, before anything is allocated -----------------------------------------------------------------
     like = meshes.place(mesh, abstract_state(model, config))
-    batch = jax.ShapeDtypeStruct((train.batch_size, data.context + 1), jnp.int32, sharding=meshes.rows(mesh))
+    batch = jax.ShapeDtypeStruct((train.batch_size, 2, data.context), jnp.int32, sharding=meshes.rows(mesh))
     decoder = model if isinstance(model, Decoder) else None  # no other model has stages that could be watched
     penalty = make_penalty(decoder, config.stability) if decoder else None
     iteration = make_iteration(decoder, config) if decoder else None
-    step_function = make_train_step(model, train, tokens.tokenizer.mark, data.isolate_documents, penalty, iteration)
+    step_function = make_train_step(model, train, source.boundary, penalty, iteration)
     began = time.monotonic()
     lies = meshes.shardings(like)
-    jitted = jax.jit(meshes.on(mesh, step_function), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
-    update = jitted.lower(like, batch).compile()
-    rewire = compile_rewire(model, config, mesh, tokens.tokenizer.mark, like, batch)
-    evaluate = compile_eval(model, config, mesh, tokens)
-    watch = compile_watch(decoder, config, mesh, tokens) if decoder and config.stability.every else None
+
+    def voting(state: TrainState, batch: Any, cast: Any) -> tuple[TrainState, Any]:
+        after, scalars = step_function(state, batch)
+        return after, (scalars, processes.tally(cast))
+
+    jitted = jax.jit(meshes.on(mesh, voting), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
+    update = jitted.lower(like, batch, processes.ballots(mesh, False, False)).compile()
+    rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
+    evaluate = compile_eval(model, config, mesh, source, marked(decoder, config))
+    watch = compile_watch(decoder, config, mesh, source) if decoder and config.stability.every else None
     costing = costs(model, like, batch, update, iteration)
     print(f"{costing}; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
@@ -107,22 +111,24 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     def newest(among: Collection[int]) -> int | None:
         """The newest sound checkpoint of these; one that is not sound is named and set aside."""
-        sound, faults = checkpoints.newest_sound(among)
+        sound, faults = checkpoints.newest_sound(among) if processes.first() else (None, {})
         for bad, fault in faults.items():
             progress.say(f"checkpoint {bad} is passed over: {fault}; moved to {checkpoints.set_aside(bad)}")
+        (sound, *_) = processes.exchange(sound)
+        checkpoints.reload()
         return sound
 
     def begin(step: int, state: TrainState, rewinds: int = 0, passed: int = 0) -> Position:
         """Be at a checkpoint, or at step 0."""
+        jax.block_until_ready(state)
         metrics = Metrics(workdir, step)
         batches = train_batches(
-            Windows(tokens.train, data.context),
+            source.train,
             batch_size=train.batch_size,
             seed=config.seed,
             start=step + passed,
             stop=train.steps + passed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            rows=meshes.local_rows(mesh, train.batch_size),
         )
         # What was due after this step and was abandoned has yet to be made.
         unmeasured = MEASURED - metrics.measured
@@ -138,11 +144,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         print(f"starting from step 0 in {workdir}")
     else:
         step, state, meta = checkpoints.restore(start, like)
-        if meta["data"] != tokens.fingerprint:
+        if meta["data"] != source.fingerprint:
             raise UserError(
                 f"the text has changed since checkpoint {step} of --workdir={workdir}: fingerprint "
-                f"{tokens.fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for the library source: the "
-                "same Python), or another --workdir"
+                f"{source.fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for the library source: the "
+                "same Python; for a task: the same ngc_jax), or another --workdir"
             )
         here, seconds = begin(step, state, meta.get("rewinds", 0), meta.get("passed", 0)), meta["seconds"]
         print(f"going on from checkpoint {step} of {train.steps} in {workdir}")
@@ -151,14 +157,22 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     # ---- The loop ------------------------------------------------------------------------------------------------
     clock, last_save = Clock(seconds), time.monotonic()
-    asked_to_stop, watchdog = Preemption(), Watchdog(train.hang_minutes, train.hang_exit, workdir / "hang.txt")
+    asked_to_stop = Preemption()
+    report = workdir / ("hang.txt" if processes.first() else f"hang_{jax.process_index()}.txt")
+    watchdog = Watchdog(train.hang_minutes, train.hang_exit, report)
+
+    def wishes() -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether it is time to save."""
+        return bool(asked_to_stop), (time.monotonic() - last_save) / 60 > config.checkpoint.every_minutes
 
     def settle() -> None:
         """Read the scalars of the update before this one and log them; in trouble, no further than to its last."""
         if here.late is None or here.broken >= train.max_bad_steps:
             return
-        (at, scalars), here.late = here.late, None
-        row = {name: value.item() for name, value in jax.device_get(scalars).items()}
+        (at, on_device), here.late = here.late, None
+        scalars, wanted = jax.device_get(on_device)
+        here.wanted = tuple(map(bool, wanted))
+        row = {name: value.item() for name, value in scalars.items()}
         watchdog.beat()
         here.settled, here.broken = at, row["train/bad_in_a_row"]
         if here.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
@@ -179,13 +193,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
         def between() -> None:
             watchdog.beat()
-            asked_to_stop.check()
+            if any(processes.exchange(bool(asked_to_stop))):
+                raise Asked
 
         def hold_out(kind: str) -> dict[str, float]:
-            limit, text = (config.eval.windows, "held-out") if kind == "eval" else (0, "held-out, whole text")
-            result = held_out(evaluate, here.state.params, config, mesh, tokens, limit, between)
-            losses = f"loss {result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
-            progress.say(f"step {here.step}: {text} {losses}")
+            limit, part = (config.eval.windows, "held-out") if kind == "eval" else (0, "all held-out")
+            rows = config.eval.batch_size
+            result = held_out(evaluate, here.state.params, mesh, source.validation, rows, limit, between)
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
+            progress.say(f"step {here.step}: {part} {said}")
             return {f"{kind}/{name}": value for name, value in result.items()}
 
         with clock, contextlib.suppress(Asked):
@@ -198,13 +214,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
     @contextlib.contextmanager
     def saving(ending: bool = False) -> Iterator[None]:
-        """A save that fails is shouted of and training goes on, unless it ends here."""
+        """A save that fails is shouted of and training goes on, unless it ends here or there are many processes."""
         try:
             yield
         except OSError as error:
             last_sound, _ = checkpoints.newest_sound()
             kept = f"the last sound checkpoint, {last_sound}, is kept"
-            if ending:
+            if ending or jax.process_count() > 1:
                 raise OSError(f"{error}; {kept}; make room and give the same command again") from error
             again = here.step - here.step % config.checkpoint.every_steps + config.checkpoint.every_steps
             soon = f"next try after step {again}, or in {config.checkpoint.every_minutes:g} minutes"
@@ -214,6 +230,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         """Back to a checkpoint from before the trouble, and on with the batches after it. Raises Diverged."""
         with saving():
             checkpoints.wait()
+        jax.block_until_ready(here.state)
         before = [at for at in checkpoints.steps() if at <= here.settled - here.broken]
         # Not one that a signal or the clock made: also a run that was never stopped must find it.
         planned = [at for at in before if at % config.checkpoint.every_steps == 0]
@@ -246,15 +263,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         clock.start(here.step)
         while True:
             # What comes after update `here.step`, the one that this start goes on from as well.
-            step, last, stop = here.step, here.step == train.steps, bool(asked_to_stop)
+            step, last = here.step, here.step == train.steps
+            stop, overdue = wishes() if jax.process_count() == 1 else here.wanted
             due = {
                 "eval": step > 0 and (last or step % config.eval.every == 0),
                 "stability": step > 0 and watch is not None and (last or step % config.stability.every == 0),
                 "final": last,
             }
             kinds = [kind for kind in due if due[kind] and kind in here.unmeasured]
-            minutes = (time.monotonic() - last_save) / 60
-            save = last or step % config.checkpoint.every_steps == 0 or minutes > config.checkpoint.every_minutes
+            save = last or step % config.checkpoint.every_steps == 0 or overdue
             if kinds or save or stop:
                 settle()
             if here.broken >= train.max_bad_steps:
@@ -268,18 +285,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
                     checkpoints.wait()  # for the save before this one
                 with clock, saving(ending=last or stop):
                     here.metrics.sync()
-                    meta = {"seconds": clock.seconds(), "data": tokens.fingerprint, "versions": versions()}
+                    meta = {"seconds": clock.seconds(), "data": source.fingerprint, "versions": versions()}
                     checkpoints.save(step, here.state, meta | {"rewinds": here.rewinds, "passed": here.passed})
                     if last or stop:
                         checkpoints.wait()
                 here.saved, last_save = step, time.monotonic()
+                here.wanted = (False, False)
                 watchdog.beat()
             if last or stop:
                 break
 
             placed = meshes.put_rows(mesh, next(here.batches))
+            cast = processes.ballots(mesh, *wishes())
             with jax.transfer_guard("disallow"):
-                here.state, scalars = update(here.state, placed)
+                here.state, scalars = update(here.state, placed, cast)
             settle()  # of the update before, while this one runs
             here.step, here.late, here.unmeasured = step + 1, (step + 1, scalars), MEASURED
             if rewire and changes(config).due(here.step):
@@ -297,31 +316,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> bool:
         progress.say(f"asked to stop: {kept}; the same command goes on from there")
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
-    card.write(workdir, config, tokens.summary, stored, count.generated_weights(model))
+    if processes.first():
+        card.write(workdir, config, source.summary, stored, count.generated_weights(model))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True
-
-
-def costs(model: LanguageModel, like: Any, batch: Any, compiled: Any, iteration: Iteration | None) -> str:
-    """What the run costs, in one line: counted parameters and FLOPs, and the compiled step's memory."""
-    stored = count.parameters(like.params)
-    inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[1] - 1), batch.dtype)
-    # A step's FLOPs by the usual convention: the backward pass is twice the forward; recomputation is not counted.
-    forward = count.forward_flops
-    flops = iteration.flops(like.params, inputs) if iteration else 3 * forward(model.apply, like.params, inputs)
-    return (
-        f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
-        f"{count.generated_weights(model):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
-        f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
-    )
-
-
-def devices(mesh: Mesh) -> str:
-    """For instance "8 x cpu (data 4, group 2)"."""
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} x {jax.devices()[0].device_kind}" + (f" ({axes})" if axes else "")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {module.__name__: module.__version__ for module in (ngc_jax, jax, flax, optax)}

@@ -7,11 +7,12 @@ code that hangs without letting other threads of Python run.
 import contextlib
 import faulthandler
 import os
-import pathlib
 import sys
 import threading
 import time
 from datetime import datetime
+
+from ngc_jax.atomic import Path
 
 EXIT_CODE = 4
 
@@ -23,7 +24,7 @@ class Watchdog:
     `leave` the process then ends with EXIT_CODE. 0 minutes: no watch.
     """
 
-    def __init__(self, minutes: float, leave: bool, report: pathlib.Path):
+    def __init__(self, minutes: float, leave: bool, report: Path):
         self._seconds, self._leave, self._report = 60 * minutes, leave, report
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

@@ -9,16 +9,17 @@ import contextlib
 import fcntl
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
-from ngc_jax.atomic import write_durably
+from ngc_jax import processes
+from ngc_jax.atomic import Path, in_bucket, write_durably
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
@@ -29,9 +30,93 @@ from ngc_jax.rewire import pruned
 from ngc_jax.steps import TrainState, init_state
 
 
-def workdir_of(config_file: str) -> pathlib.Path:
+def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's.
+
+    Of many processes the first does it, and all of them must see it.
+    """
+    with processes.agreed():
+        if processes.first():
+            _claim(workdir, config, tokenizer)
+    with processes.agreed():
+        if not (workdir / "config.json").exists():
+            shared = "give a directory on a file system that all processes share"
+            raise UserError(f"--workdir={workdir}, as process 0 has made it, is not to be seen here: {shared}")
+
+
+def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    try:
+        if (workdir / "config.json").exists():
+            changed = differences(read_config(workdir).to_dict(), config.to_dict())
+            if changed:
+                raise UserError(
+                    f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
+                    "give another --workdir, or the config that it was made with"
+                )
+        elif workdir.exists() and (not workdir.is_dir() or any(not _ours(path) for path in workdir.iterdir())):
+            raise UserError(f"--workdir={workdir} is there already and is no run's: give another, or empty it")
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(tokenizer, workdir)
+        # Last, for it is what makes the directory a run's.
+        write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+    except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
+        raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Keep other trainers out of a work directory while the block runs. Raises UserError where one is in it.
+
+    Held by a lock on the directory, which goes when its process does, however that ends; of many processes the first
+    holds it. A directory that has nothing in it at the end is removed. Buckets, and some file systems, have no locks.
+    """
+    with processes.agreed():
+        handle = _lock(workdir) if processes.first() and not in_bucket(workdir) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.rmdir(workdir)
+            os.close(handle)
+
+
+def _lock(workdir: Path) -> int | None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir, os.O_RDONLY)
+    except OSError:  # `claim` says what is wrong with it
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"--workdir={workdir} is in use by another process: wait for it, or give another") from error
+    except OSError:
+        pass  # a file system without locks
+    return handle
+
+
+def in_use(workdir: Path) -> bool:
+    """Whether a trainer is in a work directory."""
+    if not workdir.exists():
+        return False
+    try:
+        with hold(workdir):
+            return False
+    except UserError:
+        return True
+
+
+def _ours(path: Path) -> bool:
+    """Whether `claim` may have left this, killed before it came to its end."""
+    return path.name == "tokenizer.json" or path.name.startswith((".config.json", ".tokenizer.json"))
+
+
+def workdir_of(config_file: str) -> str:
     """The default work directory, runs/<config name>, for a config file given as PATH or PATH:ARGUMENT."""
-    return pathlib.Path("runs") / pathlib.Path(config_file.partition(":")[0]).stem
+    return f"runs/{epath.Path(config_file.partition(':')[0]).stem}"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -55,71 +140,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Make the work directory this run's own. Raises UserError if it cannot be written or is another run's."""
-    try:
-        if (workdir / "config.json").exists():
-            changed = differences(read_config(workdir).to_dict(), config.to_dict())
-            if changed:
-                raise UserError(
-                    f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
-                    "give another --workdir, or the config that it was made with"
-                )
-        elif workdir.exists() and (not workdir.is_dir() or any(not _ours(path) for path in workdir.iterdir())):
-            raise UserError(f"--workdir={workdir} is there already and is no run's: give another, or empty it")
-        else:
-            workdir.mkdir(parents=True, exist_ok=True)
-            save_tokenizer(tokenizer, workdir)
-        # Last, for it is what makes the directory a run's.
-        write_durably(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
-
-
-@contextlib.contextmanager
-def hold(workdir: pathlib.Path) -> Iterator[None]:
-    """Keep other trainers out of a work directory while the block runs. Raises UserError where one is in it.
-
-    Held by a lock on the directory, which goes when its process does, however that ends. A directory that has nothing
-    in it at the end is removed.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(workdir, os.O_RDONLY)
-    except OSError:  # `claim` says what is wrong with it
-        yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"--workdir={workdir} is in use by another process: wait for it, or give another") from error
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            workdir.rmdir()
-        os.close(handle)
-
-
-def in_use(workdir: pathlib.Path) -> bool:
-    """Whether a trainer is in a work directory."""
-    if not workdir.exists():
-        return False
-    try:
-        with hold(workdir):
-            return False
-    except UserError:
-        return True
-
-
-def _ours(path: pathlib.Path) -> bool:
-    """Whether `claim` may have left this, killed before it came to its end."""
-    return path.name == "tokenizer.json" or path.name.startswith((".config.json", ".tokenizer.json"))
-
-
-def read_config(workdir: pathlib.Path) -> ConfigDict:
+def read_config(workdir: Path) -> ConfigDict:
     """The config of a run. Raises UserError if there is none."""
     try:
         stored = json.loads((workdir / "config.json").read_text())
@@ -127,7 +148,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         config.update(stored)
     except FileNotFoundError as error:
         raise UserError(f"--workdir={workdir} holds no run: no config.json in it") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
     return config
 
@@ -158,7 +179,7 @@ class Trained(NamedTuple):
         return self.decoder
 
 
-def open_trained(workdir: pathlib.Path, step: int | None = None) -> Trained:
+def open_trained(workdir: Path, step: int | None = None) -> Trained:
     """Read the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
@@ -195,7 +216,7 @@ def _here(leaf: Any) -> jax.ShapeDtypeStruct:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every command on a work directory takes."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    arguments.add_argument("--workdir", type=pathlib.Path, required=True, help="work directory of a run")
+    arguments.add_argument("--workdir", type=epath.Path, required=True, help="work directory of a run")
     arguments.add_argument("--step", type=int, help="checkpoint to read; default: the newest sound one")
     return arguments
 

@@ -13,6 +13,7 @@ import ngc_jax
 from experiments.compare import MODELS
 from ngc_jax import count, optim
 from ngc_jax.config import base, model_shape, validate
+from ngc_jax.data.batches import foretold
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.sample import generate
@@ -78,8 +79,8 @@ def test_bdh_learns(optimizer):
     config = base().train
     config.update({"optimizer": optimizer, "learning_rate": 1e-3, "steps": 20, "warmup_steps": 2})
     state = TrainState(jnp.zeros((), jnp.int32), params, optim.optimizer(config).init(params), 0, 0, monitor.begin())
-    step = jax.jit(make_train_step(model, config, SHAPE.vocab, True))
-    text = jnp.concatenate([jnp.asarray(t) for t in make.tokens(SHAPE.vocab)], axis=1)
+    step = jax.jit(make_train_step(model, config, boundary=SHAPE.vocab))
+    text = foretold(np.concatenate([np.asarray(t) for t in make.tokens(SHAPE.vocab)], axis=1))
     found = []
     for _ in range(20):
         state, scalars = step(state, text)

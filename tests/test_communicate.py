@@ -91,10 +91,10 @@ def test_training_memory_grows_by_the_carried_state_alone(form):
         config.model.width, config.model.hidden, config.model.groups = width, 192, 8
         model = Decoder(model_shape(config, 257))
         params = jax.eval_shape(model.init, jax.random.key(0))
-        tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((batch, 2, context), jnp.int32)
 
         def loss(params, tokens):
-            return losses(model, params, tokens, 256, False, jnp.float32)[0].mean()
+            return losses(model, params, tokens, None, jnp.float32)[0].mean()
 
         return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 

@@ -17,7 +17,7 @@ from ngc_jax.atomic import build_directory
 from ngc_jax.config import base
 from ngc_jax.data.batches import Windows, held_out_batches, train_batches
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents, text_documents
-from ngc_jax.data.tokens import Bytes, load_tokens
+from ngc_jax.data.tokens import Bytes, load_data
 from ngc_jax.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_no_text_is_a_clear_error(tmp_path, make, message):
 def test_text_shorter_than_a_window_is_a_clear_error(tmp_path):
     (tmp_path / "a.txt").write_text("too short")
     with pytest.raises(UserError, match=r"fewer than a window of data\.context=8"):
-        load_tokens(settings(tmp_path, path=str(tmp_path / "a.txt")))
+        load_data(settings(tmp_path, path=str(tmp_path / "a.txt")))
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
@@ -100,29 +100,29 @@ def test_documents_come_back_whole_and_the_cache_is_used(tmp_path):
     for i, text in enumerate(texts):
         (folder / f"{i}.txt").write_text(text)
     config = settings(tmp_path, path=str(folder), validation_fraction=0.2)
-    tokens = load_tokens(config)
-    assert document_set(tokens.train) | document_set(tokens.validation) == {t.encode() for t in texts}
+    tokens = load_data(config)
+    assert document_set(tokens.train.tokens) | document_set(tokens.validation.tokens) == {t.encode() for t in texts}
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
-    again = load_tokens(config)
+    again = load_data(config)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == made
-    np.testing.assert_array_equal(again.train, tokens.train)
+    np.testing.assert_array_equal(again.train.tokens, tokens.train.tokens)
     (folder / "0.txt").write_text("changed " * 20)
-    assert load_tokens(config).fingerprint != tokens.fingerprint
+    assert load_data(config).fingerprint != tokens.fingerprint
 
 
 def test_bpe_gives_the_text_back_and_counts_its_bytes(tmp_path):
     text = make_text(20_000) + "naïve café — 数"
     (tmp_path / "a.txt").write_text(text)
     config = settings(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=300)
-    tokens = load_tokens(config)
+    tokens = load_data(config)
     tokenizer = tokens.tokenizer
     assert tokenizer.vocab == 300
-    assert len(tokens.train) < 0.8 * len(text)
+    assert len(tokens.train.tokens) < 0.8 * len(text)
     sample = "group signal — é 数".encode()
     ids = tokenizer.encode(sample)
     assert tokenizer.decode(ids) == sample
     assert tokenizer.lengths[ids].sum() == len(sample)
-    whole = [*tokens.train.tolist(), *tokens.validation.tolist()]
+    whole = [*tokens.train.tokens.tolist(), *tokens.validation.tokens.tolist()]
     assert tokenizer.decode(whole) == text.encode()
     assert tokenizer.lengths[whole].sum() == len(text.encode())
     spelt_out = b"a mark, <|document|>, in a text is text"
@@ -133,16 +133,16 @@ def test_bpe_gives_the_text_back_and_counts_its_bytes(tmp_path):
 def test_bpe_wants_utf8_and_says_so(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 100)
     with pytest.raises(UserError, match=r"not UTF-8.*use 'bytes'"):
-        load_tokens(settings(tmp_path, path=str(tmp_path / "latin.txt"), tokenizer="bpe"))
+        load_data(settings(tmp_path, path=str(tmp_path / "latin.txt"), tokenizer="bpe"))
 
 
 def test_a_shortened_token_cache_is_made_again(tmp_path):
     (tmp_path / "a.txt").write_text(make_text(5_000))
     config = settings(tmp_path, path=str(tmp_path / "a.txt"))
-    before = np.array(load_tokens(config).train)
+    before = np.array(load_data(config).train.tokens)
     (cached,) = (tmp_path / "cache").glob("tokens-*/train.bin")
     os.truncate(cached, cached.stat().st_size - 100)
-    np.testing.assert_array_equal(load_tokens(config).train, before)
+    np.testing.assert_array_equal(load_data(config).train.tokens, before)
 
 
 def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
@@ -165,24 +165,24 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
 
     Poems(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
     where = {"tfds_name": "poems", "tfds_data_dir": str(tmp_path / "tfds"), "validation_split": "test"}
-    tokens = load_tokens(settings(tmp_path, **where, text_key="poem"))
-    assert document_set(tokens.train) == {b"poem %d " % i * 5 for i in range(8)}
-    assert document_set(tokens.validation) == {b"poem %d " % i * 5 for i in range(8, 10)}
+    tokens = load_data(settings(tmp_path, **where, text_key="poem"))
+    assert document_set(tokens.train.tokens) == {b"poem %d " % i * 5 for i in range(8)}
+    assert document_set(tokens.validation.tokens) == {b"poem %d " % i * 5 for i in range(8, 10)}
     with pytest.raises(UserError, match=r"data.text_key='text' is no text feature of poems.*\['poem'\]"):
-        load_tokens(settings(tmp_path, **where))
+        load_data(settings(tmp_path, **where))
     with pytest.raises(UserError, match=r"data.validation_split='validation': poems.* has \['test', 'train'\]"):
-        load_tokens(settings(tmp_path, **{**where, "validation_split": "validation"}))
+        load_data(settings(tmp_path, **{**where, "validation_split": "validation"}))
     with pytest.raises(UserError, match="ArrayRecord"):
-        load_tokens(settings(tmp_path, tfds_name="lm1b", tfds_data_dir=str(tmp_path / "tfds")))
+        load_data(settings(tmp_path, tfds_name="lm1b", tfds_data_dir=str(tmp_path / "tfds")))
     with pytest.raises(UserError, match=r"no_such_set.*not a TFDS set"):
-        load_tokens(settings(tmp_path, tfds_name="no_such_set"))
+        load_data(settings(tmp_path, tfds_name="no_such_set"))
 
 
 # ---- Building in the cache -------------------------------------------------------------------------------------------
 
 
 def _load(config: ConfigDict) -> str:
-    return load_tokens(config).fingerprint
+    return load_data(config).fingerprint
 
 
 def test_many_processes_may_build_at_once(tmp_path):
@@ -231,7 +231,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_each_epoch_is_another_permutation_of_all_windows():
-    rows = take(stop=37)[:, :, 0].reshape(4, 37) // 8
+    rows = take(stop=37)[:, :, 0, 0].reshape(4, 37) // 8
     for epoch in rows:
         assert sorted(epoch) == list(range(37))
     assert not np.array_equal(rows[0], rows[1])
@@ -239,21 +239,21 @@ def test_each_epoch_is_another_permutation_of_all_windows():
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_together_read_the_same_global_batch(processes):
-    parts = [take(process=p, processes=processes) for p in range(processes)]
+    parts = [take(rows=rows) for rows in np.split(np.arange(4), processes)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), take())
 
 
 def test_windows_overlap_by_their_target_alone():
     windows = Windows(np.arange(25), 8)
     assert len(windows) == 3
-    np.testing.assert_array_equal(windows[1], np.arange(8, 17))
+    np.testing.assert_array_equal(windows[1], [np.arange(8, 16), np.arange(9, 17)])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_held_out_windows_are_each_read_once(processes):
     windows = Windows(np.arange(8 * 10 + 1), 8)
-    parts = [held_out_batches(windows, batch_size=4, process=p, processes=processes) for p in range(processes)]
-    seen = sorted(rows[i, 0] // 8 for part in parts for rows, real in part for i in np.flatnonzero(real))
+    parts = [held_out_batches(windows, batch_size=4, rows=rows) for rows in np.split(np.arange(4), processes)]
+    seen = sorted(rows[i, 0, 0] // 8 for part in parts for rows, real in part for i in np.flatnonzero(real))
     assert seen == list(range(10))
-    few = [rows[real][:, 0] // 8 for rows, real in held_out_batches(windows, batch_size=4, limit=3)]
+    few = [rows[real][:, 0, 0] // 8 for rows, real in held_out_batches(windows, batch_size=4, limit=3)]
     np.testing.assert_array_equal(np.concatenate(few), [0, 4, 9])

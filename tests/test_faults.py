@@ -13,6 +13,7 @@ import pytest
 from experiments.chaos import outcome
 from ngc_jax import train
 from ngc_jax.checkpoint import MANIFEST, Checkpoints, SaveFailed
+from ngc_jax.data import NOTHING
 from ngc_jax.metrics import Progress, read_rows
 from ngc_jax.watchdog import EXIT_CODE, Watchdog
 
@@ -138,12 +139,12 @@ def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(brief, 
 
 
 def test_trouble_is_rewound_and_its_batches_passed_over(brief, tmp_path, monkeypatch, capsys):
-    """Batches of nothing but marks have no targets, and so no finite loss."""
+    """Batches that ask nothing have no finite loss."""
     batches, bad = train.train_batches, {11, 12, 13, 19, 20, 21}
 
-    def troubled(windows, *, start, **options):
-        for i, batch in enumerate(batches(windows, start=start, **options), start):
-            yield np.full_like(batch, windows.tokens.max()) if i in bad else batch
+    def troubled(examples, *, start, **options):
+        for i, batch in enumerate(batches(examples, start=start, **options), start):
+            yield np.stack([batch[:, 0], np.full_like(batch[:, 1], NOTHING)], axis=1) if i in bad else batch
 
     monkeypatch.setattr(train, "train_batches", troubled)
     brief.train.max_bad_steps = 3

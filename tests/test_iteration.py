@@ -13,9 +13,10 @@ from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.core.communicate import communicate_each, communicate_until_settled
 from ngc_jax.core.stability import relative_change
 from ngc_jax.count import forward_flops
+from ngc_jax.data.batches import foretold
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
-from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration
+from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration, marked
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.steps import init_state, make_train_step
 
@@ -210,9 +211,9 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
     config = settings(**fields)
     model = make_model(config, Bytes.vocab)
     iteration = make_iteration(model, config)
-    tokens = jax.random.randint(jax.random.key(0), (8, 9), 0, 256)
+    tokens = np.array(jax.random.randint(jax.random.key(0), (8, 9), 0, 256))
     state = jax.jit(lambda: init_state(model, config.train, 0))().replace(step=jnp.int32(7))
-    _, scalars = jax.jit(make_train_step(model, config.train, Bytes.mark, False, iteration=iteration))(state, tokens)
+    _, scalars = jax.jit(make_train_step(model, config.train, iteration=iteration))(state, foretold(tokens))
     rounds = int(scalars["train/rounds"])
     assert rounds == int(iteration.draw(jnp.int32(7)))
 
@@ -224,6 +225,25 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
 
     by_hand = (loss(rounds) + loss(rounds - 1)) / 2
     assert float(scalars["train/loss"]) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_marks_in_an_example_are_its_rounds():
+    fields = {**TINY, "iteration.rounds": "marked", "iteration.mark": 3, "iteration.low": 1, "iteration.high": 3}
+    config = settings(**fields)
+    model = make_model(config, Bytes.vocab)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.array([[3, 5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3, 3, 9, 1, 2], [5, 5, 6, 7, 8, 9, 1, 2]])
+    rounds = [1, 3, 1]  # 5 marks are more than there may be, none fewer
+    logits, weights = jax.jit(make_iteration(model, config).apply(jnp.int32(9)))(params, tokens)
+    at_test, made = jax.jit(marked(model, config))(params, tokens)
+    np.testing.assert_array_equal(made[:, 0], rounds)
+    np.testing.assert_array_equal(weights, 1)
+    np.testing.assert_allclose(logits[-1], at_test, rtol=1e-5, atol=1e-6)
+    for i, count in enumerate(rounds):
+        alone, _ = jax.jit(model.at(count).apply)(params, tokens[i : i + 1])
+        np.testing.assert_allclose(at_test[i], alone[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(marked(model, config, cap=9)(params, tokens)[1][:, 0], [1, 5, 1])
+    assert marked(model, settings()) is None
 
 
 def test_flops_count_rounds_without_gradients_once():
@@ -241,7 +261,7 @@ def test_flops_count_rounds_without_gradients_once():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"iteration.rounds": "some"}, "one of 'fixed', 'uniform', 'lognormal_poisson'"),
+        ({"iteration.rounds": "some"}, "one of 'fixed', 'uniform', 'lognormal_poisson', 'marked'"),
         ({"iteration.rounds": "uniform", "model.core": 0}, "'fixed' where the model has no loop"),
         ({"iteration.backprop": 1, "model.kind": "bdh", "stability.every": 0}, "0 where the model has no loop"),
         ({"iteration.rounds": "uniform", "iteration.low": 9}, "at most iteration.high=8, for instance 4"),

@@ -271,7 +271,7 @@ def watched(model, params, tokens, names=MEASURES, mesh=None):
 
 def test_what_is_watched_is_what_was_chosen():
     model, params, _ = build()
-    tokens = text(length=7)
+    tokens = text()
     everything = watched(model, params, tokens)
     parts = [watched(model, params, tokens, (name,)) for name in MEASURES]
     assert all(parts)
@@ -286,7 +286,7 @@ def test_what_is_watched_is_what_was_chosen():
 def compare_devices():
     """Run by the test below in a process that has eight devices."""
     model, params, config = build(**{"model.groups": 8, "model.heads": 8, "model.width": 16, "model.hidden": 32})
-    tokens = text(rows=8, length=7)
+    tokens = text(rows=8)
     alone = watched(model, params, tokens)
     for axis in ("data", "group"):
         config.mesh.update({"data": 1, "group": 1, axis: 8})

@@ -205,4 +205,4 @@ def test_another_text_is_refused(run, monkeypatch, capsys, tmp_path, text):
     (other / "config.json").write_text(config)
     with pytest.raises(SystemExit):
         call(monkeypatch, f"--workdir={other}")
-    assert "this is not the text" in capsys.readouterr().err
+    assert "this is not what" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import pytest
 from conftest import TINY
 
 from ngc_jax.config import base, model_shape
+from ngc_jax.data import NOTHING
+from ngc_jax.data.batches import foretold
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.steps import init_state, losses, make_eval_step, make_train_step
@@ -23,20 +25,25 @@ def start(config):
     return model, jax.jit(lambda: init_state(model, config.train, config.seed))()
 
 
-def batch(seed=0, rows=8):
-    return jax.random.randint(jax.random.key(seed), (rows, 17), 0, 257)
+def tokens_of(seed=0, rows=8):
+    return np.array(jax.random.randint(jax.random.key(seed), (rows, 17), 0, 257))
+
+
+def batch(seed=0):
+    return foretold(tokens_of(seed), Bytes.mark)
 
 
 def update(config, model):
-    return jax.jit(make_train_step(model, config.train, Bytes.mark, False))
+    return jax.jit(make_train_step(model, config.train))
 
 
 def test_accumulation_is_the_whole_batch():
-    tokens = batch().at[0, 3:].set(Bytes.mark)  # parts that count different numbers of targets
+    uneven = batch()
+    uneven[0, 1, 2:] = NOTHING  # parts that count different numbers of targets
     whole, parts = settings(), settings(**{"train.accumulation": 4})
     model, state = start(whole)
-    one, scalars = update(whole, model)(state, tokens)
-    four, scalars_of_parts = update(parts, model)(state, tokens)
+    one, scalars = update(whole, model)(state, uneven)
+    four, scalars_of_parts = update(parts, model)(state, uneven)
     assert scalars["train/loss"] == pytest.approx(float(scalars_of_parts["train/loss"]), rel=1e-6)
     assert scalars["train/grad_norm"] == pytest.approx(float(scalars_of_parts["train/grad_norm"]), rel=1e-5)
     # AdamW's first step is about the gradient's sign, so entries near zero may differ; its moments tell better.
@@ -86,24 +93,27 @@ def test_what_is_not_finite_is_skipped_and_counted():
 def test_marks_are_read_but_are_no_targets():
     config = settings()
     model, state = start(config)
-    tokens = batch().at[:, 5].set(Bytes.mark)
-    nats, counts = losses(model, state.params, tokens, Bytes.mark, False, jnp.float32)
+    tokens = tokens_of()
+    tokens[:, 5] = Bytes.mark
+    marked = foretold(tokens, Bytes.mark)
+    nats, counts = losses(model, state.params, marked, None, jnp.float32)
     assert not np.any(counts[:, 4])
     assert np.sum(counts) == np.sum(tokens[:, 1:] != Bytes.mark)
-    _, scalars = update(config, model)(state, tokens)
+    _, scalars = update(config, model)(state, marked)
     assert scalars["train/loss"] == pytest.approx(float(np.sum(nats * counts) / np.sum(counts)), rel=1e-6)
 
 
 def test_evaluation_sums_real_rows_only():
     config = settings()
     model, state = start(config)
-    step = jax.jit(make_eval_step(model, config.train, Bytes.mark, Bytes.lengths, False))
-    tokens = batch().at[:, 5].set(Bytes.mark)
-    all_rows = step(state.params, tokens, jnp.ones(8, bool))
-    halves = [step(state.params, tokens, jnp.arange(8) < 4), step(state.params, tokens, jnp.arange(8) >= 4)]
-    for name in ("nats", "tokens", "bytes"):
+    step = jax.jit(make_eval_step(model, config.train, Bytes.lengths))
+    marked = batch()
+    marked[:, 1, 4] = NOTHING
+    all_rows = step(state.params, marked, jnp.ones(8, bool))
+    halves = [step(state.params, marked, jnp.arange(8) < 4), step(state.params, marked, jnp.arange(8) >= 4)]
+    for name in ("nats", "targets", "bytes"):
         assert float(all_rows[name]) == pytest.approx(sum(float(h[name]) for h in halves), rel=1e-5)
-    assert int(all_rows["bytes"]) == int(all_rows["tokens"]) == np.sum(tokens[:, 1:] != Bytes.mark)
+    assert int(all_rows["bytes"]) == int(all_rows["targets"]) == np.sum(marked[:, 1] >= 0)
 
 
 def test_golden_step():

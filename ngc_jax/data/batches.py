@@ -1,60 +1,83 @@
 """The global batch as a pure function of (seed, step).
 
-For: cutting a token stream into windows, shuffling them anew each epoch, and giving each process its rows of a step's
-batch. There is no iterator state: a run that goes on from step s asks for batch s, on any number of processes.
-Not for: where tokens come from (`tokens.py`) or where batches go (`mesh.py`).
+For: cutting a token stream into windows, shuffling examples anew each epoch, and reading the rows of a step's batch
+that a process needs. There is no iterator state: a run that goes on from step s asks for batch s, on any number of
+processes. Not for: where tokens and problems come from (`tokens.py`, `problems.py`), where batches go or whose rows are
+which (`mesh.py`).
+
+An example is [2, context] int32: what is read, and what is asked at each position, NOTHING where nothing is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
 
+from ngc_jax.data import NOTHING
+
+
+class Examples(Protocol):
+    """What batches are made of: a sequence of arrays [2, context] int32, inputs and targets."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
 
 class Windows:
-    """A token stream as windows of `context` tokens and the one after: [context + 1] int32, next to one another."""
+    """A token stream as windows of `context` tokens, next to one another, and the targets of `foretold`."""
 
-    def __init__(self, tokens: np.ndarray, context: int):
-        self.tokens, self.context = tokens, context
+    def __init__(self, tokens: np.ndarray, context: int, mark: int = NOTHING):
+        self.tokens, self.context, self.mark = tokens, context, mark
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = index * self.context
-        return self.tokens[start : start + self.context + 1].astype(np.int32)
+        return foretold(self.tokens[start : start + self.context + 1].astype(np.int32), self.mark)
+
+
+def foretold(tokens: np.ndarray, mark: int = NOTHING) -> np.ndarray:
+    """Tokens [..., T + 1] as examples [..., 2, T]: the target of each token is the one after it.
+
+    `mark` begins a document: it cannot be foreseen and is no text, so it is read, but never a target.
+    """
+    targets = tokens[..., 1:]
+    return np.stack([tokens[..., :-1], np.where(targets == mark, NOTHING, targets)], axis=-2)
 
 
 def train_batches(
-    windows: Windows, *, batch_size: int, seed: int, start: int, stop: int, process: int = 0, processes: int = 1
+    examples: Examples, *, batch_size: int, seed: int, start: int, stop: int, rows: Sequence[int] | None = None
 ) -> Iterator[np.ndarray]:
-    """This process's rows, [batch_size / processes, context + 1], of the global batches of steps start .. stop - 1.
+    """These rows (None: all), [rows, 2, context], of the global batches of steps start .. stop - 1.
 
-    Global row r of step s is window number s * batch_size + r of an endless sequence of epochs, each of them a
-    permutation of all windows drawn from (seed, epoch). Rows are read ahead on a thread.
+    Global row r of step s is example number s * batch_size + r of an endless sequence of epochs, each of them a
+    permutation of all examples drawn from (seed, epoch). Rows are read ahead on a thread.
     """
-    epochs = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    rows = batch_size // processes
+    epochs = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    wanted = range(batch_size) if rows is None else rows
 
     def batch(step: int) -> np.ndarray:
-        first = step * batch_size + process * rows
-        return np.stack([epochs[first + row] for row in range(rows)])
+        return np.stack([epochs[step * batch_size + int(row)] for row in wanted])
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(ahead))
 
 
 def held_out_batches(
-    windows: Windows, *, batch_size: int, limit: int = 0, process: int = 0, processes: int = 1
+    examples: Examples, *, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Windows for evaluation, in order: pairs (tokens [rows, context + 1], real [rows] bool).
+    """Examples for evaluation, in order: pairs (batch [rows, 2, context], real [rows] bool).
 
-    `limit` > 0 takes that many, evenly spaced over the text. The last batch is filled up with rows that are not real.
+    `limit` > 0 takes that many, evenly spaced over them. The last batch is filled up with rows that are not real.
+    `rows` of each batch (None: all).
     """
-    count = min(limit, len(windows)) if limit else len(windows)
-    chosen = np.linspace(0, len(windows) - 1, count).round().astype(int) if limit else np.arange(count)
-    rows = batch_size // processes
-    for first in range(process * rows, -(-count // batch_size) * batch_size, batch_size):
-        index = np.arange(first, first + rows)
+    count = min(limit, len(examples)) if limit else len(examples)
+    chosen = np.linspace(0, len(examples) - 1, count).round().astype(int) if limit else np.arange(count)
+    wanted = np.arange(batch_size) if rows is None else np.asarray(rows)
+    for first in range(0, count, batch_size):
+        index = first + wanted
         real = index < count
-        yield np.stack([windows[chosen[i]] for i in np.minimum(index, count - 1)]), real
+        yield np.stack([examples[chosen[i]] for i in np.minimum(index, count - 1)]), real

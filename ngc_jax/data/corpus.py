@@ -1,12 +1,9 @@
 """Where text comes from: this interpreter's own library source, a user's files, or a prepared TFDS set.
 
-For: finding documents, splitting them, and keeping them as a TFDS dataset of ArrayRecord files, which is read without
-TensorFlow. Not for: tokens or batches.
+For: finding documents, splitting them, and keeping them as a TFDS dataset (`stored.py`). Not for: tokens or batches.
 """
 
-import contextlib
 import hashlib
-import io
 import os
 import pathlib
 import re
@@ -16,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ngc_jax.atomic import build_directory
+from ngc_jax.data import stored
 from ngc_jax.errors import UserError
 
 # Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
@@ -126,7 +124,7 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
     home = cache / f"{name}-{fingerprint[:16]}"
     if not home.is_dir():
         with build_directory(home) as building:
-            _write_tfds(name, documents, building)
+            _write(name, documents, building)
     counts = {split: (len(texts), sum(len(text) for _, text in texts)) for split, texts in documents.items()}
     summary = ", ".join(f"{split} {files} files {size / 1e6:.2f} MB" for split, (files, size) in counts.items())
     if name == "python_stdlib":
@@ -135,45 +133,23 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
     return Corpus(fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
 
 
+def _write(name: str, documents: Documents, home: pathlib.Path) -> None:
+    import tensorflow_datasets as tfds
+
+    features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
+    splits = {split: [(key, {"name": key, "text": text}) for key, text in texts] for split, texts in documents.items()}
+    stored.write(name, features, splits, home)
+
+
 class _Stored:
-    """The documents of one split, in the order in which TFDS stored them (by hash of their key)."""
+    """The documents of one split, in the order in which TFDS stored them."""
 
     def __init__(self, home: pathlib.Path, split: str):
         self.home, self.split = home, split
 
     def __iter__(self) -> Iterator[bytes]:
-        import tensorflow_datasets as tfds  # late: a run whose tokens are cached never needs it
-
-        (info,) = self.home.rglob("dataset_info.json")
-        for example in tfds.builder_from_directory(str(info.parent)).as_data_source(self.split):
+        for example in stored.read(self.home, self.split):
             yield example["text"]
-
-
-def _write_tfds(name: str, documents: Documents, directory: pathlib.Path) -> None:
-    import tensorflow_datasets as tfds
-
-    with tfds.core.registered.skip_registration():  # one process may keep several texts
-
-        class Text(tfds.core.GeneratorBasedBuilder):
-            """Documents of text, as bytes, with their names."""
-
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self) -> Any:
-                features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-            def _split_generators(self, dl_manager: Any) -> Any:
-                return {split: self._generate_examples(texts) for split, texts in documents.items()}
-
-            def _generate_examples(self, texts: list[tuple[str, bytes]]) -> Any:
-                for key, text in texts:
-                    yield key, {"name": key, "text": text}
-
-    Text.name = name
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # two lines on a "download" that there is none of
-        Text(data_dir=str(directory), file_format="array_record").download_and_prepare()
 
 
 def _prepared(config: Any) -> Corpus:

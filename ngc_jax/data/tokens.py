@@ -1,20 +1,25 @@
 """Text to tokens and back, and the token cache: one flat file for each split, read by memory map.
 
-For: the two tokenizers (bytes; a byte-level BPE trained on the corpus) and turning documents into one stream in which
-each document begins with a mark. Not for: windows and batches (`batches.py`).
+For: the tokenizers (bytes; a byte-level BPE trained on the corpus; the symbols of a task), turning documents into one
+stream in which each document begins with a mark, and `load_data`, which gives a run what it learns from. Not for:
+batches (`batches.py`).
 """
 
 import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.atomic import build_directory, write_durably
+from ngc_jax.atomic import Path, build_directory, write_durably
+from ngc_jax.data import NOTHING
+from ngc_jax.data.batches import Examples, Windows
 from ngc_jax.data.corpus import Corpus, expand, open_corpus
+from ngc_jax.data.problems import Problems, problem_set
+from ngc_jax.data.tasks import TASKS
 from ngc_jax.errors import UserError
 
 MARK = "<|document|>"
@@ -76,29 +81,61 @@ class BPE:
         return b"".join(self.spelling[token] for token in tokens)
 
 
-Tokenizer = Bytes | BPE
+class Symbols:
+    """The alphabet of a task. Its problems are made of tokens, so there is nothing to encode, and no documents."""
+
+    mark = NOTHING
+    lengths = None
+
+    def __init__(self, symbols: Sequence[str]):
+        self.symbols, self.vocab = tuple(symbols), len(symbols)
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return " ".join(self.symbols[token] for token in tokens).encode()
 
 
-class Tokens(NamedTuple):
-    """A corpus as tokens, ready to be cut into windows."""
+Tokenizer = Bytes | BPE | Symbols
+
+
+class Data(NamedTuple):
+    """What a run learns from, and what is held out: text in windows, or problems."""
 
     tokenizer: Tokenizer
-    train: np.ndarray  # flat, memory-mapped
-    validation: np.ndarray
-    fingerprint: str
+    train: Examples
+    validation: Examples
+    boundary: int | None  # the token that begins a document, where attention stays within its own; else None
+    fingerprint: str  # equal fingerprints are equal data
     summary: str
 
 
 def most_tokens(config: Any) -> int:
     """The vocabulary of `config.data`'s tokenizer at most: a BPE learned on little text has fewer."""
+    if config.task:
+        return len(TASKS[config.task].symbols)
     return Bytes.vocab if config.tokenizer == "bytes" else int(config.vocab_size)
 
 
-def load_tokens(config: Any) -> Tokens:
-    """The tokens that `config.data` asks for, from the cache if they were made before. Raises UserError.
+def load_data(config: Any) -> Data:
+    """The data that `config.data` asks for, from the cache if they were made before. Raises UserError."""
+    return _problems(config) if config.task else _text(config)
 
-    The fingerprint is the corpus's, with a learned tokenizer's own: equal fingerprints are equal tokens.
-    """
+
+def _problems(config: Any) -> Data:
+    held_out = max(1, round(config.validation_fraction * config.problems))
+    counts = {"train": config.problems, "validation": held_out}
+    found = problem_set(config.task, config.low, config.high, counts, config.problem_seed, cache_directory(config))
+    if found.longest > config.context:
+        raise UserError(
+            f"data.context={config.context}: must be {found.longest} or more, the tokens of the longest problem of "
+            f"data.task={config.task!r} up to data.high={config.high}"
+        )
+    train, validation = (Problems(found.home, part, config.context) for part in counts)
+    tokenizer = Symbols(TASKS[config.task].symbols)
+    return Data(tokenizer, train, validation, None, found.fingerprint, found.summary)
+
+
+def _text(config: Any) -> Data:
+    """The fingerprint is the corpus's, with a learned tokenizer's own."""
     cache = cache_directory(config)
     corpus = open_corpus(config, cache)
     vocab = f"-{config.vocab_size}" if config.tokenizer == "bpe" else ""
@@ -110,7 +147,7 @@ def load_tokens(config: Any) -> Tokens:
     meta = json.loads((home / "meta.json").read_text())
     tokenizer = load_tokenizer(home)
 
-    def stream(split: str) -> np.ndarray:
+    def windows(split: str) -> Windows:
         count = meta["tokens"][split]
         if count < config.context + 1:
             smaller = f", or data.context of at most {count - 1}" if count > 1 else ""
@@ -118,7 +155,7 @@ def load_tokens(config: Any) -> Tokens:
                 f"the {split} text has {count} tokens, fewer than a window of data.context={config.context} and its "
                 f"target: give more text{smaller}"
             )
-        return np.memmap(home / f"{split}.bin", meta["dtype"], mode="r")
+        return Windows(np.memmap(home / f"{split}.bin", meta["dtype"], mode="r"), config.context, tokenizer.mark)
 
     summary = (
         corpus.summary + "; " + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
@@ -126,7 +163,8 @@ def load_tokens(config: Any) -> Tokens:
     fingerprint = corpus.fingerprint
     if isinstance(tokenizer, BPE):
         fingerprint = hashlib.sha256((fingerprint + tokenizer.serialised).encode()).hexdigest()
-    return Tokens(tokenizer, stream("train"), stream("validation"), fingerprint, summary)
+    boundary = tokenizer.mark if config.isolate_documents else None
+    return Data(tokenizer, windows("train"), windows("validation"), boundary, fingerprint, summary)
 
 
 def _whole(home: pathlib.Path) -> bool:
@@ -139,16 +177,22 @@ def _whole(home: pathlib.Path) -> bool:
         return False
 
 
-def load_tokenizer(home: pathlib.Path) -> Tokenizer:
-    """The tokenizer kept in a token cache or a work directory: BPE if there is a tokenizer.json, else bytes."""
+def load_tokenizer(home: Path) -> Tokenizer:
+    """The tokenizer kept in a token cache or a work directory: in its tokenizer.json, or bytes if there is none."""
     file = home / "tokenizer.json"
-    return BPE(file.read_text()) if file.is_file() else Bytes()
+    if not file.is_file():
+        return Bytes()
+    serialised = file.read_text()
+    symbols = json.loads(serialised).get("symbols")
+    return Symbols(symbols) if symbols else BPE(serialised)
 
 
-def save_tokenizer(tokenizer: Tokenizer, home: pathlib.Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
     """Keep what `load_tokenizer` needs; bytes need nothing."""
     if isinstance(tokenizer, BPE):
         write_durably(home / "tokenizer.json", tokenizer.serialised)
+    if isinstance(tokenizer, Symbols):
+        write_durably(home / "tokenizer.json", json.dumps({"symbols": tokenizer.symbols}))
 
 
 def cache_directory(config: Any) -> pathlib.Path:
@@ -157,7 +201,7 @@ def cache_directory(config: Any) -> pathlib.Path:
 
 
 def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
-    tokenizer: Tokenizer = Bytes()
+    tokenizer: Bytes | BPE = Bytes()
     try:
         if config.tokenizer == "bpe":
             tokenizer = BPE(BPE.train(corpus.splits["train"], config.vocab_size))

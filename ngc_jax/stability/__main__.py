@@ -8,27 +8,26 @@ import pathlib
 
 import numpy as np
 
-from ngc_jax.data.batches import Windows, held_out_batches
+from ngc_jax.data.batches import Examples, held_out_batches
 from ngc_jax.errors import UserError
-from ngc_jax.evaluate import tokens_of
+from ngc_jax.evaluate import data_of
 from ngc_jax.stability import figures, page
 from ngc_jax.stability.measures import LEAST_ROUNDS, LEAST_TOKENS, measure
 from ngc_jax.workdir import command, open_trained, parser
 
 
-def held_out(stream: np.ndarray, context: int, count: int) -> np.ndarray:
-    """`count` windows, or all where there are fewer, evenly spread over a token stream: [B, context].
+def held_out(examples: Examples, context: int, count: int) -> np.ndarray:
+    """What `count` examples, or all where there are fewer, evenly spread, give to read: [B, context].
 
     Raises UserError where no interval or no slope can be had from them.
     """
-    windows = Windows(stream, context)
-    count = min(count, len(windows))
+    count = min(count, len(examples))
     if count < 2:
-        raise UserError(f"the held-out text has {count} window of data.context={context}: an interval needs 2")
+        raise UserError(f"the held-out data have {count} window of data.context={context}: an interval needs 2")
     if context < LEAST_TOKENS:
         raise UserError(f"data.context={context}: measures along tokens need a run with {LEAST_TOKENS} or more")
-    tokens, _ = next(held_out_batches(windows, batch_size=count, limit=count))
-    return tokens[:, :-1]
+    batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
+    return batch[:, 0]
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
     trained = open_trained(args.workdir, args.step)
     config = trained.config
     decoder = trained.decoder
-    tokens = held_out(tokens_of(trained, args.workdir).validation, config.data.context, args.sequences)
+    tokens = held_out(data_of(trained, args.workdir).validation, config.data.context, args.sequences)
     out = args.out or args.workdir / "stability"
     try:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring

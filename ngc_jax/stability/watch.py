@@ -19,7 +19,7 @@ MEASURES = ("rounds", "tokens", "departure", "exponents")
 
 
 def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, Array]]:
-    """The measures of `config.measures`: (params, tokens [B, T + 1]) -> {"stability/...": scalar}, in float32.
+    """The measures of `config.measures`: (params, tokens [B, T]) -> {"stability/...": scalar}, in float32.
 
     "rounds": contraction, drive ratio and boundedness of the loop. "tokens": contraction_per_token, the slope over the
     last stream. "departure": how far messages, and the drive, move the last stream. "exponents": the leading one per
@@ -33,7 +33,6 @@ def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, 
         return model.stream(params, params["embed"][tokens], positions, record=s.core > 0)
 
     def watch(params: Any, tokens: Array) -> dict[str, Array]:
-        tokens = tokens[:, :-1]  # what the model reads; the last token is only foretold
         found: dict[str, Array] = {}
         x, _, records = last_stream(params, tokens)
         if "rounds" in measures and records is not None:

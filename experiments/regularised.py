@@ -1,0 +1,26 @@
+"""Does a loop that is told to be stable learn better or worse?
+
+Four rounds; the contraction or the exponent per round held in a band by the loss, or the Jacobian made small.
+
+    python -m experiments.run regularised
+"""
+
+import math
+from typing import Any
+
+from experiments.setting import COMMON, STEPS
+from experiments.study import Study
+from experiments.sweeps import cases, seeds
+
+TOLD: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "contraction below 0.5": {"stability.regulariser": "contraction", "stability.high": math.log(0.5)},
+    "exponent below 0": {"stability.regulariser": "exponent", "stability.high": 0.0},
+    "exponent below -0.5": {"stability.regulariser": "exponent", "stability.high": -0.5},
+    "a small Jacobian": {"stability.jacobian": 1.0},
+}
+STUDY = Study(
+    sweep=cases("told", TOLD) * seeds(3),
+    common={**COMMON, "model.rounds": 4, "stability.every": STEPS, "rate": 1e-2},
+    baseline={"told": "nothing"},
+)

@@ -1,0 +1,26 @@
+"""Which rule should make the weights between groups?
+
+All rules at equal parameters, a dense block inside each group in all of them: the size of states or ports is solved.
+
+    python -m experiments.run which_rule
+"""
+
+from typing import Any
+
+from experiments.setting import COMMON, SHARE
+from experiments.study import Study
+from experiments.sweeps import cases, seeds
+from ngc_jax.config import RULES_OF_A_MODEL
+
+RATES = (2.5e-3, 5e-3, 1e-2)
+BY_WIDTH: dict[str, Any] = {
+    "model.match_by": "width",
+    "model.groups": 4,
+}  # dense, or blocks alone, which have no states to size
+RULES: dict[str, dict[str, Any]] = {rule: {"model.rule": rule, "rate": RATES} for rule in RULES_OF_A_MODEL}
+RULES |= {rule: {**RULES[rule], **BY_WIDTH} for rule in ("none", "dense")}
+STUDY = Study(
+    sweep=cases("rule", RULES) * seeds(3),
+    common={**COMMON, "model.match": f"dense_small:{SHARE}", "model.match_by": "p_inter"},
+    baseline={"rule": "addressed"},
+)

@@ -1,0 +1,116 @@
+"""Sets of problems: drawn once from a seed, kept as a TFDS dataset, and what is asked of a model in tests held apart.
+
+For: how many problems of which difficulty a set has, and which of its parts a problem may be in. Not for: what a
+problem is (`tasks.py`).
+
+The part of a problem follows from a hash of what it gives to read: of ten hashes one is for validation, one for tests,
+eight for training. So no problem of one part is in another, whatever seeds, counts and difficulties they came from.
+Within a part problems are drawn independently, and an easy one, of which there are few, may come more than once.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ngc_jax.atomic import build_directory
+from ngc_jax.data import NOTHING, grids, stored, tasks
+from ngc_jax.data.tasks import Problem
+from ngc_jax.errors import UserError
+
+PARTS = {0: "validation", 1: "test"}  # by the hash modulo ten; the rest is "train"
+PATIENCE = 10_000  # problems drawn in vain, one after another, that say that there are none
+
+
+class Problems:
+    """A part of a set, as examples [2, length] int32: inputs and targets, filled up on the right with 0 and NOTHING.
+
+    The decoder is causal, so what stands to the right of a problem changes none of its answers.
+    """
+
+    def __init__(self, home: pathlib.Path, part: str, length: int):
+        self.source, self.length = stored.read(home, part), length
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        problem = self.source[int(index)]["problem"]
+        example = np.array([[0], [NOTHING]], np.int32).repeat(self.length, axis=1)
+        example[:, : problem.shape[1]] = problem
+        return example
+
+
+class ProblemSet(NamedTuple):
+    """Where a set is kept, and what there is to know of it."""
+
+    home: pathlib.Path
+    fingerprint: str  # sha256, hex: equal fingerprints are equal problems
+    longest: int  # tokens of its longest problem
+    summary: str  # one line for the log and the card
+
+
+def part_of(problem: Problem) -> str:
+    """The one part that a problem may be in."""
+    # Not a cyclic code: its bits are parities of the problem's, and would tell part of the answer to `parity`.
+    digest = hashlib.sha256(problem.inputs.astype("<i4").tobytes()).digest()
+    return PARTS.get(int.from_bytes(digest[:8], "little") % 10, "train")
+
+
+def draw_set(task: str, low: int, high: int, counts: Mapping[str, int], seed: int) -> dict[str, list[Problem]]:
+    """So many problems for each part, of difficulties low .. high at random. Raises UserError if there are none."""
+    rng = np.random.default_rng([seed, low, high])
+    drawn: dict[str, list[Problem]] = {part: [] for part in counts}
+    vain = 0
+    while any(len(drawn[part]) < count for part, count in counts.items()):
+        problem = tasks.draw(task, rng, int(rng.integers(low, high + 1)))
+        part = part_of(problem)
+        wanted = len(drawn.get(part, ())) < counts.get(part, 0)
+        if wanted:
+            drawn[part].append(problem)
+        vain = 0 if wanted else vain + 1
+        if vain == PATIENCE:
+            missing = [part for part, count in counts.items() if len(drawn[part]) < count]
+            raise UserError(
+                f"data.task={task!r} has too few problems of difficulty {low} to {high} to have one for "
+                f"{' and '.join(missing)}: give harder ones, for instance {high + 3} (data.high)"
+            )
+    return drawn
+
+
+def problem_set(
+    task: str, low: int, high: int, counts: Mapping[str, int], seed: int, cache: pathlib.Path
+) -> ProblemSet:
+    """The set that `draw_set` draws, from the cache if it was drawn before. Raises UserError."""
+    # What draws is part of the name, so that no set of an older program is taken for this one's.
+    drawers = [pathlib.Path(str(file)).read_text() for file in (__file__, grids.__file__, tasks.__file__)]
+    recipe = json.dumps([task, low, high, dict(counts), seed, np.__version__, drawers])
+    home = cache / f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    if not home.is_dir():
+        with build_directory(home) as building:
+            _write(task, draw_set(task, low, high, counts, seed), building)
+    meta = json.loads((home / "set.json").read_text())
+    parts = ", ".join(f"{count} {part}" for part, count in counts.items())
+    unit = tasks.TASKS[task].unit
+    summary = f"{task} of {low} to {high} {unit}, seed {seed}: {parts} problems of up to {meta['longest']} tokens"
+    fingerprint = meta["fingerprint"]
+    return ProblemSet(home, fingerprint, meta["longest"], f"{summary}, fingerprint {fingerprint[:16]}")
+
+
+def _write(task: str, drawn: Mapping[str, list[Problem]], home: pathlib.Path) -> None:
+    import tensorflow_datasets as tfds
+
+    raw = tfds.features.Encoding.BYTES
+    features = {"problem": tfds.features.Tensor(shape=(2, None), dtype=np.int32, encoding=raw)}
+    digest, longest = hashlib.sha256(), 0
+    splits: dict[str, list[tuple[str, Any]]] = {}
+    for part, problems in drawn.items():
+        for problem in problems:
+            digest.update(part.encode() + np.stack(problem).astype("<i4").tobytes())
+            longest = max(longest, len(problem.inputs))
+        splits[part] = [(str(i), {"problem": np.stack(problem)}) for i, problem in enumerate(problems)]
+    stored.write(task, features, splits, home)
+    (home / "set.json").write_text(json.dumps({"fingerprint": digest.hexdigest(), "longest": longest}))

@@ -1,0 +1,281 @@
+"""Reasoning tasks: problems drawn at random, of any difficulty, each with its one right answer.
+
+For: what a problem reads and what is asked of it, as symbols and as tokens. `python -m ngc_jax.data.tasks parity 5`
+prints one. Not for: keeping many of them for training (`problems.py`), or how mazes and Sudokus are made (`grids.py`).
+
+The model is causal, so what it reads at a position and what is asked there are two rows. An answer of several symbols
+is asked one by one and read as it grows; all of them are right exactly when greedy decoding writes the answer. A grid
+is read once, then once more, and asked cell by cell in the second reading.
+"""
+
+import argparse
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+
+from ngc_jax.data import NOTHING, grids
+from ngc_jax.errors import UserError
+
+MODULUS = 5
+DIGITS = tuple("0123456789")
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyzABCDEF")
+CLOSING = {"(": ")", "[": "]"}
+OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda v: sorted(v)[(len(v) - 1) // 2],
+    "[SUM": lambda v: sum(v) % 10,
+}
+
+Written = tuple[list[str], list[str]]  # what is read and what is asked at each position; "" = nothing
+
+
+class Task(NamedTuple):
+    """A kind of problem."""
+
+    write: Callable[[Generator, int], Written]  # a problem of a difficulty
+    symbols: tuple[str, ...]  # the spelling of token 0, 1, ...
+    unit: str  # what difficulty counts
+    lowest: int
+    highest: int  # beyond it problems do not exist, or take long to find
+
+
+class Problem(NamedTuple):
+    """One problem as tokens, int32 [T] each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray  # the right symbol, or NOTHING where nothing is asked
+
+
+def draw(name: str, rng: Generator, difficulty: int) -> Problem:
+    """A problem of TASKS[name]."""
+    task = TASKS[name]
+    token = {symbol: i for i, symbol in enumerate(task.symbols)} | {"": NOTHING}
+    read, asked = task.write(rng, difficulty)
+    return Problem(*(np.array([token[symbol] for symbol in row], np.int32) for row in (read, asked)))
+
+
+def _written(question: list[str], answer: list[str]) -> Written:
+    """The answer symbol by symbol, from the question's last symbol on."""
+    return question + answer[:-1], [""] * (len(question) - 1) + answer
+
+
+def _in_place(given: list[str], solved: list[str]) -> Written:
+    """A grid, and every cell of its solution where the cell is read again."""
+    return [*given, "=", *given], [""] * (len(given) + 1) + solved
+
+
+def parity(rng: Generator, bits: int) -> Written:
+    """Whether the ones are odd in number, asked at the end."""
+    row = rng.integers(2, size=bits).tolist()
+    return _written([*map(str, row), "="], [str(sum(row) % 2)])
+
+
+def running_parity(rng: Generator, bits: int) -> Written:
+    """The same, asked after every bit."""
+    row = rng.integers(2, size=bits)
+    return [*map(str, row.tolist())], [*map(str, (np.cumsum(row) % 2).tolist())]
+
+
+def modular(rng: Generator, terms: int) -> Written:
+    """A chain of +, - and * modulo five, from left to right without precedence."""
+    first, *digits = rng.integers(MODULUS, size=terms).tolist()
+    question, value = [str(first)], first
+    for digit in digits:
+        sign = str(rng.choice(["+", "-", "*"]))
+        value = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % MODULUS
+        question += [sign, str(digit)]
+    return _written([*question, "="], [str(value)])
+
+
+def hops(rng: Generator, count: int) -> Written:
+    """`count` hops, written as so many ">", from each letter: one hop leads to the letter after its last occurrence.
+
+    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; "." where one of the hops finds none. Letters are
+    never twice in a row, which would be a hop onto itself. There are 16 and 4 for each hop: one goes back 3 on average.
+    """
+    letters = [int(rng.integers(4))]
+    while len(letters) < 16 + 4 * count:
+        letters.append((letters[-1] + int(rng.integers(1, 4))) % 4)
+    last: dict[int, int] = {}
+    hop = []  # where one hop leads to, or -1
+    for i, letter in enumerate(letters):
+        hop.append(last.get(letter, -2) + 1)
+        last[letter] = i
+    at = np.arange(len(letters))
+    for _ in range(count):
+        at = np.where(at < 0, -1, np.array(hop)[at])
+    spelt = [LETTERS[letter] for letter in letters]
+    return [">"] * count + spelt, [""] * count + [spelt[i] if i >= 0 else "." for i in at]
+
+
+def addition(rng: Generator, digits: int) -> Written:
+    """The sum of two numbers of so many digits; all three are written with the lowest digit first."""
+    a, b = rng.integers(10, size=(2, digits)).tolist()
+    total, carried = [], 0
+    for pair in zip(a, b, strict=True):
+        carried, digit = divmod(sum(pair) + carried, 10)
+        total.append(digit)
+    return _written([*map(str, a), "+", *map(str, b), "="], [*map(str, total), str(carried)])
+
+
+def listops(rng: Generator, depth: int) -> Written:
+    """The value of nested lists of 2 to 4 arguments; one of each is the next list, a quarter of the rest short ones."""
+
+    def write(depth: int) -> tuple[list[str], int]:
+        if depth == 0:
+            digit = int(rng.integers(10))
+            return [str(digit)], digit
+        count = int(rng.integers(2, 5))
+        below = (rng.random(count) < 0.25).astype(int) if depth > 1 else np.zeros(count, int)
+        below[rng.integers(count)] = depth - 1
+        parts, values = zip(*(write(int(part)) for part in below), strict=True)
+        operator = str(rng.choice(list(OPERATORS)))
+        return [operator, *itertools.chain.from_iterable(parts), "]"], OPERATORS[operator](values)
+
+    question, value = write(depth)
+    return _written([*question, "="], [str(value)])
+
+
+def dyck(rng: Generator, depth: int) -> Written:
+    """The brackets that close what is open, then ".".
+
+    What is given climbs to its depth, wanders for as many symbols again, and goes straight to where it stops.
+    """
+    question: list[str] = []
+    open_: list[str] = []
+    stop = int(rng.integers(1, depth + 1))  # brackets that are left open
+    wandered = 0  # symbols up to which it wanders, once the depth is reached
+    while not wandered or len(question) < wandered or len(open_) != stop:
+        if wandered and len(question) >= wandered:
+            up = len(open_) < stop
+        else:
+            up = not open_ or (len(open_) < depth and rng.random() < (0.5 if wandered else 0.7))
+        if up:
+            open_.append(str(rng.choice(list(CLOSING))))
+        question.append(open_[-1] if up else CLOSING[open_.pop()])
+        if len(open_) == depth and not wandered:
+            wandered = len(question) + depth
+    return _written([*question, "="], [*(CLOSING[bracket] for bracket in reversed(open_)), "."])
+
+
+def path(rng: Generator, length: int) -> Written:
+    """The one shortest path between two nodes of a graph, given as its edges, node by node.
+
+    There are as many nodes off the path as on it, each hung onto an earlier one, and then edges, up to a third as many,
+    that leave the shortest path what and as short as it is.
+    """
+    nodes = 2 * (length + 1)
+    parent = np.array([max(0, i - 1) if i <= length else rng.integers(i) for i in range(nodes)])
+    edges = [(int(parent[i]), i) for i in range(1, nodes)]
+    for _ in range(nodes // 3):
+        extra = tuple(sorted(rng.choice(nodes, 2, replace=False).tolist()))
+        if extra not in edges and _shortest([*edges, extra], nodes, length) == (length, 1):
+            edges.append(extra)
+    name = [LETTERS[i] for i in rng.permutation(len(LETTERS))]
+    question: list[str] = []
+    for i in rng.permutation(len(edges)):
+        a, b = rng.permutation(edges[i]).tolist()
+        question += [name[a], name[b], ","]
+    return _written([*question, name[0], name[length], "="], name[1 : length + 1])
+
+
+def _shortest(edges: list[tuple[int, int]], nodes: int, goal: int) -> tuple[int, int]:
+    """How long the shortest way from node 0 to a node is, and how many there are, breadth first."""
+    beside: list[list[int]] = [[] for _ in range(nodes)]
+    for a, b in edges:
+        beside[a].append(b)
+        beside[b].append(a)
+    front, seen, length = Counter({0: 1}), {0}, 0
+    while goal not in front:
+        after: Counter[int] = Counter()
+        for node, ways in front.items():
+            for other in beside[node]:
+                if other not in seen:
+                    after[other] += ways
+        seen |= after.keys()
+        front, length = after, length + 1
+    return length, front[goal]
+
+
+def maze(rng: Generator, rooms: int) -> Written:
+    """The path from S to G: rooms and doors on it become "*"."""
+    given, solved = grids.maze(rng, rooms)
+    return _in_place(*([MAZE[cell] for cell in grid.flat] for grid in (given, solved)))
+
+
+def sudoku(rows: int, columns: int, search: bool = False) -> Callable[[Generator, int], Written]:
+    """Sudokus of N = rows x columns digits, which singles solve, or with `search` do not."""
+
+    def write(rng: Generator, blanks: int) -> Written:
+        """The whole grid."""
+        given, solved = grids.sudoku(rng, rows, columns, blanks, search)
+        return _in_place(*([str(digit) if digit else "." for digit in grid] for grid in (given, solved)))
+
+    return write
+
+
+MAZE = ("#", "_", "S", "G", "*")
+_SUDOKU = (".", *DIGITS[1:], "=")
+
+TASKS = {
+    "parity": Task(parity, ("0", "1", "="), "bits", 1, 10_000),
+    "running_parity": Task(running_parity, ("0", "1"), "bits", 1, 10_000),
+    "modular": Task(modular, (*DIGITS[:MODULUS], "+", "-", "*", "="), "terms", 1, 10_000),
+    "hops": Task(hops, (*LETTERS[:4], ".", ">"), "hops", 1, 1000),
+    "addition": Task(addition, (*DIGITS, "+", "="), "digits of each term", 1, 10_000),
+    "listops": Task(listops, (*DIGITS, *OPERATORS, "]", "="), "lists in one another", 1, 200),
+    "dyck": Task(dyck, ("(", ")", "[", "]", "=", "."), "brackets in one another", 1, 1000),
+    "path": Task(path, (*LETTERS, ",", "="), "edges of the path", 1, len(LETTERS) // 2 - 1),
+    "maze": Task(maze, (*MAZE, "="), "rooms of a side", 2, 50),
+    "sudoku4": Task(sudoku(2, 2), (*_SUDOKU[:5], "="), "empty cells", 1, 11),
+    "sudoku6": Task(sudoku(2, 3), (*_SUDOKU[:7], "="), "empty cells", 1, 25),
+    "sudoku9": Task(sudoku(3, 3), _SUDOKU, "empty cells", 1, 50),
+    "sudoku9_search": Task(sudoku(3, 3, search=True), _SUDOKU, "empty cells", 48, 54),
+}
+
+
+def spell(name: str, problem: Problem) -> str:
+    """A problem to be read: what is given above what is asked, grids by rows."""
+    symbols = TASKS[name].symbols
+    given, asked = ([symbols[i] if i >= 0 else "" for i in row] for row in problem)
+    width = max(map(len, symbols))
+    if name.startswith(("maze", "sudoku")):
+        side = math.isqrt(len(given) // 2)
+        rows = [asked[i : i + side] for i in range(side**2 + 1, len(asked), side)]
+        beside = zip([given[i : i + side] for i in range(0, side**2, side)], rows, strict=True)
+        return "\n".join(f"{' '.join(a)}   {' '.join(b)}" for a, b in beside)
+    return "\n".join(" ".join(symbol.ljust(width) for symbol in row).rstrip() for row in (given, asked))
+
+
+def main() -> None:
+    """Print problems of a task."""
+    parser = argparse.ArgumentParser(description="Print problems: what is read, and below or beside it what is asked.")
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("difficulty", type=int)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        check(args.task, args.difficulty, "difficulty")
+    except UserError as error:
+        parser.error(str(error))
+    rng = np.random.default_rng(args.seed)
+    print("\n\n".join(spell(args.task, draw(args.task, rng, args.difficulty)) for _ in range(args.count)))
+
+
+def check(name: str, difficulty: int, field: str) -> None:
+    """Raise UserError for a difficulty that the task does not have."""
+    task = TASKS[name]
+    if not task.lowest <= difficulty <= task.highest:
+        wants = f"from {task.lowest} to {task.highest} ({task.unit})"
+        raise UserError(f"{field}={difficulty}: must be {wants} where the task is {name!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Two processes train one model: they stop, lose one another, go on, and end where they would have ended."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK, ROOT, TINY, python
+from ml_collections import ConfigDict
+
+from experiments.chaos import outcome
+from ngc_jax import processes, train
+from ngc_jax.config import base
+from ngc_jax.errors import UserError
+from ngc_jax.metrics import read_rows
+from ngc_jax.preemption import EXIT_CODE
+
+# What is told here does not depend on the model: the one that compiles soonest.
+FIELDS = {
+    **TINY,
+    "model.rule": "dense",
+    "model.prelude": 1,
+    "model.core": 0,
+    "train.steps": 12,
+    "eval.every": 6,
+    "stability.every": 0,
+}
+
+
+def pair(fields, workdir):
+    """Both processes of a run, with two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "launch.py", "--config=configs/ngc_tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    command += [f"--coordinator={coordinator}", "--processes=2", "--lost_seconds=5"]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*command, f"--process={process}"], cwd=ROOT, env=environment, **pipes) for process in range(2)
+    ]
+
+
+def end(both):
+    """(exit codes, what process 0 said on stdout, what each said on stderr)"""
+    try:
+        said = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [process.returncode for process in both], said[0][0], [errors for _, errors in said]
+
+
+def await_line(process, start):
+    assert any(line.startswith(start) for line in process.stdout), process.stderr.read()
+
+
+@pytest.mark.slow
+def test_two_processes_lose_one_another_are_stopped_and_go_on_to_the_bit(text, cache, tmp_path):
+    fields = {**FIELDS, "data.path": text, "data.cache_dir": cache}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    codes, said, errors = end(pair(fields, whole))
+    assert codes == [0, 0], errors
+    assert "on 4 x cpu (data 4)" in said
+
+    both = pair(fields, run)
+    await_line(both[0], "step 6/")
+    both[1].kill()
+    codes, _, errors = end(both)
+    assert codes[0] in (1, -signal.SIGABRT), "it does not wait for ever"
+    assert "lost another one" in errors[0] or "another task died" in errors[0]
+
+    both = pair(fields, run)
+    await_line(both[0], "step 7/")
+    both[1].send_signal(signal.SIGTERM)
+    codes, said, errors = end(both)
+    assert codes == [EXIT_CODE, EXIT_CODE], errors
+    assert "is saved; the same command goes on from there" in said
+    shutil.copytree(run, tmp_path / "one")
+
+    codes, said, errors = end(pair(fields, run))
+    assert codes == [0, 0], errors
+    assert "going on from checkpoint" in said
+    assert outcome(run) == outcome(whole)
+
+    config = base()
+    config.update_from_flattened_dict({**fields, "data.path": str(text), "data.cache_dir": str(cache)})
+    assert train.run(ConfigDict(config), tmp_path / "one"), "one process, on a mesh of one device"
+    for ours, theirs in zip(read_rows(tmp_path / "one"), read_rows(whole), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {"train/loss", "eval/loss", "final/loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_one_who_waits_in_vain_says_for_whom():
+    script = "from ngc_jax import processes; processes.join('127.0.0.1:9', 2, 1, minutes=0.005)"
+    done = python("-c", script)
+    assert done.returncode == 1
+    assert "waiting for all processes of this run (process 1 of 2, coordinator 127.0.0.1:9)" in done.stdout
+    assert "process 0 at 127.0.0.1:9, or another, is missing; check that the same command was started" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((None, 2, 0), "--coordinator must be given too"),
+        (("host:1", None, 0), "--processes must be given too"),
+        (("host:1", 2, 2), "--process=2: must be from 0 to --processes - 1 = 1"),
+        (("host", 2, 1), "--coordinator='host': must be HOST:PORT of process 0"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        processes.join(*flags)
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, "SLURM"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # in the batch script itself, outside of srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ],
+)
+def test_the_cluster_is_known_by_its_environment(environment, found):
+    assert processes.cluster({"JAX_PLATFORMS": "cpu", **environment}) == found
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.exchange({"a": [1]}) == [{"a": [1]}]
+    with pytest.raises(UserError, match="no"), processes.agreed():
+        raise UserError("no")
