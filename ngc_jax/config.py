@@ -97,6 +97,7 @@ def base() -> ConfigDict:
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
+    c.model.keep = 0.9  # of the state, from round to round, at the start, in (0, 1): a small one forgets earlier rounds
     c.model.drive = True  # each round adds the loop's input anew, in learned shares; False: the first has it alone
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
@@ -263,6 +264,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
     need(m.sharing == "none" or m.rule != "dense", "model.sharing", "'none' where model.rule='dense' has no states")
     need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1, whose share is always one")
+    need(0 < m.keep < 1, "model.keep", "above 0 and below 1, for instance 0.9")
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):

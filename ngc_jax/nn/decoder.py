@@ -66,8 +66,8 @@ class Decoder:
             params[name] = jax.tree.map(lambda p, rows=rows: p[rows], stages)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
-            leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(KEEP))))
-            drive = {"drive": jnp.full(s.width, 1 - KEEP)} if s.drive else {}
+            leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(s.keep))))
+            drive = {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
             params["core"] = {"stages": params["core"], "leak": leak, **drive}
         return params
 
@@ -272,6 +272,3 @@ class Decoder:
     def _unembed(self, params: Params, x: Array) -> Array:
         x = lay(jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x)), *self.shape.stream_axes)
         return unembed(x, params["unembed"])
-
-
-KEEP = 0.9  # of the state, from one round to the next, at the start of training

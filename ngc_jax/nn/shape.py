@@ -57,6 +57,7 @@ class ModelShape:
     core: int
     rounds: int
     drive: bool
+    keep: float  # of the state, from one round to the next, at the start of training
     coda: int
     form: str
     remat: str
