@@ -230,13 +230,12 @@ def validate(config: ConfigDict) -> None:
     for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
         still = f"{none!r} where model.kind={m.kind!r}: no stages"
         need(m.kind == "decoder" or config.stability[field] == none, f"stability.{field}", still)
-    need(m.chunk >= 0, "model.chunk", "0 or more")
     need(m.chunk == 0 or m.kind == "recurrent", "model.chunk", f"0 where model.kind={m.kind!r}")
     if m.kind == "recurrent":
+        need(m.chunk >= 0, "model.chunk", "0 or more")
+        for field, wanted in (("prelude", (0,)), ("coda", (0,)), ("gates", (False,)), ("sharing", ("none", "gate_up"))):
+            choice(f"model.{field}", m[field], wanted)
         need(m.core >= 1, "model.core", "1 or more where model.kind='recurrent': its cells")
-        for field, none in (("prelude", 0), ("coda", 0), ("gates", False)):
-            need(m[field] == none, f"model.{field}", f"{none!r} where model.kind='recurrent'")
-        choice("model.sharing", m.sharing, ("none", "gate_up"))
         choice("model.wiring", m.wiring, ("complete", *WIRINGS))
         need(config.mesh.group == 1, "mesh.group", "1 where model.kind='recurrent': signals would cross at each token")
     choice("model.rule", m.rule, RULES_OF_A_MODEL)

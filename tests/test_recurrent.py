@@ -230,9 +230,9 @@ def test_parity_of_short_streams_carries_over_to_long_ones():
     ("fields", "message"),
     [
         ({"stability.every": 10}, "stability.every=10: must be 0 where model.kind='recurrent'"),
-        ({"model.prelude": 1}, "model.prelude=1: must be 0 where model.kind='recurrent'"),
+        ({"model.prelude": 1}, "model.prelude=1: must be one of 0"),
         ({"model.core": 0}, "model.core=0: must be 1 or more"),
-        ({"model.gates": True}, "model.gates=True: must be False"),
+        ({"model.gates": True}, "model.gates=True: must be one of False"),
         ({"model.sharing": "qkv"}, "model.sharing='qkv': must be one of 'none', 'gate_up'"),
         ({"model.wiring": "dynamic", "rewire.channels": 2}, "model.wiring='dynamic': must be one of 'complete'"),
         ({"model.chunk": -1}, "model.chunk=-1: must be 0 or more"),
