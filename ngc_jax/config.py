@@ -5,12 +5,12 @@ in one place, named in the comment's section) or named runs (`configs/`).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.data.tasks import TASKS
@@ -19,11 +19,14 @@ from ngc_jax.iteration import check as check_iteration
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.recurrent import Recurrent
 from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
+from ngc_jax.rewire import check as check_rewire
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
 
+OURS: dict[str, Callable[[ModelShape], LanguageModel]] = {"decoder": Decoder, "recurrent": Recurrent}
 RULES_OF_A_MODEL = (*(rule for rule in RULES if rule not in INSIDE), "none", "dense")
 
 
@@ -54,8 +57,9 @@ def base() -> ConfigDict:
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
     c.model = ConfigDict()
-    # "decoder", of which all that follows is; or "bdh", the baseline of nn/bdh.py, which has the width, hidden (its
-    # neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
+    # "decoder", of which all that follows is; "recurrent" (nn/recurrent.py), which has no heads, prelude or coda, and
+    # whose core counts cells with so many rounds a token; or "bdh", the baseline of nn/bdh.py, which has the width,
+    # hidden (its neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
     c.model.kind = "decoder"
     # Between groups: "addressed", "broadcast", "metric", "metric_diagonal", "metric_scalar", "tanh", "shift",
     # "riemannian", "distance" (docs/method.md says what each is), or "none"; "dense" = the ordinary Transformer.
@@ -97,7 +101,8 @@ def base() -> ConfigDict:
     c.model.drive = True  # each round adds the loop's input anew, in learned shares; False: the first has it alone
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
-    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
+    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (or a cell's tokens), "stages" (these too)
+    c.model.chunk = 0  # of kind="recurrent": tokens that gradients go back through, >= 1; 0 = all of a window
 
     c.rewire = ConfigDict()  # of model.wiring="dynamic" and "dynamic_ports" alone
     c.rewire.channels = 4  # that a group has in the end, 1 to model.channels; ports are these times p_inter
@@ -181,8 +186,8 @@ def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
 
 def make_model(config: ConfigDict, vocab: int) -> LanguageModel:
     """The model that a config asks for, for a vocabulary."""
-    if config.model.kind == "decoder":
-        return Decoder(model_shape(config, vocab))
+    if config.model.kind in OURS:
+        return OURS[config.model.kind](model_shape(config, vocab))
     m = config.model
     return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, layers=m.rounds, remat=m.remat != "none"))
 
@@ -217,13 +222,22 @@ def validate(config: ConfigDict) -> None:
         need(0 <= d.problem_seed < 2**32, "data.problem_seed", "from 0 to 4,294,967,295")
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
-    choice("model.kind", m.kind, ("decoder", "bdh"))
+    choice("model.kind", m.kind, (*OURS, "bdh"))
     if m.kind == "bdh":
         unit = 2 * max(1, m.heads)  # rotary positions turn pairs of neurons
         neurons = f"a multiple of 2 model.heads = {unit}, for instance {max(unit, round(m.hidden / unit) * unit)}"
         need(m.hidden % unit == 0, "model.hidden", neurons)
-        for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
-            need(config.stability[field] == none, f"stability.{field}", f"{none!r} where model.kind='bdh': no stages")
+    for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
+        still = f"{none!r} where model.kind={m.kind!r}: no stages"
+        need(m.kind == "decoder" or config.stability[field] == none, f"stability.{field}", still)
+    need(m.chunk == 0 or m.kind == "recurrent", "model.chunk", f"0 where model.kind={m.kind!r}")
+    if m.kind == "recurrent":
+        need(m.chunk >= 0, "model.chunk", "0 or more")
+        for field, wanted in (("prelude", (0,)), ("coda", (0,)), ("gates", (False,)), ("sharing", ("none", "gate_up"))):
+            choice(f"model.{field}", m[field], wanted)
+        need(m.core >= 1, "model.core", "1 or more where model.kind='recurrent': its cells")
+        choice("model.wiring", m.wiring, ("complete", *WIRINGS))
+        need(config.mesh.group == 1, "mesh.group", "1 where model.kind='recurrent': signals would cross at each token")
     choice("model.rule", m.rule, RULES_OF_A_MODEL)
     choice("model.message_activation", m.message_activation, ("none", *GATES))
     signals = m.message_activation == "none" or m.rule not in RULES or m.rule in SIGNAL_RULES
@@ -235,17 +249,7 @@ def validate(config: ConfigDict) -> None:
     wired = "'complete' unless model.rule is 'addressed', whose neurons alone keep a port for each partner"
     need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
     need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
-    if m.wiring in DYNAMIC:
-        r = config.rewire
-        fewer = f"from 1 to model.channels = {m.channels}, those at the start"
-        need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
-        need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
-        later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
-        need(r.begin < r.end <= 1, "rewire.end", later)
-        span = round(r.end * t.steps) - round(r.begin * t.steps)
-        need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
-        need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
-        choice("rewire.regrow", r.regrow, REGROW)
+    check_rewire(config, need)
     if m.wiring not in ("complete", "others"):
         fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
         need(1 <= m.channels < m.groups, "model.channels", fewer)
@@ -277,7 +281,7 @@ def validate(config: ConfigDict) -> None:
     need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
     best = min(fits, key=lambda h: abs(h - m.heads))
     whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
-    need(m.heads in fits, "model.heads", whole)
+    need(m.heads in fits or m.kind == "recurrent", "model.heads", whole)
 
     check_iteration(config, need)
     unit, most = 1 if m.rule == "dense" else m.groups, min(m.width, m.hidden)

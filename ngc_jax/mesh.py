@@ -33,7 +33,7 @@ SPLIT: dict[str, tuple[str, ...]] = {  # what an axis counts -> the mesh axes th
     "stored": ("fsdp",),  # the longest axis of a parameter that is not split yet
 }
 _FAN = 2  # a stage's states are [stage, fan, ...]
-_STACKS = {"prelude", "stages", "coda", "senders"}  # of stages, on an axis that a loop walks along: it stays whole
+_STACKS = {"prelude", "stages", "coda", "senders", "cells"}  # on an axis that a loop walks along: it stays whole
 
 
 def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -317,6 +317,6 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
     if processes.first():
-        card.write(workdir, config, source.summary, stored, count.generated_weights(model.shape))
+        card.write(workdir, config, source.summary, stored, count.generated_weights(model))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True

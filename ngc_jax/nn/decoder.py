@@ -1,7 +1,7 @@
 """The decoder language model: embed, prelude stages, core stages in rounds of communication, coda stages, logits.
 
 For: the order of things and the loops. Not for: what a stage holds (`layers.py`) or sizes (`shape.py`). A model of
-another kind (images, streams) is a file beside this one, with the same three functions.
+another kind is a file beside this one (`recurrent.py`, `bdh.py`), with the functions of `model.py`.
 
 Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 """
@@ -165,6 +165,16 @@ class Decoder:
             return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
         return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
+
+    def generated(self) -> dict[str, dict[str, int]]:
+        """Weights generated in a forward pass: those of every stage, each time it is run."""
+        s = self.shape
+        if s.rule == "dense":
+            return {}
+        square, tall = s.width * s.width, s.width * s.hidden
+        stage = {"query_key_value": 3 * square, "attention_out": square, "gate_up": 2 * tall, "down": tall}
+        runs = {"prelude": s.prelude, "core": s.core * s.rounds, "coda": s.coda}
+        return {stack: {name: times * count for name, count in stage.items()} for stack, times in runs.items()}
 
     def update(self, params: Params, positions: Array, segments: Array | None = None) -> Update:
         """What a round adds to the stream, update(x, cache) -> (core(x), cache), for `communicate`."""
