@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
@@ -16,6 +15,7 @@ from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.errors import UserError
 from ngc_jax.iteration import check as check_iteration
+from ngc_jax.mesh import check as check_mesh
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -52,7 +52,7 @@ def base() -> ConfigDict:
     c.data.validation_fraction = 0.1  # of data.path, or of data.problems beside them, held out, in (0, 0.5]
     c.data.tokenizer = "bytes"  # "bytes", or "bpe": byte pairs learned on the train text
     c.data.vocab_size = 4096  # tokens of a BPE, 258 to 1,000,000; bytes have 257
-    c.data.context = 128  # tokens of a window, or of the longest problem, >= 1: what attention can look back on
+    c.data.context = 128  # tokens of a window, or of the longest problem, >= 1
     c.data.isolate_documents = False  # True: a token attends within its own document only
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
@@ -71,6 +71,7 @@ def base() -> ConfigDict:
     c.model.width = 128  # neurons of the stream, D: a multiple of groups
     c.model.hidden = 384  # neurons of the exchange's hidden layer, F: a multiple of groups
     c.model.groups = 8  # groups of neurons, G >= 1
+    c.model.attend = 0  # tokens that attention looks back on, itself included, >= 1; 0 = data.context
     c.model.heads = 4  # attention heads: a divisor of groups, for a head is one group or several
     c.model.p_intra = 128  # numbers of a state within its group: 0 = no such part, >= the group's size = dense block
     c.model.p_inter = 3  # numbers of one port (addressed) or of one state (all other rules), >= 1
@@ -121,6 +122,7 @@ def base() -> ConfigDict:
     c.iteration.high = 8  # most rounds, >= low; `solve` may have more
     c.iteration.mean = 4.0  # of "lognormal_poisson" before it is cut to low and high, > 1
     c.iteration.backprop = 0  # last rounds that gradients go through, >= 1; 0 = all
+    c.iteration.noise = 0.0  # of the state's own size, added to it after each round in training, >= 0
     c.iteration.supervise_every = 0  # rounds between those after which there is a loss, last one included; 0 = it alone
     c.iteration.supervise_weight = 1.0  # of each loss before the last one's 1, > 0; train/loss is their weighted mean
 
@@ -176,8 +178,9 @@ def base() -> ConfigDict:
 
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
-    fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
-    for name in ("kind", "match", "match_by"):
+    context = config.model.attend or config.data.context
+    fields = {**config.model.to_dict(), "vocab": vocab, "context": context}
+    for name in ("attend", "kind", "match", "match_by"):
         del fields[name]
     for name in ("message_activation", "exchange_activation"):
         fields[name] = None if fields[name] == "none" else fields[name]
@@ -268,7 +271,7 @@ def validate(config: ConfigDict) -> None:
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):
         need(m[field] >= 1, f"model.{field}", "1 or more")
-    for field in ("prelude", "core", "coda", "p_intra"):
+    for field in ("attend", "prelude", "core", "coda", "p_intra"):
         need(m[field] >= 0, f"model.{field}", "0 or more")
     need(m.prelude + m.core + m.coda >= 1, "model.prelude", "1 or more where core and coda are 0")
     need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
@@ -328,23 +331,4 @@ def validate(config: ConfigDict) -> None:
     looped = s.regulariser == "none" or (m.core > 0 and m.rounds > 1)
     need(looped, "stability.regulariser", "'none' where the model has no loop of 2 rounds or more (model.core, rounds)")
     need(s.jacobian == 0 or m.core > 0, "stability.jacobian", "0 where the model has no loop (model.core=0)")
-
-    mesh, devices = config.mesh, jax.device_count()
-    here = jax.local_device_count()
-    common = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0 and m.heads % n == 0)
-    of_heads = f"a divisor of model.heads={m.heads} and of the {here} devices of a process: {common}"
-    need(mesh.group >= 1 and m.heads % mesh.group == 0 and here % mesh.group == 0, "mesh.group", of_heads)
-    parts = devices // mesh.group
-    divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-    of_parts = f"a divisor of the {devices} devices here / mesh.group={mesh.group}: {divisors}"
-    need(mesh.fsdp >= 1 and parts % mesh.fsdp == 0, "mesh.fsdp", of_parts)
-    rest = parts // mesh.fsdp
-    left = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {rest}, or -1"
-    need(mesh.data in (-1, rest), "mesh.data", left)
-    unit = t.accumulation * parts
-    near = -(-t.batch_size // unit) * unit
-    multiple = f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp)"
-    need(t.batch_size % unit == 0, "train.batch_size", f"{multiple}, for instance {near}")
-    near = -(-config.eval.batch_size // parts) * parts
-    of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
-    need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)
+    check_mesh(config, need)

@@ -100,7 +100,7 @@ def make_train_step(
 
     def summed(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, tuple[Array, Array]]:
         params, (key, rounds) = together(trained, fixed), drawn
-        apply = model.apply if iteration is None else iteration.apply(rounds)
+        apply = model.apply if iteration is None else iteration.apply(rounds, key)
         logits, weights = predict(apply, params, batch[:, 0], boundary, dtype)
         nats, counts = nats_of(logits, batch[:, 1])
         if iteration is not None:
@@ -124,7 +124,7 @@ def make_train_step(
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
+        key = jax.random.fold_in(jax.random.key(0), state.step)  # for noise, and for the Jacobian penalty
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = apart(state.params)
         nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, batch, (key, rounds))

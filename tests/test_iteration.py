@@ -16,7 +16,7 @@ from ngc_jax.count import forward_flops
 from ngc_jax.data.batches import foretold
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
-from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration, marked
+from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration, marked, noise
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.steps import init_state, make_train_step
 
@@ -246,6 +246,15 @@ def test_marks_in_an_example_are_its_rounds():
     assert marked(model, settings()) is None
 
 
+def test_noise_is_of_the_size_asked_for_and_another_in_each_round():
+    x = jnp.concatenate([jnp.ones((1, 50, 40)), 3 * jnp.ones((1, 50, 40))])
+    disturb = noise(0.5, jax.random.key(1))
+    first, second = (np.asarray(disturb(x, jnp.int32(left)) - x) for left in (1, 2))
+    np.testing.assert_allclose(first.std(axis=(1, 2)), [0.5, 1.5], rtol=0.05)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+    np.testing.assert_array_equal(first, disturb(x, jnp.int32(1)) - x)
+
+
 def test_flops_count_rounds_without_gradients_once():
     config = settings()
     model = make_model(config, 50)
@@ -270,6 +279,8 @@ def test_flops_count_rounds_without_gradients_once():
         ({"iteration.backprop": 1, "model.drive": False}, "0 where model.drive=False"),
         ({"iteration.backprop": 2, "iteration.supervise_every": 2}, "0, or below the 2 rounds .* for instance 1"),
         ({"iteration.supervise_weight": 0.0}, "above 0"),
+        ({"iteration.noise": -0.1}, "0 or more"),
+        ({"model.keep": 1.0}, "above 0 and below 1"),
     ],
 )
 def test_iterations_that_cannot_be_are_refused(fields, message):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled
+from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled, undisturbed
 from ngc_jax.core.stability import Round
 from ngc_jax.mesh import gathered, lay
 from ngc_jax.nn.layers import RMSNorm, Stage, unembed
@@ -112,12 +112,13 @@ class Decoder:
         backprop: int = 0,
         most: int | None = None,
         every: int = 0,
+        disturb: Callable[[Array, Array], Array] = undisturbed,
     ) -> tuple[Array, Array]:
         """`apply` for a number of rounds that is an array, [] or [B] int32, with gradients through the last `backprop`.
 
         most: a bound of `rounds` that is known before, if there is one; where it is `backprop` no round is without
         gradients. Returns logits [S, B, T, V], the last of them after the last round, and the rounds [S, B] made there;
-        see `communicate_each` for both and for `every`. Raises ValueError for a model without a loop.
+        see `communicate_each` for both, for `every` and `disturb`. Raises ValueError for a model without a loop.
         """
         params, positions, x = self._loop_begins(params, tokens, segments)
         held = jax.lax.stop_gradient((params, x))
@@ -129,6 +130,7 @@ class Decoder:
             still=None if most == backprop else self.turn(*held, positions, segments),
             every=every,
             remat=self.shape.remat != "none",
+            disturb=disturb,
         )
         # One after another, so that the coda is compiled once.
         return jax.lax.map(lambda x: self._read_out(params, x, positions, segments), states), made
