@@ -68,7 +68,9 @@ class Iteration:
         """
 
         def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
-            own = rounds if self.mark is None else marks(tokens, self.mark, self.low, self.most)
+            own = rounds
+            if self.mark is not None:
+                own, segments = marks(tokens, self.mark, self.low, self.most)
             logits, made = self.model.iterate(
                 params,
                 tokens,
@@ -110,9 +112,13 @@ def noise(size: float, key: Array | None) -> Callable[[Array, Array], Array]:
     return disturb
 
 
-def marks(tokens: Array, mark: int, low: int, high: int) -> Array:
-    """How often a token occurs in each example of tokens [B, T], at least low and at most high: [B] int32."""
-    return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high)
+def marks(tokens: Array, mark: int, low: int, high: int) -> tuple[Array, Array]:
+    """How often a token occurs in each example of tokens [B, T], from low to high: [B]; and how often up to each [B, T].
+
+    The second serves as segments: marks are said to the loop, and no token looks back across one. So many marks are to
+    a model what few are.
+    """
+    return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high), jnp.cumsum(tokens == mark, axis=1)
 
 
 def marked(model: Decoder | None, config: Any, cap: int | None = None) -> Apply | None:
@@ -125,7 +131,7 @@ def marked(model: Decoder | None, config: Any, cap: int | None = None) -> Apply 
         return None
 
     def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
-        rounds = marks(tokens, i.mark, i.low, cap or i.high)
+        rounds, segments = marks(tokens, i.mark, i.low, cap or i.high)
         logits, _ = model.iterate(params, tokens, segments, rounds=rounds, backprop=1)
         return logits[-1], jnp.broadcast_to(rounds[:, None], tokens.shape)
 

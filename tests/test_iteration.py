@@ -240,7 +240,8 @@ def test_marks_in_an_example_are_its_rounds():
     np.testing.assert_array_equal(weights, 1)
     np.testing.assert_allclose(logits[-1], at_test, rtol=1e-5, atol=1e-6)
     for i, count in enumerate(rounds):
-        alone, _ = jax.jit(model.at(count).apply)(params, tokens[i : i + 1])
+        seen = jnp.cumsum(tokens[i : i + 1] == 3, axis=1)
+        alone, _ = jax.jit(model.at(count).apply)(params, tokens[i : i + 1], seen)
         np.testing.assert_allclose(at_test[i], alone[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(marked(model, config, cap=9)(params, tokens)[1][:, 0], [1, 5, 1])
     assert marked(model, settings()) is None
