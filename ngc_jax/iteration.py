@@ -113,7 +113,7 @@ def noise(size: float, key: Array | None) -> Callable[[Array, Array], Array]:
 
 
 def marks(tokens: Array, mark: int, low: int, high: int) -> tuple[Array, Array]:
-    """How often a token occurs in each example of tokens [B, T], from low to high: [B]; and how often up to each [B, T].
+    """How often a token occurs in each example of tokens [B, T], low to high: [B]; and how often up to each: [B, T].
 
     The second serves as segments: marks are said to the loop, and no token looks back across one. So many marks are to
     a model what few are.
