@@ -2,10 +2,10 @@
 
     python -m experiments.smoke --workdir=runs/smoke
 
-For: every rule, sharing, wiring and kind of iteration, and every model of the comparison, a few updates each at a tiny
-size. What a kill between two checkpoints leaves behind is given to the same run again, which must end with the state
-and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how well anything learns
-(`compare.py`).
+For: every rule, sharing, wiring and kind of iteration, recurrent models, and every model of the comparison, a few
+updates each at a tiny size. What a kill between two checkpoints leaves behind is given to the same run again, which
+must end with the state and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how well
+anything learns (`compare.py`).
 """
 
 import argparse
@@ -57,6 +57,11 @@ ITERATIONS: dict[str, dict[str, Any]] = {
     "all": {"iteration.rounds": "uniform", "iteration.backprop": 3, "iteration.supervise_every": 2},
     "no drive": {"model.drive": False},
 }
+RECURRENT: dict[str, dict[str, Any]] = {
+    "whole windows": {},
+    "chunks": {"model.chunk": 8, "data.isolate_documents": True},
+    "signals": {"model.core": 2, "model.form": "signals", "model.sharing": "gate_up", "model.wiring": "ring"},
+}
 CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}  # after each update
 
 
@@ -69,6 +74,7 @@ def choices() -> dict[str, dict[str, Any]]:
         **{f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS},
         **{f"wiring {name}": {**TINY, "model.wiring": name} for name in WIRINGS},
         **{f"wiring {name}": {**TINY, **CHANGING, "model.wiring": name} for name in DYNAMIC},
+        **{f"recurrent {name}": {**TINY, "model.kind": "recurrent", **fields} for name, fields in RECURRENT.items()},
         **{f"iteration {name}": {**TINY, **MANY, **fields} for name, fields in ITERATIONS.items()},
         **{f"model {of.model}": {**of.fields, **short} for of in sized(PROTOCOLS["smoke"], list(MODELS))},
     }

@@ -45,7 +45,6 @@ class Study:
     prepare: Callable[[pathlib.Path], None] | None = None  # makes files in the study's folder; "{DIR}" in fields is it
     measure: Callable[[pathlib.Path], dict[str, float]] | None = None  # of a trained run's folder, beside its loss
     outcome: str = LOSS  # the measure by which variants are compared
-    more_is_better: bool = False
     baseline: Mapping[str, str] | None = None  # a group is compared, seed by seed, with the one that has these labels
     costs: Callable[[Sequence[ConfigDict]], list[dict[str, str]]] | None = None  # of each group: columns of the table
     answer: Callable[["Results"], list[Block]] | None = None  # what the report says besides its tables and figures

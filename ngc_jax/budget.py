@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ngc_jax import count
-from ngc_jax.config import make_model
+from ngc_jax.config import OURS, make_model
 from ngc_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -98,7 +98,7 @@ def cost(config: ConfigDict, what: str = "parameters") -> int:
         formed.model.form = form
         return count.forward_flops(make_model(formed, VOCAB).apply, params, window)
 
-    return min(map(flops, ("weights", "signals") if config.model.kind == "decoder" else ("weights",)))
+    return min(map(flops, ("weights", "signals") if config.model.kind in OURS else ("weights",)))
 
 
 def _read(match: str) -> tuple[Any, float, str]:

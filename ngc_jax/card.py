@@ -23,16 +23,22 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     rows = read_rows(workdir)
     last = {name: value for row in rows for name, value in row.items()}  # the latest value of every name
     m, t = config.model, config.train
-    if m.rule == "dense":
-        kind = "a dense Transformer decoder (the baseline)"
+    i = config.iteration
+    drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
+    stages = f"Stages: {m.prelude}, then {m.core} in {m.rounds} rounds{drawn}, then {m.coda}."
+    form, sizes = {
+        "decoder": ("decoder", f"{m.heads} heads.\n{stages}"),
+        "recurrent": ("recurrent model", f"{m.core} cells in {m.rounds} rounds a token."),
+        "bdh": ("BDH (arXiv 2509.26507)", f"{m.heads} heads.\nOne layer, {m.rounds} times."),
+    }[m.kind]
+    if m.kind == "bdh" or m.rule == "dense":
+        kind = f"a dense {form}, for comparison"
     else:
         intra = "none" if m.p_intra == 0 else f"up to {m.p_intra} numbers a neuron"
         kind = (
-            f"a Neuronal Group Communication decoder: {m.groups} groups, intra-group part: {intra}; between groups: "
+            f"a Neuronal Group Communication {form}: {m.groups} groups, intra-group part: {intra}; between groups: "
             f"{m.rule} with {m.p_inter} numbers, message activation {m.message_activation}"
         )
-    i = config.iteration
-    drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
     stability = [f"| {name} | {_number(last[name])} |" for name in sorted(last) if name.startswith("stability/")]
     held_out = [f"| {said} | {_number(last[name])} |" for name, said in HELD_OUT.items() if name in last]
     use = 'sample --workdir={} --prompt="def " --tokens=200'
@@ -43,8 +49,7 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     text = f"""# {workdir.name}
 
 **What.** A model trained from scratch, {kind}.
-Width {m.width}, hidden {m.hidden}, {m.heads} heads.
-Stages: {m.prelude}, then {m.core} in {m.rounds} rounds{drawn}, then {m.coda}.
+Width {m.width}, hidden {m.hidden}, {sizes}
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and {stored.embeddings:,} in embeddings;
 {generated:,} weights are generated in a forward pass.
 

@@ -5,26 +5,29 @@ in one place, named in the comment's section) or named runs (`configs/`).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.errors import UserError
 from ngc_jax.iteration import check as check_iteration
+from ngc_jax.mesh import check as check_mesh
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.recurrent import Recurrent
 from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
 from ngc_jax.profile import traceable
+from ngc_jax.rewire import check as check_rewire
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
 
+OURS: dict[str, Callable[[ModelShape], LanguageModel]] = {"decoder": Decoder, "recurrent": Recurrent}
 RULES_OF_A_MODEL = (*(rule for rule in RULES if rule not in INSIDE), "none", "dense")
 
 
@@ -50,13 +53,14 @@ def base() -> ConfigDict:
     c.data.validation_fraction = 0.1  # of data.path, or of data.problems beside them, held out, in (0, 0.5]
     c.data.tokenizer = "bytes"  # "bytes", or "bpe": byte pairs learned on the train text
     c.data.vocab_size = 4096  # tokens of a BPE, 258 to 1,000,000; bytes have 257
-    c.data.context = 128  # tokens of a window, or of the longest problem, >= 1: what attention can look back on
+    c.data.context = 128  # tokens of a window, or of the longest problem, >= 1
     c.data.isolate_documents = False  # True: a token attends within its own document only
     c.data.cache_dir = ""  # for prepared text and tokens; "" = ~/.cache/ngc_jax
 
     c.model = ConfigDict()
-    # "decoder", of which all that follows is; or "bdh", the baseline of nn/bdh.py, which has the width, hidden (its
-    # neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
+    # "decoder", of which all that follows is; "recurrent" (nn/recurrent.py), which has no heads, prelude or coda, and
+    # whose core counts cells with so many rounds a token; or "bdh", the baseline of nn/bdh.py, which has the width,
+    # hidden (its neurons), heads, rounds (how often its one layer runs) and remat given here, and nothing else.
     c.model.kind = "decoder"
     # Between groups: "addressed", "broadcast", "metric", "metric_diagonal", "metric_scalar", "tanh", "shift",
     # "riemannian", "distance" (docs/method.md says what each is), or "none"; "dense" = the ordinary Transformer.
@@ -68,6 +72,7 @@ def base() -> ConfigDict:
     c.model.width = 128  # neurons of the stream, D: a multiple of groups
     c.model.hidden = 384  # neurons of the exchange's hidden layer, F: a multiple of groups
     c.model.groups = 8  # groups of neurons, G >= 1
+    c.model.attend = 0  # tokens that attention looks back on, itself included, >= 1; 0 = data.context
     c.model.heads = 4  # attention heads: a divisor of groups, for a head is one group or several
     c.model.p_intra = 128  # numbers of a state within its group: 0 = no such part, >= the group's size = dense block
     c.model.p_inter = 3  # numbers of one port (addressed) or of one state (all other rules), >= 1
@@ -94,10 +99,12 @@ def base() -> ConfigDict:
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
+    c.model.keep = 0.9  # of the state, from round to round, at the start, in (0, 1): a small one forgets earlier rounds
     c.model.drive = True  # each round adds the loop's input anew, in learned shares; False: the first has it alone
     c.model.coda = 1  # stages after the loop, >= 0
     c.model.form = "weights"  # "weights": generate each W, then multiply; "signals": never form W (wins when wide)
-    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (each round), "stages" (each stage too)
+    c.model.remat = "rounds"  # recompute for the gradient: "none", "rounds" (or a cell's tokens), "stages" (these too)
+    c.model.chunk = 0  # of kind="recurrent": tokens that gradients go back through, >= 1; 0 = all of a window
 
     c.rewire = ConfigDict()  # of model.wiring="dynamic" and "dynamic_ports" alone
     c.rewire.channels = 4  # that a group has in the end, 1 to model.channels; ports are these times p_inter
@@ -108,11 +115,15 @@ def base() -> ConfigDict:
     c.rewire.regrow = "gradient"  # new edges by "gradient", "correlation" of activations, or at "random"
 
     c.iteration = ConfigDict()  # rounds in training; evaluation and sampling have model.rounds (docs/method.md)
-    c.iteration.rounds = "fixed"  # of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"
-    c.iteration.low = 1  # fewest that are drawn, >= 1
-    c.iteration.high = 8  # most that are drawn, >= low
+    # Of an update: "fixed" = model.rounds; drawn, "uniform" or "lognormal_poisson"; or "marked": each example has as
+    # many as there are marks in it, also when it is evaluated.
+    c.iteration.rounds = "fixed"
+    c.iteration.mark = 0  # the token that is a mark, >= 0
+    c.iteration.low = 1  # fewest rounds, >= 1, unless "fixed"
+    c.iteration.high = 8  # most rounds, >= low; `solve` may have more
     c.iteration.mean = 4.0  # of "lognormal_poisson" before it is cut to low and high, > 1
     c.iteration.backprop = 0  # last rounds that gradients go through, >= 1; 0 = all
+    c.iteration.noise = 0.0  # of the state's own size, added to it after each round in training, >= 0
     c.iteration.supervise_every = 0  # rounds between those after which there is a loss, last one included; 0 = it alone
     c.iteration.supervise_weight = 1.0  # of each loss before the last one's 1, > 0; train/loss is their weighted mean
 
@@ -170,8 +181,9 @@ def base() -> ConfigDict:
 
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
-    fields = {**config.model.to_dict(), "vocab": vocab, "context": config.data.context}
-    for name in ("kind", "match", "match_by"):
+    context = config.model.attend or config.data.context
+    fields = {**config.model.to_dict(), "vocab": vocab, "context": context}
+    for name in ("attend", "kind", "match", "match_by"):
         del fields[name]
     for name in ("message_activation", "exchange_activation"):
         fields[name] = None if fields[name] == "none" else fields[name]
@@ -180,8 +192,8 @@ def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
 
 def make_model(config: ConfigDict, vocab: int) -> LanguageModel:
     """The model that a config asks for, for a vocabulary."""
-    if config.model.kind == "decoder":
-        return Decoder(model_shape(config, vocab))
+    if config.model.kind in OURS:
+        return OURS[config.model.kind](model_shape(config, vocab))
     m = config.model
     return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, layers=m.rounds, remat=m.remat != "none"))
 
@@ -216,13 +228,22 @@ def validate(config: ConfigDict) -> None:
         need(0 <= d.problem_seed < 2**32, "data.problem_seed", "from 0 to 4,294,967,295")
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
-    choice("model.kind", m.kind, ("decoder", "bdh"))
+    choice("model.kind", m.kind, (*OURS, "bdh"))
     if m.kind == "bdh":
         unit = 2 * max(1, m.heads)  # rotary positions turn pairs of neurons
         neurons = f"a multiple of 2 model.heads = {unit}, for instance {max(unit, round(m.hidden / unit) * unit)}"
         need(m.hidden % unit == 0, "model.hidden", neurons)
-        for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
-            need(config.stability[field] == none, f"stability.{field}", f"{none!r} where model.kind='bdh': no stages")
+    for field, none in (("every", 0), ("regulariser", "none"), ("jacobian", 0)):
+        still = f"{none!r} where model.kind={m.kind!r}: no stages"
+        need(m.kind == "decoder" or config.stability[field] == none, f"stability.{field}", still)
+    need(m.chunk == 0 or m.kind == "recurrent", "model.chunk", f"0 where model.kind={m.kind!r}")
+    if m.kind == "recurrent":
+        need(m.chunk >= 0, "model.chunk", "0 or more")
+        for field, wanted in (("prelude", (0,)), ("coda", (0,)), ("gates", (False,)), ("sharing", ("none", "gate_up"))):
+            choice(f"model.{field}", m[field], wanted)
+        need(m.core >= 1, "model.core", "1 or more where model.kind='recurrent': its cells")
+        choice("model.wiring", m.wiring, ("complete", *WIRINGS))
+        need(config.mesh.group == 1, "mesh.group", "1 where model.kind='recurrent': signals would cross at each token")
     choice("model.rule", m.rule, RULES_OF_A_MODEL)
     choice("model.message_activation", m.message_activation, ("none", *GATES))
     signals = m.message_activation == "none" or m.rule not in RULES or m.rule in SIGNAL_RULES
@@ -234,17 +255,7 @@ def validate(config: ConfigDict) -> None:
     wired = "'complete' unless model.rule is 'addressed', whose neurons alone keep a port for each partner"
     need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
     need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
-    if m.wiring in DYNAMIC:
-        r = config.rewire
-        fewer = f"from 1 to model.channels = {m.channels}, those at the start"
-        need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
-        need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
-        later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
-        need(r.begin < r.end <= 1, "rewire.end", later)
-        span = round(r.end * t.steps) - round(r.begin * t.steps)
-        need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
-        need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
-        choice("rewire.regrow", r.regrow, REGROW)
+    check_rewire(config, need)
     if m.wiring not in ("complete", "others"):
         fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
         need(1 <= m.channels < m.groups, "model.channels", fewer)
@@ -258,11 +269,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
     need(m.sharing == "none" or m.rule != "dense", "model.sharing", "'none' where model.rule='dense' has no states")
     need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1, whose share is always one")
+    need(0 < m.keep < 1, "model.keep", "above 0 and below 1, for instance 0.9")
     choice("model.form", m.form, ("weights", "signals"))
     choice("model.remat", m.remat, ("none", "rounds", "stages"))
     for field in ("width", "hidden", "groups", "heads", "p_inter", "rounds"):
         need(m[field] >= 1, f"model.{field}", "1 or more")
-    for field in ("prelude", "core", "coda", "p_intra"):
+    for field in ("attend", "prelude", "core", "coda", "p_intra"):
         need(m[field] >= 0, f"model.{field}", "0 or more")
     need(m.prelude + m.core + m.coda >= 1, "model.prelude", "1 or more where core and coda are 0")
     need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
@@ -275,7 +287,7 @@ def validate(config: ConfigDict) -> None:
     need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
     best = min(fits, key=lambda h: abs(h - m.heads))
     whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
-    need(m.heads in fits, "model.heads", whole)
+    need(m.heads in fits or m.kind == "recurrent", "model.heads", whole)
 
     check_iteration(config, need)
     unit, most = 1 if m.rule == "dense" else m.groups, min(m.width, m.hidden)
@@ -323,23 +335,4 @@ def validate(config: ConfigDict) -> None:
     looped = s.regulariser == "none" or (m.core > 0 and m.rounds > 1)
     need(looped, "stability.regulariser", "'none' where the model has no loop of 2 rounds or more (model.core, rounds)")
     need(s.jacobian == 0 or m.core > 0, "stability.jacobian", "0 where the model has no loop (model.core=0)")
-
-    mesh, devices = config.mesh, jax.device_count()
-    here = jax.local_device_count()
-    common = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0 and m.heads % n == 0)
-    of_heads = f"a divisor of model.heads={m.heads} and of the {here} devices of a process: {common}"
-    need(mesh.group >= 1 and m.heads % mesh.group == 0 and here % mesh.group == 0, "mesh.group", of_heads)
-    parts = devices // mesh.group
-    divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-    of_parts = f"a divisor of the {devices} devices here / mesh.group={mesh.group}: {divisors}"
-    need(mesh.fsdp >= 1 and parts % mesh.fsdp == 0, "mesh.fsdp", of_parts)
-    rest = parts // mesh.fsdp
-    left = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {rest}, or -1"
-    need(mesh.data in (-1, rest), "mesh.data", left)
-    unit = t.accumulation * parts
-    near = -(-t.batch_size // unit) * unit
-    multiple = f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp)"
-    need(t.batch_size % unit == 0, "train.batch_size", f"{multiple}, for instance {near}")
-    near = -(-config.eval.batch_size // parts) * parts
-    of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
-    need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)
+    check_mesh(config, need)

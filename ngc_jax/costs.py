@@ -51,7 +51,7 @@ def costs(model: LanguageModel, params: Any, flops: float, compiled: Any) -> str
     stored = count.parameters(params)
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
-        f"{count.generated_weights(model.shape):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
+        f"{count.generated_weights(model):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
         f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
     )
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ngc_jax import optim
-from ngc_jax.nn.bdh import BDHShape
-from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.model import LanguageModel
 
 Tree = Any
 
@@ -32,24 +31,9 @@ def parameters(params: Tree) -> Parameters:
     return Parameters(sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding"))
 
 
-def runs_of_stages(shape: ModelShape | BDHShape) -> dict[str, int]:
-    """How often, in one forward pass, a stage of each stack is run; {} for a model that has none."""
-    if isinstance(shape, BDHShape):
-        return {}
-    return {"prelude": shape.prelude, "core": shape.core * shape.rounds, "coda": shape.coda}
-
-
-def weights_of_a_stage(shape: ModelShape | BDHShape) -> dict[str, int]:
-    """Weights that each synapse of a stage acts with, n_in n_out of them, whatever it stores."""
-    square, tall = shape.width * shape.width, shape.width * shape.hidden
-    return {"query_key_value": 3 * square, "attention_out": square, "gate_up": 2 * tall, "down": tall}
-
-
-def generated_weights(shape: ModelShape | BDHShape) -> int:
-    """Weights generated in one forward pass: those of every stage, each time it is run; a baseline has none."""
-    if isinstance(shape, BDHShape) or shape.rule == "dense":
-        return 0
-    return shape.depth * sum(weights_of_a_stage(shape).values())
+def generated_weights(model: LanguageModel) -> int:
+    """Weights generated in one forward pass."""
+    return sum(sum(synapses.values()) for synapses in model.generated().values())
 
 
 def peak_memory(compiled: Any) -> int:

@@ -22,7 +22,7 @@ from ngc_jax.atomic import Path
 from ngc_jax.data.batches import Examples, held_out_batches
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.errors import UserError
-from ngc_jax.iteration import Apply
+from ngc_jax.iteration import Apply, marked
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability.watch import make_watch
@@ -33,7 +33,7 @@ from ngc_jax.workdir import Trained, command, open_trained, parser, rounds
 def compile_eval(
     model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
 ) -> Callable[..., Any]:
-    """The jitted evaluation of one batch for a config, on a mesh; `settle`, if given, for `model.apply`."""
+    """The jitted evaluation of one batch for a config, on a mesh; `settle` stands for `model.apply`, if it is given."""
     step = make_eval_step(model, config.train, data.tokenizer.lengths, data.boundary, settle)
     return jax.jit(meshes.on(mesh, step), out_shardings=meshes.whole(mesh))
 
@@ -104,20 +104,23 @@ def data_of(trained: Trained, workdir: Path) -> Data:
 
 def ask_rounds(arguments: argparse.ArgumentParser) -> None:
     """Add what `run_for` reads of a command line."""
-    arguments.add_argument("--rounds", help="of the loop: a number, or 'settled'; default: model.rounds")
+    arguments.add_argument("--rounds", help="of the loop: a number, or 'settled'; default: as in training")
     arguments.add_argument("--tolerance", type=float, default=0.01, help="of 'settled', > 0: |change| / |state|")
-    arguments.add_argument("--cap", type=int, default=64, help="of 'settled', >= 1: rounds at most")
+    arguments.add_argument("--cap", type=int, default=64, help="of 'settled' and 'marked', >= 1: rounds at most")
 
 
 def run_for(trained: Trained, args: argparse.Namespace) -> tuple[LanguageModel, Apply | None]:
-    """The model for the rounds that `args` ask for, and what stands for its `apply` where they are to settle."""
+    """The model for the rounds that `args` ask for, and what stands for its `apply` where they differ by token."""
     if args.tolerance <= 0:
         raise UserError(f"--tolerance={args.tolerance}: must be above 0, for instance 0.01")
     if args.cap < 1:
         raise UserError(f"--cap={args.cap}: must be 1 or more, for instance 64")
     if args.rounds == "settled":
         return trained.model, partial(trained.looped.settle, tolerance=args.tolerance, cap=args.cap)
-    return trained.model if args.rounds is None else trained.looped.at(rounds(args.rounds)), None
+    if args.rounds is not None:
+        return trained.looped.at(rounds(args.rounds)), None
+    decoder = trained.model if isinstance(trained.model, Decoder) else None
+    return trained.model, marked(decoder, trained.config, args.cap)
 
 
 def main() -> None:

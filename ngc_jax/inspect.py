@@ -11,29 +11,27 @@ import jax
 
 from ngc_jax import count, optim
 from ngc_jax.checkpoint import Checkpoints, digest
-from ngc_jax.nn.bdh import BDHShape
-from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.model import LanguageModel
 from ngc_jax.workdir import command, open_trained, parser
 
 
-def parameter_table(params: Any, shape: ModelShape | BDHShape) -> str:
+def parameter_table(params: Any, model: LanguageModel) -> str:
     """One line a parameter: path, shape, kind, numbers stored; and for synapses the weights generated from them.
 
-    A synapse's weights are counted once for each run of its stage in a forward pass, in the line of its last part.
+    A synapse's weights stand in the line of its last part.
     """
     rows = [("parameter", "shape", "kind", "stored", "generated per forward")]
-    runs = count.runs_of_stages(shape)
     last: dict[str, int] = {}
-    weights = count.weights_of_a_stage(shape)
+    made = model.generated()
     generated: dict[int, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [str(key.key) for key in path]
-        synapse = next((name for name in names if name in weights), None)
+        synapse = next((name for name in names if name in made.get(names[0], {})), None)
         kind = optim.kind(path)
-        if synapse and kind == "state" and names[0] in runs:
+        if synapse and kind == "state":
             generated.pop(last.get(names[0] + synapse, -1), None)
             last[names[0] + synapse] = len(rows)
-            generated[len(rows)] = weights[synapse] * runs[names[0]]
+            generated[len(rows)] = made[names[0]][synapse]
         rows.append(("/".join(names), "x".join(map(str, leaf.shape)), kind, f"{math.prod(leaf.shape):,}", ""))
     rows = [(*row[:4], f"{generated[i]:,}") if i in generated else row for i, row in enumerate(rows)]
     total = count.parameters(params)
@@ -56,7 +54,7 @@ def main() -> None:
     for step in checkpoints.steps():
         print(f"checkpoint {step}: {checkpoints.fault(step) or 'sound'}")
     checkpoints.close()
-    print(parameter_table(trained.params, trained.model.shape))
+    print(parameter_table(trained.params, trained.model))
     print(f"state at step {trained.step}, sha256 {digest(trained.state)}")
 
 

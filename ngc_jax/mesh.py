@@ -33,7 +33,7 @@ SPLIT: dict[str, tuple[str, ...]] = {  # what an axis counts -> the mesh axes th
     "stored": ("fsdp",),  # the longest axis of a parameter that is not split yet
 }
 _FAN = 2  # a stage's states are [stage, fan, ...]
-_STACKS = {"prelude", "stages", "coda", "senders"}  # of stages, on an axis that a loop walks along: it stays whole
+_STACKS = {"prelude", "stages", "coda", "senders", "cells"}  # on an axis that a loop walks along: it stays whole
 
 
 def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -184,3 +184,26 @@ def _split_over_group(names: list[str]) -> list[tuple[int, str]]:
 
 def _ways(sizes: Any, axis: str) -> int:
     return math.prod(sizes.get(name, 1) for name in SPLIT[axis])
+
+
+def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
+    """The part of `config.validate` that is about `config.mesh`; need(holds, field, what it must be) refuses."""
+    mesh, m, t, devices = config.mesh, config.model, config.train, jax.device_count()
+    here = jax.local_device_count()
+    common = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0 and m.heads % n == 0)
+    of_heads = f"a divisor of model.heads={m.heads} and of the {here} devices of a process: {common}"
+    need(mesh.group >= 1 and m.heads % mesh.group == 0 and here % mesh.group == 0, "mesh.group", of_heads)
+    parts = devices // mesh.group
+    divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+    of_parts = f"a divisor of the {devices} devices here / mesh.group={mesh.group}: {divisors}"
+    need(mesh.fsdp >= 1 and parts % mesh.fsdp == 0, "mesh.fsdp", of_parts)
+    rest = parts // mesh.fsdp
+    left = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {rest}, or -1"
+    need(mesh.data in (-1, rest), "mesh.data", left)
+    unit = t.accumulation * parts
+    near = -(-t.batch_size // unit) * unit
+    multiple = f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp)"
+    need(t.batch_size % unit == 0, "train.batch_size", f"{multiple}, for instance {near}")
+    near = -(-config.eval.batch_size // parts) * parts
+    of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
+    need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)

@@ -29,6 +29,7 @@ from ngc_jax.core.wiring import carry, slots_of
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Stage, Synapse, overhearing
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.shape import DYNAMIC
 from ngc_jax.nn.sharing import FANS, spread
 from ngc_jax.stability.systems import walk
 from ngc_jax.steps import TrainState, losses
@@ -47,6 +48,22 @@ def changes(config: Any) -> Schedule:
     begin, end = round(r.begin * steps), round(r.end * steps)
     first, last = config.model.channels * copies, r.channels * copies
     return Schedule(first, last, begin, r.every, (end - begin) // r.every, r.exchange)
+
+
+def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
+    """The part of `config.validate` that is about `config.rewire`; need(holds, field, what it must be) refuses."""
+    r, m = config.rewire, config.model
+    if m.wiring not in DYNAMIC:
+        return
+    fewer = f"from 1 to model.channels = {m.channels}, those at the start"
+    need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
+    need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
+    later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
+    need(r.begin < r.end <= 1, "rewire.end", later)
+    span = round(r.end * config.train.steps) - round(r.begin * config.train.steps)
+    need(1 <= r.every <= span, "rewire.every", f"from 1 to the {span} updates between rewire.begin and rewire.end")
+    need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
+    need(r.regrow in rewiring.REGROW, "rewire.regrow", "one of " + ", ".join(map(repr, rewiring.REGROW)))
 
 
 def make_rewire(model: Decoder, config: Any, boundary: int | None = None) -> Rewire:

@@ -32,10 +32,10 @@ from ngc_jax.workdir import Trained, command, open_trained, parser
 ATTENDED = 2**23  # pairs of positions in a batch at most, so that attention over long problems fits in memory
 
 
-def wide(trained: Trained, length: int) -> Trained:
-    """The same model, with attention that looks back on so many tokens at least."""
+def attending(trained: Trained, length: int) -> Trained:
+    """The same model, with attention that looks back on so many tokens."""
     model = trained.model
-    if isinstance(model, Decoder) and model.shape.context < length:
+    if isinstance(model, Decoder):
         model = Decoder(dataclasses.replace(model.shape, context=length))
     return trained._replace(model=model)
 
@@ -74,8 +74,11 @@ def main() -> None:
     arguments.add_argument("--difficulties", default="", help="such as 5,10,20; default: those of training, and beyond")
     arguments.add_argument("--examples", type=int, default=200, help="problems of each, >= 1")
     arguments.add_argument("--seed", type=int, default=0, help="that they are drawn from, >= 0")
+    arguments.add_argument("--attend", type=int, default=0, help="tokens that attention looks back on; default 0: all")
     ask_rounds(arguments)
     args = arguments.parse_args()
+    if args.attend < 0:
+        raise UserError(f"--attend={args.attend}: must be 1 or more, or 0 for all")
     if args.examples < 1:
         raise UserError(f"--examples={args.examples}: must be 1 or more, for instance 200")
     if args.seed < 0:
@@ -92,7 +95,7 @@ def main() -> None:
         counts, cache = {"test": args.examples}, cache_directory(data)
         found = problem_set(data.task, difficulty, difficulty, counts, args.seed, cache)
         problems = Problems(found.home, "test", found.longest)
-        model, settle = run_for(wide(trained, found.longest), args)
+        model, settle = run_for(attending(trained, args.attend or max(found.longest, data.context)), args)
         result = score(model, trained.params, trained.config, problems, settle)
         low, high = interval(result["exact"], args.examples)
         rounds = f", {result['rounds']:.1f} rounds" if "rounds" in result else ""

@@ -101,7 +101,7 @@ def make_train_step(
 
     def summed(trained: Tree, fixed: Tree, batch: Array, drawn: Drawn) -> tuple[Array, tuple[Array, Array]]:
         params, (key, rounds) = together(trained, fixed), drawn
-        apply = model.apply if iteration is None else iteration.apply(rounds)
+        apply = model.apply if iteration is None else iteration.apply(rounds, key)
         logits, weights = predict(apply, params, batch[:, 0], boundary, dtype)
         nats, counts = nats_of(logits, batch[:, 1])
         if iteration is not None:
@@ -125,7 +125,7 @@ def make_train_step(
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(0), state.step)  # only the Jacobian penalty draws
+        key = jax.random.fold_in(jax.random.key(0), state.step)  # for noise, and for the Jacobian penalty
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = apart(state.params)
         nats, count, grads = (gradient if config.accumulation == 1 else accumulated)(old, fixed, batch, (key, rounds))
@@ -154,7 +154,7 @@ def make_train_step(
             "train/bad_in_a_row": bad,
             "stability/relative_update": change,
             "stability/warning": warning,
-            **({} if rounds is None else {"train/rounds": rounds}),
+            **({} if iteration is None or iteration.mark is not None else {"train/rounds": rounds}),
         }
         watched = (warned, losses) if config.spike else warned
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
@@ -172,7 +172,7 @@ def make_eval_step(
     """Sums over one batch: (params, batch [B, 2, T], real [B] bool) -> nats and targets.
 
     Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are and are solved.
-    `settle` stands for `model.apply` where the loop is to run until it settles (`Decoder.settle`): then rounds too.
+    `settle` stands for `model.apply` where rounds differ (`Decoder.settle`, `iteration.marked`): then rounds too.
     """
     dtype = jnp.dtype(config.compute_dtype)
     apply = settle or model.apply

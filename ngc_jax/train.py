@@ -30,7 +30,7 @@ from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import compile_eval, compile_watch, held_out
-from ngc_jax.iteration import make_iteration
+from ngc_jax.iteration import make_iteration, marked
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.preemption import Asked, Preemption
@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     jitted = jax.jit(meshes.on(mesh, voting), out_shardings=(lies, meshes.whole(mesh)), donate_argnums=0)
     update = jitted.lower(like, batch, processes.ballots(mesh, False, False)).compile()
     rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
-    evaluate = compile_eval(model, config, mesh, source)
+    evaluate = compile_eval(model, config, mesh, source, marked(decoder, config))
     watch = compile_watch(decoder, config, mesh, source) if decoder and config.stability.every else None
     flops, most = update_flops(model, like.params, batch, iteration), peak(train.compute_dtype)
     costing = costs(model, like.params, flops, update)
@@ -326,6 +326,6 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         return False
     stored = count.parameters(jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params))
     if processes.first():
-        card.write(workdir, config, source.summary, stored, count.generated_weights(model.shape))
+        card.write(workdir, config, source.summary, stored, count.generated_weights(model))
     progress.say(f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}")
     return True

@@ -26,6 +26,7 @@ def dense_small():
         ("dense_small:0.33", {"rule": "dense", "prelude": 4, "core": 0, "coda": 0}),
         ("dense_small:0.3", {"kind": "bdh", "hidden": 1024}),
         ("dense_small:0.5:flops", {"match_by": "hidden"}),
+        ("dense_small:0.3", {"kind": "recurrent", "prelude": 0, "core": 2, "coda": 0}),
     ],
 )
 def test_the_share_is_met_within_a_hundredth(match, fields):

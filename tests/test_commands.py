@@ -62,7 +62,7 @@ def test_top_p_keeps_the_smallest_likely_set_and_temperature_sharpens():
 
 def test_the_parameter_table_adds_up(run):
     trained = open_trained(run)
-    table = parameter_table(trained.state.params, trained.model.shape).splitlines()
+    table = parameter_table(trained.state.params, trained.model).splitlines()
     total = sum(leaf.size for leaf in jax.tree.leaves(trained.state.params))
     assert table[-1].split() == ["total", f"{total:,}", f"{2 * (4 * 16 * 16 + 3 * 16 * 32):,}"]
     assert len(table) == len(jax.tree.leaves(trained.state.params)) + 2

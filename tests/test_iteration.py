@@ -16,7 +16,7 @@ from ngc_jax.count import forward_flops
 from ngc_jax.data.batches import foretold
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
-from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration
+from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration, marked, noise
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.steps import init_state, make_train_step
 
@@ -227,6 +227,35 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
     assert float(scalars["train/loss"]) == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_marks_in_an_example_are_its_rounds():
+    fields = {**TINY, "iteration.rounds": "marked", "iteration.mark": 3, "iteration.low": 1, "iteration.high": 3}
+    config = settings(**fields)
+    model = make_model(config, Bytes.vocab)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.array([[3, 5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3, 3, 9, 1, 2], [5, 5, 6, 7, 8, 9, 1, 2]])
+    rounds = [1, 3, 1]  # 5 marks are more than there may be, none fewer
+    logits, weights = jax.jit(make_iteration(model, config).apply(jnp.int32(9)))(params, tokens)
+    at_test, made = jax.jit(marked(model, config))(params, tokens)
+    np.testing.assert_array_equal(made[:, 0], rounds)
+    np.testing.assert_array_equal(weights, 1)
+    np.testing.assert_allclose(logits[-1], at_test, rtol=1e-5, atol=1e-6)
+    for i, count in enumerate(rounds):
+        seen = jnp.cumsum(tokens[i : i + 1] == 3, axis=1)
+        alone, _ = jax.jit(model.at(count).apply)(params, tokens[i : i + 1], seen)
+        np.testing.assert_allclose(at_test[i], alone[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(marked(model, config, cap=9)(params, tokens)[1][:, 0], [1, 5, 1])
+    assert marked(model, settings()) is None
+
+
+def test_noise_is_of_the_size_asked_for_and_another_in_each_round():
+    x = jnp.concatenate([jnp.ones((1, 50, 40)), 3 * jnp.ones((1, 50, 40))])
+    disturb = noise(0.5, jax.random.key(1))
+    first, second = (np.asarray(disturb(x, jnp.int32(left)) - x) for left in (1, 2))
+    np.testing.assert_allclose(first.std(axis=(1, 2)), [0.5, 1.5], rtol=0.05)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+    np.testing.assert_array_equal(first, disturb(x, jnp.int32(1)) - x)
+
+
 def test_flops_count_rounds_without_gradients_once():
     config = settings()
     model = make_model(config, 50)
@@ -242,7 +271,7 @@ def test_flops_count_rounds_without_gradients_once():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"iteration.rounds": "some"}, "one of 'fixed', 'uniform', 'lognormal_poisson'"),
+        ({"iteration.rounds": "some"}, "one of 'fixed', 'uniform', 'lognormal_poisson', 'marked'"),
         ({"iteration.rounds": "uniform", "model.core": 0}, "'fixed' where the model has no loop"),
         ({"iteration.backprop": 1, "model.kind": "bdh", "stability.every": 0}, "0 where the model has no loop"),
         ({"iteration.rounds": "uniform", "iteration.low": 9}, "at most iteration.high=8, for instance 4"),
@@ -251,6 +280,8 @@ def test_flops_count_rounds_without_gradients_once():
         ({"iteration.backprop": 1, "model.drive": False}, "0 where model.drive=False"),
         ({"iteration.backprop": 2, "iteration.supervise_every": 2}, "0, or below the 2 rounds .* for instance 1"),
         ({"iteration.supervise_weight": 0.0}, "above 0"),
+        ({"iteration.noise": -0.1}, "0 or more"),
+        ({"model.keep": 1.0}, "above 0 and below 1"),
     ],
 )
 def test_iterations_that_cannot_be_are_refused(fields, message):

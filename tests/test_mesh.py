@@ -37,6 +37,7 @@ SMALL = {
 MODELS = {
     "addressed": {},
     "dense": {"model.rule": "dense"},
+    "recurrent": {"model.kind": "recurrent", "model.prelude": 0, "model.core": 1, "stability.every": 0},
     "bdh": {"model.kind": "bdh", "model.hidden": 64, "train.learning_rate": 1e-3, "stability.every": 0},
 }
 ONE = (1, 1, 1)
@@ -83,7 +84,7 @@ def compare_meshes(home):
         start = jax.jit(lambda model=model, c=config: init_state(model, c.train, 0), out_shardings=places)()
         alone, _ = losses_on(config, mesh_of(*ONE), start)
         assert alone[-1] < alone[0] - 0.3, name
-        for shape in MESHES if name == "addressed" else MESHES[-1:]:
+        for shape in {"addressed": MESHES, "recurrent": ((2, 4, 1),)}.get(name, MESHES[-1:]):
             spread, state = losses_on(config, mesh_of(*shape), start)
             np.testing.assert_allclose(spread, alone, rtol=1e-5, err_msg=f"{name} on {shape}")
         print(name, "equal")
@@ -144,7 +145,7 @@ def test_losses_checkpoints_and_traffic_on_many_devices(tmp_path):
     )
     done = python("-c", script, XLA_FLAGS=f"--xla_force_host_platform_device_count=64 {QUICK}")
     said = done.stdout.splitlines()
-    wanted = ["addressed equal", "dense equal", "bdh equal", "restored", "counted", "compiled"]
+    wanted = ["addressed equal", "dense equal", "recurrent equal", "bdh equal", "restored", "counted", "compiled"]
     assert [line for line in said if line in wanted] == wanted, done.stdout + done.stderr
 
 

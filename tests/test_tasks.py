@@ -370,5 +370,5 @@ def test_exact_is_what_greedy_decoding_writes(kept):
     right = np.all(np.array([problem.targets[-answers:] for problem in problems]) == said, axis=1)
     assert 0 < right.sum() < len(problems)
     examples = [padded(problem, length + 5) for problem in problems]
-    result = solve.score(solve.wide(trained, length).model, trained.params, trained.config, examples)
+    result = solve.score(solve.attending(trained, length).model, trained.params, trained.config, examples)
     assert result["exact"] == pytest.approx(right.mean())

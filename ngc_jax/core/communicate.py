@@ -57,8 +57,21 @@ def communicate(
     return x, memory, records
 
 
+def undisturbed(x: Array, left: Array) -> Array:
+    """The state as it is."""
+    return x
+
+
 def communicate_each(
-    turn: Turn, start: Array, rounds: Array, *, backprop: int, still: Turn | None, every: int = 0, remat: bool = True
+    turn: Turn,
+    start: Array,
+    rounds: Array,
+    *,
+    backprop: int,
+    still: Turn | None,
+    every: int = 0,
+    remat: bool = True,
+    disturb: Callable[[Array, Array], Array] = undisturbed,
 ) -> tuple[Array, Array]:
     """Run x <- turn(x) from x_0 = `start`, for each example as many rounds as it asks for.
 
@@ -68,6 +81,7 @@ def communicate_each(
     the most rounds that are run. An example of fewer rounds than others rests before its first round, not after its
     last: so all end together, and the last rounds of each are the last rounds of the loop.
 
+    disturb(x, rounds left, this one included) is what becomes of a state after its round.
     Returns states [S, B, ...] and the rounds [S, B] that each example had made there: after the last round, which is
     the last of them, and, where `every` > 0, at each `every` rounds before it within the last `backprop`.
     """
@@ -77,13 +91,13 @@ def communicate_each(
         longest = jnp.max(rounds)
 
         def quiet(i: Array, x: Array) -> Array:
-            return jnp.where(longest - i <= asked, still(x), x)
+            return jnp.where(longest - i <= asked, disturb(still(x), longest - i), x)
 
         x = jax.lax.fori_loop(0, jnp.maximum(longest - backprop, 0), quiet, jax.lax.stop_gradient(start))
         x = jnp.where(asked <= backprop, start, x)  # the gradient of these goes back to where they began
 
     def one_round(x: Array, left: Array) -> tuple[Array, Array | None]:
-        after = jnp.where(left <= asked, turn(x), x)
+        after = jnp.where(left <= asked, disturb(turn(x), left), x)
         return after, after if every else None
 
     body = jax.checkpoint(one_round, prevent_cse=False) if remat else one_round

@@ -97,10 +97,10 @@ def hops(rng: Generator, count: int) -> Written:
     """`count` hops, written as so many ">", from each letter: one hop leads to the letter after its last occurrence.
 
     A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; "." where one of the hops finds none. Letters are
-    never twice in a row, which would be a hop onto itself. There are 16 and 4 for each hop: one goes back 3 on average.
+    never twice in a row, which would be a hop onto itself. There are 32 and 4 for each hop: one goes back 3 on average.
     """
     letters = [int(rng.integers(4))]
-    while len(letters) < 16 + 4 * count:
+    while len(letters) < 32 + 4 * count:
         letters.append((letters[-1] + int(rng.integers(1, 4))) % 4)
     last: dict[int, int] = {}
     hop = []  # where one hop leads to, or -1

@@ -89,6 +89,10 @@ class BDH:
         s = self.shape
         return jnp.zeros((s.layers, batch, s.heads, s.hidden // s.heads, s.width), dtype)
 
+    def generated(self) -> dict[str, dict[str, int]]:
+        """None: all weights are stored."""
+        return {}
+
     def _forward(
         self, params: Params, tokens: Array, positions: Array, segments: Array | None, cache: Any
     ) -> tuple[Array, Any]:

@@ -1,7 +1,7 @@
 """The decoder language model: embed, prelude stages, core stages in rounds of communication, coda stages, logits.
 
 For: the order of things and the loops. Not for: what a stage holds (`layers.py`) or sizes (`shape.py`). A model of
-another kind (images, streams) is a file beside this one, with the same three functions.
+another kind is a file beside this one (`recurrent.py`, `bdh.py`), with the functions of `model.py`.
 
 Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled
+from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled, undisturbed
 from ngc_jax.core.stability import Round
 from ngc_jax.mesh import gathered, lay
 from ngc_jax.nn.layers import RMSNorm, Stage, unembed
@@ -66,8 +66,8 @@ class Decoder:
             params[name] = jax.tree.map(lambda p, rows=rows: p[rows], stages)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at what the prelude gave.
-            leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(KEEP))))
-            drive = {"drive": jnp.full(s.width, 1 - KEEP)} if s.drive else {}
+            leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(s.keep))))
+            drive = {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
             params["core"] = {"stages": params["core"], "leak": leak, **drive}
         return params
 
@@ -112,12 +112,13 @@ class Decoder:
         backprop: int = 0,
         most: int | None = None,
         every: int = 0,
+        disturb: Callable[[Array, Array], Array] = undisturbed,
     ) -> tuple[Array, Array]:
         """`apply` for a number of rounds that is an array, [] or [B] int32, with gradients through the last `backprop`.
 
         most: a bound of `rounds` that is known before, if there is one; where it is `backprop` no round is without
         gradients. Returns logits [S, B, T, V], the last of them after the last round, and the rounds [S, B] made there;
-        see `communicate_each` for both and for `every`. Raises ValueError for a model without a loop.
+        see `communicate_each` for both, for `every` and `disturb`. Raises ValueError for a model without a loop.
         """
         params, positions, x = self._loop_begins(params, tokens, segments)
         held = jax.lax.stop_gradient((params, x))
@@ -129,6 +130,7 @@ class Decoder:
             still=None if most == backprop else self.turn(*held, positions, segments),
             every=every,
             remat=self.shape.remat != "none",
+            disturb=disturb,
         )
         # One after another, so that the coda is compiled once.
         return jax.lax.map(lambda x: self._read_out(params, x, positions, segments), states), made
@@ -170,6 +172,16 @@ class Decoder:
             return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
         return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
+
+    def generated(self) -> dict[str, dict[str, int]]:
+        """Weights generated in a forward pass: those of every stage, each time it is run."""
+        s = self.shape
+        if s.rule == "dense":
+            return {}
+        square, tall = s.width * s.width, s.width * s.hidden
+        stage = {"query_key_value": 3 * square, "attention_out": square, "gate_up": 2 * tall, "down": tall}
+        runs = {"prelude": s.prelude, "core": s.core * s.rounds, "coda": s.coda}
+        return {stack: {name: times * count for name, count in stage.items()} for stack, times in runs.items()}
 
     def update(self, params: Params, positions: Array, segments: Array | None = None) -> Update:
         """What a round adds to the stream, update(x, cache) -> (core(x), cache), for `communicate`."""
@@ -267,6 +279,3 @@ class Decoder:
     def _unembed(self, params: Params, x: Array) -> Array:
         x = lay(jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x)), *self.shape.stream_axes)
         return unembed(x, params["unembed"])
-
-
-KEEP = 0.9  # of the state, from one round to the next, at the start of training

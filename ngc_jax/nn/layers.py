@@ -1,7 +1,7 @@
-"""The layers of a stage: synapses, norm, attention across tokens, exchange across groups.
+"""The layers of a stage and of a recurrent cell: synapses, norm, attention across tokens, exchange across groups.
 
-For: holding parameters, one Flax module for each thing that owns some. Not for: loops over stages or rounds
-(`decoder.py`), nor mathematics (`core/`).
+For: holding parameters, one Flax module for each thing that owns some. Not for: loops over stages, rounds or cells
+(`decoder.py`, `recurrent.py`), nor mathematics (`core/`).
 
 Axes: B batch, T tokens, D width, F hidden, G groups, H heads.
 """
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ngc_jax.core import attention
 from ngc_jax.core.addressed import Addressed
 from ngc_jax.core.encapsulation import encapsulate
+from ngc_jax.core.recurrence import along_tokens, time_scales
 from ngc_jax.core.rules import GATES, activation_gain, say, weights
 from ngc_jax.core.signal_rules import FEW, SignalRule
 from ngc_jax.mesh import lay, ways
@@ -45,20 +46,16 @@ class Synapse(nn.Module):
     senders: tuple[int, ...] = (0,)
     gain: float = 1.0
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
-        tokens = x.reshape(-1, self.n_in)  # a weight's gradient then sums over one axis, which XLA:CPU does 2x faster
-        outputs, generated = [], []
+        return self.opened()(x)
+
+    @nn.compact
+    def opened(self) -> Callable[[Array], Array]:
+        """The synapse as a function of x, its weights made: for a loop, which would else make them in each step."""
+        signals, generated = [], []
         # Drawn once, for who is of which kind at start must be the same in all parts, or their sum has a higher rank.
         who = self.make_rng("params") if self.parts[0].kinds and self.is_initializing() else jax.random.key(0)
         forms = self.form == "weights" and ways("group") == 1
-        # Members that read one x make one wide product, for which their states are brought together: too much work for
-        # a few tokens, of which each member gets its own.
-        axis = 0 if len(tokens) < FEW else None
-
-        def handed(members: int) -> Array:
-            return tokens if axis is None else jnp.broadcast_to(tokens, (members, *tokens.shape))
-
         for part in self.parts:
             scale = self.gain * len(self.parts) ** -0.5 * activation_gain(part.activation)
             states = self.param(f"{part.place}_{part.rule}", self._init_part, part, scale, who)
@@ -70,17 +67,32 @@ class Synapse(nn.Module):
             if part.wired is not None and ways("group") > 1:  # speakers hold their states, not listeners
                 pre, post = jax.vmap(part.wired.complete)(spread(senders, pre), post)
                 how, senders = Addressed(), tuple(range(len(senders)))
-            sent, sent_axis = handed(len(senders)), axis  # where a send state is one-hot: all read x as it is
-            if part.rule != "block":
-                speak = jax.vmap(partial(say, how, activation=part.activation), in_axes=(axis, 0))
-                said = speak(handed(len(set(senders))), pre)
-                said = lay(lay(said, None, "window", *how.spoken), None, "window", *how.heard)  # here signals cross
-                sent, sent_axis = spread(senders, said), 0
-            outputs.append(jax.vmap(how.receive, in_axes=(sent_axis, 0), out_axes=-2)(sent, post))
-        if generated:
-            product = tokens @ reduce(jnp.add, generated).reshape(-1, self.n_in).T
-            outputs.append(product.reshape(-1, len(self.senders), self.n_out))
-        return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
+            signals.append((part, how, senders, pre, post))
+        together = reduce(jnp.add, generated).reshape(-1, self.n_in).T if generated else None
+
+        def act(x: Array) -> Array:
+            tokens = x.reshape(-1, self.n_in)  # a weight's gradient sums over one axis, which XLA:CPU does 2x faster
+            outputs = []
+            # Members that read one x make one wide product, for which their states are brought together: too much work
+            # for a few tokens, of which each member gets its own.
+            axis = 0 if len(tokens) < FEW else None
+
+            def handed(members: int) -> Array:
+                return tokens if axis is None else jnp.broadcast_to(tokens, (members, *tokens.shape))
+
+            for part, how, senders, pre, post in signals:
+                sent, sent_axis = handed(len(senders)), axis  # where a send state is one-hot: all read x as it is
+                if part.rule != "block":
+                    speak = jax.vmap(partial(say, how, activation=part.activation), in_axes=(axis, 0))
+                    said = speak(handed(len(set(senders))), pre)
+                    said = lay(lay(said, None, "window", *how.spoken), None, "window", *how.heard)  # here signals cross
+                    sent, sent_axis = spread(senders, said), 0
+                outputs.append(jax.vmap(how.receive, in_axes=(sent_axis, 0), out_axes=-2)(sent, post))
+            if together is not None:
+                outputs.append((tokens @ together).reshape(-1, len(self.senders), self.n_out))
+            return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
+
+        return act
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float, who: Array) -> dict[str, Array]:
         init = partial(part.how.init, groups=part.groups, n_in=self.n_in, n_out=self.n_out, dim=part.dim)
@@ -108,15 +120,19 @@ def overhearing(listener: Callable[[Synapse, Array, Array], None]) -> Iterator[N
         yield
 
 
+def levelled(x: Array) -> Array:
+    """x / rms(x) over the last axis, in float32 whatever x is."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x), times a learned scale per channel (arXiv 1910.07467), in float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-        return (wide * scale).astype(x.dtype)
+        return (levelled(x) * scale).astype(x.dtype)
 
 
 class Gates(nn.Module):
@@ -187,6 +203,52 @@ class Stage(nn.Module):
             gate = gate * GATES[s.exchange_activation](gate)
         said = gated("exchange_gates", read, gate * heard)
         return lay(x + down(said)[..., 0, :], *s.stream_axes), cache
+
+
+class Cell(nn.Module):
+    """A state that hears the stream token by token: x [B, T, D], state [B, D] -> (x, state).
+
+    With e the normed stream and n(h) = h / rms(h), a round at a token is
+
+        h <- keep h + pace (drive e + exchange(n(h), e)),    keep = exp(-softplus(leak)),  pace = sqrt(1 - keep^2)
+
+    where the exchange is that of a `Stage` with two readers: gate and up each sum what the state says and what the
+    token says. So the token multiplies the state, without which no linear recurrence keeps track of even a parity
+    (arXiv 2404.08819). Neurons forget at time scales of their own; pace keeps a state's variance at 1 whatever its
+    scale (LRU, arXiv 2303.06349). What the tokens say is one product over all of them, before the loop, and weights
+    are made once. The state is float32 whatever x is. first [B, T], bool: where a document, and so a new state, begins.
+    """
+
+    shape: ModelShape
+
+    @nn.compact
+    def __call__(self, x: Array, state: Array, first: Array | None = None) -> tuple[Array, Array]:
+        s = self.shape
+        senders, half = s.shared.of("gate_up"), 0.5**0.5  # two readers' sum has unit variance
+        reader = partial(Synapse, s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders, half)
+        e = RMSNorm(name="norm")(x)
+        told = reader(name="token")(e)
+        listen = reader(name="gate_up").opened()
+        down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, name="down").opened()
+        rounds = s.rounds * time_scales(s.width, s.groups, s.context)  # that neurons remember for
+        leak = self.param("leak", lambda _: jnp.log(jnp.expm1(1 / jnp.asarray(rounds, jnp.float32))))
+        keep = jnp.exp(-jax.nn.softplus(leak.astype(jnp.float32)))
+        pace = jnp.sqrt(1 - jnp.square(keep))
+        drive = self.param("drive", nn.initializers.ones, (s.width,)) if s.drive else 0.0
+
+        def turn(h: Array, said: tuple[Array, Array]) -> Array:
+            e, told = said
+            both = told + listen(levelled(h).astype(told.dtype))
+            gate, heard = both[:, 0], both[:, 1]
+            if s.exchange_activation is not None:
+                gate = gate * GATES[s.exchange_activation](gate)
+            return keep * h + pace * (drive * e + down(gate * heard)[:, 0])
+
+        remat = s.remat != "none"
+        said, first = jax.tree.map(lambda a: a.swapaxes(0, 1), ((e, told), first))
+        state, states = along_tokens(turn, state, said, first, rounds=s.rounds, remat=remat)
+        out = Synapse(s.parts(s.width, s.width), s.width, s.width, s.form, gain=s.core**-0.5, name="out")
+        return x + out(levelled(states.swapaxes(0, 1)).astype(x.dtype))[..., 0, :], state
 
 
 def unembed(x: Array, matrix: Array) -> Array:

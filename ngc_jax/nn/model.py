@@ -32,3 +32,6 @@ class LanguageModel(Protocol):
 
     def init_cache(self, batch: int, length: int, dtype: Any = ...) -> Any:
         """What `decode` starts from, for `length` tokens."""
+
+    def generated(self) -> dict[str, dict[str, int]]:
+        """Weights generated in a forward pass, {name of a stack: {synapse: how many}}; {} where all are stored."""

@@ -33,7 +33,7 @@ class SynapsePart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. The fields are those of `config.model`, where each is described, and the vocabulary."""
+    """Sizes of a decoder or recurrent model: the fields of `config.model`, described there, and the vocabulary."""
 
     vocab: int
     context: int
@@ -57,9 +57,11 @@ class ModelShape:
     core: int
     rounds: int
     drive: bool
+    keep: float  # of the state, from one round to the next, at the start of training
     coda: int
     form: str
     remat: str
+    chunk: int
 
     @property
     def depth(self) -> int:

@@ -27,17 +27,16 @@ def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, 
     (a loop, messages) is left out.
     """
     s, measures = model.shape, config.measures.split(",")
-    positions = jnp.arange(s.context)
 
     def last_stream(params: Any, tokens: Array) -> Any:
-        return model.stream(params, params["embed"][tokens], positions, record=s.core > 0)
+        return model.stream(params, params["embed"][tokens], jnp.arange(tokens.shape[1]), record=s.core > 0)
 
     def watch(params: Any, tokens: Array) -> dict[str, Array]:
         found: dict[str, Array] = {}
         x, _, records = last_stream(params, tokens)
         if "rounds" in measures and records is not None:
             found |= summarise(records)
-        if "tokens" in measures and s.context >= 3:
+        if "tokens" in measures and tokens.shape[1] >= 3:
             found["contraction_per_token"] = jnp.mean(token_contraction(x))
         if "departure" in measures:
             kinds = ["messages"] * s.has_messages + ["drive"] * s.has_drive

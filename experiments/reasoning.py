@@ -1,0 +1,83 @@
+"""What does iteration solve that a feed-forward model of the same size does not: hops?
+
+p-hop induction, trained on one to four hops and tested on up to 32: NGC and dense loops with one round for each hop
+that the problem asks for, loops and stacks of a fixed depth of five, and BDH with as many layers; all of at most 50,000
+parameters, with learning rates chosen by the same number of shorter runs. Every letter of a problem must be answered
+right.
+
+    python -m experiments.run reasoning
+"""
+
+import pathlib
+from typing import Any
+
+from experiments.study import Study
+from experiments.sweeps import cases, seeds
+from ngc_jax import solve
+from ngc_jax.data.problems import Problems, problem_set
+from ngc_jax.data.tasks import TASKS
+from ngc_jax.data.tokens import cache_directory
+from ngc_jax.iteration import marked
+from ngc_jax.workdir import open_trained
+
+HOPS = (1, 4, 5, 8, 16, 32)
+EXAMPLES = 200  # of each
+STEPS = 1200
+COMMON: dict[str, Any] = {
+    "data.task": "hops",
+    "data.low": 1,
+    "data.high": 4,
+    "data.context": 52,
+    "data.problems": 50_000,
+    "model.attend": 32,
+    "model.keep": 0.05,
+    "model.width": 64,
+    "model.hidden": 128,
+    "model.groups": 4,
+    "model.heads": 4,
+    "model.coda": 0,
+    "model.rounds": 5,
+    "train.steps": STEPS,
+    "train.batch_size": 64,
+    "eval.every": STEPS,
+    "checkpoint.every_steps": STEPS,
+    "stability.every": 0,
+    "rate": (2.5e-3, 5e-3, 1e-2),
+}
+MARKED: dict[str, Any] = {
+    "iteration.rounds": "marked",
+    "iteration.mark": TASKS["hops"].symbols.index(">"),
+    "iteration.high": 4,
+}
+DENSE: dict[str, Any] = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}
+STACK: dict[str, Any] = {"model.prelude": 5, "model.core": 0, "model.width": 24, "model.hidden": 76}
+MODELS: dict[str, dict[str, Any]] = {
+    "NGC, a round a hop": MARKED,
+    "NGC, 5 rounds": {},
+    "dense looped, a round a hop": {**DENSE, **MARKED},
+    "dense looped, 5 rounds": DENSE,
+    "dense": {**DENSE, **STACK},
+    "BDH": {"model.kind": "bdh", "model.width": 32, "model.hidden": 480},
+}
+
+
+def measure(workdir: pathlib.Path) -> dict[str, float]:
+    """The share of problems solved, by the number of hops."""
+    trained = solve.attending(open_trained(workdir), COMMON["model.attend"])
+    shares = {}
+    for hops in HOPS:
+        found = problem_set("hops", hops, hops, {"test": EXAMPLES}, 0, cache_directory(trained.config.data))
+        problems = Problems(found.home, "test", found.longest)
+        apply = marked(trained.decoder, trained.config, cap=hops) if trained.config.model.kind == "decoder" else None
+        score = solve.score(trained.model, trained.params, trained.config, problems, apply)
+        shares[f"exact, {hops} hops"] = score["exact"]
+    return shares
+
+
+STUDY = Study(
+    sweep=cases("model", MODELS) * seeds(3),
+    common=COMMON,
+    measure=measure,
+    outcome=f"exact, {HOPS[-1]} hops",
+    baseline={"model": "dense"},
+)
