@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole check of an accelerator, in under 8 minutes: numerics against float64, exact resume, the tables.
+# The whole check of an accelerator, in under 9 minutes: numerics against float64, exact resume, the tables.
 #
 #     benchmarks/accelerator.sh [REPORT]
 #
