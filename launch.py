@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from ngc_jax import processes
 from ngc_jax.errors import UserError
 from ngc_jax.preemption import EXIT_CODE
+from ngc_jax.programs import keep_compiled
 from ngc_jax.train import Diverged, run
 from ngc_jax.workdir import hold, workdir_of
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> None:
     workdir = epath.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
     try:
         processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value, LOST_SECONDS.value)
+        keep_compiled()
         with hold(workdir):
             done = run(CONFIG.value, workdir)
     except (UserError, Diverged) as error:

@@ -1,9 +1,10 @@
 """Does this device compute what float64 on its host computes? `python -m benchmarks.numerics`
 
-For: every rule's `transmit` against x @ W.T, and an update's loss and gradient in both forms, in float32 on the device;
-at the precision that the device takes by default (on some GPUs TF32), and at the highest. Exit code 1 where an error
-is over its limit. Not for: whether the mathematics is right (`tests/`). The references are the same functions under
-x64, in which a model's norms, softmax and logits stay float32, as they are written.
+For: every rule's `transmit` against x @ W.T, and an update's loss and gradient in both forms, in float32 on the device,
+at the precision that the device takes by default (on some GPUs TF32) and at the highest; and attention in one kernel,
+in bfloat16, where there is one. Exit code 1 where an error is over its limit. Not for: whether the mathematics is right
+(`tests/`). The references are the same functions under x64, in which a model's norms, softmax and logits stay float32,
+as they are written.
 """
 
 import sys
@@ -12,14 +13,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.overhead import model_of
 from ngc_jax.config import base
+from ngc_jax.core import attention
 from ngc_jax.core.rules import RULES, transmit, weights
 from ngc_jax.steps import losses
 
 Tree = Any
+IN_BFLOAT16 = 2e-2
 LIMITS = {"highest": 1e-5, "default": 1e-2}  # of |found - reference| / |reference|
 
 
@@ -64,6 +68,23 @@ def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[T
     return {name: (a, b, jax.tree.map(np.asarray, args)) for name, (a, b, args) in found.items()}
 
 
+def one_kernel() -> float | None:
+    """The error in bfloat16 of attention and its gradients in one kernel; None where there is none."""
+    heads = jax.random.normal(jax.random.key(4), (3, 4, 256, 8, 64)).astype(jnp.bfloat16)
+    if not attention.fused(heads[0]):
+        return None
+
+    def written(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        places = jnp.arange(query.shape[1])
+        return attention.mix(attention.shares(query, key, attention.visible(places, places, len(places))), value)
+
+    def outcome(attend: Callable[..., jax.Array], heads: jax.Array) -> Tree:
+        return attend(*heads), jax.grad(lambda heads: jnp.sum(jnp.sin(attend(*heads))))(heads)
+
+    found = jax.jit(partial(outcome, attention.attend_fused))(heads)
+    return error(found, in_float64(partial(outcome, written), heads.astype(jnp.float32)))
+
+
 def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}: relative errors of float32 against float64\n")
     print("| what | " + " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items()) + " |")
@@ -76,6 +97,10 @@ def main() -> None:
                 errors.append(error(jax.jit(function)(*args), wanted))
             sound = sound and errors[-1] <= limit
         print(f"| {name} | " + " | ".join(f"{e:.1e}" for e in errors) + " |", flush=True)
+    attended = one_kernel()
+    if attended is not None:
+        print(f"\nattention in one kernel, bfloat16, at most {IN_BFLOAT16:g}: {attended:.1e}")
+        sound = sound and attended <= IN_BFLOAT16
     if not sound:
         sys.exit("error: beyond the limit")
 

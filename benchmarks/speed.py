@@ -17,28 +17,19 @@ from ml_collections import ConfigDict
 
 from benchmarks.pairs import Paired, paired
 from experiments.overhead import model_of, update_of
-from ngc_jax import count
 from ngc_jax.budget import cost
 from ngc_jax.config import base, validate
+from ngc_jax.costs import peak, update_flops
 
 SHARE = 0.32  # of dense's parameters in matrices
 TOKENS = 20  # decoded in one timing, after one another
-PEAKS = {  # FLOPs a second of one device in bfloat16, without sparsity, by the vendors' data sheets
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 class Row(NamedTuple):
     """One NGC model beside the dense one."""
 
     share: float  # of dense's parameters in matrices
-    flops: tuple[int, int]  # of an update: dense, NGC
+    flops: tuple[float, float]  # of an update: dense, NGC
     update: Paired  # NGC is the plain one
     token: Paired
 
@@ -79,31 +70,29 @@ def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
     return decode
 
 
-def flops(config: ConfigDict) -> int:
-    """Of the matrix products of an update, the backward pass counted as two forward ones."""
+def flops(config: ConfigDict) -> float:
+    """Of the matrix products of an update."""
     model = model_of(config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context), jnp.int32)
-    return 3 * count.forward_flops(model.apply, params, tokens)
+    batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
+    return update_flops(model, jax.eval_shape(model.init, jax.random.key(0)), batch, None)
 
 
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
     """The row of each form."""
     batch = jnp.zeros((dense.train.batch_size, 2, dense.data.context), jnp.int32)
-    found = {}
+    token = paired(decoding(ngc), decoding(dense), pairs=pairs)  # decoding is the same in both forms
+    of_dense, found = update_of(dense)[0], {}
     for form in ("weights", "signals"):
         ngc.model.form = form
-        update = paired(update_of(ngc)[0], update_of(dense)[0], batch, pairs=pairs)
-        token = paired(decoding(ngc), decoding(dense), pairs=pairs)
+        update = paired(update_of(ngc)[0], of_dense, batch, pairs=pairs)
         found[form] = Row(cost(ngc) / cost(dense), (flops(dense), flops(ngc)), update, token)
     return found
 
 
-def used(flops: int, seconds: float, dtype: str) -> str:
+def used(flops: float, seconds: float, dtype: str) -> str:
     """Share of the device's peak, where that is known (model FLOPs utilisation, arXiv 2204.02311, appendix B)."""
-    kind = jax.devices()[0].device_kind
-    peak = next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
-    return f"{flops / seconds / peak:.1%}" if peak and dtype == "bfloat16" else "-"
+    most = peak(dtype)
+    return f"{flops / seconds / most:.1%}" if most else "-"
 
 
 def main() -> None:

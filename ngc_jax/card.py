@@ -59,7 +59,7 @@ Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
 peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule}, weight decay
 {t.weight_decay:g}, {t.compute_dtype}, seed {config.seed}. {duration(last["seconds"])} of training on
 {jax.device_count()} x {jax.devices()[0].device_kind} with jax {jax.__version__}.
-Updates skipped as not finite: {last["train/skipped"]}; batches passed over by rewinding: {last.get("train/passed", 0)}.
+Updates skipped: {last["train/skipped"]}; batches passed over by rewinding: {last.get("train/passed", 0)}.
 
 **How good**, at the end, on what was not trained on:
 

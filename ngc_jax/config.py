@@ -22,6 +22,7 @@ from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.recurrent import Recurrent
 from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
+from ngc_jax.profile import traceable
 from ngc_jax.rewire import check as check_rewire
 from ngc_jax.stability.regulariser import REGULARISERS
 from ngc_jax.stability.watch import MEASURES
@@ -142,11 +143,13 @@ def base() -> ConfigDict:
     c.train.b2 = 0.99  # AdamW's second moment, in [0, 1)
     c.train.clip_norm = 1.0  # of the whole gradient, > 0
     c.train.compute_dtype = "float32"  # "float32" or "bfloat16"; parameters and optimizer are float32 always
-    c.train.max_bad_steps = 20  # updates with a non-finite loss or gradient, skipped in a row, that are trouble; >= 1
+    c.train.spike = 0.0  # deviations above the moving mean that make a loss a spike, > 0: skipped (spikes.py); 0 = off
+    c.train.max_bad_steps = 20  # updates skipped in a row, not finite or spikes, that are trouble; >= 1
     c.train.max_rewinds = 2  # times that trouble sends the run back to a checkpoint, past the batches since, >= 0
     c.train.hang_minutes = 0.0  # without an update, a batch of evaluation or a save that are a hang, > 0; 0 = no watch
     c.train.hang_exit = False  # True: a hang ends the process, for a scheduler to start it again
     c.train.log_every = 20  # updates between rows of metrics, >= 1
+    c.train.profile = ""  # updates that are traced into DIR/profile for xprof, "first:last", from 1 on; "" = none
 
     c.eval = ConfigDict()
     c.eval.every = 200  # updates between evaluations, >= 1; the last update is always followed by one
@@ -299,10 +302,11 @@ def validate(config: ConfigDict) -> None:
         need(t[field] >= 1, f"train.{field}", "1 or more")
     for field in ("learning_rate", "state_learning_rate", "clip_norm"):
         need(t[field] > 0, f"train.{field}", "above 0")
-    for field in ("max_rewinds", "hang_minutes"):
+    for field in ("spike", "max_rewinds", "hang_minutes"):
         need(t[field] >= 0, f"train.{field}", "0 or more")
     watched = "False where train.hang_minutes is 0, so that no hang is noticed"
     need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", watched)
+    need(traceable(t.profile), "train.profile", "'', or the first and the last update to trace, for instance '10:20'")
     need(t.weight_decay >= 0, "train.weight_decay", "0 or more")
     need(0 <= t.b1 < 1, "train.b1", "from 0 to below 1, for instance 0.9")
     need(0 <= t.b2 < 1, "train.b2", "from 0 to below 1, for instance 0.99")

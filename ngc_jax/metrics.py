@@ -17,7 +17,7 @@ from ngc_jax import processes
 from ngc_jax.atomic import Log, Path, in_bucket
 
 Row = dict[str, Any]
-TIMES = ("seconds", "tokens_per_second")  # the only values that two runs of one config do not share
+TIMES = ("seconds", "tokens_per_second", "mfu")  # the only values that two runs of one config do not share
 
 
 def read_rows(workdir: Path) -> list[Row]:
@@ -141,9 +141,12 @@ class Progress:
     def __init__(self, steps: int):
         self.steps, self.live = steps, sys.stdout.isatty()
 
-    def show(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+    def show(self, step: int, loss: float, speed: Row, seconds_per_step: float) -> None:
+        """`speed`: "tokens_per_second", and "mfu" where the devices' peak is known."""
         left = duration(seconds_per_step * (self.steps - step))
-        line = f"step {step}/{self.steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  ETA {left}"
+        mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        pace = f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
+        line = f"step {step}/{self.steps}  loss {loss:.4f}  {pace}  ETA {left}"
         print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def say(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """One update and one evaluation, as pure functions; `train.py` compiles and calls them.
 
-For: the train state, the loss, gradient accumulation, the guard against non-finite updates. Not for: the loop, or how
-a gradient becomes a direction (`optim.py`).
+For: the train state, the loss, gradient accumulation, the guard against bad updates. Not for: the loop, or how a
+gradient becomes a direction (`optim.py`).
 
 Axes: A accumulated parts, B examples of a batch, T tokens, V vocabulary. A batch is int32 [B, 2, T]: what is read, and
 the target of each position, below 0 where nothing is asked.
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ngc_jax import optim
+from ngc_jax import optim, spikes
 from ngc_jax.iteration import Apply, Iteration
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.stability import monitor
@@ -38,16 +38,17 @@ class TrainState:
     step: Array  # int32: updates, skipped ones counted
     params: Tree  # float32; and int32, not trained, where it says who hears whom (rewire.py)
     optimizer: Tree
-    skipped: Array  # int32: updates skipped so far because loss or gradient was not finite
+    skipped: Array  # int32: updates skipped so far because loss or gradient was not finite, or the loss a spike
     bad: Array  # int32: of these, the latest in a row
-    monitor: monitor.Memory  # of the early warning
+    monitor: Any  # monitor.Memory, of the early warning; under train.spike the pair of it and spikes.Memory
 
 
 def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     """The state before the first update."""
     params = model.init(jax.random.key(seed))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optim.optimizer(config).init(apart(params)[0]), zero, zero, monitor.begin())
+    zero, memory = jnp.zeros((), jnp.int32), optim.optimizer(config).init(apart(params)[0])
+    watched = (monitor.begin(), spikes.begin()) if config.spike else monitor.begin()
+    return TrainState(zero, params, memory, zero, zero, watched)
 
 
 def apart(params: Tree) -> tuple[Tree, Tree]:
@@ -131,13 +132,18 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        warned, before = state.monitor if config.spike else (state.monitor, spikes.begin())
+        if config.spike:
+            good = good & ~spikes.spiked(before, loss, config.spike)
         direction, memory = chain.update(grads, state.optimizer, old)
         params = optim.apply(config, old, direction, state.step)
-        params, memory = jax.tree.map(
-            lambda after, before: jnp.where(good, after, before), (params, memory), (old, state.optimizer)
+        params, memory, losses = jax.tree.map(
+            lambda after, before: jnp.where(good, after, before),
+            (params, memory, spikes.advance(before, loss)),
+            (old, state.optimizer, before),
         )
         change = optax.tree.norm(jax.tree.map(jnp.subtract, params, old)) / optax.tree.norm(old)
-        watched, warning = monitor.advance(state.monitor, change)
+        warned, warning = monitor.advance(warned, change)
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(good, 0, 1)
         scalars = {
@@ -150,6 +156,7 @@ def make_train_step(
             "stability/warning": warning,
             **({} if iteration is None or iteration.mark is not None else {"train/rounds": rounds}),
         }
+        watched = (warned, losses) if config.spike else warned
         return TrainState(state.step + 1, together(params, fixed), memory, skipped, bad, watched), scalars
 
     return step

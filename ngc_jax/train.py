@@ -11,6 +11,7 @@ after it are dropped and made again. `passed` counts the batches that rewinding 
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from ngc_jax import mesh as meshes
 from ngc_jax.atomic import Path
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import make_model, validate
-from ngc_jax.costs import costs, devices, versions
+from ngc_jax.costs import costs, devices, peak, update_flops, versions
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.errors import UserError
@@ -33,6 +34,7 @@ from ngc_jax.iteration import make_iteration, marked
 from ngc_jax.metrics import Clock, Metrics, Progress, duration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.preemption import Asked, Preemption
+from ngc_jax.profile import Profile
 from ngc_jax.rewire import changes, compile_rewire, pruned
 from ngc_jax.stability.regulariser import make_penalty
 from ngc_jax.steps import TrainState, init_state, make_train_step
@@ -43,7 +45,7 @@ MEASURED = {"eval", "stability", "final"}  # kinds of rows that are made of the 
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row had a loss or gradient that is not finite, and going back did not help."""
+    """Too many updates in a row were skipped, as not finite or as spikes, and going back did not help."""
 
 
 @dataclasses.dataclass
@@ -80,6 +82,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     processes.same(config=config.to_json(sort_keys=True), text=source.fingerprint, software=str(versions()))
     model = make_model(config, source.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
+    profile = Profile(train.profile, workdir / "profile")
     claim(workdir, config, source.tokenizer)
     print(f"data: {source.summary}")
 
@@ -102,7 +105,8 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
     evaluate = compile_eval(model, config, mesh, source, marked(decoder, config))
     watch = compile_watch(decoder, config, mesh, source) if decoder and config.stability.every else None
-    costing = costs(model, like, batch, update, iteration)
+    flops, most = update_flops(model, like.params, batch, iteration), peak(train.compute_dtype)
+    costing = costs(model, like.params, flops, update)
     print(f"{costing}; compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}")
 
     # ---- Where to start from: this directory's newest sound checkpoint, else step 0 ------------------------------
@@ -177,8 +181,10 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         here.settled, here.broken = at, row["train/bad_in_a_row"]
         if here.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
             per_step = clock.lap(at)
-            speed = train.batch_size * data.context / per_step
-            here.metrics.write({"step": at, **row, "tokens_per_second": speed, "seconds": clock.seconds()})
+            speed = {"tokens_per_second": train.batch_size * data.context / per_step}
+            if most:
+                speed["mfu"] = flops / per_step / (most * mesh.size)
+            here.metrics.write({"step": at, **row, **speed, "seconds": clock.seconds()})
             progress.show(at, row["train/loss"], speed, per_step)
         likely = row["stability/warning"] > 0
         if likely and not here.warned:
@@ -186,7 +192,9 @@ def run(config: ConfigDict, workdir: Path) -> bool:
             progress.say(f"step {at}: divergence likely: {change}; a smaller learning rate is safer")
         here.warned = (here.warned or at) if likely or (here.broken and here.warned) else 0
         if here.broken:
-            progress.say(f"step {at}: loss {row['train/loss']}, gradient norm {row['train/grad_norm']}: update skipped")
+            loss, norm = row["train/loss"], row["train/grad_norm"]
+            fault = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+            progress.say(f"step {at}: loss {loss}, gradient norm {norm}, {fault}: update skipped")
 
     def measure(kinds: Iterable[str]) -> bool:
         """Write the rows of these kinds; False: asked to stop meanwhile, and abandoned."""
@@ -238,7 +246,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         if sound is None or here.rewinds == train.max_rewinds:
             foretold = f"the warning stood from step {here.warned} on" if here.warned else "no warning came before it"
             raise Diverged(
-                f"stopped at step {here.settled}: loss or gradient was not finite {here.broken} times in a row; "
+                f"stopped at step {here.settled}: {here.broken} updates in a row were skipped, not finite or spikes; "
                 f"rewound {here.rewinds} times; last sound checkpoint: {sound}; {foretold}; try a smaller "
                 f"train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
@@ -259,11 +267,12 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         watchdog.beat()
         return back
 
-    with asked_to_stop, watchdog:
+    with asked_to_stop, watchdog, profile:
         clock.start(here.step)
         while True:
             # What comes after update `here.step`, the one that this start goes on from as well.
             step, last = here.step, here.step == train.steps
+            profile.turn(step, here.state)
             stop, overdue = wishes() if jax.process_count() == 1 else here.wanted
             due = {
                 "eval": step > 0 and (last or step % config.eval.every == 0),

@@ -1,7 +1,8 @@
 """The work directory: what lies where, who may use it, and opening a trained model from it.
 
 For: the contract DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, card.md}, `damaged/`
-beside them where a checkpoint had to be set aside, hang.txt where it hung. Not for: writing rows or checkpoints.
+beside them where a checkpoint had to be set aside, hang.txt where it hung, profile/ where it was traced. Not for:
+writing rows or checkpoints.
 """
 
 import argparse
@@ -124,7 +125,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     How often a run is logged, evaluated and saved, and on what devices, may change while it goes on.
     """
-    free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every"}
+    free = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir", "train.log_every", "train.profile"}
     free |= {"train.hang_minutes", "train.hang_exit"}
     free |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
 

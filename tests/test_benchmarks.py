@@ -1,13 +1,15 @@
 """What the benchmarks rest on: models of the share that a table names, and references that see a wrong number."""
 
 import argparse
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import numerics, speed
+from benchmarks import fused, numerics, speed
 from ngc_jax.budget import cost
-from ngc_jax.core.rules import transmit
+from ngc_jax.core.rules import RULES, transmit
 
 ARGS = argparse.Namespace(stages=2, context=128, batch_size=4, dtype="float32")
 
@@ -26,3 +28,13 @@ def test_the_reference_is_in_float64_and_an_error_of_one_part_in_1e4_shows():
     limit = numerics.LIMITS["highest"]
     assert numerics.error(transmit("broadcast", x, pre, post), reference) < limit
     assert numerics.error(transmit("broadcast", x, pre, post * (1 + 1e-4)), reference) > limit
+
+
+def test_the_kernel_is_the_rule():
+    pre, post = jax.jit(partial(RULES["distance"].init, groups=1, n_in=12, n_out=8, dim=3))(jax.random.key(0))
+    post = {**post, "gain": post["gain"] * np.array([1, -2, 0.5], np.float32)}
+    x = jax.random.normal(jax.random.key(1), (8, 12))
+    found = jax.jit(partial(fused.product, tile=4, interpret=True))(x, pre, post)
+    np.testing.assert_allclose(found, transmit("distance", x, pre, post), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="tile=8: must divide the 8 tokens and the 12 and 8 neurons"):
+        fused.product(x, pre, post, tile=8, interpret=True)

@@ -13,6 +13,7 @@ from flax import traverse_util
 import ngc_jax
 from ngc_jax import optim
 from ngc_jax.config import base, model_shape
+from ngc_jax.core import attention
 from ngc_jax.core.rules import INSIDE, RULES
 from ngc_jax.data.batches import foretold
 from ngc_jax.nn.decoder import Decoder
@@ -200,6 +201,43 @@ def test_attention_shares_are_the_numpy_ones():
     assert {*found} == {"prelude 1"}
     np.testing.assert_allclose(found["prelude 1"], expected.swapaxes(1, 2), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["prelude 1"].sum(-1), 1, rtol=1e-5)
+
+
+def test_attention_in_one_kernel_is_the_written_out_one(monkeypatch):
+    """cuDNN's kernel is not to be had here; XLA's function of the same name and arguments stands in for it."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 9, 3, 8)), jnp.float32) for _ in range(3))
+    taken = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return taken(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    mask = attention.visible(jnp.arange(9), jnp.arange(9), window=9)
+    written = attention.mix(attention.shares(query, key, mask), value)
+    np.testing.assert_allclose(attention.attend_fused(query, key, value), written, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_takes_the_one_kernel_where_all_the_past_is_seen_and_no_shares_are_asked_for(monkeypatch):
+    config = base()
+    config.update_from_flattened_dict({**WHOLE, "model.rule": "dense", "model.core": 0, "model.coda": 0})
+    model, taken = Decoder(model_shape(config, 50)), []
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def fake(query, key, value):
+        taken.append(query.shape[1])
+        return jnp.zeros((*query.shape[:2], model.shape.width))
+
+    monkeypatch.setattr(attention, "fused", lambda query: True)
+    monkeypatch.setattr(attention, "attend_fused", fake)
+    jax.eval_shape(model.apply, params, tokens(2, 16))
+    assert taken == [16]
+    jax.eval_shape(model.apply, params, tokens(2, 17))  # longer than the context
+    jax.eval_shape(model.apply, params, tokens(2, 16), jnp.zeros((2, 16), jnp.int32))
+    jax.eval_shape(model.decode, params, tokens(2, 3), model.init_cache(2, 9), 0)
+    jax.eval_shape(partial(attention_shares, model), params, tokens(2, 16))
+    assert taken == [16]
 
 
 def test_jit_changes_nothing():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.chaos import outcome
-from ngc_jax import train
+from ngc_jax import spikes, train
 from ngc_jax.checkpoint import MANIFEST, Checkpoints, SaveFailed
 from ngc_jax.data import NOTHING
 from ngc_jax.metrics import Progress, read_rows
@@ -166,6 +167,36 @@ def test_trouble_is_rewound_and_its_batches_passed_over(brief, tmp_path, monkeyp
     brief.train.max_rewinds = 1
     with pytest.raises(train.Diverged, match="rewound 1 times; last sound checkpoint: 15"):
         train.run(brief, tmp_path / "twice")
+
+
+def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(brief, tmp_path, monkeypatch, capsys):
+    """Batches that ask for a byte which the text has not; the warm-up is shortened. A trace changes nothing."""
+    batches, bad = train.train_batches, {8, 11, 12, 13}
+
+    def troubled(examples, *, start, **options):
+        for i, batch in enumerate(batches(examples, start=start, **options), start):
+            yield np.stack([batch[:, 0], np.full_like(batch[:, 1], 255)], axis=1) if i in bad else batch
+
+    monkeypatch.setattr(train, "train_batches", troubled)
+    monkeypatch.setattr(spikes, "WARMUP", 5)
+    brief.train.spike, brief.train.max_bad_steps = 1.0, 3
+    once, stopped = tmp_path / "once", tmp_path / "stopped"
+    assert train.run(brief, once)
+    said = capsys.readouterr().out
+    assert re.search(r"step 9: loss \d+\.\d+, gradient norm \d+\.\d+, a spike: update skipped", said)
+    assert "step 14: rewound to checkpoint 10, 1 of at most 2 times; the 4 batches since then are passed over" in said
+    skipped = [row for row in read_rows(once) if row.get("train/bad_in_a_row")]
+    changes = [(row["step"], row["stability/relative_update"]) for row in skipped]
+    assert changes == [(9, 0.0)], "the parameters are unchanged; rows of what was rewound are gone"
+    warned, losses = Checkpoints(once / "checkpoints", read_only=True).restore(20, None).state["monitor"]
+    assert (int(warned["seen"]), int(losses["seen"])) == (19, 19)
+    brief.train.profile = "3:4"
+    with at(monkeypatch, {13: stop}):
+        assert train.run(brief, stopped) is False
+    assert len([*stopped.glob("profile/**/*.xplane.pb")]) == 1
+    brief.train.profile = ""
+    assert train.run(brief, stopped)
+    assert outcome(stopped) == outcome(once)
 
 
 def test_a_hang_is_told_once_and_ends_the_process_if_so_told(tmp_path, monkeypatch):

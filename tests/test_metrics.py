@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from ngc_jax.costs import peak
 from ngc_jax.metrics import Clock, Metrics, Progress, duration, read_rows
 
 
@@ -62,8 +63,17 @@ def test_the_clock_leaves_out_what_is_not_training(monkeypatch):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    Progress(steps=100).show(step=40, loss=1.5, tokens_per_second=12345.6, seconds_per_step=2.0)
+    speed = {"tokens_per_second": 12345.6}
+    Progress(steps=100).show(step=40, loss=1.5, speed=speed, seconds_per_step=2.0)
     assert capsys.readouterr().out == "step 40/100  loss 1.5000  12,346 tokens/s  ETA 2:00\n"
+    Progress(steps=100).show(step=40, loss=1.5, speed={**speed, "mfu": 0.4321}, seconds_per_step=2.0)
+    assert capsys.readouterr().out == "step 40/100  loss 1.5000  12,346 tokens/s  MFU 43.2%  ETA 2:00\n"
+
+
+def test_a_peak_is_that_of_the_kind_of_device_and_of_bfloat16():
+    known = {"NVIDIA H100 80GB HBM3": 989e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "cpu": None}
+    assert {kind: peak("bfloat16", kind) for kind in known} == known
+    assert peak("float32", "NVIDIA H100 80GB HBM3") is None
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (125, "2:05"), (3725, "1:02:05")])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core.signal_rules import Axes, SignalRule, States, merge, normal, split
+from ngc_jax.core.signal_rules import Axes, SignalRule, States, merge, normal, read, split
 from ngc_jax.core.wiring import Wiring, carry, slots_of
 
 Array = jax.Array
@@ -47,7 +47,8 @@ class Addressed(SignalRule):
         return _overheard(said, np.array(self.wiring), pre)
 
     def receive(self, signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...hgp,gjhp->g...j" if self.wiring is None else "...gsp,gjsp->g...j", signal, post))
+        by_reader = jnp.moveaxis(signal, -2 if self.wiring is None else -3, 0)
+        return merge(read(numbers(by_reader), numbers(post)))
 
     def complete(self, pre: States, post: States) -> tuple[States, States]:
         """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule that make the weights of this wiring's.
@@ -103,7 +104,7 @@ class Rewirable(SignalRule):
         return _overheard(split(x, state.shape[0]), self._speakers(pre["hears"]), state)
 
     def receive(self, signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...gsp,gjsp->g...j", signal, post))
+        return merge(read(numbers(jnp.moveaxis(signal, -3, 0)), numbers(post)))
 
     def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         sent = pre["state"] if gate is None else pre["state"] * gate[:, None]
@@ -120,6 +121,11 @@ class Rewirable(SignalRule):
     def _speakers(self, hears: Array) -> Array:
         groups = hears.shape[0]
         return (jnp.arange(groups)[:, None] + 1 + hears // self.copies) % groups
+
+
+def numbers(ports: Array) -> Array:
+    """[..., k, p] -> [..., k p]: all numbers of all channels."""
+    return ports.reshape(*ports.shape[:-2], -1)
 
 
 def _overheard(said: Array, speakers: Array | np.ndarray, pre: Array) -> Array:

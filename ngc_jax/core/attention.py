@@ -6,6 +6,8 @@ Axes: B batch, T query tokens, S keys (S = T, or the length of the cache), H hea
 attention N neurons of a head and D channels of a value.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -58,6 +60,29 @@ def shares(query: Array, key: Array, mask: Array) -> Array:
 def mix(share: Array, value: Array) -> Array:
     """Values [B, S, H, d] in the shares [B, H, T, S] in which they are heeded: [B, T, H d]."""
     mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2)).swapaxes(1, 2)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def fused(query: Array) -> bool:
+    """Whether cuDNN has attention in one kernel (flash, arXiv 2205.14135) for queries [B, T, H, d] on this machine.
+
+    That is in half precision, on NVIDIA's GPUs from Ampere on, for d up to 128 in eights. It has no forward-mode
+    derivative, so it is not for what is measured of stability, which is in float32.
+    """
+    if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    device: Any = jax.local_devices()[0]
+    nvidia = device.compute_capability[:1].isdecimal()  # AMD's are "gfx..."
+    return bool(nvidia and float(device.compute_capability) >= 8 and query.shape[-1] in range(8, 129, 8))
+
+
+def attend_fused(query: Array, key: Array, value: Array) -> Array:
+    """`mix` of `shares` where each token sees itself and all before it, [B, T, H, d] each -> [B, T, H d], if `fused`.
+
+    Its forward and backward pass lower for CUDA inside a model's update; no GPU has run it yet (benchmarks/numerics.py
+    will say how exact it is there).
+    """
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
     return mixed.reshape(*mixed.shape[:2], -1)
 
 

@@ -7,6 +7,7 @@ these are).
 """
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 Array = jax.Array
 Axes = tuple[str | None, ...]  # of a signal, behind those of x: "group", or None for what is no group's own
 States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
+FEW = 8  # tokens, below which a product's time is that of reading states, so that these are best read as they lie
 
 
 class Rule(abc.ABC):
@@ -142,7 +144,7 @@ class Metric(SignalRule):
     def receive(cls, signal: Array, post: States) -> Array:
         sent = "q" if "q" in cls.pairs else "p"  # a diagonal or scalar map leaves numbers where they are
         heard = jnp.einsum(f"...h{sent},{cls.pairs}->...gp", signal, post["map"])
-        return merge(jnp.einsum("...gp,gjp->g...j", heard, post["state"]))
+        return merge(read(jnp.moveaxis(heard, -2, 0), post["state"]))
 
     @classmethod
     def weights(cls, pre: States, post: States, gate: Array | None = None) -> Array:
@@ -193,7 +195,7 @@ class Within(SignalRule):
 
     @staticmethod
     def receive(signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("...gp,gjp->g...j", signal, post))
+        return merge(read(jnp.moveaxis(signal, -2, 0), post))
 
     @staticmethod
     def weights(pre: States, post: States, gate: Array | None = None) -> Array:
@@ -224,7 +226,7 @@ class Block(SignalRule):
 
     @staticmethod
     def receive(signal: Array, post: States) -> Array:
-        return merge(jnp.einsum("g...i,gji->g...j", split(signal, post.shape[0]), post))
+        return merge(read(split(signal, post.shape[0]), post))
 
     @staticmethod
     def weights(pre: States, post: States, gate: Array | None = None) -> Array:
@@ -252,6 +254,16 @@ def split(x: Array, groups: int) -> Array:
 def merge(y: Array) -> Array:
     """[G, ..., n] -> [..., G n]."""
     return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], -1)
+
+
+def read(signal: Array, post: Array) -> Array:
+    """What a group's neurons hear of its signal: [G, ..., p] and post states [G, m, p] -> [G, ..., m].
+
+    XLA:CPU multiplies by a right factor with the summed axis first, and moves one that lies otherwise.
+    """
+    if math.prod(signal.shape[1:-1]) < FEW:
+        return jnp.moveaxis(jnp.einsum("gjp,g...p->gj...", post, signal), 1, -1)
+    return jnp.einsum("g...p,gjp->g...j", signal, post)
 
 
 def _block_diagonal(blocks: Array) -> Array:

@@ -153,9 +153,14 @@ class Decoder:
         return self._read_out(params, x, positions, segments), rounds
 
     def decode(self, params: Params, tokens: Array, cache: Params, position: Array) -> tuple[Array, Params]:
-        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
+        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`.
+
+        Whatever the model's form, from states where there are any: for a few tokens reading what they are multiplied by
+        takes longest, and states are less than weights.
+        """
+        sparing = Decoder(dataclasses.replace(self.shape, form="weights" if self.shape.rule == "dense" else "signals"))
         positions = position + jnp.arange(tokens.shape[1])
-        logits, cache, _ = self._forward(params, tokens, positions, None, cache, False)
+        logits, cache, _ = sparing._forward(params, tokens, positions, None, cache, False)
         return logits, cache
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:

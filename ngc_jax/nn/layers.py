@@ -20,7 +20,7 @@ from ngc_jax.core.addressed import Addressed
 from ngc_jax.core.encapsulation import encapsulate
 from ngc_jax.core.recurrence import along_tokens, time_scales
 from ngc_jax.core.rules import GATES, activation_gain, say, weights
-from ngc_jax.core.signal_rules import SignalRule
+from ngc_jax.core.signal_rules import FEW, SignalRule
 from ngc_jax.mesh import lay, ways
 from ngc_jax.nn.shape import ModelShape, SynapsePart
 from ngc_jax.nn.sharing import leaders, spread
@@ -73,13 +73,21 @@ class Synapse(nn.Module):
         def act(x: Array) -> Array:
             tokens = x.reshape(-1, self.n_in)  # a weight's gradient sums over one axis, which XLA:CPU does 2x faster
             outputs = []
+            # Members that read one x make one wide product, for which their states are brought together: too much work
+            # for a few tokens, of which each member gets its own.
+            axis = 0 if len(tokens) < FEW else None
+
+            def handed(members: int) -> Array:
+                return tokens if axis is None else jnp.broadcast_to(tokens, (members, *tokens.shape))
+
             for part, how, senders, pre, post in signals:
-                sent, axis = tokens, None  # where a send state is one-hot: all members read x as it is
+                sent, sent_axis = handed(len(senders)), axis  # where a send state is one-hot: all read x as it is
                 if part.rule != "block":
-                    said = jax.vmap(partial(say, how, tokens, activation=part.activation))(pre)
+                    speak = jax.vmap(partial(say, how, activation=part.activation), in_axes=(axis, 0))
+                    said = speak(handed(len(set(senders))), pre)
                     said = lay(lay(said, None, "window", *how.spoken), None, "window", *how.heard)  # here signals cross
-                    sent, axis = spread(senders, said), 0
-                outputs.append(jax.vmap(how.receive, in_axes=(axis, 0), out_axes=-2)(sent, post))
+                    sent, sent_axis = spread(senders, said), 0
+                outputs.append(jax.vmap(how.receive, in_axes=(sent_axis, 0), out_axes=-2)(sent, post))
             if together is not None:
                 outputs.append((tokens @ together).reshape(-1, len(self.senders), self.n_out))
             return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
@@ -176,9 +184,14 @@ class Stage(nn.Module):
             cache = attention.extend(cache, key, value, positions[0])
             key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
             keys = jnp.arange(key.shape[1])
-        share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
-        self.sow("intermediates", "attention", share)
-        mixed = gated("attention_gates", read, lay(attention.mix(share, value), "window", None, "group"))
+        whole_past = cache is None and segments is None and x.shape[1] <= s.context
+        if whole_past and not self.is_mutable_collection("intermediates") and attention.fused(query):
+            mixed = attention.attend_fused(query, key, value)
+        else:
+            share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
+            self.sow("intermediates", "attention", share)
+            mixed = attention.mix(share, value)
+        mixed = gated("attention_gates", read, lay(mixed, "window", None, "group"))
         x = lay(x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :], *s.stream_axes)
 
         up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders("gate_up"), name="gate_up")

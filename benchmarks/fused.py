@@ -1,0 +1,82 @@
+"""Would a kernel that makes weights tile by tile, inside the product, beat XLA? `python -m benchmarks.fused`
+
+For: the `distance` rule, in which each weight takes work of its own. XLA makes W once, writes it and reads it; the
+kernel keeps W on the chip, but makes it again for every tile of tokens. So it can win for few tokens; if it does on a
+GPU, it has earned a place in `core/`, and if not, none. It has no gradient. No GPU has run it yet: on a CPU it is
+interpreted, and its error alone is told. Not for: models, which do without it.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from benchmarks.pairs import paired
+from ngc_jax.core.rules import RULES, transmit
+
+Array = jax.Array
+
+
+def product(x: Array, pre: Array, post: dict[str, Array], tile: int = 64, interpret: bool = False) -> Array:
+    """`transmit("distance", x, pre, post)` for x [N, n_in]: [N, n_out]. N, n_in, n_out: multiples of `tile`.
+
+    On a GPU `tile` is a power of two from 16 on. Raises ValueError for sizes that are no multiples.
+    """
+    (tokens, n_in), (n_out, states) = x.shape, post["state"].shape
+    if any(size % tile for size in (tokens, n_in, n_out)):
+        raise ValueError(f"tile={tile}: must divide the {tokens} tokens and the {n_in} and {n_out} neurons")
+
+    def kernel(x_ref: Any, pre_ref: Any, post_ref: Any, gain_ref: Any, y_ref: Any) -> None:
+        def add(k: Array, total: Array) -> Array:
+            senders, weights = pl.ds(k * tile, tile), jnp.zeros((tile, tile), jnp.float32)
+            for h in range(states):
+                square = jnp.square(pre_ref[senders, h][:, None] - post_ref[:, h][None, :])
+                weights += gain_ref[h] * (1 - 4.5 * square) * jnp.exp(-2 * square)
+            return total + x_ref[:, senders] @ weights.astype(x.dtype)
+
+        total = jax.lax.fori_loop(0, n_in // tile, add, jnp.zeros((tile, tile), jnp.float32))
+        y_ref[...] = (total * n_in**-0.5).astype(x.dtype)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(tokens // tile, n_out // tile),
+        in_specs=[
+            pl.BlockSpec((tile, n_in), lambda t, o: (t, 0)),
+            pl.BlockSpec((n_in, states), lambda t, o: (0, 0)),
+            pl.BlockSpec((tile, states), lambda t, o: (o, 0)),
+            pl.BlockSpec((states,), lambda t, o: (0,)),
+        ],
+        out_specs=pl.BlockSpec((tile, tile), lambda t, o: (t, o)),
+        out_shape=jax.ShapeDtypeStruct((tokens, n_out), x.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),  # which reads of a block what is asked for
+        interpret=interpret,
+    )(x, pre, post["state"], post["gain"])
+
+
+def main() -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    n, counts = (128, (64,)) if on_cpu else (1024, (64, 1024, 16384))
+    init = jax.jit(partial(RULES["distance"].init, groups=1, n_in=n, n_out=n, dim=4))
+    pre, post = init(jax.random.key(0))
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}; distance, {n} to {n} neurons, states of 4, float32\n")
+    print("| tokens | relative difference | us XLA, kernel | XLA / kernel |\n| --- | --- | --- | --- |")
+    for count in counts:
+        x = jax.random.normal(jax.random.key(1), (count, n))
+        ours = jax.jit(partial(product, interpret=on_cpu))
+        theirs = jax.jit(partial(transmit, "distance"))
+        wanted = theirs(x, pre, post)
+        apart = float(jnp.linalg.norm(ours(x, pre, post) - wanted) / jnp.linalg.norm(wanted))
+        times = None if on_cpu else paired(ours, theirs, x, pre, post, calls=20)
+        seconds = f"{1e6 * times.other:.0f}, {1e6 * times.plain:.0f} | {times.ratio:.2f}" if times else "- | -"
+        print(f"| {count} | {apart:.1e} | {seconds} |", flush=True)
+        if not math.isfinite(apart) or apart > 1e-2:
+            raise SystemExit("error: beyond the limit of 1e-2")
+
+
+if __name__ == "__main__":
+    main()
