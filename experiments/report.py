@@ -37,7 +37,7 @@ def blocks(results: Results) -> list[Block]:
     return [
         Heading("What was varied"),
         Table(["factor", "values"], [[factor, "; ".join(labels)] for factor, labels in results.varied.items()]),
-        Words(f"Config {study.config}{f' with {fields}' if fields else ''}; {seeds} seeds."),
+        Words(anywhere(f"Config {study.config}{f' with {fields}' if fields else ''}; seeds: {seeds}.", results.home)),
         Heading("What came of it"),
         Words(means),
         *outcomes(results),
@@ -109,8 +109,13 @@ def provenance(results: Results) -> list[Block]:
         for name, record in results.records.items():
             runs.setdefault(said(record[what]) or "unknown", []).append(name)
         lines += [[what, value, "all" if len(runs) == 1 else ", ".join(of)] for value, of in runs.items()]
-    commands = [record["command"].replace(str(results.home), "DIR") for record in results.records.values()]
+    commands = [anywhere(record["command"], results.home) for record in results.records.values()]
     return [Table(["", "", "runs"], lines), Listing("Commands", commands)]
+
+
+def anywhere(line: str, home: pathlib.Path) -> str:
+    """A line without the paths of this machine, which nobody else has."""
+    return line.replace(str(home), "DIR").replace(str(pathlib.Path(__file__).parent.parent), ".")
 
 
 def rows(results: Results) -> str:

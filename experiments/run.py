@@ -237,7 +237,7 @@ def carry_out(
         print(f"{len(failed)} runs failed: {', '.join(failed)}; their logs are in {home / 'logs'}", file=sys.stderr)
         if args.index is not None:
             sys.exit(1)
-    return None if args.index is not None else Results(study, home, everything, records)
+    return None if args.index is not None else Results(study, home, everything, dict(sorted(records.items())))
 
 
 def main() -> None:
