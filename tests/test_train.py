@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroke
 def test_breaking_down_stops_and_says_what_to_try(tiny, tmp_path):
     tiny.train.learning_rate = tiny.train.state_learning_rate = 1e30
     tiny.train.max_bad_steps = 4
-    with pytest.raises(train.Diverged, match=r"4 times in a row; rewound 0 times; .* None; .*; try a smaller"):
+    with pytest.raises(train.Diverged, match=r"4 updates in a row .*; rewound 0 times; .* None; .*; try a smaller"):
         train.run(tiny, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run") if row.get("train/bad_in_a_row")]
     assert [row["train/bad_in_a_row"] for row in rows] == [1, 2, 3, 4]
