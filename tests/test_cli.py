@@ -5,6 +5,9 @@ import os
 import pytest
 from conftest import launch, python
 
+from ngc_jax.data.tokens import Bytes
+from ngc_jax.workdir import claim
+
 
 @pytest.fixture
 def refused(tiny_flags, tmp_path):
@@ -56,9 +59,10 @@ def test_a_directory_that_cannot_be_written_is_one_line(refused, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_configs_directory_is_one_line(refused, tmp_path, tiny_flags):
+def test_another_configs_directory_is_one_line(refused, tmp_path, tiny):
     target = tmp_path / "taken"
-    assert launch(*tiny_flags, "--config.train.steps=4", f"--workdir={target}").returncode == 0
+    tiny.train.steps = 4
+    claim(target, tiny, Bytes())
     before = sorted(target.rglob("*"))
     assert "train.steps: 4 -> 30" in refused(workdir=target)
     assert sorted(target.rglob("*")) == before

@@ -125,16 +125,16 @@ def made_up(home, study, losses):
 
 
 def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
-    study = comparison(PROTOCOLS["smoke"], ["NGC", "dense"], 2)
-    losses = {"NGC-0.25-seed0": 1.5, "NGC-0.25-seed1": 1.7, "dense-0.25-seed0": None}
+    study = comparison(PROTOCOLS["smoke"], ["NGC"], 4)
+    losses = {"NGC-0.25-seed0": 1.5, "NGC-0.25-seed1": 1.7, "NGC-0.25-seed2": None}
     page = report(made_up(tmp_path, study, losses), "Title\n\nWords <of> it.").read_text()
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Title\n\nWords <of> it.\n")
     assert "<h1>Title</h1>" in page
     assert "Words &lt;of&gt; it." in page
     assert re.search(r"\| NGC \| 0.25 \| 1.6000 ± 1.2706 \| 2 \| 2\d\d,\d{3} \|", text)
-    assert "| dense-0.25-seed0 | exit code 1: out of memory |" in text
-    assert "| dense-0.25-seed1 | not run yet |" in text
+    assert "| NGC-0.25-seed2 | exit code 1: out of memory |" in text
+    assert "| NGC-0.25-seed3 | not run yet |" in text
     assert f"python launch.py --workdir={tmp_path}" not in text
     assert "python launch.py --workdir=DIR/NGC-0.25-seed0" in text
     assert (tmp_path / "rows.csv").read_text().splitlines()[1] == "NGC-0.25-seed0,1.5,"
