@@ -3,7 +3,8 @@
 python launch.py --config=configs/ngc_hops.py
 python -m ngc_jax.solve --workdir=runs/ngc_hops --difficulties=4,8,16,32 --attend=32
 
-46,592 parameters in matrices. It solves up to four hops; of many more it has not been seen to (docs/findings.md).
+46,592 parameters in matrices. After its 1,000 updates (2 to 3 minutes), one seed, of 200 problems each: all of one hop
+are solved, 99.5% of four, 47% of eight, none of 16 or more (docs/findings.md): every letter must be right.
 """
 
 from ngc_jax.config import base
@@ -16,10 +17,10 @@ def get_config():
     config.data.context, config.data.problems = 52, 50_000
     config.model.width, config.model.hidden, config.model.groups, config.model.heads = 64, 128, 4, 4
     config.model.prelude, config.model.core, config.model.coda = 1, 1, 0
-    config.model.attend, config.model.keep = 32, 0.02
+    config.model.attend, config.model.keep = 32, 0.05
     config.iteration.rounds, config.iteration.mark = "marked", TASKS["hops"].symbols.index(">")
-    config.iteration.high, config.iteration.noise = 4, 0.3
-    config.train.steps, config.train.batch_size = 1500, 64
+    config.iteration.high, config.iteration.noise = 4, 0.1
+    config.train.steps, config.train.batch_size = 1000, 64
     config.train.learning_rate = config.train.state_learning_rate = 5e-3
     config.stability.every = 0  # it would measure a loop of model.rounds rounds
     return config

@@ -30,7 +30,7 @@ COMMON: dict[str, Any] = {
     "data.context": 52,
     "data.problems": 50_000,
     "model.attend": 32,
-    "model.keep": 0.02,
+    "model.keep": 0.05,
     "model.width": 64,
     "model.hidden": 128,
     "model.groups": 4,
@@ -48,7 +48,7 @@ MARKED: dict[str, Any] = {
     "iteration.rounds": "marked",
     "iteration.mark": TASKS["hops"].symbols.index(">"),
     "iteration.high": 4,
-    "iteration.noise": 0.3,
+    "iteration.noise": 0.1,
 }
 DENSE: dict[str, Any] = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}
 STACK: dict[str, Any] = {"model.prelude": 5, "model.core": 0, "model.width": 24, "model.hidden": 76}
