@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from experiments.overhead import overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, sized
-from experiments.report import report
 from experiments.run import arguments, carry_out
 from experiments.study import Study
 from experiments.sweeps import Sweep, Variant, seeds
@@ -66,9 +65,9 @@ def main() -> None:
     if protocol.needs_path and not args.path:
         parser.error(f"--protocol={args.protocol} wants --path=FILE, the text of tiny Shakespeare, 1,115,394 bytes")
     path = args.path and str(pathlib.Path(args.path).absolute())
-    results = carry_out(study(protocol, chosen, args.seeds, path), "compare", f"compare-{args.protocol}", args, changes)
-    if results:
-        print(report(results, f"Is NGC better at the same size, or at the same cost? Protocol {args.protocol}"))
+    about = f"Is NGC better at the same size, or at the same cost? Protocol {args.protocol}"
+    compared = study(protocol, chosen, args.seeds, path)
+    carry_out(compared, "compare", f"compare-{args.protocol}", about, args, changes)
 
 
 if __name__ == "__main__":

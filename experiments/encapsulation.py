@@ -11,6 +11,7 @@ gates and without.
 
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from ml_collections import ConfigDict
 
 from experiments.blocks import Block, Words
 from experiments.overhead import Overhead, overhead
+from experiments.setting import DENSE
 from experiments.study import Results, Study
-from experiments.sums import reordered, sums
+from experiments.sums import keep, reordered, sums
 from experiments.sweeps import cases, seeds
 from experiments.text_measures import agreement, attention_divergence, distinct, repetition, type_token_ratio, words
 from ngc_jax.data.batches import Windows
@@ -40,7 +42,6 @@ COMMON = {
     "eval.every": STEPS,
     "checkpoint.every_steps": STEPS,
 }
-DENSE = {"model.rule": "dense", "model.prelude": 4, "model.core": 0, "model.coda": 0}
 TEXTS, PROMPT, LENGTH = 128, 32, 256  # continuations of held-out text, and their bytes
 WORDS = 40  # of each that are compared: as many for all, since what is counted depends on length
 TERMS, ASKED = (1, 2, 3, 4), (4, 5)  # of the sums that are learned, and of those that are asked for
@@ -100,11 +101,6 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     return answered(trained) if trained.config.data.path else spoken(trained)
 
 
-def prepare(home: pathlib.Path) -> None:
-    """Write the sums that are learned."""
-    (home / "sums.txt").write_text("\n".join(sums(300_000, TERMS, seed=0, held_out=False)) + "\n")
-
-
 def costs(configs: Sequence[ConfigDict]) -> list[dict[str, str]]:
     """What an update costs against that of the same model without gates."""
     found = []
@@ -131,7 +127,7 @@ STUDY = Study(
     * cases("gates", {"without gates": {}, "with gates": {"model.gates": True}})
     * seeds(3),
     common=COMMON,
-    prepare=prepare,
+    prepare=partial(keep, terms=TERMS),
     measure=measure,
     baseline={"gates": "without gates"},
     costs=costs,

@@ -11,11 +11,11 @@ import statistics
 from typing import Any
 
 from experiments.blocks import Block, Table
+from experiments.setting import DENSE
 from experiments.stats import interval
 from experiments.study import LOSS, Results, Study
 from experiments.sweeps import cases, seeds
 
-DENSE = {"model.rule": "dense", "model.prelude": 4, "model.core": 0, "model.coda": 0}  # of configs/dense_small.py
 MODELS: dict[str, dict[str, Any]] = {
     "dense_small": {**DENSE, "rate": (1.25e-3, 2.5e-3, 5e-3, 1e-2)},
     "ngc_small": {"rate": (2.5e-3, 5e-3, 1e-2, 2e-2)},

@@ -12,9 +12,7 @@ from typing import Any
 
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax import solve
-from ngc_jax.data.problems import Problems, problem_set
-from ngc_jax.data.tokens import cache_directory
+from ngc_jax.solve import examine
 from ngc_jax.workdir import open_trained
 
 BITS = (20, 39, 60, 100, 1000)
@@ -62,13 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of problems solved, by the number of bits."""
     trained = open_trained(workdir)
-    shares = {}
-    for bits in BITS:
-        found = problem_set("parity", bits, bits, {"test": EXAMPLES}, 0, cache_directory(trained.config.data))
-        problems = Problems(found.home, "test", found.longest)
-        model = solve.attending(trained, found.longest).model
-        shares[f"exact, {bits} bits"] = solve.score(model, trained.params, trained.config, problems)["exact"]
-    return shares
+    return {f"exact, {n} bits": examine(trained, n, EXAMPLES)["exact"] for n in BITS}
 
 
 STUDY = Study(

@@ -13,11 +13,8 @@ from typing import Any
 
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax import solve
-from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.data.tokens import cache_directory
-from ngc_jax.iteration import marked
+from ngc_jax.solve import examine
 from ngc_jax.workdir import open_trained
 
 HOPS = (1, 4, 5, 8, 16, 32)
@@ -64,15 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of problems solved, by the number of hops."""
-    trained = solve.attending(open_trained(workdir), COMMON["model.attend"])
-    shares = {}
-    for hops in HOPS:
-        found = problem_set("hops", hops, hops, {"test": EXAMPLES}, 0, cache_directory(trained.config.data))
-        problems = Problems(found.home, "test", found.longest)
-        apply = marked(trained.decoder, trained.config, cap=hops) if trained.config.model.kind == "decoder" else None
-        score = solve.score(trained.model, trained.params, trained.config, problems, apply)
-        shares[f"exact, {hops} hops"] = score["exact"]
-    return shares
+    trained = open_trained(workdir)
+    return {f"exact, {n} hops": examine(trained, n, EXAMPLES, attend=COMMON["model.attend"])["exact"] for n in HOPS}
 
 
 STUDY = Study(

@@ -78,13 +78,13 @@ def outcomes(results: Results) -> list[Table]:
 
 def chosen(results: Results, group: Group) -> str:
     """The learning rate that a group was trained with."""
-    fields = [results.records[f"{group.name}-seed{seed}"]["fields"] for seed in results.of(group, LOSS)]
+    fields = [results.records[group.run(seed)]["fields"] for seed in results.of(group, LOSS)]
     return f"{fields[0]['train.learning_rate']:g}" if fields and "train.learning_rate" in fields[0] else ""
 
 
 def failures(results: Results) -> list[Block]:
     """Runs that failed, diverged or are missing: none is dropped in silence."""
-    wanted = [f"{group.name}-seed{seed}" for group in results.groups for seed in group.seeds]
+    wanted = [group.run(seed) for group in results.groups for seed in group.seeds]
     rows = []
     for name in dict.fromkeys([*wanted, *results.records]):
         record = results.records.get(name)

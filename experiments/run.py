@@ -61,10 +61,9 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
     for job in range(jobs):
         cores.put(set(available[job::jobs] or available))
 
-    def python(run: Run, *line: str, on: set[int]) -> str:
-        """Run Python on some cores, its words going to the run's log; what went wrong, in a line, or ""."""
-        log = home / "logs" / f"{run.name}.txt"
-        with open(log, "ab") as file:
+    def python(run: Run, *line: str, on: set[int]) -> int:
+        """Run Python on some cores, its words going to the run's log; its exit code."""
+        with open(home / "logs" / f"{run.name}.txt", "ab") as file:
             process = subprocess.Popen([sys.executable, *line], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
             os.sched_setaffinity(process.pid, on)  # long before it starts threads, which inherit it
             running[run.name] = process
@@ -74,8 +73,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             del running[run.name]
         if code == EXIT_CODE:
             stopping.set()
-        said = log.read_text(errors="replace").strip().splitlines()
-        return f"exit code {code}: {said[-1] if said else ''}" if code else ""
+        return code
 
     def train(run: Run) -> Record | None:
         """Train and measure one run; its record, or None where it was told to stop."""
@@ -85,21 +83,22 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
         on = cores.get()
         try:
             line = ["launch.py", *flags(study, run), f"--workdir={workdir}"]
-            error, measures = python(run, *line, on=on), {}
-            if not error:
+            code, measures = python(run, *line, on=on), {}
+            if code == DIVERGED:
+                code, measures = 0, {LOSS: math.inf}
+            elif not code:
                 last = {name: value for row in read_rows(workdir) for name, value in row.items()}
                 measures = {LOSS: math.inf if last["final/loss"] is None else last["final/loss"]}
                 if study.measure:
                     out = home / "measures" / f"{run.name}.json"
-                    error = python(run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on)
-                    measures |= {} if error else json.loads(out.read_text())
-            elif error.startswith(f"exit code {DIVERGED}:"):
-                error, measures = "", {LOSS: math.inf}
+                    code = python(run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on)
+                    measures |= {} if code else json.loads(out.read_text())
         finally:
             cores.put(on)
         if stopping.is_set():
             return None
-        data = re.findall(r"^data: (.*)$", (home / "logs" / f"{run.name}.txt").read_text(), re.MULTILINE)
+        said = (home / "logs" / f"{run.name}.txt").read_text(errors="replace").strip()
+        data = re.findall(r"^data: (.*)$", said, re.MULTILINE)
         return {
             "fields": dict(run.fields),
             "command": shlex.join(["python", *line]),
@@ -107,7 +106,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             "versions": versions(),
             "data": data[-1] if data else "",
             "measures": measures,
-            "error": error,
+            "error": f"exit code {code}: {said.rpartition(chr(10))[2]}" if code else "",
         }
 
     began, console = time.monotonic(), Console()
@@ -213,9 +212,12 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 
 
 def carry_out(
-    study: Study, reference: str, name: str, args: argparse.Namespace, changes: Sequence[str]
-) -> Results | None:
-    """Do what the command line asks; the results where all of the study was run. Exits as `launch.py` does."""
+    study: Study, reference: str, name: str, about: str, args: argparse.Namespace, changes: Sequence[str]
+) -> None:
+    """Do what the command line asks, and report where that was all of the study; `about` as in `report`.
+
+    Exits as `launch.py` does, with 1 where runs failed.
+    """
     home = (args.workdir or pathlib.Path("runs") / name).absolute()
     study = prepared(study, home, changes)
     everything = groups(study)
@@ -225,19 +227,19 @@ def carry_out(
         for run in plan(study, mine, losses(records)):
             state = ending(run.name, records[run.name]) if run.name in records else f"{run.name}: to do"
             print(f"{state}\n    python launch.py {shlex.join(flags(study, run))} --workdir={home / run.name}")
-        return None
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         records = execute(study, reference, home, args.jobs, mine)
     except KeyboardInterrupt:
         print("asked to stop: every run is saved; the same command goes on from there", flush=True)
         sys.exit(EXIT_CODE)
+    if args.index is None:
+        print(report(Results(study, home, everything, dict(sorted(records.items()))), about))
     failed = [run.name for run in plan(study, mine, losses(records)) if records.get(run.name, {}).get("error")]
     if failed:
         print(f"{len(failed)} runs failed: {', '.join(failed)}; their logs are in {home / 'logs'}", file=sys.stderr)
-        if args.index is not None:
-            sys.exit(1)
-    return None if args.index is not None else Results(study, home, everything, dict(sorted(records.items())))
+        sys.exit(1)
 
 
 def main() -> None:
@@ -245,10 +247,7 @@ def main() -> None:
     parser.add_argument("study", help="a file of experiments/ by name, or a file.py of yours")
     args, changes = parser.parse_known_args()
     name, study, about = find(args.study)
-    results = carry_out(study, args.study, name, args, changes)
-    if results:
-        print(report(results, about))
-        sys.exit(any(record["error"] for record in results.records.values()))
+    carry_out(study, args.study, name, about, args, changes)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ at each width, by its ports, in eight groups, about sqrt(D / 2). Learning rates 
 import itertools
 from typing import Any
 
+from experiments.setting import DENSE
 from experiments.study import Study
 from experiments.sweeps import Sweep, Variant, seeds
 
@@ -21,8 +22,7 @@ def fields(model: str, width: int, steps: int) -> dict[str, Any]:
     """One point's fields."""
     both = {"model.width": width, "model.hidden": 3 * width, "train.steps": steps, "train.warmup_steps": steps // 20}
     if model == "dense":
-        deep = {"model.rule": "dense", "model.prelude": 4, "model.core": 0, "model.coda": 0}
-        return {**both, **deep, "rate": 5e-3}
+        return {**both, **DENSE, "rate": 5e-3}
     match = f"dense_small:{SHARE * (width / 128) ** 2:g}"
     return {**both, "model.match": match, "model.match_by": "p_inter", "rate": 1e-2}
 

@@ -10,6 +10,7 @@ nothing.
 
 import math
 import pathlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 
 from experiments.stats import auroc
 from experiments.study import Study
-from experiments.sums import sums
+from experiments.sums import keep, sums
 from experiments.sweeps import cases, seeds
 from ngc_jax.core.stability import contraction, norm
 from ngc_jax.data.tokens import Bytes
@@ -100,9 +101,9 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     return right | {f"AUROC of the {name}": within_difficulty(found, name) for name in MEASURES}
 
 
-def prepare(home: pathlib.Path) -> None:
-    """Write the sums that are learned."""
-    (home / "sums.txt").write_text("\n".join(sums(300_000, TRAINED, seed=0, held_out=False)) + "\n")
-
-
-STUDY = Study(sweep=cases("model", MODELS) * seeds(3), common=COMMON, prepare=prepare, measure=measure)
+STUDY = Study(
+    sweep=cases("model", MODELS) * seeds(3),
+    common=COMMON,
+    prepare=partial(keep, terms=TRAINED),
+    measure=measure,
+)

@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import json
 import math
 import pathlib
@@ -20,11 +19,10 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.blocks import Block
+from experiments.overhead import model_of
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import budget, count
 from ngc_jax.atomic import write_durably
-from ngc_jax.config import make_model
-from ngc_jax.data.tokens import most_tokens
 from ngc_jax.errors import UserError
 
 TUNING_SEED = 1000  # of the runs that try a learning rate; used for nothing else
@@ -67,6 +65,10 @@ class Group:
     fields: Fields
     seeds: tuple[int, ...]
 
+    def run(self, seed: int) -> str:
+        """The name of the run with a seed."""
+        return f"{self.name}-seed{seed}"
+
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to try first; () where the config's own is meant."""
@@ -78,6 +80,7 @@ class Cost(NamedTuple):
     """What a group's models cost."""
 
     config: ConfigDict  # sizes solved
+    shapes: Any  # of its parameters
     matrices: int  # parameters in matrices
     parameters: int  # all of them
     flops: int  # of the products of a forward pass, per token
@@ -110,17 +113,17 @@ class Results:
 
     def of(self, group: Group, measure: str) -> dict[int, float]:
         """Seed -> value, of the runs that have one."""
-        found = {seed: self.records.get(f"{group.name}-seed{seed}", {"measures": {}}) for seed in group.seeds}
+        found = {seed: self.records.get(group.run(seed), {"measures": {}}) for seed in group.seeds}
         return {seed: record["measures"][measure] for seed, record in found.items() if measure in record["measures"]}
 
     def measures(self, group: Group) -> list[str]:
         """What was measured of a group's runs, the outcome first."""
-        found = (self.records.get(f"{group.name}-seed{seed}", {"measures": {}}) for seed in group.seeds)
+        found = (self.records.get(group.run(seed), {"measures": {}}) for seed in group.seeds)
         return list(dict.fromkeys([self.study.outcome, *(name for record in found for name in record["measures"])]))
 
     def workdirs(self, group: Group) -> dict[int, pathlib.Path]:
         """Seed -> the folder of a run that ended well."""
-        return {seed: self.home / f"{group.name}-seed{seed}" for seed in self.of(group, LOSS)}
+        return {seed: self.home / group.run(seed) for seed in self.of(group, LOSS)}
 
 
 def groups(study: Study) -> list[Group]:
@@ -163,7 +166,7 @@ def plan(study: Study, of: Iterable[Group], losses: Mapping[str, float]) -> list
                 continue
             rates = [min(trials, key=lambda rate: losses[trials[rate].name])]
         fields = at_rate(group.fields, rates[0]) if rates else dict(group.fields)
-        wanted += [Run(f"{group.name}-seed{seed}", {**fields, SEED: seed}) for seed in group.seeds]
+        wanted += [Run(group.run(seed), {**fields, SEED: seed}) for seed in group.seeds]
     return wanted
 
 
@@ -202,10 +205,10 @@ def config_of(study: Study, fields: Fields) -> ConfigDict:
 
 
 def cost_of(config: ConfigDict) -> Cost:
-    """Count a config's model, for the vocabulary that its text will have at most."""
-    model = make_model(config, most_tokens(config.data))
-    stored = count.parameters(jax.eval_shape(model.init, jax.random.key(0)))
-    return Cost(config, stored.matrices, stored.total, budget.cost(config, "flops") // config.data.context)
+    """Count a config's model."""
+    shapes = jax.eval_shape(model_of(config).init, jax.random.key(0))
+    stored = count.parameters(shapes)
+    return Cost(config, shapes, stored.matrices, stored.total, budget.cost(config, "flops") // config.data.context)
 
 
 def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> Study:
@@ -251,14 +254,7 @@ def find(wanted: str) -> tuple[str, Study, str]:
     """
     path = pathlib.Path(wanted)
     try:
-        if path.suffix == ".py":
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec
-            assert spec.loader
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(f"experiments.{wanted}")
+        module = budget.module_at(path) if path.suffix == ".py" else importlib.import_module(f"experiments.{wanted}")
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise UserError(f"there is no study {wanted!r} ({error}): give one of experiments/, or a file.py") from error
     study = getattr(module, "STUDY", None)

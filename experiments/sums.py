@@ -3,6 +3,7 @@
 For: studies that ask when a model is right. Not for: the studies.
 """
 
+import pathlib
 import random
 import zlib
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def sums(count: int, terms: Sequence[int], seed: int, held_out: bool) -> list[st
         if (zlib.crc32(asked.encode()) % 10 == 0) == held_out:
             lines.append(f"{asked}={sum(digits) % MODULUS}")
     return lines
+
+
+def keep(home: pathlib.Path, terms: Sequence[int]) -> None:
+    """Write the sums that are learned to HOME/sums.txt, for a study's `prepare`."""
+    (home / "sums.txt").write_text("\n".join(sums(300_000, terms, seed=0, held_out=False)) + "\n")
 
 
 def reordered(lines: Sequence[str]) -> list[list[str]]:

@@ -7,17 +7,14 @@ worth as much as a stage of its own; 0: nothing. Plain loops elsewhere: 0.46. In
     python -m experiments.run worth_of_a_round
 """
 
-import jax
 import numpy as np
 import scipy.optimize
 
 from experiments.blocks import Block, Heading, Words
 from experiments.setting import COMMON
-from experiments.study import LOSS, Results, Study, config_of
+from experiments.study import LOSS, Results, Study
 from experiments.sweeps import cases, seeds, vary
 from ngc_jax import count
-from ngc_jax.config import make_model
-from ngc_jax.data.tokens import most_tokens
 
 DRAWS = 500  # of the bootstrap
 GUESSES = ((0.8, 5.0, 0.2, 0.5), (0.3, 5.0, 0.1, 0.2), (1.0, 20.0, 0.4, 0.8))  # E, A, alpha, phi
@@ -42,12 +39,10 @@ def fit(of: np.ndarray, losses: np.ndarray) -> np.ndarray:
 def answer(results: Results) -> list[Block]:
     """The fit, phi's interval, and how far off the fit is."""
     rows = []
-    for group in results.groups:
-        config = config_of(results.study, group.fields)
-        shapes = jax.eval_shape(make_model(config, most_tokens(config.data)).init, jax.random.key(0))
-        recurrent = count.parameters({"core": shapes["core"]["stages"]}).matrices
-        once = count.parameters(shapes).matrices - recurrent
-        rows += [(once, recurrent, config.model.rounds, loss) for loss in results.of(group, LOSS).values()]
+    for group, cost in zip(results.groups, results.costs, strict=True):
+        recurrent = count.parameters({"core": cost.shapes["core"]["stages"]}).matrices
+        once, rounds = cost.matrices - recurrent, cost.config.model.rounds
+        rows += [(once, recurrent, rounds, loss) for loss in results.of(group, LOSS).values()]
     if len(rows) < 8:
         return []
     points = np.array(rows, float).T

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import pathlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -120,10 +121,15 @@ def _read(match: str) -> tuple[Any, float, str]:
 
 def named(name: str) -> ConfigDict:
     """The config of configs/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    config: ConfigDict = module_at(CONFIGS / f"{name}.py").get_config()
+    return config
+
+
+def module_at(path: pathlib.Path) -> ModuleType:
+    """The module that a file holds, which need not be in a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config: ConfigDict = module.get_config()
-    return config
+    return module

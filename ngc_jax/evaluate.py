@@ -29,6 +29,8 @@ from ngc_jax.stability.watch import make_watch
 from ngc_jax.steps import make_eval_step
 from ngc_jax.workdir import Trained, command, open_trained, parser, rounds
 
+CAP = 64  # rounds at most where a model or a problem says how many
+
 
 def compile_eval(
     model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
@@ -106,7 +108,7 @@ def ask_rounds(arguments: argparse.ArgumentParser) -> None:
     """Add what `run_for` reads of a command line."""
     arguments.add_argument("--rounds", help="of the loop: a number, or 'settled'; default: as in training")
     arguments.add_argument("--tolerance", type=float, default=0.01, help="of 'settled', > 0: |change| / |state|")
-    arguments.add_argument("--cap", type=int, default=64, help="of 'settled' and 'marked', >= 1: rounds at most")
+    arguments.add_argument("--cap", type=int, default=CAP, help="of 'settled' and 'marked', >= 1: rounds at most")
 
 
 def run_for(trained: Trained, args: argparse.Namespace) -> tuple[LanguageModel, Apply | None]:
@@ -114,13 +116,18 @@ def run_for(trained: Trained, args: argparse.Namespace) -> tuple[LanguageModel, 
     if args.tolerance <= 0:
         raise UserError(f"--tolerance={args.tolerance}: must be above 0, for instance 0.01")
     if args.cap < 1:
-        raise UserError(f"--cap={args.cap}: must be 1 or more, for instance 64")
+        raise UserError(f"--cap={args.cap}: must be 1 or more, for instance {CAP}")
     if args.rounds == "settled":
         return trained.model, partial(trained.looped.settle, tolerance=args.tolerance, cap=args.cap)
     if args.rounds is not None:
         return trained.looped.at(rounds(args.rounds)), None
+    return as_trained(trained, args.cap)
+
+
+def as_trained(trained: Trained, cap: int = CAP) -> tuple[LanguageModel, Apply | None]:
+    """What `run_for` gives for the rounds that training had; where an example's marks say them, `cap` at most."""
     decoder = trained.model if isinstance(trained.model, Decoder) else None
-    return trained.model, marked(decoder, trained.config, args.cap)
+    return trained.model, marked(decoder, trained.config, cap)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ of several symbols that is what greedy decoding writes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,13 +23,14 @@ from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import TASKS, check
 from ngc_jax.data.tokens import cache_directory
 from ngc_jax.errors import UserError
-from ngc_jax.evaluate import ask_rounds, held_out, run_for
+from ngc_jax.evaluate import as_trained, ask_rounds, held_out, run_for
 from ngc_jax.iteration import Apply
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.steps import make_eval_step
 from ngc_jax.workdir import Trained, command, open_trained, parser
 
+Run = Callable[[Trained], tuple[LanguageModel, Apply | None]]  # as `evaluate.as_trained`
 ATTENDED = 2**23  # pairs of positions in a batch at most, so that attention over long problems fits in memory
 
 
@@ -48,6 +50,20 @@ def score(
     step = jax.jit(meshes.on(mesh, make_eval_step(model, config.train, None, settle=settle)))
     rows = max(1, min(config.eval.batch_size, ATTENDED // problems[0].shape[1] ** 2))
     return held_out(step, params, mesh, problems, rows)
+
+
+def examine(
+    trained: Trained, difficulty: int, examples: int, seed: int = 0, attend: int = 0, run: Run = as_trained
+) -> dict[str, float]:
+    """`score` on so many test problems of a difficulty, drawn from a seed.
+
+    Attention looks back on `attend` tokens, 0: on all of them. `run` says for how many rounds the loop runs.
+    """
+    data = trained.config.data
+    found = problem_set(data.task, difficulty, difficulty, {"test": examples}, seed, cache_directory(data))
+    problems = Problems(found.home, "test", found.longest)
+    model, settle = run(attending(trained, attend or max(found.longest, data.context)))
+    return score(model, trained.params, trained.config, problems, settle)
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -92,11 +108,7 @@ def main() -> None:
     print(f"{args.workdir}, step {trained.step}: {data.task}, trained on {data.low} to {data.high} {unit}")
     print(f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  95% interval")
     for difficulty in asked:
-        counts, cache = {"test": args.examples}, cache_directory(data)
-        found = problem_set(data.task, difficulty, difficulty, counts, args.seed, cache)
-        problems = Problems(found.home, "test", found.longest)
-        model, settle = run_for(attending(trained, args.attend or max(found.longest, data.context)), args)
-        result = score(model, trained.params, trained.config, problems, settle)
+        result = examine(trained, difficulty, args.examples, args.seed, args.attend, partial(run_for, args=args))
         low, high = interval(result["exact"], args.examples)
         rounds = f", {result['rounds']:.1f} rounds" if "rounds" in result else ""
         said = f"{result['exact']:>7.2%}  {low:.2%} to {high:.2%}{rounds}"

@@ -104,10 +104,12 @@ def in_use(workdir: Path) -> bool:
     if not workdir.exists():
         return False
     try:
-        with hold(workdir):
-            return False
+        handle = _lock(workdir)  # not `hold`, which asks jax for its devices: who only asks must not take them
     except UserError:
         return True
+    if handle is not None:
+        os.close(handle)
+    return False
 
 
 def _ours(path: Path) -> bool:
