@@ -56,7 +56,7 @@ def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
     """A function that decodes TOKENS tokens of one text, each at the last place of a cache, which is donated."""
     model = model_of(config)
     dtype = jnp.dtype(config.train.compute_dtype)
-    params = jax.jit(lambda: jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(0))))()
+    params = jax.jit(lambda: model.apart(jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(0)))))()
     step = jax.jit(model.decode, donate_argnums=2)
     token, cache = jnp.zeros((1, 1), jnp.int32), model.init_cache(1, config.data.context, dtype)
     position = jnp.int32(config.data.context - 1)

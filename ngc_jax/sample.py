@@ -29,7 +29,7 @@ def generate(
     that together have at least that probability (nucleus sampling, arXiv 1904.09751).
     """
     batch, length = prompt.shape
-    dtype = jax.tree.leaves(params)[0].dtype
+    dtype, params = jax.tree.leaves(params)[0].dtype, model.apart(params)
     cache = model.init_cache(batch, length + count, dtype)
     logits, cache = model.decode(params, prompt, cache, jnp.zeros((), jnp.int32))
 

@@ -84,6 +84,10 @@ class BDH:
         """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
         return self._forward(params, tokens, position + jnp.arange(tokens.shape[1]), None, cache)
 
+    def apart(self, params: Params) -> Params:
+        """Parameters as they are: there is one layer."""
+        return params
+
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
         """The state of attention before the first token: [L, B, H, N, D], however many tokens (`length`) will come."""
         s = self.shape

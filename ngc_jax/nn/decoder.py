@@ -155,23 +155,39 @@ class Decoder:
     def decode(self, params: Params, tokens: Array, cache: Params, position: Array) -> tuple[Array, Params]:
         """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`.
 
-        Whatever the model's form, from states where there are any: for a few tokens reading what they are multiplied by
-        takes longest, and states are less than weights.
+        `params` as `init` makes them, or `apart`. Whatever the model's form, from states where there are any: for a few
+        tokens reading what they are multiplied by takes longest, and states are less than weights.
         """
         sparing = Decoder(dataclasses.replace(self.shape, form="weights" if self.shape.rule == "dense" else "signals"))
         positions = position + jnp.arange(tokens.shape[1])
         logits, cache, _ = sparing._forward(params, tokens, positions, None, cache, False)
         return logits, cache
 
+    def apart(self, params: Params) -> Params:
+        """The same parameters with each stage's in arrays of its own, a tuple of stages for a stack; for `decode`.
+
+        A loop over a stack copies a stage before it is read, and one token is multiplied by it no sooner than that.
+        """
+        params = dict(self.whole(params))
+        for name in self.rows():
+            if name == "core":
+                params["core"] = {**params["core"], "stages": unstacked(params["core"]["stages"])}
+            else:
+                params[name] = unstacked(params[name])
+        return params
+
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
-        """An empty key-value cache for `length` tokens: every stage in every round keeps its own."""
+        """An empty key-value cache for `length` tokens: every stage in every round keeps its own.
+
+        Stages lie apart, and are written in place; the rounds of a stage lie on a leading axis.
+        """
         s = self.shape
 
-        def stack(*leading: int) -> Params:
+        def caches(stages: int, *leading: int) -> tuple[Params, ...]:
             shape = (*leading, batch, length, s.heads, s.width // s.heads)
-            return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+            return tuple({"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)} for _ in range(stages))
 
-        return {"prelude": stack(s.prelude), "core": stack(s.rounds, s.core), "coda": stack(s.coda)}
+        return {"prelude": caches(s.prelude), "core": caches(s.core, s.rounds), "coda": caches(s.coda)}
 
     def generated(self) -> dict[str, dict[str, int]]:
         """Weights generated in a forward pass: those of every stage, each time it is run."""
@@ -204,9 +220,12 @@ class Decoder:
         return keep, params["core"]["drive"] if self.shape.drive else jnp.zeros_like(keep)
 
     def stages(
-        self, stages: Params | None, x: Array, positions: Array, segments: Array | None = None, cache: Any = None
+        self, stages: Any, x: Array, positions: Array, segments: Array | None = None, cache: Any = None
     ) -> tuple[Array, Any]:
-        """Run a stack of stages (None: no stage) on the stream [B, T, D]; returns the stream and the cache."""
+        """Run stages, in a stack or `apart` (None: no stage), on the stream [B, T, D]: the stream and the cache.
+
+        Without a cache (None) stages are a stack, and compiled once.
+        """
         if stages is None:
             return x, cache
         stage = Stage(self.shape)
@@ -215,9 +234,15 @@ class Decoder:
             weights, kept = layer
             return stage.apply({"params": gathered(weights)}, x, positions, segments, kept)
 
+        if cache is not None:
+            after = []
+            for layer in zip(stages if isinstance(stages, tuple) else unstacked(stages), cache, strict=True):
+                x, kept = body(x, layer)
+                after.append(kept)
+            return x, tuple(after)
         if self.shape.remat == "stages":
             body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, x, (stages, cache))
+        return jax.lax.scan(body, x, (stages, None))
 
     def stream(
         self,
@@ -279,3 +304,8 @@ class Decoder:
     def _unembed(self, params: Params, x: Array) -> Array:
         x = lay(jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x)), *self.shape.stream_axes)
         return unembed(x, params["unembed"])
+
+
+def unstacked(stack: Params) -> tuple[Params, ...]:
+    """The stages of a stack, each by itself."""
+    return tuple(jax.tree.map(lambda p, i=i: p[i], stack) for i in range(len(jax.tree.leaves(stack)[0])))

@@ -30,6 +30,9 @@ class LanguageModel(Protocol):
     def decode(self, params: Params, tokens: Array, cache: Any, position: Array) -> tuple[Array, Any]:
         """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
 
+    def apart(self, params: Params) -> Params:
+        """The same parameters laid out so that `decode` reads them soonest."""
+
     def init_cache(self, batch: int, length: int, dtype: Any = ...) -> Any:
         """What `decode` starts from, for `length` tokens."""
 

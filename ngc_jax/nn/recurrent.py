@@ -62,6 +62,10 @@ class Recurrent:
         """Logits [B, T, V] for the tokens after those that made `cache`; their `position` does not matter."""
         return self._forward(params, tokens, None, cache)
 
+    def apart(self, params: Params) -> Params:
+        """Parameters as they are: cells are few."""
+        return params
+
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
         """The cells' states before the first token: [C, B, D], however many tokens (`length`) will come."""
         return jnp.zeros((self.shape.core, batch, self.shape.width), jnp.promote_types(dtype, jnp.float32))
