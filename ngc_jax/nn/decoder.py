@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled, undisturbed
 from ngc_jax.core.stability import Round
 from ngc_jax.mesh import gathered, lay
-from ngc_jax.nn.layers import RMSNorm, Stage, unembed
+from ngc_jax.nn.layers import KEPT, RMSNorm, Stage, unembed
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import leaders, spread
 
@@ -240,8 +240,8 @@ class Decoder:
                 x, kept = body(x, layer)
                 after.append(kept)
             return x, tuple(after)
-        if self.shape.remat == "stages":
-            body = jax.checkpoint(body, prevent_cse=False)
+        kept = () if self.shape.remat == "stages" else KEPT
+        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         return jax.lax.scan(body, x, (stages, None))
 
     def stream(

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ngc_jax.core import attention
 from ngc_jax.core.addressed import Addressed
@@ -26,6 +27,8 @@ from ngc_jax.nn.shape import ModelShape, SynapsePart
 from ngc_jax.nn.sharing import leaders, spread
 
 Array = jax.Array
+
+KEPT = ("signal", "synapse", "share", "mixed")  # what a stage's gradient keeps; all else is quickly made again
 
 
 class Synapse(nn.Module):
@@ -86,11 +89,12 @@ class Synapse(nn.Module):
                     speak = jax.vmap(partial(say, how, activation=part.activation), in_axes=(axis, 0))
                     said = speak(handed(len(set(senders))), pre)
                     said = lay(lay(said, None, "window", *how.spoken), None, "window", *how.heard)  # here signals cross
-                    sent, sent_axis = spread(senders, said), 0
+                    sent, sent_axis = spread(senders, checkpoint_name(said, "signal")), 0
                 outputs.append(jax.vmap(how.receive, in_axes=(sent_axis, 0), out_axes=-2)(sent, post))
             if together is not None:
                 outputs.append((tokens @ together).reshape(-1, len(self.senders), self.n_out))
-            return reduce(jnp.add, outputs).reshape(*x.shape[:-1], len(self.senders), self.n_out)
+            heard = checkpoint_name(reduce(jnp.add, outputs), "synapse")
+            return heard.reshape(*x.shape[:-1], len(self.senders), self.n_out)
 
         return act
 
@@ -104,6 +108,14 @@ class Synapse(nn.Module):
         # A dense weight is no neuron state and must not be trained at the states' learning rate: the name says so.
         states = {"weight" if part.place == "dense" else "post": part.how.scaled(post, scale)}
         return states if part.rule == "block" else states | {"pre": pre}
+
+
+def members(y: Array) -> list[Array]:
+    """What a synapse gives, [..., fan, n], by member: [..., n] each.
+
+    A split, for its gradient is one concatenation, and that of slices a sum of arrays padded with zeros.
+    """
+    return [one[..., 0, :] for one in jnp.split(y, y.shape[-2], axis=-2)]
 
 
 @contextmanager
@@ -174,8 +186,8 @@ class Stage(nn.Module):
             return Gates(s.groups, name=name)(read, said) if s.gates else said
 
         read = RMSNorm(name="attention_norm")(x)
-        made = square(senders("query_key_value"), name="query_key_value")(read)
-        query, key, value = (lay(made[..., i, :].reshape(heads), "window", None, "group", None) for i in range(3))
+        made = members(square(senders("query_key_value"), name="query_key_value")(read))
+        query, key, value = (lay(one.reshape(heads), "window", None, "group", None) for one in made)
         if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
         query, key = attention.rotate(query, positions), attention.rotate(key, positions)
@@ -190,15 +202,14 @@ class Stage(nn.Module):
         else:
             share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
             self.sow("intermediates", "attention", share)
-            mixed = attention.mix(share, value)
+            mixed = checkpoint_name(attention.mix(checkpoint_name(share, "share"), value), "mixed")
         mixed = gated("attention_gates", read, lay(mixed, "window", None, "group"))
         x = lay(x + square(gain=s.branch_gain, name="attention_out")(mixed)[..., 0, :], *s.stream_axes)
 
         up = Synapse(s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders("gate_up"), name="gate_up")
         down = Synapse(s.parts(s.hidden, s.width), s.hidden, s.width, s.form, gain=s.branch_gain, name="down")
         read = RMSNorm(name="exchange_norm")(x)
-        both = lay(up(read), "window", None, None, "group")
-        gate, heard = both[..., 0, :], both[..., 1, :]
+        gate, heard = members(lay(up(read), "window", None, None, "group"))
         if s.exchange_activation is not None:
             gate = gate * GATES[s.exchange_activation](gate)
         said = gated("exchange_gates", read, gate * heard)
