@@ -89,7 +89,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             elif not code:
                 last = {name: value for row in read_rows(workdir) for name, value in row.items()}
                 measures = {LOSS: math.inf if last["final/loss"] is None else last["final/loss"]}
-                if study.measure:
+                if study.measure and not run.trial:
                     out = home / "measures" / f"{run.name}.json"
                     code = python(run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on)
                     measures |= {} if code else json.loads(out.read_text())

@@ -55,6 +55,11 @@ class Run:
     name: str  # of its folder
     fields: Fields  # in which it differs from the study's config
 
+    @property
+    def trial(self) -> bool:
+        """Whether it only tries a learning rate, so that its loss is all that is asked of it."""
+        return self.fields.get(SEED) == TUNING_SEED
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
