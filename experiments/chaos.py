@@ -87,7 +87,8 @@ class Chaos:
     def damage(self, process: Process, workdir: pathlib.Path) -> str:
         self._await_an_instant(process)
         done = self._send(process, signal.SIGKILL, "killed")
-        process.wait()
+        if process.wait() == 0:  # it ended before the signal came, and is no run to go on from what is left of it
+            return ""
         steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
         if not done or not steps:
             return done
