@@ -10,6 +10,7 @@ learning rates are chosen by the same number of shorter runs. Attention looks ba
 import pathlib
 from typing import Any
 
+from experiments.setting import SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.solve import examine
@@ -19,22 +20,14 @@ BITS = (20, 39, 60, 100, 1000)
 EXAMPLES = 200  # of each
 STEPS = 600
 COMMON: dict[str, Any] = {
+    **learning(STEPS),
     "data.task": "parity",
     "data.low": 1,
     "data.high": 39,
     "data.context": 40,
-    "data.problems": 50_000,
     "model.prelude": 0,
     "model.core": 1,
-    "model.coda": 0,
-    "model.groups": 4,
-    "model.heads": 4,
     "model.p_inter": 2,
-    "train.steps": STEPS,
-    "train.batch_size": 64,
-    "eval.every": STEPS,
-    "checkpoint.every_steps": STEPS,
-    "stability.every": 0,
     "rate": (1.5e-3, 3e-3, 6e-3),
 }
 CELL: dict[str, Any] = {"model.kind": "recurrent", "model.rounds": 1, "model.width": 32, "model.hidden": 64}
@@ -45,14 +38,13 @@ LOOP: dict[str, Any] = {
     "model.width": 64,
     "model.hidden": 128,
 }
-DENSE: dict[str, Any] = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}
 STACK: dict[str, Any] = {"model.prelude": 6, "model.core": 0, "model.width": 24, "model.hidden": 76}
 MODELS: dict[str, dict[str, Any]] = {
     "recurrent NGC": CELL,
     "recurrent dense": {**CELL, "model.rule": "dense"},
     "NGC, 5 rounds": LOOP,
-    "dense looped, 5 rounds": {**LOOP, **DENSE},
-    "dense": {**LOOP, **DENSE, **STACK},
+    "dense looped, 5 rounds": {**LOOP, **SMALL_DENSE},
+    "dense": {**LOOP, **SMALL_DENSE, **STACK},
     "BDH": {"model.kind": "bdh", "model.rounds": 6, "model.width": 32, "model.hidden": 480},
 }
 

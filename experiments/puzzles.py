@@ -1,6 +1,6 @@
 """Do puzzles gain from rounds of the loop, more than training had?
 
-Sudokus of four digits and mazes: NGC against a dense loop of as many parameters and as long in training, both with two
+Sudokus of four digits and mazes: NGC against a dense loop of as many parameters and updates, both with two
 to six rounds in training, drawn anew for each update, and four to 32 in the test. Levels 1 and 2 are difficulties of
 training, level 3 is beyond it: 4, 8 and 11 empty cells; 3, 4 and 5 rooms a side. All cells must be right.
 
@@ -8,37 +8,27 @@ training, level 3 is beyond it: 4, 8 and 11 empty cells; 3, 4 and 5 rooms a side
 """
 
 import pathlib
-from functools import partial
 from typing import Any
 
+from experiments.setting import SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.iteration import Apply
-from ngc_jax.nn.model import LanguageModel
 from ngc_jax.solve import examine
-from ngc_jax.workdir import Trained, open_trained
+from ngc_jax.workdir import open_trained
 
 LEVELS = {"sudoku4": (4, 8, 11), "maze": (3, 4, 5)}
 ROUNDS = (4, 8, 16, 32)
 EXAMPLES = 200  # of each level
 STEPS = 1000
 COMMON: dict[str, Any] = {
+    **learning(STEPS),
     "data.low": 2,
-    "data.problems": 50_000,
     "model.prelude": 1,
     "model.core": 1,
-    "model.coda": 0,
     "model.rounds": ROUNDS[0],
-    "model.groups": 4,
-    "model.heads": 4,
     "iteration.rounds": "uniform",
     "iteration.low": 2,
     "iteration.high": 6,
-    "train.steps": STEPS,
-    "train.batch_size": 64,
-    "eval.every": STEPS,
-    "checkpoint.every_steps": STEPS,
-    "stability.every": 0,
     "rate": (2.5e-3, 5e-3, 1e-2),
 }
 PUZZLES: dict[str, dict[str, Any]] = {
@@ -47,7 +37,7 @@ PUZZLES: dict[str, dict[str, Any]] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"model.width": 64, "model.hidden": 128},
-    "dense looped": {"model.rule": "dense", "model.width": 48, "model.hidden": 96},
+    "dense looped": SMALL_DENSE,
 }
 
 
@@ -55,13 +45,11 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of puzzles solved, by level and rounds."""
     trained = open_trained(workdir)
 
-    def run(trained: Trained, rounds: int) -> tuple[LanguageModel, Apply | None]:
-        return trained.looped.at(rounds), None
+    def solved(difficulty: int, rounds: int) -> float:
+        return examine(trained, difficulty, EXAMPLES, run=lambda same: (same.looped.at(rounds), None))["exact"]
 
     return {
-        f"level {level}, {rounds} rounds": examine(trained, difficulty, EXAMPLES, run=partial(run, rounds=rounds))[
-            "exact"
-        ]
+        f"level {level}, {rounds} rounds": solved(difficulty, rounds)
         for level, difficulty in enumerate(LEVELS[trained.config.data.task], 1)
         for rounds in ROUNDS
     }

@@ -11,6 +11,7 @@ right.
 import pathlib
 from typing import Any
 
+from experiments.setting import SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.data.tasks import TASKS
@@ -21,24 +22,16 @@ HOPS = (1, 4, 5, 8, 16, 32)
 EXAMPLES = 200  # of each
 STEPS = 1200
 COMMON: dict[str, Any] = {
+    **learning(STEPS),
     "data.task": "hops",
     "data.low": 1,
     "data.high": 4,
     "data.context": 52,
-    "data.problems": 50_000,
     "model.attend": 32,
     "model.keep": 0.05,
     "model.width": 64,
     "model.hidden": 128,
-    "model.groups": 4,
-    "model.heads": 4,
-    "model.coda": 0,
     "model.rounds": 5,
-    "train.steps": STEPS,
-    "train.batch_size": 64,
-    "eval.every": STEPS,
-    "checkpoint.every_steps": STEPS,
-    "stability.every": 0,
     "rate": (2.5e-3, 5e-3, 1e-2),
 }
 MARKED: dict[str, Any] = {
@@ -47,14 +40,13 @@ MARKED: dict[str, Any] = {
     "iteration.high": 4,
     "iteration.noise": 0.1,
 }
-DENSE: dict[str, Any] = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}
 STACK: dict[str, Any] = {"model.prelude": 5, "model.core": 0, "model.width": 24, "model.hidden": 76}
 MODELS: dict[str, dict[str, Any]] = {
     "NGC, a round a hop": MARKED,
     "NGC, 5 rounds": {},
-    "dense looped, a round a hop": {**DENSE, **MARKED},
-    "dense looped, 5 rounds": DENSE,
-    "dense": {**DENSE, **STACK},
+    "dense looped, a round a hop": {**SMALL_DENSE, **MARKED},
+    "dense looped, 5 rounds": SMALL_DENSE,
+    "dense": {**SMALL_DENSE, **STACK},
     "BDH": {"model.kind": "bdh", "model.width": 32, "model.hidden": 480},
 }
 

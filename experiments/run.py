@@ -98,6 +98,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
         if stopping.is_set():
             return None
         said = (home / "logs" / f"{run.name}.txt").read_text(errors="replace").strip()
+        final = said.rpartition("\n")[2]
         data = re.findall(r"^data: (.*)$", said, re.MULTILINE)
         return {
             "fields": dict(run.fields),
@@ -106,7 +107,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             "versions": versions(),
             "data": data[-1] if data else "",
             "measures": measures,
-            "error": f"exit code {code}: {said.rpartition(chr(10))[2]}" if code else "",
+            "error": f"exit code {code}: {final}" if code else "",
         }
 
     began, console = time.monotonic(), Console()

@@ -1,7 +1,8 @@
 """The small setting in which ablations are run, so that one can be read against another.
 
 For: fields that several studies set: a model of width 64 on 0.5 M tokens, about a minute of one core, in which
-differences under 0.02 nats mean little. Not for: claims about larger models (`scaling.py`).
+differences under 0.02 nats mean little; and those of models that learn a task of `docs/tasks.md`. Not for: claims about
+larger models (`scaling.py`).
 """
 
 from typing import Any
@@ -23,4 +24,20 @@ DENSE: dict[str, Any] = {  # the stages of configs/dense_small.py
     "model.core": 0,
     "model.coda": 0,
 }
+SMALL_DENSE = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}  # as large as NGC of width 64, hidden 128
 SHARE = 0.12  # of dense_small's parameters in matrices
+
+
+def learning(steps: int) -> dict[str, Any]:
+    """Fields of a model that learns a task for so many updates, measured at their end."""
+    return {
+        "data.problems": 50_000,
+        "model.groups": 4,
+        "model.heads": 4,
+        "model.coda": 0,
+        "train.steps": steps,
+        "train.batch_size": 64,
+        "eval.every": steps,
+        "checkpoint.every_steps": steps,
+        "stability.every": 0,
+    }

@@ -84,13 +84,11 @@ class Decoder:
         """Parameters in which each stage has its send states, also those that stages share ("senders")."""
         if "senders" not in params:
             return params
-        found = {name: leaf for name, leaf in params.items() if name != "senders"}
         shared = flatten_dict(spread(self.shape.shared.stages, params["senders"]))
-        for name, rows in self.rows().items():
-            own = flatten_dict(params["core"]["stages"] if name == "core" else params[name])
-            stack = unflatten_dict(own | {path: p[rows] for path, p in shared.items()})
-            found[name] = {**params["core"], "stages": stack} if name == "core" else stack
-        return found
+        return self._restacked(
+            {name: leaf for name, leaf in params.items() if name != "senders"},
+            lambda own, rows: unflatten_dict(flatten_dict(own) | {path: p[rows] for path, p in shared.items()}),
+        )
 
     def apply(
         self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
@@ -168,13 +166,7 @@ class Decoder:
 
         A loop over a stack copies a stage before it is read, and one token is multiplied by it no sooner than that.
         """
-        params = dict(self.whole(params))
-        for name in self.rows():
-            if name == "core":
-                params["core"] = {**params["core"], "stages": unstacked(params["core"]["stages"])}
-            else:
-                params[name] = unstacked(params[name])
-        return params
+        return self._restacked(self.whole(params), lambda stack, _: unstacked(stack))
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
         """An empty key-value cache for `length` tokens: every stage in every round keeps its own.
@@ -240,8 +232,8 @@ class Decoder:
                 x, kept = body(x, layer)
                 after.append(kept)
             return x, tuple(after)
-        kept = () if self.shape.remat == "stages" else KEPT
-        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+        names = () if self.shape.remat == "stages" else KEPT
+        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*names))
         return jax.lax.scan(body, x, (stages, None))
 
     def stream(
@@ -270,6 +262,16 @@ class Decoder:
             )
         x, cache["coda"] = self.stages(params.get("coda"), x, positions, segments, cache.get("coda"))
         return x, cache, records
+
+    def _restacked(self, params: Params, change: Callable[[Params, slice], Any]) -> Params:
+        """Parameters with change(stack, its rows among all stages) in place of each stack of stages."""
+        found = dict(params)
+        for name, rows in self.rows().items():
+            if name == "core":
+                found["core"] = {**params["core"], "stages": change(params["core"]["stages"], rows)}
+            else:
+                found[name] = change(params[name], rows)
+        return found
 
     def _forward(
         self,
