@@ -161,9 +161,15 @@ def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
     """The part of `config.validate` that is about `config.iteration`; need(holds, field, what it must be) refuses."""
     i, m = config.iteration, config.model
     need(i.rounds in DRAWS, "iteration.rounds", "one of " + ", ".join(map(repr, DRAWS)))
-    for field, none in (("rounds", "fixed"), ("backprop", 0), ("supervise_every", 0), ("noise", 0)):
-        loop = m.kind == "decoder" and m.core > 0
-        need(loop or i[field] == none, f"iteration.{field}", f"{none!r} where the model has no loop (model.kind, core)")
+    loop = m.kind == "decoder" and m.core > 0
+    for field, value, none in (
+        ("iteration.rounds", i.rounds, "fixed"),
+        ("iteration.backprop", i.backprop, 0),
+        ("iteration.supervise_every", i.supervise_every, 0),
+        ("iteration.noise", i.noise, 0),
+        ("model.state_activation", m.state_activation, "none"),
+    ):
+        need(loop or value == none, field, f"{none!r} where the model has no loop (model.kind, core)")
     most, of = m.rounds, f"model.rounds={m.rounds}"
     if i.rounds != "fixed":
         most, of = i.high, f"iteration.high={i.high}"

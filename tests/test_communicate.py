@@ -30,20 +30,21 @@ def run(w, start, keep, drive, **options):
     return communicate(lambda x, memory: (jnp.tanh(x @ w), memory), start, keep=keep, drive=drive, rounds=R, **options)
 
 
-def test_rounds_and_records_are_the_numpy_loop(loop):
+@pytest.mark.parametrize(("activation", "phi"), [(None, lambda x: x), ("tanh", np.tanh)])
+def test_rounds_and_records_are_the_numpy_loop(loop, activation, phi):
     w, start, keep, drive = map(np.asarray, loop)
     states, shares = [start], []
     for _ in range(R):
         x = states[-1]
         added = np.tanh(x @ w)
-        states.append(keep * x + drive * start + added)
+        states.append(phi(keep * x + drive * start + added))
         driven = np.linalg.norm(drive * start, axis=-1)
         shares.append(np.mean(driven / (driven + np.linalg.norm(added, axis=-1))))
     changes = [np.linalg.norm(b - a, axis=-1) for a, b in itertools.pairwise(states)]
     factors = [np.exp(np.mean(np.log(b / a))) for a, b in itertools.pairwise(changes)]
     growth = [np.mean(np.linalg.norm(x, axis=-1) / np.linalg.norm(start, axis=-1)) for x in states[1:]]
 
-    x, _, records = run(*loop, record=True)
+    x, _, records = run(*loop, record=True, activation=activation)
     measured = summarise(records)
     np.testing.assert_allclose(x, states[-1], rtol=1e-5, atol=1e-6)
     assert measured["contraction_per_round"] == pytest.approx(np.exp(np.mean(np.log(factors))), rel=1e-4)

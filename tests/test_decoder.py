@@ -31,7 +31,7 @@ VARIANTS = {
     "blocks_only": {"rule": "none"},
     "dense": {"rule": "dense"},
     "tanh": {"rule": "tanh", "p_intra": 2, "form": "signals"},
-    "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0},
+    "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0, "state_activation": "tanh"},
     "no_loop": {"prelude": 2, "core": 0},
     "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
     "encapsulated": {"rule": "dense", "gates": True},
@@ -158,6 +158,7 @@ def numpy_forward(model, params, tokens):
         for _ in range(s.rounds):
             added = run(params["core"]["stages"], s.core, x) - x
             x = keep * x + np.asarray(params["core"]["drive"]) * start + added
+            x = np.tanh(x) if s.state_activation else x
     x = run(params.get("coda"), s.coda, x)
     return numpy_norm(x, params["norm"]["scale"]) @ np.asarray(params["unembed"], np.float64)
 

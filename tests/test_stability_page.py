@@ -18,7 +18,7 @@ from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.stability import page
 from ngc_jax.stability.__main__ import main
-from ngc_jax.stability.measures import gain_bounds, headlines, measure, settled
+from ngc_jax.stability.measures import _loop, gain_bounds, headlines, measure, settled
 from ngc_jax.workdir import command, open_trained
 
 pytestmark = pytest.mark.xdist_group("page")  # one worker, which then makes the module's run once
@@ -157,6 +157,17 @@ def test_a_model_without_loop_and_messages_says_what_is_left_out(flat):
     assert all("<img" not in found[name] and found[name].count("Left out: ") == 1 for name in without)
     assert sorted(path.name for path in out.glob("*.png")) == ["spectrum.png", "tokens.png"]
     assert [row.unit for row in headlines(measured)] == ["per stage", "per token", "per token"]
+
+
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+def test_the_drive_is_told_as_the_loop_records_it(activation):
+    config = tiny_config(**{"model.rounds": 3, "model.state_activation": activation})
+    model = Decoder(model_shape(config, 40))
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 6), 0, 40))
+    records = jax.jit(lambda params: model.apply(params, tokens, record=True)[1])(params)
+    loop = _loop(model, params, tokens, 4)
+    np.testing.assert_allclose(loop.drive_ratio.mean(axis=(0, 2)), records.drive_ratio, rtol=1e-5)
 
 
 def test_contraction_is_a_geometric_mean_of_what_is_told():

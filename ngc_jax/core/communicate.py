@@ -16,7 +16,14 @@ import numpy as np
 from ngc_jax.core.stability import Round, norm, record_round, relative_change
 
 Array = jax.Array
-Turn = Callable[[Array], Array]  # one round, x -> keep x + drive e + update(x)
+Turn = Callable[[Array], Array]  # one round, x -> phi(keep x + drive e + update(x))
+# phi. A state near the ends of tanh's range is carried from round to round as bits are: what is added to it is lost.
+STATE_ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {None: lambda x: x, "tanh": jnp.tanh}
+
+
+def advance(x: Array, added: Array, driven: Array, keep: Array, activation: str | None = None) -> Array:
+    """The state after a round, phi(keep x + drive e + update(x)), from what is `added`, update(x), and drive e."""
+    return STATE_ACTIVATIONS[activation](keep * x + driven + added)
 
 
 def communicate(
@@ -26,13 +33,15 @@ def communicate(
     keep: Array,
     drive: Array,
     rounds: int,
+    activation: str | None = None,
     remat: bool = True,
     record: bool = False,
     memory: Any = None,
 ) -> tuple[Array, Any, Round | None]:
-    """Run x <- keep x + drive e + update(x) for `rounds` rounds from x_0 = e = `start`.
+    """Run x <- phi(keep x + drive e + update(x)) for `rounds` rounds from x_0 = e = `start`.
 
-    start [..., D]; keep (leak) and drive (external potential) [D], one number a channel. `memory` is a tree whose
+    start [..., D]; keep (leak) and drive (external potential) [D], one number a channel; phi is the entry `activation`
+    of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose
     arrays have a leading axis of length `rounds` (key-value caches while decoding); update(x, memory of this round)
     returns what it adds to x and its new memory. With `remat` a round's insides are recomputed for the gradient, so
     that training memory grows by x alone, one [..., D] a round. With `record`, the third result holds each round's
@@ -45,7 +54,7 @@ def communicate(
         x, change = carry
         added, memory = update(x, memory)
         driven = drive * start
-        after = keep * x + driven + added
+        after = advance(x, added, driven, keep, activation)
         if change is None:
             return (after, None), (memory, None)
         measured = record_round(start, x, after, driven, added, change)

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ngc_jax.core.communicate import Turn, communicate, communicate_each, communicate_until_settled, undisturbed
+from ngc_jax.core.communicate import (
+    Turn,
+    advance,
+    communicate,
+    communicate_each,
+    communicate_until_settled,
+    undisturbed,
+)
 from ngc_jax.core.stability import Round
 from ngc_jax.mesh import gathered, lay
 from ngc_jax.nn.layers import KEPT, RMSNorm, Stage, unembed
@@ -201,10 +208,10 @@ class Decoder:
         return update
 
     def turn(self, params: Params, start: Array, positions: Array, segments: Array | None = None) -> Turn:
-        """One round, x -> keep x + drive e + core(x) with e = `start` held; `params` are `whole`."""
+        """One round, x -> phi(keep x + drive e + core(x)) with e = `start` held; `params` are `whole`."""
         keep, drive = self.scales(params)
         update = self.update(params, positions, segments)
-        return lambda x: keep * x + drive * start + update(x, None)[0]
+        return lambda x: advance(x, update(x, None)[0], drive * start, keep, self.shape.state_activation)
 
     def scales(self, params: Params) -> tuple[Array, Array]:
         """keep and drive [D] of the loop: the leak exp(-softplus(a)), in (0, 1), and the external potential, if any."""
@@ -256,6 +263,7 @@ class Decoder:
                 keep=keep,
                 drive=drive,
                 rounds=s.rounds,
+                activation=s.state_activation,
                 remat=s.remat != "none",
                 record=record,
                 memory=cache.get("core"),

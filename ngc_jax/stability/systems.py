@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ngc_jax.core.communicate import advance
 from ngc_jax.core.lyapunov import lyapunov_spectrum, orthonormalise, push_forward
 from ngc_jax.core.rules import GATES, States, signal_rule, transmit
 from ngc_jax.core.stability import slope
@@ -28,7 +29,8 @@ Step = Callable[[Any, Any], Any]
 def rounds_step(model: Decoder, params: Params, tokens: Array) -> tuple[Step, Array]:
     """The communication loop on tokens [B, T]: (step, x_0), with x_0 = e [B, T, D] what the prelude made of them.
 
-    step(x, None) is one round, keep x + drive e + core(x), with e held. Raises ValueError for a model without a loop.
+    step(x, None) is one round, phi(keep x + drive e + core(x)), with e held.
+    Raises ValueError for a model without a loop.
     """
     if not model.shape.core:
         raise ValueError("model: has no loop (model.core=0); its exponents go along depth or tokens")
@@ -208,7 +210,7 @@ def walk(
         start, (keep, drive) = x, model.scales(params)
         for turn in range(s.rounds):
             after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.prelude, s.core, x)
-            x = keep * x + drive * start + after - x
+            x = advance(x, after - x, drive * start, keep, s.state_activation)
     if s.coda:
         stages("coda {}", params["coda"], s.prelude + s.core, s.coda, x)
     return passed
