@@ -17,10 +17,11 @@ def get_config():
     config.data.context, config.data.problems = 52, 50_000
     config.model.width, config.model.hidden, config.model.groups, config.model.heads = 64, 128, 4, 4
     config.model.prelude, config.model.core, config.model.coda = 1, 1, 0
-    config.model.attend, config.model.keep = 32, 0.05
+    config.model.attend, config.model.keep, config.model.drive = 32, 0.05, False
+    config.model.route, config.model.state_activation = "start", "tanh"
     config.iteration.rounds, config.iteration.mark = "marked", TASKS["hops"].symbols.index(">")
-    config.iteration.high, config.iteration.noise = 4, 0.1
-    config.train.steps, config.train.batch_size = 1000, 64
+    config.iteration.high, config.iteration.noise = 4, 0.5
+    config.train.steps, config.train.batch_size = 1500, 64
     config.train.learning_rate = config.train.state_learning_rate = 5e-3
     config.stability.every = 0  # it would measure a loop of model.rounds rounds
     return config

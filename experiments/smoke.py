@@ -56,7 +56,7 @@ ITERATIONS: dict[str, dict[str, Any]] = {
     "supervise": {"iteration.supervise_every": 1},
     "all": {"iteration.rounds": "uniform", "iteration.backprop": 3, "iteration.supervise_every": 2},
     "no drive": {"model.drive": False},
-    "state activation": {"model.state_activation": "tanh", "iteration.noise": 0.5},
+    "bits on a route": {"model.state_activation": "tanh", "model.route": "start", "iteration.noise": 0.5},
 }
 RECURRENT: dict[str, dict[str, Any]] = {
     "whole windows": {},

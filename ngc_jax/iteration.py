@@ -167,6 +167,7 @@ def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
         ("iteration.backprop", i.backprop, 0),
         ("iteration.supervise_every", i.supervise_every, 0),
         ("iteration.noise", i.noise, 0),
+        ("model.route", m.route, "state"),
         ("model.state_activation", m.state_activation, "none"),
     ):
         need(loop or value == none, field, f"{none!r} where the model has no loop (model.kind, core)")

@@ -209,10 +209,10 @@ def _correlations(model: Decoder, network: Tree, tokens: Array) -> dict[str, Arr
 
         return jax.vmap(one)(pre, heard)
 
-    def visit(weights: Tree, x: Array) -> tuple[Array, dict[str, Array]]:
+    def visit(weights: Tree, x: Array, route: Array | None) -> tuple[Array, dict[str, Array]]:
         scores: dict[str, Array] = {}
         with overhearing(lambda synapse, x, y: scores.update({str(synapse.name): listen(synapse, x, y)})):
-            x = Stage(model.shape).apply({"params": weights}, x, jnp.arange(tokens.shape[1]))[0]
+            x = Stage(model.shape).apply({"params": weights}, x, jnp.arange(tokens.shape[1]), route=route)[0]
         return x, scores
 
     found: dict[str, dict[int, list[Array]]] = {synapse: {} for synapse in FANS}

@@ -31,7 +31,7 @@ VARIANTS = {
     "blocks_only": {"rule": "none"},
     "dense": {"rule": "dense"},
     "tanh": {"rule": "tanh", "p_intra": 2, "form": "signals"},
-    "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0, "state_activation": "tanh"},
+    "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0, "state_activation": "tanh", "route": "start"},
     "no_loop": {"prelude": 2, "core": 0},
     "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
     "encapsulated": {"rule": "dense", "gates": True},
@@ -120,7 +120,7 @@ def numpy_attention(s, params, stage, read):
     return shares, value
 
 
-def numpy_stage(s, params, stage, x):
+def numpy_stage(s, params, stage, x, route=None):
     def synapse(name, x):
         return numpy_synapse(params[name], stage, x, s.message_activation)
 
@@ -129,6 +129,8 @@ def numpy_stage(s, params, stage, x):
 
     read = numpy_norm(x, params["attention_norm"]["scale"][stage])
     shares, value = numpy_attention(s, params, stage, read)
+    if route is not None:
+        shares, _ = numpy_attention(s, params, stage, numpy_norm(route, params["attention_norm"]["scale"][stage]))
     mixed = np.zeros_like(value)
     for b, t, h in np.ndindex(*value.shape[:3]):
         mixed[b, t, h] = shares[b, t, h] @ value[b, :, h]
@@ -145,9 +147,9 @@ def numpy_forward(model, params, tokens):
     """The decoder of docs and docstrings, in float64 loops."""
     s = model.shape
 
-    def run(stages, count, x):
+    def run(stages, count, x, route=None):
         for stage in range(count):
-            x = numpy_stage(s, stages, stage, x)
+            x = numpy_stage(s, stages, stage, x, route)
         return x
 
     x = np.asarray(params["embed"], np.float64)[np.asarray(tokens)]
@@ -156,7 +158,7 @@ def numpy_forward(model, params, tokens):
         keep = 1 / (1 + np.exp(np.asarray(params["core"]["leak"], np.float64)))  # exp(-softplus(a)) = sigmoid(-a)
         start = x
         for _ in range(s.rounds):
-            added = run(params["core"]["stages"], s.core, x) - x
+            added = run(params["core"]["stages"], s.core, x, start if s.route == "start" else None) - x
             x = keep * x + np.asarray(params["core"]["drive"]) * start + added
             x = np.tanh(x) if s.state_activation else x
     x = run(params.get("coda"), s.coda, x)

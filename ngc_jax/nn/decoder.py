@@ -198,11 +198,12 @@ class Decoder:
         runs = {"prelude": s.prelude, "core": s.core * s.rounds, "coda": s.coda}
         return {stack: {name: times * count for name, count in stage.items()} for stack, times in runs.items()}
 
-    def update(self, params: Params, positions: Array, segments: Array | None = None) -> Update:
-        """What a round adds to the stream, update(x, cache) -> (core(x), cache), for `communicate`."""
+    def update(self, params: Params, start: Array, positions: Array, segments: Array | None = None) -> Update:
+        """What a round adds to the stream, update(x, cache) -> (core(x), cache), in the loop that began at `start`."""
+        route = start if self.shape.route == "start" else None
 
         def update(x: Array, memory: Any) -> tuple[Array, Any]:
-            after, memory = self.stages(params["core"]["stages"], x, positions, segments, memory)
+            after, memory = self.stages(params["core"]["stages"], x, positions, segments, memory, route)
             return after - x, memory
 
         return update
@@ -210,7 +211,7 @@ class Decoder:
     def turn(self, params: Params, start: Array, positions: Array, segments: Array | None = None) -> Turn:
         """One round, x -> phi(keep x + drive e + core(x)) with e = `start` held; `params` are `whole`."""
         keep, drive = self.scales(params)
-        update = self.update(params, positions, segments)
+        update = self.update(params, start, positions, segments)
         return lambda x: advance(x, update(x, None)[0], drive * start, keep, self.shape.state_activation)
 
     def scales(self, params: Params) -> tuple[Array, Array]:
@@ -219,7 +220,13 @@ class Decoder:
         return keep, params["core"]["drive"] if self.shape.drive else jnp.zeros_like(keep)
 
     def stages(
-        self, stages: Any, x: Array, positions: Array, segments: Array | None = None, cache: Any = None
+        self,
+        stages: Any,
+        x: Array,
+        positions: Array,
+        segments: Array | None = None,
+        cache: Any = None,
+        route: Array | None = None,
     ) -> tuple[Array, Any]:
         """Run stages, in a stack or `apart` (None: no stage), on the stream [B, T, D]: the stream and the cache.
 
@@ -231,7 +238,7 @@ class Decoder:
 
         def body(x: Array, layer: Any) -> tuple[Array, Any]:
             weights, kept = layer
-            return stage.apply({"params": gathered(weights)}, x, positions, segments, kept)
+            return stage.apply({"params": gathered(weights)}, x, positions, segments, kept, route)
 
         if cache is not None:
             after = []
@@ -258,7 +265,7 @@ class Decoder:
         if s.core:
             keep, drive = self.scales(params)
             x, cache["core"], records = communicate(
-                self.update(params, positions, segments),
+                self.update(params, x, positions, segments),
                 x,
                 keep=keep,
                 drive=drive,

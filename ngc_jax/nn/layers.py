@@ -167,15 +167,21 @@ class Stage(nn.Module):
     Queries and keys are normalised in each head if `qk_norm` (arXiv 2302.05442, section 2). A head is made of whole
     groups, so a group's signals stay together. With `gates`, what groups say to the last synapse of each branch is
     encapsulated. With a cache, keys and values of these tokens are written from positions[0] on, and attention runs
-    over the whole cache. Returns (x, cache); where the collection "intermediates" is asked for, "attention" in it is
-    how much each token heeds each other [B, H, T, S].
+    over the whole cache. With `route`, a stream like x, queries and keys are read from it in the place of x: who heeds
+    whom is then a matter of the route, and what is said one of x. Returns (x, cache); where the collection
+    "intermediates" is asked for, "attention" in it is how much each token heeds each other [B, H, T, S].
     """
 
     shape: ModelShape
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, segments: Array | None = None, cache: attention.Cache | None = None
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array | None = None,
+        cache: attention.Cache | None = None,
+        route: Array | None = None,
     ) -> tuple[Array, attention.Cache | None]:
         s = self.shape
         square = partial(Synapse, s.parts(s.width, s.width), s.width, s.width, s.form)
@@ -185,8 +191,10 @@ class Stage(nn.Module):
         def gated(name: str, read: Array, said: Array) -> Array:
             return Gates(s.groups, name=name)(read, said) if s.gates else said
 
-        read = RMSNorm(name="attention_norm")(x)
-        made = members(square(senders("query_key_value"), name="query_key_value")(read))
+        norm, ask = RMSNorm(name="attention_norm"), square(senders("query_key_value"), name="query_key_value")
+        routed = [] if route is None else members(ask(norm(route)))[:2]
+        read = norm(x)
+        made = [*routed, *members(ask(read))[len(routed) :]]
         query, key, value = (lay(one.reshape(heads), "window", None, "group", None) for one in made)
         if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
             query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)

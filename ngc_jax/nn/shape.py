@@ -57,6 +57,7 @@ class ModelShape:
     core: int
     rounds: int
     drive: bool
+    route: str
     state_activation: str | None  # of the state after a round
     keep: float  # of the state, from one round to the next, at the start of training
     coda: int

@@ -187,7 +187,7 @@ def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Lo
     def one(params: Params, row: Array) -> dict[str, Array]:
         states = round_states(model, params, row, followed)[:, 0]
         _, drive = model.scales(params)
-        core = model.update(model.whole(params), jnp.arange(row.shape[-1]))
+        core = model.update(model.whole(params), states[:1], jnp.arange(row.shape[-1]))
         update = jax.vmap(lambda x: core(x[None], None)[0][0])(states[:-1])
         step = norm(jnp.diff(states, axis=0))
         resolved = jnp.minimum(step[1:], step[:-1]) > RESOLVED * norm(states[2:])

@@ -8,6 +8,7 @@ Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -167,10 +168,10 @@ def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
 
-    def visit(weights: Params, x: Array) -> tuple[Array, Array]:
+    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
         heard: list[Array] = []
         with overhearing(lambda synapse, x, y: heard.append(_loudness(synapse, x, s.groups))):
-            x = Stage(s).apply({"params": weights}, x, positions)[0]
+            x = Stage(s).apply({"params": weights}, x, positions, route=route)[0]
         return x, jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
 
     return {name: loud for name, _, loud in walk(model, params, tokens, visit)}
@@ -180,26 +181,27 @@ def attention_shares(model: Decoder, params: Params, tokens: Array) -> dict[str,
     """How much each token heeds each other one, by stage: {"core 1, round 2": [B, H heads, T, T heeded], ...}."""
     positions = jnp.arange(tokens.shape[1])
 
-    def visit(weights: Params, x: Array) -> tuple[Array, Array]:
-        (x, _), seen = Stage(model.shape).apply({"params": weights}, x, positions, mutable="intermediates")
+    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
+        stage = partial(Stage(model.shape).apply, mutable="intermediates")
+        (x, _), seen = stage({"params": weights}, x, positions, route=route)
         return x, seen["intermediates"]["attention"][0]
 
     return {name: shares for name, _, shares in walk(model, params, tokens, visit)}
 
 
 def walk(
-    model: Decoder, params: Params, tokens: Array, visit: Callable[[Params, Array], tuple[Array, Any]]
+    model: Decoder, params: Params, tokens: Array, visit: Callable[[Params, Array, Array | None], tuple[Array, Any]]
 ) -> list[tuple[str, int, Any]]:
-    """Take tokens [B, T] through a decoder one stage at a time, visit(weights, x) -> (x, found), in order of rounds.
+    """Take tokens [B, T] through a decoder one stage at a time, visit(weights, x, route) -> (x, found), by rounds.
 
     What was found at each stage, with its name, "core 1, round 2", and its number among the stages that are stored.
     """
     s, params = model.shape, model.whole(params)
     passed: list[tuple[str, int, Any]] = []
 
-    def stages(name: str, stack: Params, first: int, count: int, x: Array) -> Array:
+    def stages(name: str, stack: Params, first: int, count: int, x: Array, route: Array | None = None) -> Array:
         for i in range(count):
-            x, found = visit(jax.tree.map(lambda p, i=i: p[i], stack), x)
+            x, found = visit(jax.tree.map(lambda p, i=i: p[i], stack), x, route)
             passed.append((name.format(i + 1), first + i, found))
         return x
 
@@ -208,8 +210,9 @@ def walk(
         x = stages("prelude {}", params["prelude"], 0, s.prelude, x)
     if s.core:
         start, (keep, drive) = x, model.scales(params)
+        route = start if s.route == "start" else None
         for turn in range(s.rounds):
-            after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.prelude, s.core, x)
+            after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.prelude, s.core, x, route)
             x = advance(x, after - x, drive * start, keep, s.state_activation)
     if s.coda:
         stages("coda {}", params["coda"], s.prelude + s.core, s.coda, x)
