@@ -15,10 +15,10 @@ from ngc_jax.config import base, model_shape
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.rules import RULES, transmit, weights
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Synapse
+from ngc_jax.nn.layers import Stage, Synapse
 from ngc_jax.nn.shape import SynapsePart
 from ngc_jax.stability.regulariser import jacobian_penalty, make_penalty
-from ngc_jax.stability.systems import _loudness
+from ngc_jax.stability.systems import _loudness, walk
 from ngc_jax.stability.watch import MEASURES, make_watch
 
 
@@ -203,6 +203,22 @@ def test_round_states_are_the_loop_and_go_on_after_it():
     trained = jax.jit(lambda p: model.stream(p, p["embed"][tokens], jnp.arange(6))[0])(params)
     np.testing.assert_allclose(states[3], trained, atol=1e-5)
     assert states.shape == (6, *trained.shape)
+
+
+@pytest.mark.parametrize("loop", [{}, {"model.route": "start", "model.state_activation": "tanh"}])
+def test_a_walk_by_stages_ends_where_the_forward_pass_does(loop):
+    model, params, _ = build(**{"model.prelude": 1, "model.coda": 1, **loop})
+    tokens, positions = text(), jnp.arange(6)
+
+    def visit(weights, x, route):
+        x = Stage(model.shape).apply({"params": weights}, x, positions, route=route)[0]
+        return x, x
+
+    def walked(params):
+        return walk(model, params, tokens, visit)[-1][2]
+
+    expected = jax.jit(lambda p: model.stream(p, p["embed"][tokens], positions)[0])(params)
+    np.testing.assert_allclose(jax.jit(walked)(params), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_departure_is_zero_with_everything_on_and_not_without():
