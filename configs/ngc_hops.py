@@ -19,6 +19,7 @@ def get_config():
     config.model.prelude, config.model.core, config.model.coda = 1, 1, 0
     config.model.attend, config.model.keep, config.model.drive = 32, 0.05, False
     config.model.route, config.model.state_activation = "start", "tanh"
+    config.model.qk_gain = 3.0
     config.iteration.rounds, config.iteration.mark = "marked", TASKS["hops"].symbols.index(">")
     config.iteration.high, config.iteration.noise = 4, 0.5
     config.train.steps, config.train.batch_size = 1500, 64

@@ -14,6 +14,8 @@ from benchmarks.pairs import paired
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.tokens import most_tokens
+from ngc_jax.iteration import make_iteration
+from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.steps import init_state, make_train_step
 
@@ -45,7 +47,8 @@ def update_of(config: ConfigDict) -> tuple[Any, int]:
     model = model_of(config)
     state = jax.jit(lambda: init_state(model, config.train, 0))()
     batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
-    step = jax.jit(make_train_step(model, config.train), donate_argnums=0)
+    iteration = make_iteration(model, config) if isinstance(model, Decoder) else None
+    step = jax.jit(make_train_step(model, config.train, iteration=iteration), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
 
     def update(batch: jax.Array) -> Any:

@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "data.high": 4,
     "data.context": 52,
     "model.attend": 32,
+    "model.qk_gain": 3.0,
     "model.width": 64,
     "model.hidden": 128,
     "rate": (2.5e-3, 5e-3, 1e-2),

@@ -97,6 +97,7 @@ def base() -> ConfigDict:
     c.model.exchange_activation = "silu"  # of the exchange's gate: "silu", "gelu", "relu"; "none" = a plain product
     c.model.gates = False  # True: each group speaks in a share that the token sets; shares sum to one over groups
     c.model.qk_norm = True  # normalise queries and keys in each head
+    c.model.qk_gain = 1.0  # where the learned scale of normalised queries starts, > 0: a large one looks at few tokens
     c.model.prelude = 1  # stages before the loop, >= 0
     c.model.core = 1  # stages in the loop, >= 0; 0 = no loop
     c.model.rounds = 2  # times that the core runs, with the same states, >= 1
@@ -273,6 +274,8 @@ def validate(config: ConfigDict) -> None:
     need(m.sharing == "none" or m.rule != "dense", "model.sharing", "'none' where model.rule='dense' has no states")
     need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1, whose share is always one")
     need(0 < m.keep < 1, "model.keep", "above 0 and below 1, for instance 0.9")
+    need(m.qk_gain > 0, "model.qk_gain", "above 0, for instance 1.0")
+    need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", "1.0 where model.qk_norm=False, which leaves no scale")
     choice("model.route", m.route, ("state", "start"))
     choice("model.state_activation", m.state_activation, ("none", *filter(None, STATE_ACTIVATIONS)))
     choice("model.form", m.form, ("weights", "signals"))

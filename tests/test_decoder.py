@@ -195,6 +195,14 @@ def test_gates_start_open_and_read_no_later_token():
     assert np.all(np.any(later[:, 9:] != logits[:, 9:], axis=-1))
 
 
+def test_queries_start_at_their_gain_and_keys_at_one():
+    config = base()
+    config.update_from_flattened_dict({**WHOLE, "model.qk_gain": 3.0})
+    core = jax.jit(Decoder(model_shape(config, 50)).init)(jax.random.key(0))["core"]["stages"]
+    assert np.all(core["query_norm"]["scale"] == 3)
+    assert np.all(core["key_norm"]["scale"] == 1)
+
+
 def test_attention_shares_are_the_numpy_ones():
     model, params = build(rule="dense", core=0, coda=0)
     x, stage = tokens(2, 6), params["prelude"]

@@ -283,6 +283,8 @@ def test_flops_count_rounds_without_gradients_once():
         ({"iteration.noise": -0.1}, "0 or more"),
         ({"model.state_activation": "tanh", "model.core": 0}, "'none' where the model has no loop"),
         ({"model.route": "start", "model.core": 0}, "'state' where the model has no loop"),
+        ({"model.qk_gain": 0.0}, "above 0, for instance 1.0"),
+        ({"model.qk_norm": False, "model.qk_gain": 3.0}, "1.0 where model.qk_norm=False"),
         ({"model.state_activation": "relu"}, "one of 'none', 'tanh'"),
         ({"model.keep": 1.0}, "above 0 and below 1"),
     ],

@@ -139,11 +139,13 @@ def levelled(x: Array) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a learned scale per channel (arXiv 1910.07467), in float32."""
+    """x / rms(x), times a learned scale per channel (arXiv 1910.07467) that starts at `gain`, in float32."""
+
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.constant(self.gain), (x.shape[-1],))
         return (levelled(x) * scale).astype(x.dtype)
 
 
@@ -197,7 +199,7 @@ class Stage(nn.Module):
         made = [*routed, *members(ask(read))[len(routed) :]]
         query, key, value = (lay(one.reshape(heads), "window", None, "group", None) for one in made)
         if s.qk_norm:  # each head's query and key at unit rms: bounded logits bear the high rates that states want
-            query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
+            query, key = RMSNorm(s.qk_gain, name="query_norm")(query), RMSNorm(name="key_norm")(key)
         query, key = attention.rotate(query, positions), attention.rotate(key, positions)
         keys = positions
         if cache is not None:

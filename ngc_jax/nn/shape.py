@@ -53,6 +53,7 @@ class ModelShape:
     exchange_activation: str | None
     gates: bool
     qk_norm: bool
+    qk_gain: float  # where the learned scale of normalised queries starts
     prelude: int
     core: int
     rounds: int
