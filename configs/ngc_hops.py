@@ -22,7 +22,7 @@ def get_config():
     config.model.qk_gain = 3.0
     config.iteration.rounds, config.iteration.mark = "marked", TASKS["hops"].symbols.index(">")
     config.iteration.high, config.iteration.noise = 4, 0.5
-    config.train.steps, config.train.batch_size = 1500, 64
+    config.train.steps, config.train.batch_size = 2000, 64
     config.train.learning_rate = config.train.state_learning_rate = 5e-3
     config.stability.every = 0  # it would measure a loop of model.rounds rounds
     return config

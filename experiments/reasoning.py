@@ -20,7 +20,7 @@ from ngc_jax.workdir import open_trained
 
 HOPS = (1, 4, 5, 8, 16, 32)
 EXAMPLES = 200  # of each
-STEPS = 1500
+STEPS = 2000
 COMMON: dict[str, Any] = {
     **learning(STEPS),
     "data.task": "hops",
@@ -63,6 +63,6 @@ STUDY = Study(
     common=COMMON,
     measure=measure,
     outcome=f"exact, {HOPS[-1]} hops",
-    tuning=1 / 3,
+    tuning=1 / 4,
     baseline={"model": "dense"},
 )
