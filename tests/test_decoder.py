@@ -1,5 +1,6 @@
 """The decoder: a plain NumPy forward, causality, the cache, remat, documents, initial scale."""
 
+import functools
 import itertools
 from functools import partial
 
@@ -38,6 +39,7 @@ VARIANTS = {
 }
 
 
+@functools.cache
 def build(**fields):
     config = base()
     config.update_from_flattened_dict(WHOLE)
@@ -45,9 +47,8 @@ def build(**fields):
     model = Decoder(model_shape(config, 50))
     # Away from the special values of the start (ones, equal leaks), so that each parameter matters.
     params = jax.jit(model.init)(jax.random.key(0))
-    noise = jax.random.split(jax.random.key(7), len(jax.tree.leaves(params)))
-    noise = jax.tree.unflatten(jax.tree.structure(params), list(noise))
-    return model, jax.tree.map(lambda p, k: p + 0.1 * jax.random.normal(k, p.shape), params, noise)
+    draw = np.random.default_rng(7)
+    return model, jax.tree.map(lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), params)
 
 
 def tokens(batch=2, length=16):
@@ -268,7 +269,7 @@ def test_no_logit_depends_on_a_later_token(variant):
         table = {**params, "embed": embedded[0] @ params["embed"]}
         return model.apply(table, jnp.arange(8)[None])[0][0]
 
-    reach = jnp.abs(jax.jacobian(logits)(embedded)).sum((1, 2, 4))  # [T of the logit, T of the token]
+    reach = jnp.abs(jax.jit(jax.jacobian(logits))(embedded)).sum((1, 2, 4))  # [T of the logit, T of the token]
     assert np.all(np.asarray(reach)[np.triu_indices(8, 1)] == 0)
     assert np.all(np.asarray(reach)[np.tril_indices(8)] > 0)
 
@@ -291,7 +292,7 @@ def test_cached_logits_are_the_full_forwards(variant):
 def test_decoding_leaves_the_callers_cache_alone():
     model, params = build()
     cache = model.init_cache(1, 4)
-    model.decode(params, tokens(1, 2), cache, 0)
+    jax.jit(model.decode)(params, tokens(1, 2), cache, 0)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(cache))
 
 
@@ -313,10 +314,11 @@ def test_isolated_documents_do_not_see_each_other():
     model, params = build()
     x = tokens(1, 12)
     segments = jnp.array([[1] * 5 + [2] * 7])
-    together = model.apply(params, x, segments)[0]
+    apply = jax.jit(model.apply)
+    together = apply(params, x, segments)[0]
     # Rotary attention sees distances only, so a document gives the same logits wherever it stands.
-    np.testing.assert_allclose(together[:, 5:], model.apply(params, x[:, 5:])[0], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(together[:, 5:], model.apply(params, x)[0][:, 5:], atol=1e-3)
+    np.testing.assert_allclose(together[:, 5:], apply(params, x[:, 5:])[0], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(together[:, 5:], apply(params, x)[0][:, 5:], atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["addressed", "broadcast_silu", "low_intra", "no_intra", "blocks_only", "dense"])

@@ -1,5 +1,7 @@
 """The optimizer: schedules, which parameter is what, learning rates and decay by kind, Muon."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +86,8 @@ def test_states_have_their_own_learning_rate(params):
 def test_only_matrices_and_states_decay(params):
     for name in ("adamw", "muon"):
         chain = optim.optimizer(settings(weight_decay=0.5, optimizer=name))
-        direction, _ = chain.update(jax.tree.map(jnp.zeros_like, params), chain.init(params), params)
+        zero = jax.tree.map(np.zeros_like, params)
+        direction, _ = jax.jit(chain.update)(zero, jax.jit(chain.init)(params), params)
         for kind, p, d in zip(*map(jax.tree.leaves, (optim.kinds(params), params, direction)), strict=True):
             np.testing.assert_allclose(d, 0.5 * p if kind in ("state", "matrix") else 0 * p, atol=1e-6)
 
@@ -97,13 +100,15 @@ def test_adamw_is_optaxs(params):
     reference = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask)
     )
-    memory, reference_memory = chain.init(ours), reference.init(theirs)
+    memory, reference_memory = jax.jit(chain.init)(ours), jax.jit(reference.init)(theirs)
+    update, reference_update = jax.jit(chain.update), jax.jit(reference.update)
+    apply, reference_apply = jax.jit(partial(optim.apply, config)), jax.jit(optax.apply_updates)
     for step in range(3):
-        grads = jax.tree.map(lambda p: jnp.sin(p + step), params)  # noqa: B023
-        direction, memory = chain.update(grads, memory, ours)
-        ours = optim.apply(config, ours, direction, jnp.asarray(step))
-        updates, reference_memory = reference.update(grads, reference_memory, theirs)
-        theirs = optax.apply_updates(theirs, updates)
+        grads = jax.tree.map(lambda p: np.sin(np.asarray(p) + np.float32(step)), params)  # noqa: B023
+        direction, memory = update(grads, memory, ours)
+        ours = apply(ours, direction, jnp.asarray(step))
+        updates, reference_memory = reference_update(grads, reference_memory, theirs)
+        theirs = reference_apply(theirs, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
 
 
@@ -113,7 +118,7 @@ def test_muon_orthogonalises_each_matrix(rule):
     config.model.update({"rule": rule, "width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_inter": 4})
     params = jax.jit(Decoder(model_shape(config, 20)).init)(jax.random.key(0))
     chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
-    grads = jax.tree.map(lambda p: jnp.cos(100 * p), params)
+    grads = jax.tree.map(lambda p: np.cos(100 * np.asarray(p)), params)
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(direction)}
     for path, leaf in flat.items():
@@ -129,8 +134,10 @@ def test_muon_orthogonalises_each_matrix(rule):
 @pytest.mark.parametrize("rule", ["metric", "metric_scalar", "tanh"])
 def test_muon_knows_the_matrices_of_each_rule(rule):
     synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", (0, 1))
-    params = jax.tree.map(lambda p: p[None], synapse.init(jax.random.key(0), jnp.ones((1, 16)))["params"])  # one stage
-    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    params = jax.tree.map(
+        lambda p: p[None], jax.jit(synapse.init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
+    )  # one stage
+    grads = jax.tree.map(lambda p: np.random.default_rng(p.size).standard_normal(p.shape).astype(np.float32), params)
     chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
     for (path, step), grad in zip(jax.tree_util.tree_leaves_with_path(direction), jax.tree.leaves(grads), strict=True):

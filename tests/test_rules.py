@@ -24,8 +24,8 @@ def states(rule, key=0, groups=G, n_in=N_IN, n_out=N_OUT, dim=DIM):
 def shaken(rule):
     """States a little away from those of the start, so that no bias is 0 and no two gains are equal."""
     leaves, tree = jax.tree.flatten(states(rule))
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    return tree.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+    draw = np.random.default_rng(9)
+    return tree.unflatten([jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))) for p in leaves])
 
 
 def loop_weight(rule, pre, post, j, i):

@@ -1,5 +1,6 @@
 """Measures, bounds and models as systems: against NumPy, explicit Jacobians, and on eight devices as on one."""
 
+import functools
 import itertools
 import types
 
@@ -22,11 +23,16 @@ from ngc_jax.stability.systems import _loudness, walk
 from ngc_jax.stability.watch import MEASURES, make_watch
 
 
+@functools.cache
+def begun(model):
+    return jax.jit(model.init)(jax.random.key(0))
+
+
 def build(**fields):
     config = base()
     config.update_from_flattened_dict({**TINY, "data.context": 6, "model.rounds": 3, **fields})
     model = Decoder(model_shape(config, 40))
-    return model, jax.jit(model.init)(jax.random.key(0)), config
+    return model, begun(model), config
 
 
 def text(rows=2, seed=1, length=6):
