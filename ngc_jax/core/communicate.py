@@ -41,11 +41,11 @@ def communicate(
     """Run x <- phi(keep x + drive e + update(x)) for `rounds` rounds from x_0 = e = `start`.
 
     start [..., D]; keep (leak) and drive (external potential) [D], one number a channel; phi is the entry `activation`
-    of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose
-    arrays have a leading axis of length `rounds` (key-value caches while decoding); update(x, memory of this round)
-    returns what it adds to x and its new memory. With `remat` a round's insides are recomputed for the gradient, so
-    that training memory grows by x alone, one [..., D] a round. With `record`, the third result holds each round's
-    stability measures, else it is None. Returns (x_R, memory, records).
+    of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose arrays have a leading axis of length
+    `rounds` (key-value caches while decoding); update(x, memory of this round) returns what it adds to x and its new
+    memory. With `remat` a round's insides are recomputed for the gradient, so that training memory grows by x alone,
+    one [..., D] a round. With `record`, the third result holds each round's stability measures, else it is None.
+    Returns (x_R, memory, records).
     """
 
     chex.assert_shape([keep, drive], start.shape[-1:])
