@@ -5,6 +5,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Processes that tests start compile the same programs again and again: let them share.
@@ -19,6 +20,8 @@ QUICK = "--xla_backend_optimization_level=0"
 QUICK += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
@@ -56,6 +59,12 @@ def make_text(size: int, seed: int = 0) -> str:
         lines.append(" ".join(words.choice(WORDS) for _ in range(words.randint(3, 9))))
         length += len(lines[-1]) + 1
     return "\n".join(lines) + "\n"
+
+
+def shaken(tree: Any, seed: int = 7) -> Any:
+    """Parameters a little away from the special values of their start (zeros, ones, equal leaks): each matters."""
+    draw = np.random.default_rng(seed)  # not jax.random, which would compile a program for each shape
+    return jax.tree.map(lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), tree)
 
 
 @pytest.fixture(scope="session")

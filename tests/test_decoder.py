@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import WHOLE
+from conftest import WHOLE, shaken
 from flax import traverse_util
 
 import ngc_jax
@@ -45,10 +45,7 @@ def build(**fields):
     config.update_from_flattened_dict(WHOLE)
     config.model.update(fields)
     model = Decoder(model_shape(config, 50))
-    # Away from the special values of the start (ones, equal leaks), so that each parameter matters.
-    params = jax.jit(model.init)(jax.random.key(0))
-    draw = np.random.default_rng(7)
-    return model, jax.tree.map(lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), params)
+    return model, shaken(jax.jit(model.init)(jax.random.key(0)))
 
 
 def tokens(batch=2, length=16):

@@ -134,9 +134,8 @@ def test_muon_orthogonalises_each_matrix(rule):
 @pytest.mark.parametrize("rule", ["metric", "metric_scalar", "tanh"])
 def test_muon_knows_the_matrices_of_each_rule(rule):
     synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", (0, 1))
-    params = jax.tree.map(
-        lambda p: p[None], jax.jit(synapse.init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
-    )  # one stage
+    params = jax.jit(synapse.init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
+    params = jax.tree.map(lambda p: p[None], params)  # one stage
     grads = jax.tree.map(lambda p: np.random.default_rng(p.size).standard_normal(p.shape).astype(np.float32), params)
     chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)

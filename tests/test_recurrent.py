@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY
+from conftest import TINY, shaken
 from test_decoder import numpy_norm
 
 import ngc_jax
@@ -34,9 +34,7 @@ def settings(**fields):
 def build(**fields):
     """A model of two cells with two rounds, and parameters away from the special values of the start."""
     model = make_model(settings(**{"core": 2, **fields}), VOCAB)
-    params = jax.jit(model.init)(jax.random.key(0))
-    draw = np.random.default_rng(7)
-    return model, jax.tree.map(lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), params)
+    return model, shaken(jax.jit(model.init)(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from conftest import shaken
 
 import ngc_jax
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES, activation_gain
@@ -19,13 +20,6 @@ GENERATED = [rule for rule in RULES if rule not in SIGNAL_RULES]
 def states(rule, key=0, groups=G, n_in=N_IN, n_out=N_OUT, dim=DIM):
     init = partial(RULES[rule].init, groups=groups, n_in=n_in, n_out=n_out, dim=dim)
     return jax.jit(init)(jax.random.key(key))
-
-
-def shaken(rule):
-    """States a little away from those of the start, so that no bias is 0 and no two gains are equal."""
-    leaves, tree = jax.tree.flatten(states(rule))
-    draw = np.random.default_rng(9)
-    return tree.unflatten([jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))) for p in leaves])
 
 
 def loop_weight(rule, pre, post, j, i):
@@ -71,7 +65,7 @@ def loop_weight(rule, pre, post, j, i):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_transmit_and_weights_are_the_numpy_loop(rule):
-    pre, post = shaken(rule)
+    pre, post = shaken(states(rule))
     x = jax.random.normal(jax.random.key(1), (5, 7, N_IN))
     wide = jax.tree.map(lambda p: np.asarray(p, np.float64), (pre, post))
     expected = np.array([[loop_weight(rule, *wide, j, i) for i in range(N_IN)] for j in range(N_OUT)])
@@ -84,7 +78,7 @@ def test_transmit_and_weights_are_the_numpy_loop(rule):
 @pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("rule", SIGNAL_RULES)
 def test_activated_signal_is_a_transient_weight(rule, activation):
-    pre, post = shaken(rule)
+    pre, post = shaken(states(rule))
     for x in jax.random.normal(jax.random.key(2), (4, N_IN)):
         transient = ngc_jax.weights(rule, pre, post, x, activation)
         y = ngc_jax.transmit(rule, x, pre, post, activation)
@@ -161,7 +155,7 @@ def test_generated_weights_start_with_the_variance_they_should_have(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_scaled_states_make_scaled_weights_and_zero_states_none(rule):
-    pre, post = shaken(rule)
+    pre, post = shaken(states(rule))
     half = ngc_jax.weights(rule, pre, RULES[rule].scaled(post, 0.5))
     np.testing.assert_allclose(half, 0.5 * ngc_jax.weights(rule, pre, post), atol=1e-6)
     assert not np.any(ngc_jax.weights(rule, pre, jax.tree.map(jnp.zeros_like, post)))
@@ -171,7 +165,7 @@ def test_scaled_states_make_scaled_weights_and_zero_states_none(rule):
     ("rule", "activation"), [*((rule, None) for rule in RULES), *((rule, "silu") for rule in SIGNAL_RULES)]
 )
 def test_gradients_agree_with_finite_differences(rule, activation):
-    pre, post = shaken(rule)
+    pre, post = shaken(states(rule))
     x = jax.random.normal(jax.random.key(4), (3, N_IN))
 
     @jax.jit
@@ -200,7 +194,7 @@ RANK |= {rule: min(N_OUT, G * DIM) for rule in RULES if rule.startswith("metric"
 
 @pytest.mark.parametrize("rule", RULES)
 def test_parameters_and_rank_are_what_the_docstrings_say(rule):
-    pre, post = shaken(rule)
+    pre, post = shaken(states(rule))
     assert sum(leaf.size for leaf in jax.tree.leaves((pre, post))) == PARAMETERS[rule]
     assert np.linalg.matrix_rank(ngc_jax.weights(rule, pre, post), rtol=1e-5) == RANK[rule]
 

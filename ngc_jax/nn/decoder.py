@@ -200,7 +200,7 @@ class Decoder:
 
     def update(self, params: Params, start: Array, positions: Array, segments: Array | None = None) -> Update:
         """What a round adds to the stream, update(x, cache) -> (core(x), cache), in the loop that began at `start`."""
-        route = start if self.shape.route == "start" else None
+        route = self.route(start)
 
         def update(x: Array, memory: Any) -> tuple[Array, Any]:
             after, memory = self.stages(params["core"]["stages"], x, positions, segments, memory, route)
@@ -213,6 +213,10 @@ class Decoder:
         keep, drive = self.scales(params)
         update = self.update(params, start, positions, segments)
         return lambda x: advance(x, update(x, None)[0], drive * start, keep, self.shape.state_activation)
+
+    def route(self, start: Array) -> Array | None:
+        """What the core's queries and keys are read from, in the loop that began at `start`; None: the state."""
+        return start if self.shape.route == "start" else None
 
     def scales(self, params: Params) -> tuple[Array, Array]:
         """keep and drive [D] of the loop: the leak exp(-softplus(a)), in (0, 1), and the external potential, if any."""

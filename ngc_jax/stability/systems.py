@@ -8,7 +8,6 @@ Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,8 +29,7 @@ Step = Callable[[Any, Any], Any]
 def rounds_step(model: Decoder, params: Params, tokens: Array) -> tuple[Step, Array]:
     """The communication loop on tokens [B, T]: (step, x_0), with x_0 = e [B, T, D] what the prelude made of them.
 
-    step(x, None) is one round, phi(keep x + drive e + core(x)), with e held.
-    Raises ValueError for a model without a loop.
+    step(x, None) is one round, phi(keep x + drive e + core(x)), with e held. Raises ValueError where there is no loop.
     """
     if not model.shape.core:
         raise ValueError("model: has no loop (model.core=0); its exponents go along depth or tokens")
@@ -182,8 +180,8 @@ def attention_shares(model: Decoder, params: Params, tokens: Array) -> dict[str,
     positions = jnp.arange(tokens.shape[1])
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
-        stage = partial(Stage(model.shape).apply, mutable="intermediates")
-        (x, _), seen = stage({"params": weights}, x, positions, route=route)
+        stage = Stage(model.shape)
+        (x, _), seen = stage.apply({"params": weights}, x, positions, route=route, mutable="intermediates")
         return x, seen["intermediates"]["attention"][0]
 
     return {name: shares for name, _, shares in walk(model, params, tokens, visit)}
@@ -209,8 +207,7 @@ def walk(
     if s.prelude:
         x = stages("prelude {}", params["prelude"], 0, s.prelude, x)
     if s.core:
-        start, (keep, drive) = x, model.scales(params)
-        route = start if s.route == "start" else None
+        start, route, (keep, drive) = x, model.route(x), model.scales(params)
         for turn in range(s.rounds):
             after = stages(f"core {{}}, round {turn + 1}", params["core"]["stages"], s.prelude, s.core, x, route)
             x = advance(x, after - x, drive * start, keep, s.state_activation)
