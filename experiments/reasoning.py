@@ -20,7 +20,7 @@ from ngc_jax.workdir import open_trained
 
 HOPS = (1, 4, 5, 8, 16, 32)
 EXAMPLES = 200  # of each
-STEPS = 2000
+STEPS = 3000
 COMMON: dict[str, Any] = {
     **learning(STEPS),
     "data.task": "hops",
@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
     "model.qk_gain": 3.0,
     "model.width": 64,
     "model.hidden": 128,
-    "rate": (2.5e-3, 5e-3, 1e-2),
+    "rate": (5e-3, 1e-2, 2e-2),
 }
 LOOP: dict[str, Any] = {
     "model.keep": 0.05,
@@ -63,6 +63,6 @@ STUDY = Study(
     common=COMMON,
     measure=measure,
     outcome=f"exact, {HOPS[-1]} hops",
-    tuning=1 / 4,
+    tuning=1 / 6,
     baseline={"model": "dense"},
 )
