@@ -6,14 +6,13 @@ again). On several hosts: the same command on each (docs/pods.md).
 """
 
 import sys
-from typing import NoReturn
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from ngc_jax import processes
-from ngc_jax.errors import UserError
+from ngc_jax.errors import UserError, fail
 from ngc_jax.preemption import EXIT_CODE
 from ngc_jax.programs import keep_compiled
 from ngc_jax.train import Diverged, run
@@ -21,11 +20,7 @@ from ngc_jax.workdir import hold, workdir_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; 1: alone, whatever the cluster.")
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
-JOIN_MINUTES = flags.DEFINE_float("join_minutes", 5.0, "How long to wait for the others to start.", lower_bound=0.01)
-LOST_SECONDS = flags.DEFINE_integer("lost_seconds", 100, "After how long without a sign one is lost.", lower_bound=5)
+join = processes.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +28,7 @@ def main(argv: list[str]) -> None:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
     workdir = epath.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
     try:
-        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_MINUTES.value, LOST_SECONDS.value)
+        join()
         keep_compiled()
         with hold(workdir):
             done = run(CONFIG.value, workdir)
@@ -57,11 +52,6 @@ def parse(argv: list[str]) -> list[str]:
         # ml_collections quotes its hint ("did you mean") several times over.
         text = str(error).replace("\\n", " ").replace("\\'", "'")
         fail(2, text[1:-1] if text[:1] == text[-1:] == "'" else text)
-
-
-def fail(code: int, error: object) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

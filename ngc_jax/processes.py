@@ -16,11 +16,12 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -46,6 +47,16 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
     return None
+
+
+def define_flags() -> Callable[[], None]:
+    """Define a command's flags for `join`; what is returned calls it with their values."""
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
+    processes = flags.DEFINE_integer("processes", None, "How many processes there are; 1: alone, whatever the cluster.")
+    process = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
+    minutes = flags.DEFINE_float("join_minutes", 5.0, "How long to wait for the others to start.", lower_bound=0.01)
+    lost = flags.DEFINE_integer("lost_seconds", 100, "After how long without a sign one is lost.", lower_bound=5)
+    return lambda: join(coordinator.value, processes.value, process.value, minutes.value, lost.value)
 
 
 def join(
@@ -90,8 +101,8 @@ def join(
             initialization_timeout=round(60 * minutes) + 60,
         )
     except (ValueError, RuntimeError) as error:
-        flags = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to train alone"
-        raise UserError(f"the processes of this run cannot find each other ({found}): {error}; {flags}") from error
+        remedy = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to train alone"
+        raise UserError(f"the processes of this run cannot find each other ({found}): {error}; {remedy}") from error
     finally:
         deadline.cancel()
     if not first():

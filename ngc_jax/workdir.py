@@ -24,7 +24,7 @@ from ngc_jax.atomic import Path, in_bucket, write_durably
 from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base, make_model
 from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
-from ngc_jax.errors import UserError
+from ngc_jax.errors import UserError, fail
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params
 from ngc_jax.rewire import pruned
@@ -237,11 +237,6 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_one_line(error))
+        fail(2, error)
     except BrokenPipeError:
         sys.exit(1)
-
-
-def _one_line(error: UserError) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
