@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments.blocks import Block, Words
 from experiments.overhead import Overhead, overhead
-from experiments.setting import DENSE
+from experiments.setting import DENSE, LARGER
 from experiments.study import Results, Study
 from experiments.sums import keep, reordered, sums
 from experiments.sweeps import cases, seeds
@@ -127,6 +127,7 @@ STUDY = Study(
     * cases("gates", {"without gates": {}, "with gates": {"model.gates": True}})
     * seeds(3),
     common=COMMON,
+    larger=LARGER,
     prepare=partial(keep, terms=TERMS),
     measure=measure,
     baseline={"gates": "without gates"},

@@ -10,7 +10,7 @@ learning rates are chosen by the same number of shorter runs. Attention looks ba
 import pathlib
 from typing import Any
 
-from experiments.setting import SMALL_DENSE, learning
+from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.solve import examine
@@ -58,6 +58,7 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
 STUDY = Study(
     sweep=cases("model", MODELS) * seeds(3),
     common=COMMON,
+    larger=LARGER_TASK,
     measure=measure,
     outcome=f"exact, {BITS[-1]} bits",
     baseline={"model": "dense"},

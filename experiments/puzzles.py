@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.overhead import overhead
-from experiments.setting import SMALL_DENSE, learning
+from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import Sweep, cases, seeds
 from ngc_jax.solve import examine
@@ -79,6 +79,7 @@ def sweep(puzzle: str) -> Sweep:
 STUDY = Study(
     sweep=sweep("sudoku") + sweep("maze"),
     common=COMMON,
+    larger=LARGER_TASK,
     measure=measure,
     costs=costs,
     tuning=1 / 4,

@@ -11,7 +11,7 @@ be answered right.
 import pathlib
 from typing import Any
 
-from experiments.setting import SMALL_DENSE, learning
+from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.data.tasks import TASKS
@@ -61,6 +61,7 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
 STUDY = Study(
     sweep=cases("model", MODELS) * seeds(3),
     common=COMMON,
+    larger=LARGER_TASK,
     measure=measure,
     outcome=f"exact, {HOPS[-1]} hops",
     tuning=1 / 6,

@@ -8,7 +8,7 @@ Four rounds; the contraction or the exponent per round held in a band by the los
 import math
 from typing import Any
 
-from experiments.setting import COMMON, STEPS
+from experiments.setting import COMMON, LARGER, STEPS
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 
@@ -22,5 +22,6 @@ TOLD: dict[str, dict[str, Any]] = {
 STUDY = Study(
     sweep=cases("told", TOLD) * seeds(3),
     common={**COMMON, "model.rounds": 4, "stability.every": STEPS, "rate": 1e-2},
+    larger=LARGER,
     baseline={"told": "nothing"},
 )

@@ -1,12 +1,14 @@
 """Run a study: train what is missing, several runs at a time, and go on from wherever it was.
 
-    python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N] [--dry] [--config.FIELD=VALUE ...]
+    python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N] [--dry] [--larger]
+                              [--config.FIELD=VALUE ...]
 
 STUDY is a file of experiments/ by name, or the path of a file of yours. Every run is an ordinary `launch.py` run on its
 own share of the cores. A run that fails is marked with its error and stops no other; the same command tries it again.
 For array jobs, `--index=I --count=N` takes every Nth group of runs. `--config.FIELD=VALUE` changes all runs of a study,
-which must then have a folder of its own. Kept in DIR: a folder and a log of each run, records/RUN.json, and, when all
-is done, the report (`report.py`). Not for: what a study is (`study.py`).
+which must then have a folder of its own; `--larger` sets what makes the study worth an accelerator. Kept in DIR: a
+folder and a log of each run, records/RUN.json, and, when all is done, the report (`report.py`). Not for: what a study
+is (`study.py`).
 """
 
 import argparse
@@ -144,7 +146,12 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
 
 def flags(study: Study, run: Run) -> list[str]:
     """A run's arguments, but for its folder."""
-    return [f"--config=configs/{study.config}.py", *(f"--config.{name}={value}" for name, value in run.fields.items())]
+    return [f"--config=configs/{study.config}.py", *settings(run.fields)]
+
+
+def settings(fields: Mapping[str, Any]) -> list[str]:
+    """Fields as a command line sets them."""
+    return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def losses(records: Mapping[str, Record]) -> dict[str, float]:
@@ -246,8 +253,13 @@ def carry_out(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("study", help="a file of experiments/ by name, or a file.py of yours")
+    parser.add_argument("--larger", action="store_true", help="in the study's setting for an accelerator")
     args, changes = parser.parse_known_args()
     name, study, about = find(args.study)
+    if args.larger:
+        if not study.larger:
+            raise UserError(f"--larger: {name} has no larger setting: set fields by --config.FIELD=VALUE")
+        name, changes = f"{name}-larger", [*settings(study.larger), *changes]
     carry_out(study, args.study, name, about, args, changes)
 
 

@@ -1,8 +1,8 @@
 """The small setting in which ablations are run, so that one can be read against another.
 
 For: fields that several studies set: a model of width 64 on 0.5 M tokens, about a minute of one core, in which
-differences under 0.02 nats mean little; and those of models that learn a task of `docs/tasks.md`. Not for: claims about
-larger models (`scaling.py`).
+differences under 0.02 nats mean little; those of models that learn a task of `docs/tasks.md`; and of both, what an
+accelerator can afford (`--larger`; nobody has run it yet). Not for: claims about larger models (`scaling.py`).
 """
 
 from typing import Any
@@ -18,6 +18,16 @@ COMMON: dict[str, Any] = {
     "checkpoint.every_steps": STEPS,
     "stability.every": 0,
 }
+LONGER: dict[str, Any] = {  # what an accelerator can afford: 80 M tokens
+    "data.context": 256,
+    "train.steps": 10 * STEPS,
+    "train.warmup_steps": STEPS,
+    "train.batch_size": 64,
+    "train.compute_dtype": "bfloat16",
+    "eval.every": 2 * STEPS,
+    "checkpoint.every_steps": 2 * STEPS,
+}
+LARGER = {**LONGER, "model.width": 256, "model.hidden": 768}
 DENSE: dict[str, Any] = {  # the stages of configs/dense_small.py
     "model.rule": "dense",
     "model.prelude": 4,
@@ -25,7 +35,9 @@ DENSE: dict[str, Any] = {  # the stages of configs/dense_small.py
     "model.coda": 0,
 }
 SMALL_DENSE = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}  # as large as NGC of width 64, hidden 128
-SHARE = 0.12  # of dense_small's parameters in matrices
+SHARE = "dense_small:0.12"  # of parameters in matrices
+LARGER_SHARE = {**LARGER, "model.match": "dense_small:1.92"}  # as much at four times the width
+LARGER_TASK = {"data.problems": 1_000_000, "train.batch_size": 512}
 
 
 def learning(steps: int) -> dict[str, Any]:

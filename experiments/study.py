@@ -39,6 +39,7 @@ class Study:
     config: str = "ngc_small"  # of configs/, from which variants differ
     common: Fields = dataclasses.field(default_factory=dict)  # fields of all runs
     changes: Fields = dataclasses.field(default_factory=dict)  # what a command line sets in all runs, over the sweep
+    larger: Fields = dataclasses.field(default_factory=dict)  # the same study for an accelerator: set in all runs
     tuning: float = 0.5  # of train.steps, the length of a run that tries one of several rates
     prepare: Callable[[pathlib.Path], None] | None = None  # makes files in the study's folder; "{DIR}" in fields is it
     measure: Callable[[pathlib.Path], dict[str, float]] | None = None  # of a trained run's folder, beside its loss

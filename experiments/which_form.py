@@ -5,7 +5,7 @@ The hidden layer takes up or gives what groups and ports cost; rounds cost FLOPs
     python -m experiments.run which_form
 """
 
-from experiments.setting import COMMON, SHARE
+from experiments.setting import COMMON, LARGER_SHARE, SHARE
 from experiments.study import Study
 from experiments.sweeps import seeds, vary
 
@@ -14,6 +14,7 @@ STUDY = Study(
     * vary("model.groups", (4, 8, 16))
     * vary("model.p_inter", (1, 2), "port")
     * seeds(3),
-    common={**COMMON, "model.match": f"dense_small:{SHARE}", "model.match_by": "hidden", "rate": 1e-2},
+    common={**COMMON, "model.match": SHARE, "model.match_by": "hidden", "rate": 1e-2},
+    larger=LARGER_SHARE,
     baseline={"rounds": "rounds = 2", "port": "port = 2", "groups": "groups = 8"},
 )

@@ -7,7 +7,7 @@ All rules at equal parameters, a dense block inside each group in all of them: t
 
 from typing import Any
 
-from experiments.setting import COMMON, SHARE
+from experiments.setting import COMMON, LARGER_SHARE, SHARE
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.config import RULES_OF_A_MODEL
@@ -21,6 +21,7 @@ RULES: dict[str, dict[str, Any]] = {rule: {"model.rule": rule, "rate": RATES} fo
 RULES |= {rule: {**RULES[rule], **BY_WIDTH} for rule in ("none", "dense")}
 STUDY = Study(
     sweep=cases("rule", RULES) * seeds(3),
-    common={**COMMON, "model.match": f"dense_small:{SHARE}", "model.match_by": "p_inter"},
+    common={**COMMON, "model.match": SHARE, "model.match_by": "p_inter"},
+    larger=LARGER_SHARE,
     baseline={"rule": "addressed"},
 )

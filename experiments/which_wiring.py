@@ -6,7 +6,7 @@ parameters and FLOPs, which are not spent on anything.
     python -m experiments.run which_wiring
 """
 
-from experiments.setting import COMMON, STEPS
+from experiments.setting import COMMON, LARGER, STEPS
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.core.wiring import WIRINGS
@@ -18,5 +18,6 @@ MOVING = {name: {"model.wiring": name, **CHANGING} for name in DYNAMIC}
 STUDY = Study(
     sweep=cases("wiring", {"complete": {}, **SPARSE, **MOVING}) * seeds(3),
     common={**COMMON, "rate": 1e-2},
+    larger=LARGER,
     baseline={"wiring": "complete"},
 )

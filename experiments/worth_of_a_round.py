@@ -11,7 +11,7 @@ import numpy as np
 import scipy.optimize
 
 from experiments.blocks import Block, Heading, Words
-from experiments.setting import COMMON
+from experiments.setting import COMMON, LONGER
 from experiments.study import LOSS, Results, Study
 from experiments.sweeps import cases, seeds, vary
 from ngc_jax import count
@@ -63,5 +63,6 @@ WIDTHS = {f"width {width}": {"model.width": width, "model.hidden": 3 * width} fo
 STUDY = Study(
     sweep=cases("width", WIDTHS) * vary("model.rounds", (1, 2, 4, 8)) * seeds(2),
     common={**COMMON, "model.core": 2, "rate": 1e-2},
+    larger=LONGER,
     answer=answer,
 )

@@ -1,5 +1,6 @@
 """Studies: what is varied, which runs that makes, what is reported; and that a kill changes nothing of it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,8 +19,10 @@ from experiments import stats
 from experiments.compare import study as comparison
 from experiments.protocols import PROTOCOLS
 from experiments.report import report
+from experiments.run import main
 from experiments.study import LOSS, Results, Study, config_of, find, groups, plan, prepared
 from experiments.sweeps import Sweep, cases, seeds, vary, zipped
+from ngc_jax.config import validate
 from ngc_jax.errors import UserError
 
 MODELS = cases("model", {"NGC": {}, "NGC, p = 1": {"model.p_inter": 1}})
@@ -56,6 +59,34 @@ def test_a_study_that_cannot_be_told_apart_or_has_no_seeds_is_refused():
         config_of(Study(MODELS), {"model.widht": 3})
     with pytest.raises(UserError, match="there is no study 'nonsense'"):
         find("nonsense")
+
+
+STUDIES = [path.stem for path in (ROOT / "experiments").glob("*.py") if "\nSTUDY = Study(" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_asks_for_models_that_there_are_also_in_its_larger_setting(name):
+    _, study, _ = find(name)
+    for changes in ({}, study.larger):
+        unsized = dataclasses.replace(study, changes={**changes, "model.match": ""})  # solving sizes takes its time
+        for group in groups(unsized):
+            validate(config_of(unsized, group.fields))
+
+
+def test_the_larger_setting_is_asked_for_by_a_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["run", *flags])
+        main()
+
+    call("worth_of_a_round", "--larger", "--dry", "--config.data.context=32")
+    first = capsys.readouterr().out.splitlines()[1]
+    assert "--config.train.steps=5000 " in first
+    assert "--config.data.context=32 " in first
+    assert f"--workdir={tmp_path}/runs/worth_of_a_round-larger/" in first
+    with pytest.raises(UserError, match="--larger: settled has no larger setting"):
+        call("settled", "--larger")
 
 
 def runs_by(study, loss):
