@@ -5,6 +5,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What is tested is what programs do, and compiling them is most of the time. (CI's main job runs as a user's does.)
 QUICK = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # its older code generator takes half the time; later ones know no other
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 # XLA's CPU backend forgets the order of collectives in a program that it reads from the compilation cache, and so
 # several devices in one process may wait for each other for ever; scheduled like this they do not.
 QUICK += " --xla_cpu_enable_concurrency_optimized_scheduler=false"

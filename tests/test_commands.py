@@ -14,8 +14,6 @@ from ngc_jax.metrics import read_rows
 from ngc_jax.sample import choose, generate
 from ngc_jax.workdir import open_trained
 
-pytestmark = pytest.mark.xdist_group("commands")  # one worker, which then makes the module's run once
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

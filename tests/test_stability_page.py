@@ -21,8 +21,6 @@ from ngc_jax.stability.__main__ import main
 from ngc_jax.stability.measures import _loop, gain_bounds, headlines, measure, settled
 from ngc_jax.workdir import command, open_trained
 
-pytestmark = pytest.mark.xdist_group("page")  # one worker, which then makes the module's run once
-
 SECTIONS = ["numbers", "spectrum", "rounds", "tokens", "drive", "traffic", "paths", "bounds"]
 FIGURES = SECTIONS[1:-1]
 
