@@ -7,8 +7,8 @@ STUDY is a file of experiments/ by name, or the path of a file of yours. Every r
 own share of the cores. A run that fails is marked with its error and stops no other; the same command tries it again.
 For array jobs, `--index=I --count=N` takes every Nth group of runs. `--config.FIELD=VALUE` changes all runs of a study,
 which must then have a folder of its own; `--larger` sets what makes the study worth an accelerator. Kept in DIR: a
-folder and a log of each run, records/RUN.json, and, when all is done, the report (`report.py`). Not for: what a study
-is (`study.py`).
+folder and a log of each run, records/RUN.json, compiled programs, and, when all is done, the report (`report.py`). Not
+for: what a study is (`study.py`).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import queue
 import re
 import shlex
@@ -58,6 +59,8 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
     tried: set[str] = set()  # since this start: what failed before is tried again
     running: dict[str, subprocess.Popen[bytes]] = {}
     stopping = threading.Event()
+    # Seeds differ in no program: one compiles it for the others, on this machine, since another one's may not suit it.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(home / "programs" / platform.node()), **os.environ}
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
     for job in range(jobs):
@@ -65,8 +68,8 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
 
     def python(run: Run, *line: str, on: set[int]) -> int:
         """Run Python on some cores, its words going to the run's log; its exit code."""
-        with open(home / "logs" / f"{run.name}.txt", "ab") as file:
-            process = subprocess.Popen([sys.executable, *line], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        with open(home / "logs" / f"{run.name}.txt", "ab") as log:
+            process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
             os.sched_setaffinity(process.pid, on)  # long before it starts threads, which inherit it
             running[run.name] = process
             if stopping.is_set():
