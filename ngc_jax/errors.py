@@ -8,7 +8,12 @@ class UserError(ValueError):
     """Something given by the user is wrong; the message names it, its value, and a value that would work."""
 
 
+def say(error: object) -> None:
+    """Print an error as a single line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 def fail(code: int, error: object) -> NoReturn:
     """End this command, with the error as a single line."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    say(error)
     sys.exit(code)

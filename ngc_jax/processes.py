@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from ngc_jax import mesh as meshes
-from ngc_jax.errors import UserError
+from ngc_jax.errors import UserError, say
 
 CHECK = (
     "check that the same command was started on every host, that each can reach the coordinator's port, and that "
@@ -177,5 +177,5 @@ def leave(error: BaseException) -> None:
 
 
 def _end(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(message)
     os._exit(1)
