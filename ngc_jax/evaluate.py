@@ -29,7 +29,7 @@ from ngc_jax.stability.watch import make_watch
 from ngc_jax.steps import make_eval_step
 from ngc_jax.workdir import Trained, command, open_trained, parser, rounds
 
-CAP = 64  # rounds at most where a model or a problem says how many
+CAP = 64  # rounds at most where the state says how many
 
 
 def compile_eval(
@@ -108,7 +108,7 @@ def ask_rounds(arguments: argparse.ArgumentParser) -> None:
     """Add what `run_for` reads of a command line."""
     arguments.add_argument("--rounds", help="of the loop: a number, or 'settled'; default: as in training")
     arguments.add_argument("--tolerance", type=float, default=0.01, help="of 'settled', > 0: |change| / |state|")
-    arguments.add_argument("--cap", type=int, default=CAP, help="of 'settled' and 'marked', >= 1: rounds at most")
+    arguments.add_argument("--cap", type=int, default=CAP, help="of 'settled', >= 1: rounds at most")
 
 
 def run_for(trained: Trained, args: argparse.Namespace) -> tuple[LanguageModel, Apply | None]:
@@ -121,13 +121,13 @@ def run_for(trained: Trained, args: argparse.Namespace) -> tuple[LanguageModel, 
         return trained.model, partial(trained.looped.settle, tolerance=args.tolerance, cap=args.cap)
     if args.rounds is not None:
         return trained.looped.at(rounds(args.rounds)), None
-    return as_trained(trained, args.cap)
+    return as_trained(trained)
 
 
-def as_trained(trained: Trained, cap: int = CAP) -> tuple[LanguageModel, Apply | None]:
-    """What `run_for` gives for the rounds that training had; where an example's marks say them, `cap` at most."""
+def as_trained(trained: Trained) -> tuple[LanguageModel, Apply | None]:
+    """What `run_for` gives for the rounds that training had, or that an example's marks ask for."""
     decoder = trained.model if isinstance(trained.model, Decoder) else None
-    return trained.model, marked(decoder, trained.config, cap)
+    return trained.model, marked(decoder, trained.config)
 
 
 def main() -> None:

@@ -121,17 +121,17 @@ def marks(tokens: Array, mark: int, low: int, high: int) -> tuple[Array, Array]:
     return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high), jnp.cumsum(tokens == mark, axis=1)
 
 
-def marked(model: Decoder | None, config: Any, cap: int | None = None) -> Apply | None:
+def marked(model: Decoder | None, config: Any) -> Apply | None:
     """What stands for `model.apply` where each example has as many rounds as marks; None where no config asks for it.
 
-    At most `cap` rounds (None: iteration.high). It returns logits, and rounds [B, T].
+    More than iteration.high too: that bounds training. It returns logits, and rounds [B, T].
     """
     i = config.iteration
     if model is None or i.rounds != "marked":
         return None
 
     def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
-        rounds, segments = marks(tokens, i.mark, i.low, cap or i.high)
+        rounds, segments = marks(tokens, i.mark, i.low, tokens.shape[1])
         logits, _ = model.iterate(params, tokens, segments, rounds=rounds, backprop=1)
         return logits[-1], jnp.broadcast_to(rounds[:, None], tokens.shape)
 
