@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from ngc_jax import budget, count
 from ngc_jax import mesh as meshes
 from ngc_jax.config import make_model, model_shape, validate
+from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Bytes, most_tokens
 from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
@@ -97,7 +98,7 @@ def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageMod
 
 
 def _boundary(config: ConfigDict) -> int | None:
-    return Bytes.mark if config.data.isolate_documents else None
+    return Bytes.mark if config.data.isolate_documents else boundary(config.data.task)
 
 
 def layers(config: ConfigDict) -> int:

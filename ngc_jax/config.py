@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
 from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
 from ngc_jax.core.wiring import WIRINGS
-from ngc_jax.data.tasks import TASKS
+from ngc_jax.data.tasks import TASKS, both_ways
 from ngc_jax.errors import UserError
 from ngc_jax.iteration import check as check_iteration
 from ngc_jax.mesh import check as check_mesh
@@ -39,7 +39,8 @@ def base() -> ConfigDict:
 
     c.data = ConfigDict()
     # A reasoning task instead of text (docs/tasks.md): "parity", "running_parity", "modular", "hops",
-    # "addition", "listops", "dyck", "path", "maze", "sudoku4", "sudoku6", "sudoku9", "sudoku9_search"; "" = text
+    # "addition", "listops", "dyck", "path"; "maze", "sudoku4", "sudoku6", "sudoku9", "sudoku9_search", or one of these
+    # with "_in_place", of a model whose tokens see both ways; "" = text
     c.data.task = ""
     c.data.low = 1  # least difficulty of the task's problems, as its table in docs/tasks.md has it
     c.data.high = 10  # greatest, >= low; data.context must hold the longest
@@ -186,7 +187,7 @@ def base() -> ConfigDict:
 def model_shape(config: ConfigDict, vocab: int) -> ModelShape:
     """The frozen shape of `config.model` for a vocabulary."""
     context = config.model.attend or config.data.context
-    fields = {**config.model.to_dict(), "vocab": vocab, "context": context}
+    fields = {**config.model.to_dict(), "vocab": vocab, "context": context, "causal": not both_ways(config.data.task)}
     for name in ("attend", "kind", "match", "match_by"):
         del fields[name]
     for name in ("message_activation", "exchange_activation", "state_activation"):
@@ -233,6 +234,8 @@ def validate(config: ConfigDict) -> None:
     need(0 < d.validation_fraction <= 0.5, "data.validation_fraction", "above 0 and at most 0.5, for instance 0.1")
 
     choice("model.kind", m.kind, (*OURS, "bdh"))
+    decoder = m.kind == "decoder" or not both_ways(d.task)
+    need(decoder, "model.kind", f"'decoder' where data.task={d.task!r} is to be seen both ways")
     if m.kind == "bdh":
         unit = 2 * max(1, m.heads)  # rotary positions turn pairs of neurons
         neurons = f"a multiple of 2 model.heads = {unit}, for instance {max(unit, round(m.hidden / unit) * unit)}"

@@ -18,6 +18,7 @@ from scipy import special
 
 from ngc_jax.core.communicate import undisturbed
 from ngc_jax.count import forward_flops
+from ngc_jax.data.tasks import both_ways
 from ngc_jax.nn.decoder import Decoder
 
 Array = jax.Array
@@ -171,6 +172,8 @@ def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
         ("model.state_activation", m.state_activation, "none"),
     ):
         need(loop or value == none, field, f"{none!r} where the model has no loop (model.kind, core)")
+    unmarked = i.rounds != "marked" or not both_ways(config.data.task)
+    need(unmarked, "iteration.rounds", f"another where data.task={config.data.task!r} is seen both ways, across marks")
     most, of = m.rounds, f"model.rounds={m.rounds}"
     if i.rounds != "fixed":
         most, of = i.high, f"iteration.high={i.high}"

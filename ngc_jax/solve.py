@@ -20,7 +20,7 @@ import scipy.stats
 from ngc_jax import mesh as meshes
 from ngc_jax.data.batches import Examples
 from ngc_jax.data.problems import Problems, problem_set
-from ngc_jax.data.tasks import TASKS, check
+from ngc_jax.data.tasks import TASKS, boundary, check
 from ngc_jax.data.tokens import cache_directory
 from ngc_jax.errors import UserError
 from ngc_jax.evaluate import as_trained, ask_rounds, held_out, run_for
@@ -47,7 +47,7 @@ def score(
 ) -> dict[str, float]:
     """`held_out` of problems: "exact" is the share that is solved. `settle`, if given, stands for `model.apply`."""
     mesh = meshes.single()
-    step = jax.jit(meshes.on(mesh, make_eval_step(model, config.train, None, settle=settle)))
+    step = jax.jit(meshes.on(mesh, make_eval_step(model, config.train, None, boundary(config.data.task), settle)))
     rows = max(1, min(config.eval.batch_size, ATTENDED // problems[0].shape[1] ** 2))
     return held_out(step, params, mesh, problems, rows)
 

@@ -36,14 +36,16 @@ VARIANTS = {
     "no_loop": {"prelude": 2, "core": 0},
     "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
     "encapsulated": {"rule": "dense", "gates": True},
+    "both_ways": {"task": "maze_in_place", "attend": 4},
 }
 
 
 @functools.cache
-def build(**fields):
+def build(task="", **fields):
     config = base()
     config.update_from_flattened_dict(WHOLE)
     config.model.update(fields)
+    config.data.task = task
     model = Decoder(model_shape(config, 50))
     return model, shaken(jax.jit(model.init)(jax.random.key(0)))
 
@@ -111,7 +113,7 @@ def numpy_attention(s, params, stage, read):
     query, key = numpy_rotate(query), numpy_rotate(key)
     shares = np.zeros((*query.shape[:3], read.shape[1]))
     for b, t, h in np.ndindex(*query.shape[:3]):
-        seen = slice(max(0, t - s.context + 1), t + 1)
+        seen = slice(max(0, t - s.context + 1), t + 1 if s.causal else t + s.context)
         score = key[b, seen, h] @ query[b, t, h] / np.sqrt(query.shape[-1])
         share = np.exp(score - score.max())
         shares[b, t, h, seen] = share / share.sum()
@@ -223,9 +225,11 @@ def test_attention_in_one_kernel_is_the_written_out_one(monkeypatch):
         return taken(*args, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    mask = attention.visible(jnp.arange(9), jnp.arange(9), window=9)
-    written = attention.mix(attention.shares(query, key, mask), value)
-    np.testing.assert_allclose(attention.attend_fused(query, key, value), written, rtol=1e-5, atol=1e-6)
+    for causal in (True, False):
+        mask = attention.visible(jnp.arange(9), jnp.arange(9), window=9, causal=causal)
+        written = attention.mix(attention.shares(query, key, mask), value)
+        fused = attention.attend_fused(query, key, value, causal)
+        np.testing.assert_allclose(fused, written, rtol=1e-5, atol=1e-6)
 
 
 def test_a_stage_takes_the_one_kernel_where_all_the_past_is_seen_and_no_shares_are_asked_for(monkeypatch):
@@ -234,7 +238,8 @@ def test_a_stage_takes_the_one_kernel_where_all_the_past_is_seen_and_no_shares_a
     model, taken = Decoder(model_shape(config, 50)), []
     params = jax.eval_shape(model.init, jax.random.key(0))
 
-    def fake(query, key, value):
+    def fake(query, key, value, causal):
+        assert causal
         taken.append(query.shape[1])
         return jnp.zeros((*query.shape[:2], model.shape.width))
 

@@ -1,4 +1,4 @@
-"""Attention across tokens: rotary positions, causal attention with or without a cache, and attention without softmax.
+"""Attention across tokens: rotary positions, attention with or without a cache, and attention without softmax.
 
 For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`, `nn/bdh.py`).
 
@@ -25,14 +25,15 @@ def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
     return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x.dtype)
 
 
-def visible(positions: Array, keys: Array, window: int, segments: Array | None = None) -> Array:
+def visible(positions: Array, keys: Array, window: int, segments: Array | None = None, causal: bool = True) -> Array:
     """Which keys each query sees: boolean [1 or B, 1, T, S].
 
     positions [T] of the queries and keys [S] of the keys. A query sees keys at its own position and up to
-    `window` - 1 before it; with segments [B, T] (documents, numbered), only those of its own document (S = T then).
+    `window` - 1 before it, unless `causal` as many after it too; with segments [B, T] (documents, numbered), only those
+    of its own document (S = T then).
     """
     distance = positions[:, None] - keys[None, :]
-    mask = ((distance >= 0) & (distance < window))[None, None]
+    mask = (((distance >= 0) | (not causal)) & (abs(distance) < window))[None, None]
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask
@@ -76,13 +77,15 @@ def fused(query: Array) -> bool:
     return bool(nvidia and float(device.compute_capability) >= 8 and query.shape[-1] in range(8, 129, 8))
 
 
-def attend_fused(query: Array, key: Array, value: Array) -> Array:
-    """`mix` of `shares` where each token sees itself and all before it, [B, T, H, d] each -> [B, T, H d], if `fused`.
+def attend_fused(query: Array, key: Array, value: Array, causal: bool = True) -> Array:
+    """`mix` of `shares` where each token sees all, or if `causal` all up to itself, if `fused`.
+
+    [B, T, H, d] each -> [B, T, H d].
 
     Its forward and backward pass lower for CUDA inside a model's update; no GPU has run it yet (benchmarks/numerics.py
     will say how exact it is there).
     """
-    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
     return mixed.reshape(*mixed.shape[:2], -1)
 
 

@@ -3,9 +3,10 @@
 For: what a problem reads and what is asked of it, as symbols and as tokens. `python -m ngc_jax.data.tasks parity 5`
 prints one. Not for: keeping many of them for training (`problems.py`), or how mazes and Sudokus are made (`grids.py`).
 
-The model is causal, so what it reads at a position and what is asked there are two rows. An answer of several symbols
-is asked one by one and read as it grows; all of them are right exactly when greedy decoding writes the answer. A grid
-is read once, then once more, and asked cell by cell in the second reading.
+What is read at a position and what is asked there are two rows. An answer of several symbols is asked one by one and
+read as it grows; all of them are right exactly when greedy decoding writes the answer. A grid is read twice, and asked
+cell by cell in the second reading, by when a causal model knows all of it; or it is read once and asked "in place", of
+a model whose tokens see those after them too.
 """
 
 import argparse
@@ -33,16 +34,18 @@ OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
 }
 
 Written = tuple[list[str], list[str]]  # what is read and what is asked at each position; "" = nothing
+Writer = Callable[[Generator, int], Written]  # of a problem of a difficulty
 
 
 class Task(NamedTuple):
     """A kind of problem."""
 
-    write: Callable[[Generator, int], Written]  # a problem of a difficulty
+    write: Writer
     symbols: tuple[str, ...]  # the spelling of token 0, 1, ...
     unit: str  # what difficulty counts
     lowest: int
     highest: int  # beyond it problems do not exist, or take long to find
+    in_place: bool = False  # whether a symbol is asked where those that it follows from are still to come
 
 
 class Problem(NamedTuple):
@@ -65,9 +68,14 @@ def _written(question: list[str], answer: list[str]) -> Written:
     return question + answer[:-1], [""] * (len(question) - 1) + answer
 
 
-def _in_place(given: list[str], solved: list[str]) -> Written:
-    """A grid, and every cell of its solution where the cell is read again."""
-    return [*given, "=", *given], [""] * (len(given) + 1) + solved
+def both_ways(name: str) -> bool:
+    """Whether a task, or text (""), wants a model whose tokens see those after them too."""
+    return bool(name) and TASKS[name].in_place
+
+
+def boundary(name: str) -> int | None:
+    """The token behind a problem that such a model reads, which sees nothing across it; None for any other task."""
+    return TASKS[name].symbols.index("=") if both_ways(name) else None
 
 
 def parity(rng: Generator, bits: int) -> Written:
@@ -207,23 +215,49 @@ def _shortest(edges: list[tuple[int, int]], nodes: int, goal: int) -> tuple[int,
 def maze(rng: Generator, rooms: int) -> Written:
     """The path from S to G: rooms and doors on it become "*"."""
     given, solved = grids.maze(rng, rooms)
-    return _in_place(*([MAZE[cell] for cell in grid.flat] for grid in (given, solved)))
+    return [MAZE[cell] for cell in given.flat], [MAZE[cell] for cell in solved.flat]
 
 
-def sudoku(rows: int, columns: int, search: bool = False) -> Callable[[Generator, int], Written]:
+def sudoku(rows: int, columns: int, search: bool = False) -> Writer:
     """Sudokus of N = rows x columns digits, which singles solve, or with `search` do not."""
 
     def write(rng: Generator, blanks: int) -> Written:
         """The whole grid."""
         given, solved = grids.sudoku(rng, rows, columns, blanks, search)
-        return _in_place(*([str(digit) if digit else "." for digit in grid] for grid in (given, solved)))
+        return [str(digit) if digit else "." for digit in given], [*map(str, solved)]
+
+    return write
+
+
+def _twice(grid: Writer) -> Writer:
+    """A grid, and every cell of its solution where the cell is read again."""
+
+    def write(rng: Generator, difficulty: int) -> Written:
+        given, solved = grid(rng, difficulty)
+        return [*given, "=", *given], [""] * (len(given) + 1) + solved
+
+    return write
+
+
+def _once(grid: Writer) -> Writer:
+    """A grid, and every cell of its solution where the cell stands."""
+
+    def write(rng: Generator, difficulty: int) -> Written:
+        given, solved = grid(rng, difficulty)
+        return [*given, "="], [*solved, ""]
 
     return write
 
 
 MAZE = ("#", "_", "S", "G", "*")
 _SUDOKU = (".", *DIGITS[1:], "=")
-
+_GRIDS = {
+    "maze": Task(maze, (*MAZE, "="), "rooms of a side", 2, 50),
+    "sudoku4": Task(sudoku(2, 2), (*_SUDOKU[:5], "="), "empty cells", 1, 11),
+    "sudoku6": Task(sudoku(2, 3), (*_SUDOKU[:7], "="), "empty cells", 1, 25),
+    "sudoku9": Task(sudoku(3, 3), _SUDOKU, "empty cells", 1, 50),
+    "sudoku9_search": Task(sudoku(3, 3, search=True), _SUDOKU, "empty cells", 48, 54),
+}
 TASKS = {
     "parity": Task(parity, ("0", "1", "="), "bits", 1, 10_000),
     "running_parity": Task(running_parity, ("0", "1"), "bits", 1, 10_000),
@@ -233,11 +267,8 @@ TASKS = {
     "listops": Task(listops, (*DIGITS, *OPERATORS, "]", "="), "lists in one another", 1, 200),
     "dyck": Task(dyck, ("(", ")", "[", "]", "=", "."), "brackets in one another", 1, 1000),
     "path": Task(path, (*LETTERS, ",", "="), "edges of the path", 1, len(LETTERS) // 2 - 1),
-    "maze": Task(maze, (*MAZE, "="), "rooms of a side", 2, 50),
-    "sudoku4": Task(sudoku(2, 2), (*_SUDOKU[:5], "="), "empty cells", 1, 11),
-    "sudoku6": Task(sudoku(2, 3), (*_SUDOKU[:7], "="), "empty cells", 1, 25),
-    "sudoku9": Task(sudoku(3, 3), _SUDOKU, "empty cells", 1, 50),
-    "sudoku9_search": Task(sudoku(3, 3, search=True), _SUDOKU, "empty cells", 48, 54),
+    **{name: task._replace(write=_twice(task.write)) for name, task in _GRIDS.items()},
+    **{f"{name}_in_place": task._replace(write=_once(task.write), in_place=True) for name, task in _GRIDS.items()},
 }
 
 
@@ -247,10 +278,10 @@ def spell(name: str, problem: Problem) -> str:
     given, asked = ([symbols[i] if i >= 0 else "" for i in row] for row in problem)
     width = max(map(len, symbols))
     if name.startswith(("maze", "sudoku")):
-        side = math.isqrt(len(given) // 2)
-        rows = [asked[i : i + side] for i in range(side**2 + 1, len(asked), side)]
-        beside = zip([given[i : i + side] for i in range(0, side**2, side)], rows, strict=True)
-        return "\n".join(f"{' '.join(a)}   {' '.join(b)}" for a, b in beside)
+        cells = [symbol for symbol in asked if symbol]
+        side = math.isqrt(len(cells))
+        rows = [slice(i, i + side) for i in range(0, len(cells), side)]
+        return "\n".join(f"{' '.join(given[row])}   {' '.join(cells[row])}" for row in rows)
     return "\n".join(" ".join(symbol.ljust(width) for symbol in row).rstrip() for row in (given, asked))
 
 

@@ -19,7 +19,7 @@ from ngc_jax.data import NOTHING
 from ngc_jax.data.batches import Examples, Windows
 from ngc_jax.data.corpus import Corpus, expand, open_corpus
 from ngc_jax.data.problems import Problems, problem_set
-from ngc_jax.data.tasks import TASKS
+from ngc_jax.data.tasks import TASKS, boundary
 from ngc_jax.errors import UserError
 
 MARK = "<|document|>"
@@ -103,7 +103,7 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Examples
     validation: Examples
-    boundary: int | None  # the token that begins a document, where attention stays within its own; else None
+    boundary: int | None  # the token across which attention does not see: one that begins a document, or ends a problem
     fingerprint: str  # equal fingerprints are equal data
     summary: str
 
@@ -131,7 +131,7 @@ def _problems(config: Any) -> Data:
         )
     train, validation = (Problems(found.home, part, config.context) for part in counts)
     tokenizer = Symbols(TASKS[config.task].symbols)
-    return Data(tokenizer, train, validation, None, found.fingerprint, found.summary)
+    return Data(tokenizer, train, validation, boundary(config.task), found.fingerprint, found.summary)
 
 
 def _text(config: Any) -> Data:

@@ -178,9 +178,12 @@ class Decoder:
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
         """An empty key-value cache for `length` tokens: every stage in every round keeps its own.
 
-        Stages lie apart, and are written in place; the rounds of a stage lie on a leading axis.
+        Stages lie apart, and are written in place; the rounds of a stage lie on a leading axis. Raises ValueError for a
+        model that is not causal, whose tokens wait for those after them.
         """
         s = self.shape
+        if not s.causal:
+            raise ValueError("causal=False: such a model reads all at once, by `apply`; it has no cache")
 
         def caches(stages: int, *leading: int) -> tuple[Params, ...]:
             shape = (*leading, batch, length, s.heads, s.width // s.heads)

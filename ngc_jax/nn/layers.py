@@ -206,11 +206,11 @@ class Stage(nn.Module):
             cache = attention.extend(cache, key, value, positions[0])
             key, value = cache["key"].astype(x.dtype), cache["value"].astype(x.dtype)
             keys = jnp.arange(key.shape[1])
-        whole_past = cache is None and segments is None and x.shape[1] <= s.context
-        if whole_past and not self.is_mutable_collection("intermediates") and attention.fused(query):
-            mixed = attention.attend_fused(query, key, value)
+        all_there = cache is None and segments is None and x.shape[1] <= s.context
+        if all_there and not self.is_mutable_collection("intermediates") and attention.fused(query):
+            mixed = attention.attend_fused(query, key, value, s.causal)
         else:
-            share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments))
+            share = attention.shares(query, key, attention.visible(positions, keys, s.context, segments, s.causal))
             self.sow("intermediates", "attention", share)
             mixed = checkpoint_name(attention.mix(checkpoint_name(share, "share"), value), "mixed")
         mixed = gated("attention_gates", read, lay(mixed, "window", None, "group"))

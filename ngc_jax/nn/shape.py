@@ -33,10 +33,11 @@ class SynapsePart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder or recurrent model: the fields of `config.model`, described there, and the vocabulary."""
+    """Sizes of a decoder or recurrent model: the fields of `config.model`, described there, and what the data give."""
 
     vocab: int
     context: int
+    causal: bool  # whether a token sees none after it
     rule: str
     width: int
     hidden: int
