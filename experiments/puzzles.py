@@ -1,8 +1,9 @@
 """Do puzzles gain from rounds of the loop, more than training had?
 
-Sudokus of four digits and mazes, answered in place: NGC against a dense loop of as many parameters that is trained for as
-long, both with two to six rounds in training, drawn anew for each update, and four to 32 in the test. Levels 1 and 2 are
-difficulties of training, level 3 is beyond it: 4, 8 and 11 empty cells; 3, 4 and 5 rooms a side. All cells must be right.
+Sudokus of four digits and mazes, answered in place: NGC against a dense loop of as many parameters that is trained for
+as long, both with two to six rounds in training, drawn anew for each update, and four to 32 in the test. Levels 1 and 2
+are difficulties of training, level 3 is beyond it: 4, 8 and 11 empty cells; 3, 4 and 5 rooms a side. All cells must be
+right.
 
     python -m experiments.run puzzles
 """

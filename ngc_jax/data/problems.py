@@ -28,8 +28,8 @@ PATIENCE = 10_000  # problems drawn in vain, one after another, that say that th
 class Problems:
     """A part of a set, as examples [2, length] int32: inputs and targets, filled up on the right with 0 and NOTHING.
 
-    What stands to the right of a problem changes none of its answers: a causal model does not see it, and one that looks
-    both ways does not across `tasks.boundary`.
+    What stands to the right of a problem changes none of its answers: a causal model does not see it, and one that
+    looks both ways sees nothing across `tasks.boundary`.
     """
 
     def __init__(self, home: pathlib.Path, part: str, length: int):
