@@ -6,11 +6,13 @@ Four rounds; the contraction or the exponent per round held in a band by the los
 """
 
 import math
+import pathlib
 from typing import Any
 
 from experiments.setting import COMMON, LARGER, STEPS
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
+from ngc_jax.metrics import read_rows
 
 TOLD: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -19,9 +21,18 @@ TOLD: dict[str, dict[str, Any]] = {
     "exponent below -0.5": {"stability.regulariser": "exponent", "stability.high": -0.5},
     "a small Jacobian": {"stability.jacobian": 1.0},
 }
+
+
+def measure(workdir: pathlib.Path) -> dict[str, float]:
+    """Whether it obeys: what is measured on held-out text after the last update."""
+    last = {name: value for row in read_rows(workdir) for name, value in row.items()}
+    return {f"{name} per round": last[f"stability/{name}_per_round"] for name in ("contraction", "exponent")}
+
+
 STUDY = Study(
     sweep=cases("told", TOLD) * seeds(3),
     common={**COMMON, "model.rounds": 4, "stability.every": STEPS, "rate": 1e-2},
     larger=LARGER,
+    measure=measure,
     baseline={"told": "nothing"},
 )
