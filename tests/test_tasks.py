@@ -17,7 +17,7 @@ from ngc_jax.config import base, make_model, validate
 from ngc_jax.data import NOTHING, tasks
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.problems import Problems, draw_set, part_of, problem_set
-from ngc_jax.data.tasks import TASKS, Problem, boundary, draw
+from ngc_jax.data.tasks import TASKS, Problem, draw
 from ngc_jax.data.tokens import Symbols, load_data, load_tokenizer
 from ngc_jax.errors import UserError
 from ngc_jax.metrics import read_rows
@@ -220,12 +220,14 @@ def test_a_problem_can_be_printed(monkeypatch, capsys):
         assert all(sorted(answer.split()) == ["1", "2", "3", "4"] for _, answer in rows)
 
 
-def test_a_grid_in_place_is_seen_whole_and_what_fills_it_up_is_not():
+def test_a_grid_in_place_is_seen_whole_and_what_fills_it_up_is_not(cache):
     config = base()
-    config.update_from_flattened_dict({**TINY, "data.task": "maze_in_place", "data.low": 2})
+    config.update_from_flattened_dict({**TINY, "data.task": "maze_in_place", "data.low": 2, "data.high": 3})
+    config.data.update({"context": 26, "problems": 20, "cache_dir": str(cache)})
     model = make_model(config, len(TASKS["maze_in_place"].symbols))
     params = shaken(jax.jit(model.init)(jax.random.key(0)))
-    read = jax.jit(lambda inputs: predict(model.apply, params, inputs, boundary(config.data.task), jnp.float32)[0])
+    end = load_data(config.data).boundary
+    read = jax.jit(lambda inputs: predict(model.apply, params, inputs, end, jnp.float32)[0])
     grid = draw("maze_in_place", np.random.default_rng(0), 2).inputs  # nine cells and "="
     alone = read(grid[None])
     filled = read(padded((grid, grid), 32)[None, 0])
