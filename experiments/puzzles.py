@@ -12,11 +12,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.blocks import Block, Heading, Table, Words
+from experiments.figures import legend, picture
 from experiments.overhead import overhead
 from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
-from experiments.study import Study
+from experiments.stats import interval
+from experiments.study import Group, Results, Study
 from experiments.sweeps import Sweep, cases, seeds
 from ngc_jax.solve import examine
 from ngc_jax.workdir import open_trained
@@ -49,11 +53,11 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of puzzles solved, by level and rounds."""
     trained = open_trained(workdir)
 
-    def solved(difficulty: int, rounds: int) -> float:
+    def share(difficulty: int, rounds: int) -> float:
         return examine(trained, difficulty, EXAMPLES, run=lambda same: (same.looped.at(rounds), None))["exact"]
 
     return {
-        f"level {level}, {rounds} rounds": solved(difficulty, rounds)
+        f"level {level}, {rounds} rounds": share(difficulty, rounds)
         for level, difficulty in enumerate(LEVELS[trained.config.data.task], 1)
         for rounds in ROUNDS
     }
@@ -70,6 +74,42 @@ def costs(configs: Sequence[ConfigDict]) -> list[dict[str, str]]:
     return [column(config, dense[config.data.task]) for config in configs]
 
 
+def solved(results: Results, group: Group, level: int) -> np.ndarray:
+    """The share solved: [seed, rounds]."""
+    return np.array([[*results.of(group, f"level {level}, {rounds} rounds").values()] for rounds in ROUNDS]).T
+
+
+def answer(results: Results) -> list[Block]:
+    """The share solved over rounds, and what rounds add, run by run."""
+    levels = {group.name: {n: solved(results, group, n) for n in (1, 2, 3)} for group in results.groups}
+
+    def draw(canvas: Any) -> None:
+        for axis, puzzle in zip(canvas.subplots(1, len(PUZZLES), sharey=True), PUZZLES, strict=True):
+            for group in (group for group in results.groups if group.labels["puzzle"] == puzzle):
+                model = [*MODELS].index(group.labels["model"])
+                for level, shares in levels[group.name].items():
+                    style = {"color": f"C{level - 1}", "linestyle": ("-", "--")[model], "marker": "os"[model]}
+                    label = f"level {level}, {group.labels['model']}"
+                    axis.plot(ROUNDS, shares.mean(axis=0), label=label, linewidth=1.2, markersize=3, **style)
+            axis.set(title=puzzle, xlabel="rounds at test time", xscale="log", ylim=(-0.02, 1.02))
+            axis.set_xticks(ROUNDS, [*map(str, ROUNDS)])
+            axis.minorticks_off()
+        canvas.axes[0].set_ylabel("share solved")
+        legend(canvas, canvas.axes[0])
+
+    rows = []
+    for group in results.groups:
+        for level, shares in levels[group.name].items():
+            more = shares[:, 1:] - shares[:, :1]
+            up = [f"{interval(gains.tolist())} ({np.sum(gains > 0)} of {len(gains)} up)" for gains in more.T]
+            rows.append([*group.labels.values(), str(level), *up])
+    head = ["puzzle", "model", "level", *(f"{rounds} rounds" for rounds in ROUNDS[1:])]
+    caption = f"Training draws two to six rounds; all cells of {EXAMPLES} problems right, means over seeds."
+    figure = picture("more_rounds", caption, draw, width=9.0)
+    said = f"What they add to the share solved after {ROUNDS[0]}, in the same run: mean and 95% interval over seeds."
+    return [Heading("More rounds at test time"), figure, Words(said), Table(head, rows)]
+
+
 def sweep(puzzle: str) -> Sweep:
     """Both models, each for its number of updates."""
     models = {name: {**fields, **learning(UPDATES[puzzle][name])} for name, fields in MODELS.items()}
@@ -82,6 +122,7 @@ STUDY = Study(
     larger=LARGER_TASK,
     measure=measure,
     costs=costs,
+    answer=answer,
     tuning=1 / 4,
     outcome=f"level 2, {ROUNDS[0]} rounds",
     baseline={"model": "dense looped"},
