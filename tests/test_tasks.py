@@ -113,7 +113,7 @@ def path(length, given):
 
 def grid_of(given):
     cells = written(given)
-    assert given.split()[len(cells) + 1 :] in ([], cells), "the grid is read once or twice"
+    assert given.split()[len(cells) + 1 :] == cells, "the grid is read twice"
     side = round(len(cells) ** 0.5)
     return np.array(cells).reshape(side, side)
 
@@ -204,7 +204,11 @@ def test_answers_are_those_of_another_solver(name):
         for _ in range(1 if name.startswith("sudoku9") else 4):
             inputs, targets = draw(name, rng, difficulty)
             asked = targets[targets != NOTHING]
-            assert spelt.decode(asked).decode().split() == solver(difficulty, spelt.decode(inputs).decode())
+            given = spelt.decode(inputs).decode()
+            if TASKS[name].in_place:
+                assert given.split().index("=") == len(inputs) - 1, "the grid is read once"
+                given = f"{given} {given.rstrip('= ')}"  # twice, as the solvers have it
+            assert spelt.decode(asked).decode().split() == solver(difficulty, given)
             if "=" in TASKS[name].symbols and not name.startswith(("maze", "sudoku")):
                 first = np.flatnonzero(targets != NOTHING)[0]
                 assert TASKS[name].symbols[inputs[first]] == "=", "nothing of an answer is read before it is asked"
