@@ -21,7 +21,7 @@ from experiments.sweeps import cases, seeds
 from ngc_jax.data.tokens import load_data
 from ngc_jax.evaluate import compile_eval, held_out
 from ngc_jax.mesh import single
-from ngc_jax.metrics import read_rows
+from ngc_jax.metrics import latest, read_rows
 from ngc_jax.workdir import open_trained
 
 STEPS = 400
@@ -117,7 +117,7 @@ def beyond(results: Results) -> list[Block]:
         if group.name not in losses:
             continue
         for workdir in results.workdirs(group).values():
-            last = {name: value for row in read_rows(workdir) for name, value in row.items()}
+            last = latest(workdir)
             exponents.append(last["stability/exponent_per_round"])
         trained = TEST_ROUNDS.index(group.fields["model.rounds"])
         rises += (losses[group.name][-1] - losses[group.name][trained]).tolist()

@@ -40,7 +40,7 @@ from experiments.study import LOSS, Group, Results, Run, Study, find, groups, pl
 from ngc_jax.atomic import write_durably
 from ngc_jax.costs import versions
 from ngc_jax.errors import UserError
-from ngc_jax.metrics import duration, read_rows
+from ngc_jax.metrics import duration, latest, read_rows
 from ngc_jax.preemption import EXIT_CODE
 from ngc_jax.workdir import command, in_use
 
@@ -92,7 +92,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             if code == DIVERGED:
                 code, measures = 0, {LOSS: math.inf}
             elif not code:
-                last = {name: value for row in read_rows(workdir) for name, value in row.items()}
+                last = latest(workdir)
                 measures = {LOSS: math.inf if last["final/loss"] is None else last["final/loss"]}
                 if study.measure and not run.trial:
                     out = home / "measures" / f"{run.name}.json"

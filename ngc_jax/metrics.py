@@ -27,6 +27,11 @@ def read_rows(workdir: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def latest(workdir: Path) -> Row:
+    """The newest value of each measure."""
+    return {name: value for row in read_rows(workdir) for name, value in row.items()}
+
+
 class Metrics:
     """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from.
 
