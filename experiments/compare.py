@@ -6,6 +6,7 @@ For: every model of a protocol at shares of dense's parameters and FLOPs, each w
 factor of two apart, at a part of the length, with a seed that is not used again), then trained with several seeds.
 Killed, it goes on where it was; `--index=I --count=N` takes every Nth model, for array jobs, and a call without them
 then reports, as any study does (`report.py`), with the compiled peak memory and the time of an update over dense's.
+Each model is compared with the dense one of its share, and NGC with the largest.
 Not for: which models there are (`protocols.py`), or ablations of one of them.
 """
 
@@ -14,12 +15,16 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from experiments.blocks import Block, Table, Words
 from experiments.overhead import overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, sized
 from experiments.run import arguments, carry_out
-from experiments.study import Study
+from experiments.stats import interval
+from experiments.study import Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
 from ngc_jax.workdir import command
+
+DENSE = {"model": "dense"}  # of its share, with which the others are compared
 
 
 def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> Study:
@@ -32,8 +37,6 @@ def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> 
         for of in sized(protocol, chosen, path)
     )
 
-    dense = {"model": "dense", "share": "1"}
-
     def costs(configs: Sequence[ConfigDict]) -> list[dict[str, str]]:
         reference = sized(protocol.only_dense, ["dense"], path)[0].config
         return [
@@ -45,9 +48,28 @@ def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> 
         sweep=variants * seeds(count),
         config=protocol.config,
         tuning=protocol.tuning,
-        baseline=dense if any(variant.labels == dense for variant in variants) else None,
+        baseline=DENSE if "dense" in chosen else None,
         costs=costs if protocol.measured else None,
+        answer=against_all_of_dense if "dense" in chosen else None,
     )
+
+
+def against_all_of_dense(results: Results) -> list[Block]:
+    """NGC, at each share, against the largest dense model."""
+    sized = dict(zip((group.name for group in results.groups), results.costs, strict=True))
+    of = {name: [group for group in results.groups if group.labels["model"] == name] for name in ("NGC", "dense")}
+    full = max(of["dense"], key=lambda group: sized[group.name].matrices)
+    losses = results.of(full, results.study.outcome)
+    rows = []
+    for group in of["NGC"]:
+        own = results.of(group, results.study.outcome)
+        ratio = interval([own[seed] / losses[seed] for seed in own if seed in losses], 4)
+        rows.append([group.labels["share"], f"{sized[group.name].matrices:,}", ratio])
+    said = (
+        f"NGC's {results.study.outcome} over that of dense with {sized[full.name].matrices:,} parameters in matrices, "
+        "paired by seed: mean and 95% interval."
+    )
+    return [Words(said), Table(["share", "parameters in matrices", "ratio"], rows)] if rows else []
 
 
 def main() -> None:

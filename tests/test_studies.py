@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from experiments import stats
 from experiments.compare import study as comparison
-from experiments.protocols import PROTOCOLS
+from experiments.protocols import PROTOCOLS, Protocol
 from experiments.report import report
 from experiments.run import main
 from experiments.study import LOSS, Results, Study, config_of, find, groups, plan, prepared
@@ -176,6 +176,18 @@ def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
     assert "| NGC, p = 1 | 1.7000 ± 7.6237 | 0.2000 ± 1.2706 | 0.295 |" in (home / "report.md").read_text()
     assert (home / "pareto.png").stat().st_size > 5000
     assert not (home / "curves.png").exists()  # of runs that have no rows
+
+
+def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_the_largest(tmp_path):
+    protocol = Protocol({}, shares={"0.25": (), "0.5": ("dense",)}, measured=False)
+    study = comparison(protocol, ["NGC", "dense"], 2)
+    losses = {f"{model}-seed{seed}": 1.0 + seed for model in ("NGC-0.25", "dense-0.5") for seed in (0, 1)}
+    losses |= {"NGC-0.25-seed1": 2.2, "dense-0.25-seed0": 1.5, "dense-0.25-seed1": 2.5}
+    report(made_up(tmp_path, study, losses), "Title")
+    text = (tmp_path / "report.md").read_text()
+    assert "| NGC | 0.25 | 1.6000 ± 7.6237 | -0.4000 ± 1.2706 | 0.156 | 2 |" in text
+    assert "over that of dense with 42" in text
+    assert re.search(r"\| 0.25 \| 2\d\d,\d{3} \| 1.0500 ± 0.6353 \|", text)
 
 
 def example():
