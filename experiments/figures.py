@@ -106,9 +106,9 @@ def heat_map(results: Results) -> Picture | None:
         axis = canvas.subplots()
         image = axis.imshow(cells, cmap="Blues", aspect="auto")
         middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-        for (i, j), value in np.ndenumerate(cells):
-            colour = "white" if value > middle else "black"
-            axis.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=colour)
+        for i, j in np.argwhere(np.isfinite(cells)):  # a comparison has not each model at each share
+            colour = "white" if cells[i, j] > middle else "black"
+            axis.text(j, i, f"{cells[i, j]:.3f}", ha="center", va="center", fontsize=8, color=colour)
         axis.set_xticks(range(len(along)), along)
         axis.set_yticks(range(len(down)), down)
         canvas.colorbar(image, label=results.study.outcome)

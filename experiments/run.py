@@ -1,6 +1,6 @@
 """Run a study: train what is missing, several runs at a time, and go on from wherever it was.
 
-    python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N] [--dry] [--larger]
+    python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N] [--dry] [--report] [--larger]
                               [--config.FIELD=VALUE ...]
 
 STUDY is a file of experiments/ by name, or the path of a file of yours. Every run is an ordinary `launch.py` run on its
@@ -219,6 +219,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--index", type=int, help="take groups index, index + count, ... only")
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--report", action="store_true", help="report what there is so far, and run nothing")
     return parser
 
 
@@ -238,6 +239,9 @@ def carry_out(
         for run in plan(study, mine, losses(records)):
             state = ending(run.name, records[run.name]) if run.name in records else f"{run.name}: to do"
             print(f"{state}\n    python launch.py {shlex.join(flags(study, run))} --workdir={home / run.name}")
+        return
+    if args.report:
+        print(report(Results(study, home, everything, read_records(home)), about))
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT
 
-from experiments import stats
+from experiments import compare, stats
 from experiments.compare import study as comparison
 from experiments.protocols import PROTOCOLS, Protocol
 from experiments.report import report
@@ -188,6 +188,14 @@ def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_t
     assert "| NGC | 0.25 | 1.6000 ± 7.6237 | -0.4000 ± 1.2706 | 0.156 | 2 |" in text
     assert "over that of dense with 42" in text
     assert re.search(r"\| 0.25 \| 2\d\d,\d{3} \| 1.0500 ± 0.6353 \|", text)
+
+
+def test_a_study_under_way_is_reported_when_asked(tmp_path, monkeypatch, capsys):
+    line = ["compare", "--protocol=smoke", "--models=NGC;dense", "--report", f"--workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", line)
+    compare.main()
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/report.html"
+    assert "| dense-0.25-seed2 | not run yet |" in (tmp_path / "report.md").read_text()
 
 
 def example():
