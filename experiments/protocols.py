@@ -70,7 +70,7 @@ PROTOCOLS = {
         measured=False,
     ),
     # At dense's FLOPs dense is itself, with all its parameters.
-    "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1:flops": ()}, tuning=0.25),
+    "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1:flops": ()}),
     # nanoGPT's setting for a CPU (4 layers of width 128, context 64, 12 x 64 x 2,000 tokens: loss 1.88), at four times
     # its tokens; the first share is a quarter of a million parameters in matrices.
     "shakespeare_cpu": Protocol(
