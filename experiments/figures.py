@@ -4,9 +4,10 @@ For: drawing results. Not for: which numbers there are (`study.py`), or a study'
 """
 
 import io
+import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,14 @@ def curves(results: Results) -> Picture | None:
     ranked = sorted(lines, key=lambda name: float(lines[name][:, -1, 1].mean()))
     places = range(len(ranked)) if len(ranked) <= MOST else np.linspace(0, len(ranked) - 1, MOST).round().astype(int)
     shown = [ranked[place] for place in places]
+    order = [group.name for group in results.groups]
 
     def draw(canvas: Any) -> None:
         axis = canvas.subplots()
         for name in shown:
-            steps, values = lines[name][0, :, 0], lines[name][:, :, 1]
-            axis.plot(steps, values.mean(axis=0), label=name, linewidth=1.2)
-            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2)
+            steps, values, style = lines[name][0, :, 0], lines[name][:, :, 1], look(order.index(name))
+            axis.plot(steps, values.mean(axis=0), label=name, linewidth=1.2, **{**style, "marker": ""})
+            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2, color=style["color"])
         late = np.concatenate([lines[name][:, lines[name].shape[1] // 4 :, 1].ravel() for name in shown])
         axis.set(xlabel="updates", ylabel="held-out loss (nats per token)", ylim=(late.min() * 0.98, late.max() * 1.02))
         legend(canvas, axis)
@@ -64,29 +66,53 @@ def curves(results: Results) -> Picture | None:
 
 
 def pareto(results: Results) -> Picture | None:
-    """The outcome against parameters and FLOPs, where these vary."""
-    points = []
+    """The outcome against parameters and FLOPs, where these vary: by more than is left when sizes are matched."""
+    points: list[tuple[str, dict[str, int], float, float]] = []  # kind, costs, mean and half the range
+    first = next(iter(results.groups[0].labels))
     for group, cost in zip(results.groups, results.costs, strict=True):
         values = [*results.of(group, results.study.outcome).values()]
         if values and all(map(math.isfinite, values)):
+            costs = {"parameters in matrices": cost.matrices, "FLOPs per token": cost.flops}
             bar = (max(values) - min(values)) / 2
-            points.append((group, cost.matrices, cost.flops, statistics.mean(values), bar))
-    if len({point[1:3] for point in points}) < 2:
+            points.append((group.labels[first], costs, statistics.mean(values), bar))
+    along = [label for label in points[0][1] if apart([point[1][label] for point in points], 1.05)] if points else []
+    if not along:
         return None
-    first = next(iter(results.groups[0].labels))
+    kinds = results.varied[first]
 
     def draw(canvas: Any) -> None:
-        axes = canvas.subplots(2, 1)
-        for axis, cost, label in zip(axes, (1, 2), ("parameters in matrices", "FLOPs per token"), strict=True):
-            for model in dict.fromkeys(point[0].labels[first] for point in points):
-                of = sorted((p[cost], p[3], p[4]) for p in points if p[0].labels[first] == model)
-                x, y, bars = zip(*of, strict=True)
-                axis.errorbar(x, y, bars, fmt="o-", markersize=4, linewidth=1, label=model)
-            axis.set(xscale="log", xlabel=label, ylabel=results.study.outcome)
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
+        axes = canvas.subplots(len(along), 1, squeeze=False)[:, 0]
+        for axis, label in zip(axes, along, strict=True):
+            for place, kind in enumerate(kinds):
+                of = sorted((costs[label], mean, bar) for its, costs, mean, bar in points if its == kind)
+                if of:
+                    x, y, bars = zip(*of, strict=True)
+                    line = "-" if all(apart(pair, 1.02) for pair in itertools.pairwise(x)) else ""
+                    style = {**look(place), "linestyle": line, "linewidth": 1, "markersize": 4}
+                    axis.errorbar(x, y, bars, label=kind, **style)
+            wide = apart([point[1][label] for point in points], 10)
+            axis.set(xscale="log" if wide else "linear", xlabel=label, ylabel=results.study.outcome)
+            ticks = LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+            axis.xaxis.set_major_locator(ticks)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.xaxis.set_minor_formatter("")
         legend(canvas, axes[0])
 
     caption = f"{_begun(results.study.outcome)} against cost: means, and the range over seeds."
-    return picture("pareto", caption, draw, height=7.0)
+    return picture("pareto", caption, draw, height=3.5 * len(along))
+
+
+def apart(values: Sequence[float], factor: float) -> bool:
+    """Whether the largest of these, all above 0, is more than `factor` times the smallest."""
+    return max(values) > factor * min(values)
+
+
+def look(place: int) -> dict[str, Any]:
+    """Colour, line and marker of the so many-th of up to 20 kinds that one figure tells apart."""
+    again = place // 10 % 2
+    return {"color": f"C{place % 10}", "linestyle": ("-", "--")[again], "marker": "os"[again]}
 
 
 def heat_map(results: Results) -> Picture | None:
