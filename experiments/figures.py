@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.blocks import Picture
-from experiments.study import Results
-from ngc_jax.metrics import read_rows
+from experiments.study import LOSS, Results
 
 MOST = 12  # groups that one figure can show
 
@@ -38,10 +37,7 @@ def curves(results: Results) -> Picture | None:
     """Held-out loss over updates, mean and range over seeds."""
     lines: dict[str, np.ndarray] = {}  # group -> [seed, evaluation, (update, loss)]
     for group in results.groups:
-        found = [
-            [(row["step"], row["eval/loss"]) for row in read_rows(home) if row.get("eval/loss")]
-            for home in results.workdirs(group).values()
-        ]
+        found = [results.records[group.run(seed)]["curve"] for seed in results.of(group, LOSS)]
         if found and len(found[0]) > 1 and all(len(run) == len(found[0]) for run in found):
             lines[group.name] = np.array(found)
     if not lines:

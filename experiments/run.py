@@ -7,8 +7,8 @@ STUDY is a file of experiments/ by name, or the path of a file of yours. Every r
 own share of the cores. A run that fails is marked with its error and stops no other; the same command tries it again.
 For array jobs, `--index=I --count=N` takes every Nth group of runs. `--config.FIELD=VALUE` changes all runs of a study,
 which must then have a folder of its own; `--larger` sets what makes the study worth an accelerator. Kept in DIR: a
-folder and a log of each run, records/RUN.json, compiled programs, and, when all is done, the report (`report.py`). Not
-for: what a study is (`study.py`).
+folder and a log of each run, compiled programs, records/RUN.json, after which a run's folder may go unless the study
+itself looks into it, and, when all is done, the report (`report.py`). Not for: what a study is (`study.py`).
 """
 
 import argparse
@@ -88,12 +88,13 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
         on = cores.get()
         try:
             line = ["launch.py", *flags(study, run), f"--workdir={workdir}"]
-            code, measures = python(run, *line, on=on), {}
+            code, measures, curve = python(run, *line, on=on), {}, []
             if code == DIVERGED:
                 code, measures = 0, {LOSS: math.inf}
             elif not code:
                 last = latest(workdir)
                 measures = {LOSS: math.inf if last["final/loss"] is None else last["final/loss"]}
+                curve = [[row["step"], row["eval/loss"]] for row in read_rows(workdir) if row.get("eval/loss")]
                 if study.measure and not run.trial:
                     out = home / "measures" / f"{run.name}.json"
                     code = python(run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on)
@@ -112,6 +113,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             "versions": versions(),
             "data": data[-1] if data else "",
             "measures": measures,
+            "curve": curve,
             "error": f"exit code {code}: {final}" if code else "",
         }
 
