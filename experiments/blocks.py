@@ -12,7 +12,7 @@ from html import escape
 
 from ngc_jax.stability.page import STYLE
 
-WIDER = "body { max-width: 60rem; } figure, .wide, details { margin: 1.2rem 0; } figure { max-width: 46rem; }"
+WIDER = "body { max-width: 72rem; } figure, .wide, details { margin: 1.2rem 0; } figure { max-width: 46rem; }"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def failures(results: Results) -> list[Block]:
 
 
 def provenance(results: Results) -> list[Block]:
-    """What each run was made with; "all" where that is one thing."""
+    """What each run was made with; "all" where that is one thing, "all others" beside a thing of fewer runs."""
 
     def said(value: Any) -> str:
         return value if isinstance(value, str) else ", ".join(f"{name} {version}" for name, version in value.items())
@@ -108,7 +108,9 @@ def provenance(results: Results) -> list[Block]:
         runs: dict[str, list[str]] = {}
         for name, record in results.records.items():
             runs.setdefault(said(record[what]) or "unknown", []).append(name)
-        lines += [[what, value, "all" if len(runs) == 1 else ", ".join(of)] for value, of in runs.items()]
+        most = max(runs, key=lambda value: len(runs[value]), default="")
+        rest = "all" if len(runs) == 1 else "all others"
+        lines += [[what, value, rest if value == most else ", ".join(of)] for value, of in runs.items()]
     commands = [anywhere(record["command"], results.home) for record in results.records.values()]
     return [Table(["", "", "runs"], lines), Listing("Commands", commands)]
 
@@ -135,7 +137,7 @@ def report(results: Results, about: str) -> pathlib.Path:
     Returns the path of the page.
     """
     title, _, rest = about.strip().partition("\n")
-    said = [Words(rest.strip())] if rest.strip() else []
+    said = [Words(paragraph) for paragraph in rest.strip().split("\n\n") if paragraph]
     write(results.home, "report", title, [*said, *blocks(results)])
     (results.home / "rows.csv").write_text(rows(results))
     return results.home / "report.html"
