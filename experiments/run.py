@@ -127,7 +127,8 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
                 wanted = plan(study, mine, losses(records))
                 for run in wanted:
                     check(home, run, records.get(run.name))
-                    if run.name not in tried and (run.name not in records or records[run.name]["error"]):
+                    missing = run.name not in tried and (run.name not in records or records[run.name]["error"])
+                    if missing and len(at_work) < jobs:  # no more yet: a group's runs come before the next group's
                         tried.add(run.name)
                         at_work[pool.submit(train, run)] = run
                 if not at_work:
