@@ -57,19 +57,19 @@ def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> 
 def against_all_of_dense(results: Results) -> list[Block]:
     """NGC, at each share, against the largest dense model."""
     sized = dict(zip((group.name for group in results.groups), results.costs, strict=True))
-    of = {name: [group for group in results.groups if group.labels["model"] == name] for name in ("NGC", "dense")}
-    full = max(of["dense"], key=lambda group: sized[group.name].matrices)
+    dense = [group for group in results.groups if group.labels["model"] == "dense"]
+    full = max(dense, key=lambda group: sized[group.name].matrices)
     losses = results.of(full, results.study.outcome)
     rows = []
-    for group in of["NGC"]:
+    for group in (group for group in results.groups if group.labels["model"].startswith("NGC")):
         own = results.of(group, results.study.outcome)
         ratio = interval([own[seed] / losses[seed] for seed in own if seed in losses], 4)
-        rows.append([group.labels["share"], f"{sized[group.name].matrices:,}", ratio])
+        rows.append([*group.labels.values(), f"{sized[group.name].matrices:,}", ratio])
     said = (
         f"NGC's {results.study.outcome} over that of dense with {sized[full.name].matrices:,} parameters in matrices, "
         "paired by seed: mean and 95% interval."
     )
-    return [Words(said), Table(["share", "parameters in matrices", "ratio"], rows)] if rows else []
+    return [Words(said), Table(["model", "share", "parameters in matrices", "ratio"], rows)] if rows else []
 
 
 def main() -> None:

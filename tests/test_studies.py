@@ -189,7 +189,7 @@ def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_t
     text = (tmp_path / "report.md").read_text()
     assert "| NGC | 0.25 | 1.6000 ± 7.6237 | -0.4000 ± 1.2706 | 0.156 | 2 |" in text
     assert "over that of dense with 42" in text
-    assert re.search(r"\| 0.25 \| 2\d\d,\d{3} \| 1.0500 ± 0.6353 \|", text)
+    assert re.search(r"\| NGC \| 0.25 \| 2\d\d,\d{3} \| 1.0500 ± 0.6353 \|", text)
 
 
 def test_a_study_under_way_is_reported_when_asked(tmp_path, monkeypatch, capsys):
