@@ -76,7 +76,7 @@ PROTOCOLS = {
     # its tokens; the first share is a quarter of a million parameters in matrices.
     "shakespeare_cpu": Protocol(
         {"data.context": 64, "train.batch_size": 48, "train.steps": 2000, "eval.windows": 0},
-        shares={"0.29": (), "1": SIZES},
+        shares={"0.29": (), "1": ("NGC", "dense")},
         needs_path=True,
     ),
     # nanoGPT's for a GPU (6 layers of width 384, context 256, 64 x 256 x 5,000 tokens: 1.4697 with 10.65 M): 1.06 M
