@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT
 
-from experiments import compare, stats
+from experiments import compare, figures, stats
 from experiments.compare import study as comparison
 from experiments.protocols import PROTOCOLS, Protocol
 from experiments.report import report
@@ -178,6 +178,17 @@ def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
     assert "| NGC, p = 1 | 1.7000 ± 7.6237 | 0.2000 ± 1.2706 | 0.295 |" in (home / "report.md").read_text()
     assert (home / "pareto.png").stat().st_size > 5000
     assert not (home / "curves.png").exists()  # of runs that have no rows
+
+
+def test_a_figure_shows_no_cost_that_does_not_vary_and_tells_twenty_kinds_apart(tmp_path):
+    def drawn(sweep):
+        study = Study(sweep * seeds(1), config="ngc_tiny")
+        names = [group.run(0) for group in groups(study)]
+        return figures.pareto(made_up(tmp_path / names[0], study, dict.fromkeys(names, 1.0)))
+
+    assert drawn(cases("rate", {"low": {}, "high": {"train.learning_rate": 0.1}})) is None
+    assert drawn(cases("size", {"small": {}, "large": {"model.hidden": 192}})).name == "pareto"
+    assert len({tuple(figures.look(place).values()) for place in range(20)}) == 20
 
 
 def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_the_largest(tmp_path):
