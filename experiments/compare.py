@@ -24,8 +24,6 @@ from experiments.study import Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
 from ngc_jax.workdir import command
 
-DENSE = {"model": "dense"}  # of its share, with which the others are compared
-
 
 def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> Study:
     """A protocol's models, each at each share that it wants of them."""
@@ -48,7 +46,7 @@ def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> 
         sweep=variants * seeds(count),
         config=protocol.config,
         tuning=protocol.tuning,
-        baseline=DENSE if "dense" in chosen else None,
+        baseline={"model": "dense"} if "dense" in chosen else None,  # of the same share
         costs=costs if protocol.measured else None,
         answer=against_all_of_dense if "dense" in chosen else None,
     )
