@@ -12,7 +12,7 @@ from typing import Any
 from experiments.setting import COMMON, LARGER, STEPS
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.metrics import latest
+from ngc_jax.metrics import latest, read_rows
 
 TOLD: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -25,7 +25,7 @@ TOLD: dict[str, dict[str, Any]] = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """Whether it obeys: what is measured on held-out text after the last update."""
-    last = latest(workdir)
+    last = latest(read_rows(workdir))
     return {f"{name} per round": last[f"stability/{name}_per_round"] for name in ("contraction", "exponent")}
 
 

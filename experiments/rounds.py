@@ -117,7 +117,7 @@ def beyond(results: Results) -> list[Block]:
         if group.name not in losses:
             continue
         for workdir in results.workdirs(group).values():
-            last = latest(workdir)
+            last = latest(read_rows(workdir))
             exponents.append(last["stability/exponent_per_round"])
         trained = TEST_ROUNDS.index(group.fields["model.rounds"])
         rises += (losses[group.name][-1] - losses[group.name][trained]).tolist()

@@ -92,9 +92,10 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             if code == DIVERGED:
                 code, measures = 0, {LOSS: math.inf}
             elif not code:
-                last = latest(workdir)
-                measures = {LOSS: math.inf if last["final/loss"] is None else last["final/loss"]}
-                curve = [[row["step"], row["eval/loss"]] for row in read_rows(workdir) if row.get("eval/loss")]
+                rows = read_rows(workdir)
+                loss = latest(rows)["final/loss"]
+                measures = {LOSS: math.inf if loss is None else loss}
+                curve = [[row["step"], row["eval/loss"]] for row in rows if row.get("eval/loss")]
                 if study.measure and not run.trial:
                     out = home / "measures" / f"{run.name}.json"
                     code = python(run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on)
@@ -146,7 +147,7 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
             stopping.set()
             for process in [*running.values()]:
                 process.terminate()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
     raise KeyboardInterrupt
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from ngc_jax import processes
@@ -27,9 +28,9 @@ def read_rows(workdir: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def latest(workdir: Path) -> Row:
+def latest(rows: Iterable[Row]) -> Row:
     """The newest value of each measure."""
-    return {name: value for row in read_rows(workdir) for name, value in row.items()}
+    return {name: value for row in rows for name, value in row.items()}
 
 
 class Metrics:
