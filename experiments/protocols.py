@@ -23,7 +23,6 @@ SIGNALS = {"model.form": "signals"}  # the quicker one for these; the other mode
 # and whether its stages are as many as the config runs, all with states of their own, in place of a loop.
 MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"rate": 1e-2, "model.p_inter": 2, "model.wiring": "others"},
-    "NGC, p = 1": {"rate": 1e-2, "model.p_inter": 1, "model.wiring": "others"},
     "dense": {"rate": 5e-3, **DENSE},
     "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
     "dense looped": {"rate": 5e-3, **LOOPED},
@@ -33,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "block-diagonal": {"rate": 1e-2, "model.rule": "none", **SIGNALS},
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
 }
-SIZES = ("NGC", "NGC, p = 1", "dense")  # whose curve over sizes is asked for
+SIZES = ("NGC", "dense")  # whose curve over sizes is asked for
 SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
 
 
