@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from ngc_jax import budget
 from ngc_jax.config import model_shape
 
-LOOPED = {"model.rule": "dense"}
-DENSE = {**LOOPED, "unlooped": True}
+LOOPED = {"model.rounds": 3}
+DENSE = {"model.rule": "dense", "unlooped": True}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
 CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
 STILL = {"stability.every": 0}
@@ -22,14 +22,14 @@ SIGNALS = {"model.form": "signals"}  # the quicker one for these; the other mode
 # The fields in which each differs from its protocol's config; besides, the learning rate around which others are tried,
 # and whether its stages are as many as the config runs, all with states of their own, in place of a loop.
 MODELS: dict[str, dict[str, Any]] = {
-    "NGC": {"rate": 1e-2, "model.p_inter": 2, "model.wiring": "others"},
+    "NGC": {"rate": 1e-2, **LOOPED, "model.wiring": "others"},
     "dense": {"rate": 5e-3, **DENSE},
     "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
-    "dense looped": {"rate": 5e-3, **LOOPED},
-    "low rank": {"rate": 3e-3, **LOW_RANK, **SIGNALS},
+    "dense looped": {"rate": 5e-3, **LOOPED, "model.rule": "dense"},
+    "low rank": {"rate": 3e-3, **LOOPED, **LOW_RANK, **SIGNALS},
     "Basis Sharing": {"rate": 3e-3, **DENSE, **LOW_RANK, **SIGNALS, "model.sharing": "depth2,readers"},
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
-    "block-diagonal": {"rate": 1e-2, "model.rule": "none", **SIGNALS},
+    "block-diagonal": {"rate": 1e-2, **LOOPED, "model.rule": "none", **SIGNALS},
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
 }
 SIZES = ("NGC", "dense")  # whose curve over sizes is asked for
@@ -45,7 +45,8 @@ class Protocol:
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of a model's learning rate, that are tried; one alone is taken
     tuning: float = 0.5  # of the steps, the length of a run that tries one
     measured: bool = True  # whether each is compiled for its peak memory and the time of an update
-    config: str = "ngc_small"  # of configs/: what a model's fields do not say
+    p_inter: int = 2  # numbers of NGC's ports
+    config: str = "defaults"  # of configs/: what a model's fields do not say
     dense: str = "dense_small"  # of configs/: what shares are of
     needs_path: bool = False  # whether the text is a file that must be given
 
@@ -96,6 +97,7 @@ PROTOCOLS = {
     "base": Protocol(
         {"train.steps": 2000},
         shares={"0.19": (), "0.32": SIZES, "1": ("dense",)},
+        p_inter=8,
         config="ngc_base",
         dense="dense_base",
     ),
@@ -124,6 +126,8 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
             config = budget.named(protocol.config)
             fields = {**protocol.common, **MODELS[model], "model.match": f"{protocol.dense}:{share}"}
             rate = fields.pop("rate")
+            if model == "NGC":
+                fields["model.p_inter"] = protocol.p_inter
             if path:
                 fields["data.path"] = path
             if fields.get("model.rule") == "dense":  # whose groups are its heads, and what gates act on

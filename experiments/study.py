@@ -36,7 +36,7 @@ class Study:
     """One question, and the runs that answer it. A file with a `STUDY` of this type can be run and reported."""
 
     sweep: Sweep
-    config: str = "ngc_small"  # of configs/, from which variants differ
+    config: str = "defaults"  # of configs/, from which variants differ
     common: Fields = dataclasses.field(default_factory=dict)  # fields of all runs
     changes: Fields = dataclasses.field(default_factory=dict)  # what a command line sets in all runs, over the sweep
     larger: Fields = dataclasses.field(default_factory=dict)  # the same study for an accelerator: set in all runs

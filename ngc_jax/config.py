@@ -33,7 +33,7 @@ RULES_OF_A_MODEL = (*(rule for rule in RULES if rule not in INSIDE), "none", "de
 
 
 def base() -> ConfigDict:
-    """All fields, with the values of `configs/ngc_small.py`."""
+    """All fields at their defaults, which are the values of `configs/defaults.py`."""
     c = ConfigDict()
     c.seed = 0  # 0 to 4,294,967,295: parameters and the order of the data follow from it
 
