@@ -1,6 +1,6 @@
 """Does compile time grow with rounds or depth? `python -m benchmarks.compile_time`
 
-For: the train step of ngc_small's shape compiled at 4 and at 64 rounds, and at 2 and at 32 core stages, in turn, so
+For: the train step of the default shape compiled at 4 and at 64 rounds, and at 2 and at 32 core stages, in turn, so
 that a machine that slows down slows both; prints medians and their ratio. Not for: run time, and no test: it asserts
 nothing about wall time.
 """

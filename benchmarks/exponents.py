@@ -29,7 +29,7 @@ def forward(step: Callable[[Any, Any], Any], x: Array) -> Array:
 
 
 def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
-    """A dense recurrent network on 64 states at once, and the loop of configs/ngc_small.py on 4 sequences."""
+    """A dense recurrent network on 64 states at once, and the loop of configs/defaults.py on 4 sequences."""
     w = jax.random.normal(jax.random.key(0), (512, 512)) / 512**0.5
     start = jax.random.normal(jax.random.key(1), (64, 512))
     config = base()
@@ -37,11 +37,11 @@ def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
     params = jax.jit(model.init)(jax.random.key(2))
     tokens = jax.random.randint(jax.random.key(3), (4, config.data.context), 0, 257)
     step, entered = rounds_step(model, params, tokens)
-    return {"recurrent, 64 x 512": (lambda x, u: jnp.tanh(x @ w), start), "rounds of ngc_small": (step, entered)}
+    return {"recurrent, 64 x 512": (lambda x, u: jnp.tanh(x @ w), start), "rounds of the defaults": (step, entered)}
 
 
 def watching() -> float:
-    """Time of what configs/ngc_small.py measures of stability, as a share of the updates between two measurements."""
+    """Time of what configs/defaults.py measures of stability, as a share of the updates between two measurements."""
     config = base()
     model = Decoder(model_shape(config, Bytes.vocab))
     state = jax.jit(lambda: init_state(model, config.train, 0))()
@@ -73,7 +73,7 @@ def main() -> None:
             assert memory is not None, "this backend does not say what memory a program needs"
             sizes.append(memory.temp_size_in_bytes)
         print(f"{name:22} temporary memory, 1,024 steps over 64: {sizes[1] / sizes[0]:.3f}")
-    print(f"what ngc_small measures while it trains: {watching():.2%} of the time of its updates (wanted: under 2%)")
+    print(f"what a run of the defaults measures while it trains: {watching():.2%} of the time of its updates (wanted: under 2%)")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loop
 
-For: three figures of `train.run` on configs/ngc_small.py. The loop's time for an update, as its log has it, over that
+For: three figures of `train.run` on configs/defaults.py. The loop's time for an update, as its log has it, over that
 of a step written by hand (the same model, optax's AdamW, no guard, no scalars but the loss) that is fed from memory;
 the input pipeline alone; and how long the loop waits at a checkpoint. Not for: what an update's parts cost.
 """
@@ -34,7 +34,7 @@ from ngc_jax.train import run
 
 
 def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
-    """ngc_small for a few updates on a text of this folder: nothing but updates until the last."""
+    """The defaults for a few updates on a text of this folder: nothing but updates until the last."""
     text = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.parent.rglob("ngc_jax/*.py")))
     (home / "text").mkdir()
     (home / "text" / "source.txt").write_bytes(text)
@@ -139,7 +139,7 @@ def main() -> None:
         pairs = [(by_hand(), of_the_loop(config, home / str(pair))) for pair in range(args.pairs)]
         plain, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(b / a for a, b in pairs)
-        print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; ngc_small at width {args.width}")
+        print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; the defaults at width {args.width}")
         print(f"update: bare step {1e3 * plain:.1f} ms, our loop {1e3 * ours:.1f} ms; {len(pairs)} pairs: {ratio:.3f}")
         tokens, read = config.train.batch_size * config.data.context, of_the_input(config)
         print(f"input alone: {tokens / read:,.0f} tokens/s, {ours / read:.0f} times what the loop takes")

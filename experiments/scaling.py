@@ -1,38 +1,43 @@
 """How does NGC's distance from dense move with width and with training?
 
-Both at three widths and three lengths, each with a schedule of its own; NGC has 0.32 of dense's parameters in matrices
-at each width, by its ports, in eight groups, about sqrt(D / 2). Learning rates are those chosen at width 128.
+Three widths of dense at 1,000 updates, and three lengths at width 128, each with a schedule of its own. Beside dense
+stand dense and NGC with 0.32 of its parameters in matrices, NGC in eight groups, about sqrt(D / 2). Learning rates are
+those chosen at width 128 for 1,000 updates.
 
     python -m experiments.run scaling
 """
 
-import itertools
 from typing import Any
 
 from experiments.setting import DENSE
 from experiments.study import Study
 from experiments.sweeps import Sweep, Variant, seeds
 
-WIDTHS = (64, 128, 192)
-LENGTHS = (125, 500, 1000)
-SHARE = 0.32
+POINTS = ((64, 1000), (128, 1000), (192, 1000), (128, 125), (128, 500))  # widths, updates
+SHARE = 0.319
+MODELS: dict[str, dict[str, Any]] = {
+    "NGC": {"rate": 1e-2},
+    "dense, as large": {**DENSE, "model.wiring": "complete", "model.groups": 4, "rate": 1e-2},
+    "dense": {**DENSE, "model.wiring": "complete", "rate": 5e-3},
+}
 
 
 def fields(model: str, width: int, steps: int) -> dict[str, Any]:
     """One point's fields."""
-    both = {"model.width": width, "model.hidden": 3 * width, "train.steps": steps, "train.warmup_steps": steps // 20}
-    if model == "dense":
-        return {**both, **DENSE, "rate": 5e-3}
-    match = f"dense_small:{SHARE * (width / 128) ** 2:g}"
-    return {**both, "model.match": match, "model.match_by": "p_inter", "rate": 1e-2}
+    sizes: dict[str, Any] = {"model.width": width, "model.hidden": 3 * width}
+    if model != "dense":
+        sizes |= {"model.match": f"dense_small:{SHARE * (width / 128) ** 2:g}"}
+    return {**sizes, **MODELS[model], "train.steps": steps, "train.warmup_steps": steps // 10}
 
 
 STUDY = Study(
     sweep=Sweep(
         Variant({"model": model, "width": f"width {width}", "updates": f"{steps} updates"}, fields(model, width, steps))
-        for model, width, steps in itertools.product(("NGC", "dense"), WIDTHS, LENGTHS)
+        for width, steps in POINTS
+        for model in MODELS
     )
     * seeds(3),
+    config="ngc_small",
     common={"stability.every": 0},
     baseline={"model": "dense"},
 )

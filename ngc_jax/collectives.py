@@ -1,4 +1,4 @@
-"""What crosses the wire: `python -m ngc_jax.collectives --config=configs/ngc_small.py --mesh=group:4`.
+"""What crosses the wire: `python -m ngc_jax.collectives --config=configs/defaults.py --mesh=group:4`.
 
 For: compiling a config's step for a mesh of devices that need not be there, and counting the bytes that its collectives
 move, beside those of the dense model of the same sizes under ordinary tensor parallelism (heads and hidden neurons

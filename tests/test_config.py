@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from ngc_jax import count
+from ngc_jax import budget, count
 from ngc_jax.config import RULES_OF_A_MODEL, base, model_shape, validate
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.errors import UserError
@@ -37,20 +37,32 @@ def test_shipped_configs_are_valid_and_begin_with_their_command(name):
     assert f"python launch.py --config=configs/{name}.py" in text.split('"""')[1]
 
 
-def test_ngc_small_is_a_third_of_dense_small_at_the_same_depth():
-    ngc, ngc_parameters = counted("ngc_small")
-    dense, dense_parameters = counted("dense_small")
-    assert ngc.shape.depth == dense.shape.depth == 4
-    assert ngc.shape.rounds >= 2
-    assert ngc_parameters.matrices <= 0.33 * dense_parameters.matrices
-    assert (ngc_parameters.embeddings, ngc.shape.width) == (dense_parameters.embeddings, dense.shape.width)
-    a, b = load("ngc_small"), load("dense_small")
+@pytest.mark.parametrize("name", ["ngc_small", "defaults"])
+def test_a_third_of_dense_small_on_the_same_data_for_as_many_updates(name):
+    _, ngc = counted(name)
+    _, dense = counted("dense_small")
+    assert ngc.matrices <= 0.33 * dense.matrices
     free = ("model.", "train.learning_rate", "train.state_learning_rate")
-    assert not [d for d in differences(a.to_dict(), b.to_dict()) if not d.startswith(free)]
+    changed = differences(load(name).to_dict(), load("dense_small").to_dict())
+    assert not [d for d in changed if not d.startswith(free)]
+
+
+def test_the_defaults_are_as_wide_and_as_deep_as_dense_small():
+    ngc, dense = counted("defaults")[0].shape, counted("dense_small")[0].shape
+    assert (ngc.depth, ngc.width, ngc.hidden) == (dense.depth, dense.width, dense.hidden)
+
+
+def test_ngc_small_has_the_sizes_of_its_share():
+    config = load("ngc_small")
+    sizes = config.model.width, config.model.hidden
+    config.model.match = "dense_small:0.32"
+    budget.resolve(config)
+    assert (config.model.width, config.model.hidden) == sizes
+    assert counted("ngc_small")[1].matrices == 273_672
 
 
 def test_parameters_and_weights_are_what_the_docstrings_say():
-    model, parameters = counted("ngc_small")
+    model, parameters = counted("defaults")
     d, f, g, p = 128, 384, 8, 3
     square, tall = d * d // g + p * g * 2 * d, d * f // g + p * g * (d + f)
     assert parameters.matrices == 3 * (4 * square + 3 * tall)
