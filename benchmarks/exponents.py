@@ -73,7 +73,7 @@ def main() -> None:
             assert memory is not None, "this backend does not say what memory a program needs"
             sizes.append(memory.temp_size_in_bytes)
         print(f"{name:22} temporary memory, 1,024 steps over 64: {sizes[1] / sizes[0]:.3f}")
-    print(f"what a run of the defaults measures while it trains: {watching():.2%} of the time of its updates (wanted: under 2%)")
+    print(f"what the defaults measure while they train: {watching():.2%} of the time of its updates (wanted: under 2%)")
 
 
 if __name__ == "__main__":
