@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/ngc_small.py
 
-273,672 parameters in matrices, 32% of dense_small's. The form that was found best: see experiments/results/small.
+273,672 parameters in matrices, 32% of dense_small's. Held out after its 1,000 updates: 1.3799 ± 0.0080 nats per byte,
+1.991 bits per byte (three seeds, CPython 3.11.7; see experiments/results/match_dense.md, with the forms tried).
 """
 
 from ngc_jax.config import base
