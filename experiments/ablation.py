@@ -14,7 +14,7 @@ from experiments.sweeps import cases, seeds
 CHANGES: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "4 groups": {"model.groups": 4},
-    "16 groups": {"model.groups": 16},
+    "16 groups": {"model.groups": 16, "model.width": 160, "model.hidden": 480},  # from which match starts
     "no block within groups": {"model.p_intra": 0, "model.wiring": "complete"},
     "4 numbers within groups": {"model.p_intra": 4},
     "ports of 1": {"model.p_inter": 1},
