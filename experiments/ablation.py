@@ -25,7 +25,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qkv shared": {"model.sharing": "qkv"},
     "depth2 shared": {"model.sharing": "depth2"},
     "1 round": {"model.rounds": 1},
-    "2 rounds": {"model.rounds": 2},
+    "3 rounds": {"model.rounds": 3},
     "4 rounds": {"model.rounds": 4},
 }
 STUDY = Study(

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from ngc_jax import budget
 from ngc_jax.config import model_shape
 
-LOOPED = {"model.rounds": 3}
 DENSE = {"model.rule": "dense", "unlooped": True}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
 CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
@@ -22,14 +21,14 @@ SIGNALS = {"model.form": "signals"}  # the quicker one for these; the other mode
 # The fields in which each differs from its protocol's config; besides, the learning rate around which others are tried,
 # and whether its stages are as many as the config runs, all with states of their own, in place of a loop.
 MODELS: dict[str, dict[str, Any]] = {
-    "NGC": {"rate": 1e-2, **LOOPED, "model.wiring": "others"},
+    "NGC": {"rate": 1e-2, "model.wiring": "others"},
     "dense": {"rate": 5e-3, **DENSE},
     "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
-    "dense looped": {"rate": 5e-3, **LOOPED, "model.rule": "dense"},
-    "low rank": {"rate": 3e-3, **LOOPED, **LOW_RANK, **SIGNALS},
+    "dense looped": {"rate": 5e-3, "model.rule": "dense"},
+    "low rank": {"rate": 3e-3, **LOW_RANK, **SIGNALS},
     "Basis Sharing": {"rate": 3e-3, **DENSE, **LOW_RANK, **SIGNALS, "model.sharing": "depth2,readers"},
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
-    "block-diagonal": {"rate": 1e-2, **LOOPED, "model.rule": "none", **SIGNALS},
+    "block-diagonal": {"rate": 1e-2, "model.rule": "none", **SIGNALS},
     "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
 }
 SIZES = ("NGC", "dense")  # whose curve over sizes is asked for
