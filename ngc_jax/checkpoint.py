@@ -110,12 +110,10 @@ class Checkpoints:
         """Save in the background. Waits for the save before this one. Raises SaveFailed for either."""
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        # What a kill or a failed save has left; Orbax's threads may write some of it after the failure was raised.
-        left = [*self.directory.glob("*.orbax-checkpoint-tmp*")]
-        if in_bucket(self.directory):  # where nothing is renamed, a step has its name from the start
-            left.append(self.directory / str(step))
-        for begun in left if processes.first() else ():
-            _remove(begun)
+        if processes.first():
+            self._remove_begun()
+            if in_bucket(self.directory):  # where nothing is renamed, a step has its name from the start
+                _remove(self.directory / str(step))
         with self._attempt(step):
             self._manager.save(step, args=items, force=True)
         self._sealing = step, self._pool.submit(self._seal, step)
@@ -167,6 +165,12 @@ class Checkpoints:
         if processes.first():
             home = self.directory / str(step)
             write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
+            self._remove_begun()  # again: Orbax's threads may write on for a while after a failed save was raised
+
+    def _remove_begun(self) -> None:
+        """Remove what a kill or a failed save has left, while none is under way."""
+        for begun in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            _remove(begun)
 
 
 def digest(tree: Tree) -> str:
