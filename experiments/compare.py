@@ -3,8 +3,8 @@
     python -m experiments.compare --protocol=small --seeds=3 --workdir=runs/compare
 
 For: every model of a protocol at shares of dense's parameters and FLOPs, each with as many learning rates tried (a
-factor of two apart, at a part of the length, with a seed that is not used again; of those within 0.01 nats of the best
-the lowest is taken, since a short run flatters high ones), then trained with several seeds.
+factor of two apart, at a part of the length, with a seed that is not used again; of those that it does not tell from
+the best the lowest is taken, since a short run flatters high ones), then trained with several seeds.
 Killed, it goes on where it was; `--index=I --count=N` takes every Nth model, for array jobs, and a call without them
 then reports, as any study does (`report.py`), with the compiled peak memory and the time of an update over dense's.
 Each model is compared with the dense one of its share, and NGC with the largest.
