@@ -3,8 +3,7 @@
     python -m experiments.compare --protocol=small --seeds=3 --workdir=runs/compare
 
 For: every model of a protocol at shares of dense's parameters and FLOPs, each with as many learning rates tried (a
-factor of two apart, at a part of the length, with a seed that is not used again; of those that it does not tell from
-the best the lowest is taken, since a short run flatters high ones), then trained with several seeds.
+factor of two apart, for four fifths of the length, with a seed that is not used again) and then trained with several.
 Killed, it goes on where it was; `--index=I --count=N` takes every Nth model, for array jobs, and a call without them
 then reports, as any study does (`report.py`), with the compiled peak memory and the time of an update over dense's.
 Each model is compared with the dense one of its share, and NGC with the largest.
@@ -47,7 +46,6 @@ def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> 
         sweep=variants * seeds(count),
         config=protocol.config,
         tuning=protocol.tuning,
-        tie=protocol.tie,
         baseline={"model": "dense"} if "dense" in chosen else None,  # of the same share
         costs=costs if protocol.measured else None,
         answer=against_all_of_dense if "dense" in chosen else None,

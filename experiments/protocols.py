@@ -42,8 +42,7 @@ class Protocol:
     common: dict[str, Any]  # fields of every run
     shares: dict[str, tuple[str, ...]]  # of dense's parameters, "0.32", or FLOPs, "1:flops": the models; () = all
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of a model's learning rate, that are tried; one alone is taken
-    tuning: float = 0.5  # of the steps, the length of a run that tries one
-    tie: float = 0.01  # nats: what one seed does not tell apart, where a longer run is better off with the lower rate
+    tuning: float = 0.8  # of the steps, the length of a run that tries one: much shorter ones flatter high rates
     measured: bool = True  # whether each is compiled for its peak memory and the time of an update
     p_inter: int = 2  # numbers of NGC's ports
     config: str = "defaults"  # of configs/: what a model's fields do not say

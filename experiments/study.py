@@ -41,7 +41,6 @@ class Study:
     changes: Fields = dataclasses.field(default_factory=dict)  # what a command line sets in all runs, over the sweep
     larger: Fields = dataclasses.field(default_factory=dict)  # the same study for an accelerator: set in all runs
     tuning: float = 0.5  # of train.steps, the length of a run that tries one of several rates
-    tie: float = 0.0  # how far a rate's loss may be above the best one's to be taken in its place, where it is lower
     prepare: Callable[[pathlib.Path], None] | None = None  # makes files in the study's folder; "{DIR}" in fields is it
     measure: Callable[[pathlib.Path], dict[str, float]] | None = None  # of a trained run's folder, beside its loss
     outcome: str = LOSS  # the measure by which variants are compared
@@ -157,7 +156,7 @@ def plan(study: Study, of: Iterable[Group], losses: Mapping[str, float]) -> list
 
     A group with several learning rates first tries each at `study.tuning` of the length. Where the best is the first
     or the last of them, one beyond it is tried, as far again, at most FURTHER times: the rule is the same for all.
-    Then the best, or with `study.tie` the lowest of those next to it, is trained with every seed.
+    Then the best is trained with every seed.
     """
     wanted = []
     for group in of:
@@ -171,8 +170,7 @@ def plan(study: Study, of: Iterable[Group], losses: Mapping[str, float]) -> list
                 trials |= {rate: Run(f"tune-{group.name}-{rate:g}", short(study, group, rate)) for rate in rates}
             if any(run.name not in losses for run in trials.values()):
                 continue
-            least = min(known.values())
-            rates = [min(rate for rate, loss in known.items() if loss == least or loss - least <= study.tie)]
+            rates = [min(known, key=lambda rate: (known[rate], rate))]
         fields = at_rate(group.fields, rates[0]) if rates else dict(group.fields)
         wanted += [Run(group.run(seed), {**fields, SEED: seed}) for seed in group.seeds]
     return wanted
