@@ -69,7 +69,8 @@ def outcomes(results: Results) -> list[Table]:
         row = {**group.labels, **{name: interval([*results.of(group, name).values()], 4) for name in names}}
         if study.baseline:
             result = compared.get(group.name)
-            row |= {"difference": str(result or ""), "p": f"{chances[group.name]:.3f}" if result else ""}
+            known = result is not None and math.isfinite(result.p)
+            row |= {"difference": str(result or ""), "p": f"{chances[group.name]:.3f}" if known else ""}
         row |= {"seeds": str(len(results.of(group, study.outcome))), "parameters in matrices": f"{cost.matrices:,}"}
         row |= {"all parameters": f"{cost.parameters:,}", "FLOPs per token": f"{cost.flops:,}", **columns}
         tables.setdefault(tuple(names), []).append(row | ({"learning rate": chosen(results, group)} if tried else {}))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import early_warning, protocols, rule_pictures, settled, stats, sums
+from experiments import early_warning, protocols, readme, rule_pictures, settled, stats, sums
 from experiments import text_measures as measures
+from experiments.blocks import Table
 from ngc_jax import RULES, budget
 
 
@@ -111,3 +112,25 @@ def test_a_comparison_solves_the_share_for_each_model():
     (of,) = protocols.sized(protocols.PROTOCOLS["smoke"], ["Basis Sharing"])
     share = budget.cost(of.config) / 851_968
     assert share == pytest.approx(0.25, rel=0.01)
+
+
+def test_readmes_table_is_of_the_committed_results():
+    said = readme.README.read_text()
+    assert readme.renewed(said, readme.REPORT.read_text()) == said
+
+
+def test_readmes_table_has_the_largest_first_and_the_better_before_the_worse():
+    head = ["model", "share", readme.LOSS, *list(readme.COLUMNS)[1:3], *list(readme.COLUMNS)[4:]]
+    rows = [
+        ["NGC", "0.12", "1.5 ± 0.1", "12", "13", "-0.1", "0.7"],
+        ["dense", "0.32", "1.45 ± 0.1", "32", "33", "", "0.6"],
+        ["NGC", "0.32", "1.4 ± 0.1", "32", "34", "-0.05", "1.4"],
+        ["BDH", "0.32", "1.6 ± 0.1", "32", "33", "0.15", "9"],
+        ["BDH", "1:flops", "1.6 ± 0.1", "90", "99", "0.15", "9"],
+        ["dense", "1:flops", "-", "99", "99", "", "1"],
+    ]
+    tables = (Table(["factor", "values"], [["share", "all"]]), Table(head, rows), Table(["model"], [["NGC"]]))
+    lines = readme.table("\n\n".join(table.markdown() for table in tables)).splitlines()
+    assert lines[0].startswith("| model | parameters in matrices | all parameters | loss (nats per byte) | ")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| NGC", "| dense", "| BDH", "| NGC"]
+    assert lines[2] == "| NGC | 32 | 34 | 1.4 ± 0.1 | -0.05 | 1.4 |"
