@@ -11,16 +11,15 @@ import pathlib
 
 from experiments.blocks import Table
 from experiments.protocols import SIZES
+from experiments.study import LOSS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README, REPORT = ROOT / "README.md", ROOT / "experiments" / "results" / "small" / "report.md"
 BEGIN, END = "<!-- made by: python -m experiments.readme -->\n", "<!-- end -->"
 SHARE = "0.32"  # at which all models are shown
-LOSS = "held-out loss (nats per token)"
-MATRICES = "parameters in matrices"
 COLUMNS = {  # of the report: as README calls them
     "model": "model",
-    MATRICES: MATRICES,
+    "parameters in matrices": "parameters in matrices",
     "all parameters": "all parameters",
     LOSS: "loss (nats per byte)",
     "difference": "from dense's of that size",

@@ -170,7 +170,7 @@ def plan(study: Study, of: Iterable[Group], losses: Mapping[str, float]) -> list
                 trials |= {rate: Run(f"tune-{group.name}-{rate:g}", short(study, group, rate)) for rate in rates}
             if any(run.name not in losses for run in trials.values()):
                 continue
-            rates = [min(known, key=lambda rate: (known[rate], rate))]
+            rates = [best(known)]
         fields = at_rate(group.fields, rates[0]) if rates else dict(group.fields)
         wanted += [Run(group.run(seed), {**fields, SEED: seed}) for seed in group.seeds]
     return wanted
@@ -188,15 +188,19 @@ def at_rate(fields: Fields, rate: float) -> dict[str, Any]:
     return {**own, "train.learning_rate": rate, "train.state_learning_rate": rate}
 
 
+def best(tried: Mapping[float, float]) -> float:
+    """The learning rate of the lowest loss, and of equal ones the lowest."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
 def beyond(tried: Mapping[float, float]) -> list[float]:
     """The learning rate to try next, if any, after these gave these losses: one beyond the end at which the best is."""
-    ordered = sorted(tried)
-    best = min(ordered, key=lambda rate: (tried[rate], rate))
-    if not math.isfinite(tried[best]):
+    ordered, found = sorted(tried), best(tried)
+    if not math.isfinite(tried[found]):
         return [ordered[0] ** 2 / ordered[1]]
-    if best == ordered[-1]:
-        return [best * best / ordered[-2]]
-    return [best * best / ordered[1]] if best == ordered[0] else []
+    if found == ordered[-1]:
+        return [found * found / ordered[-2]]
+    return [found * found / ordered[1]] if found == ordered[0] else []
 
 
 def config_of(study: Study, fields: Fields) -> ConfigDict:
