@@ -26,7 +26,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "depth2 shared": {"model.sharing": "depth2"},
     "1 round": {"model.rounds": 1},
     "3 rounds": {"model.rounds": 3},
-    "4 rounds": {"model.rounds": 4},
 }
 STUDY = Study(
     sweep=cases("change", CHANGES) * seeds(3),
