@@ -26,6 +26,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "depth2 shared": {"model.sharing": "depth2"},
     "1 round": {"model.rounds": 1},
     "3 rounds": {"model.rounds": 3},
+    "silu on the signals, 3 rounds": {"model.message_activation": "silu", "model.rounds": 3},  # the best pair
 }
 STUDY = Study(
     sweep=cases("change", CHANGES) * seeds(3),
