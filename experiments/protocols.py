@@ -22,6 +22,7 @@ SIGNALS = {"model.form": "signals"}  # the quicker one for these; the other mode
 # and whether its stages are as many as the config runs, all with states of their own, in place of a loop.
 MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"rate": 1e-2, "model.wiring": "others"},
+    "NGC unlooped": {"rate": 1e-2, "model.wiring": "others", "unlooped": True},
     "dense": {"rate": 5e-3, **DENSE},
     "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
     "dense looped": {"rate": 5e-3, "model.rule": "dense"},
@@ -125,7 +126,7 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
             config = budget.named(protocol.config)
             fields = {**protocol.common, **MODELS[model], "model.match": f"{protocol.dense}:{share}"}
             rate = fields.pop("rate")
-            if model == "NGC":
+            if model.startswith("NGC"):
                 fields["model.p_inter"] = protocol.p_inter
             if path:
                 fields["data.path"] = path
