@@ -2,27 +2,26 @@
 
     python -m experiments.readme
 
-For: the rows a first reader wants, the largest first and the better before the worse. Not for: what they hold, which
-the report says (`compare.py`); nothing is computed here.
+For: the columns a first reader wants, the largest share first and the better before the worse. Not for: what they
+hold, which the report says (`compare.py`); nothing is computed here.
 """
 
 import itertools
 import pathlib
 
 from experiments.blocks import Table
-from experiments.protocols import SIZES
 from experiments.study import LOSS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README, REPORT = ROOT / "README.md", ROOT / "experiments" / "results" / "small" / "report.md"
 BEGIN, END = "<!-- made by: python -m experiments.readme -->\n", "<!-- end -->"
-SHARE = "0.32"  # at which all models are shown
 COLUMNS = {  # of the report: as README calls them
     "model": "model",
+    "share": "share",
     "parameters in matrices": "parameters in matrices",
     "all parameters": "all parameters",
     LOSS: "loss (nats per byte)",
-    "difference": "from dense's of that size",
+    "difference": "from dense's of that share",
     "time of an update / dense's": "time of an update",
 }
 
@@ -33,7 +32,7 @@ def table(report: str) -> str:
     start = next(i for i, line in enumerate(lines) if LOSS in cells(line))
     found = [cells(line) for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
     rows = [dict(zip(found[0], values, strict=True)) for values in found[2:]]
-    shown = [row for row in rows if (row["model"] in SIZES or row["share"] == SHARE) and row[LOSS] != "-"]
+    shown = [row for row in rows if row[LOSS] != "-"]
     shown.sort(key=lambda row: (row["share"], -float(row[LOSS].split()[0])), reverse=True)
     return Table([*COLUMNS.values()], [[row[name] for name in COLUMNS] for row in shown]).markdown()
 
