@@ -1,26 +1,24 @@
 """How does NGC's distance from dense move with width and with training?
 
-Three widths of dense at 1,000 updates, and three lengths at width 128, each with a schedule of its own. Beside dense
-stand dense and NGC with 0.32 of its parameters in matrices, NGC in eight groups, about sqrt(D / 2). Learning rates are
-those chosen at width 128 for 1,000 updates.
+Three widths of dense at 500 updates and, at width 64, three lengths, each with a schedule of its own. Beside dense
+stand dense and NGC with 0.325 of its parameters in matrices, NGC in eight groups, about sqrt(D / 2). Learning rates are
+searched at each point as the comparison does (`compare.py`).
 
     python -m experiments.run scaling
 """
 
 from typing import Any
 
+from experiments.blocks import Block, Heading, Table, Words
 from experiments.setting import DENSE
-from experiments.study import Study
+from experiments.stats import interval
+from experiments.study import LOSS, Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
 
-POINTS = ((64, 1000), (128, 1000), (192, 1000), (128, 125), (128, 500))  # widths, updates
-SHARE = 0.319  # 0.32 cannot be met to 1% at width 64
-FULL = {**DENSE, "model.wiring": "complete"}
-MODELS: dict[str, dict[str, Any]] = {
-    "NGC": {"rate": 1e-2},
-    "dense, as large": {**FULL, "model.groups": 4, "rate": 1e-2},
-    "dense": {**FULL, "rate": 5e-3},
-}
+POINTS = ((64, 250), (64, 500), (64, 2000), (128, 500), (192, 500))  # widths of dense, updates
+SHARE = 0.325  # 0.32 cannot be met to 1% at width 64
+FULL = {**DENSE, "model.wiring": "complete", "model.groups": 4, "rate": (2.5e-3, 5e-3, 1e-2)}
+MODELS: dict[str, dict[str, Any]] = {"NGC": {"rate": (5e-3, 1e-2, 2e-2)}, "dense, as large": FULL, "dense": FULL}
 
 
 def fields(model: str, width: int, steps: int) -> dict[str, Any]:
@@ -29,6 +27,23 @@ def fields(model: str, width: int, steps: int) -> dict[str, Any]:
     if model != "dense":
         sizes |= {"model.match": f"dense_small:{SHARE * (width / 128) ** 2:g}"}
     return {**sizes, **MODELS[model], "train.steps": steps, "train.warmup_steps": steps // 10}
+
+
+def distances(results: Results) -> list[Block]:
+    """NGC beside both dense models, at each point."""
+    losses = {tuple(group.labels.values()): results.of(group, LOSS) for group in results.groups}
+    costs = dict(zip(losses, results.costs, strict=True))
+    rows = []
+    for width, updates in dict.fromkeys((width, updates) for _, width, updates in losses):
+        own, as_large, dense = (losses[model, width, updates] for model in MODELS)
+        cost = costs["dense", width, updates]
+        tokens = cost.config.train.steps * cost.config.train.batch_size * cost.config.data.context
+        less = interval([own[seed] - as_large[seed] for seed in own if seed in as_large], 4)
+        over = interval([own[seed] / dense[seed] for seed in own if seed in dense], 4)
+        rows.append([width, updates, f"{tokens / cost.matrices:.1f}", less, over])
+    said = f"NGC's {LOSS} less that of dense as large, and over that of dense; paired by seed, mean and 95% interval."
+    head = ["width", "updates", "tokens for each parameter of dense in matrices", "less dense as large", "over dense"]
+    return [Heading("NGC's distance from dense"), Words(said), Table(head, rows)]
 
 
 STUDY = Study(
@@ -40,5 +55,7 @@ STUDY = Study(
     * seeds(3),
     config="ngc_small",
     common={"stability.every": 0},
+    tuning=0.8,
     baseline={"model": "dense"},
+    answer=distances,
 )
