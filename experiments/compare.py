@@ -19,7 +19,7 @@ from experiments.blocks import Block, Table, Words
 from experiments.overhead import overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, sized
 from experiments.run import arguments, carry_out
-from experiments.stats import interval
+from experiments.stats import ratio
 from experiments.study import Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
 from ngc_jax.workdir import command
@@ -60,9 +60,8 @@ def against_all_of_dense(results: Results) -> list[Block]:
     losses = results.of(full, results.study.outcome)
     rows = []
     for group in (group for group in results.groups if group.labels["model"].startswith("NGC")):
-        own = results.of(group, results.study.outcome)
-        ratio = interval([own[seed] / losses[seed] for seed in own if seed in losses], 4)
-        rows.append([*group.labels.values(), f"{sized[group.name].matrices:,}", ratio])
+        over = ratio(results.of(group, results.study.outcome), losses)
+        rows.append([*group.labels.values(), f"{sized[group.name].matrices:,}", over])
     said = (
         f"NGC's {results.study.outcome} over that of dense with {sized[full.name].matrices:,} parameters in matrices, "
         "paired by seed: mean and 95% interval."

@@ -10,8 +10,9 @@ searched at each point as the comparison does (`compare.py`).
 from typing import Any
 
 from experiments.blocks import Block, Heading, Table, Words
+from experiments.protocols import PROTOCOLS
 from experiments.setting import DENSE
-from experiments.stats import interval
+from experiments.stats import paired, ratio
 from experiments.study import LOSS, Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
 
@@ -38,8 +39,7 @@ def distances(results: Results) -> list[Block]:
         own, as_large, dense = (losses[model, width, updates] for model in MODELS)
         cost = costs["dense", width, updates]
         tokens = cost.config.train.steps * cost.config.train.batch_size * cost.config.data.context
-        less = interval([own[seed] - as_large[seed] for seed in own if seed in as_large], 4)
-        over = interval([own[seed] / dense[seed] for seed in own if seed in dense], 4)
+        less, over = str(paired(own, as_large)), ratio(own, dense)
         rows.append([width, updates, f"{tokens / cost.matrices:.1f}", less, over])
     said = f"NGC's {LOSS} less that of dense as large, and over that of dense; paired by seed, mean and 95% interval."
     head = ["width", "updates", "tokens for each parameter of dense in matrices", "less dense as large", "over dense"]
@@ -55,7 +55,7 @@ STUDY = Study(
     * seeds(3),
     config="ngc_small",
     common={"stability.every": 0},
-    tuning=0.8,
+    tuning=PROTOCOLS["small"].tuning,
     baseline={"model": "dense"},
     answer=distances,
 )

@@ -48,6 +48,11 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired:
     return Paired(differences, float(scipy.stats.ttest_1samp(differences, 0).pvalue))
 
 
+def ratio(values: Mapping[int, float], others: Mapping[int, float]) -> str:
+    """values / others at the seeds that both have: their mean, with its interval."""
+    return interval([values[seed] / others[seed] for seed in values if seed in others], 4)
+
+
 def adjusted(chances: Mapping[str, float]) -> dict[str, float]:
     """p values corrected for their number by Holm's method (1979), so that the chance of one false find stays."""
     ordered = sorted((p, name) for name, p in chances.items() if math.isfinite(p))
