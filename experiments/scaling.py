@@ -7,9 +7,11 @@ searched at each point as the comparison does (`compare.py`).
     python -m experiments.run scaling
 """
 
+import statistics
 from typing import Any
 
 from experiments.blocks import Block, Heading, Table, Words
+from experiments.figures import legend, look, picture
 from experiments.protocols import PROTOCOLS
 from experiments.setting import DENSE
 from experiments.stats import paired, ratio
@@ -35,16 +37,31 @@ def distances(results: Results) -> list[Block]:
     """NGC beside both dense models, at each point."""
     losses = {tuple(group.labels.values()): results.of(group, LOSS) for group in results.groups}
     costs = dict(zip(losses, results.costs, strict=True))
-    rows = []
+    rows, lines = [], dict[str, list[tuple[float, float, float]]]()  # tokens a parameter, mean and half the range
     for width, updates in dict.fromkeys((width, updates) for _, width, updates in losses):
         own, as_large, dense = (losses[model, width, updates] for model in MODELS)
         cost = costs["dense", width, updates]
         tokens = cost.config.train.steps * cost.config.train.batch_size * cost.config.data.context
-        less, over = str(paired(own, as_large)), ratio(own, dense)
-        rows.append([width, updates, f"{tokens / cost.matrices:.1f}", less, over])
+        seen, less, over = tokens / cost.matrices, paired(own, as_large), ratio(own, dense)
+        rows.append([width, updates, f"{seen:.1f}", str(less), over])
+        for name, apart in (("as large", less.differences), ("whole", paired(own, dense).differences)):
+            if apart:
+                points = lines.setdefault(f"{name}, {width}", [])
+                points.append((seen, statistics.mean(apart), (max(apart) - min(apart)) / 2))
+
+    def draw(canvas: Any) -> None:
+        axis = canvas.subplots()
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        for place, (name, points) in enumerate(lines.items()):
+            x, y, bars = zip(*points, strict=True)
+            axis.errorbar(x, y, bars, label=name, linewidth=1, markersize=4, **look(place))
+        axis.set(xscale="log", xlabel="tokens for each parameter of dense in matrices", ylabel=f"{LOSS}: NGC - dense")
+        legend(canvas, axis)
+
+    caption = "NGC's loss less that of dense, as large or whole, by training: means, and the range over seeds."
     said = f"NGC's {LOSS} less that of dense as large, and over that of dense; paired by seed, mean and 95% interval."
     head = ["width", "updates", "tokens for each parameter of dense in matrices", "less dense as large", "over dense"]
-    return [Heading("NGC's distance from dense"), Words(said), Table(head, rows)]
+    return [Heading("NGC's distance from dense"), Words(said), Table(head, rows), picture("distances", caption, draw)]
 
 
 STUDY = Study(
