@@ -1,8 +1,10 @@
-"""Train a model: python launch.py --config=configs/ngc_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""Train a model: python launch.py --config=configs/ngc_small.py [--workdir=DIR]
+[--config.FIELD=VALUE ...]
 
-Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 1 a failure of the machine, 2 a
-mistake in what was asked for, 3 training diverged, 4 it hung (train.hang_exit; run again), 75 asked to stop (saved; run
-again). On several hosts: the same command on each (docs/pods.md).
+Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 1 a failure of
+the machine, 2 a mistake in what was asked for, 3 training diverged, 4 it hung (train.hang_exit; run
+again), 75 asked to stop (saved; run again). On several hosts: the same command on each
+(docs/pods.md).
 """
 
 import sys
@@ -11,22 +13,28 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from ngc_jax import processes
-from ngc_jax.errors import UserError, fail
-from ngc_jax.preemption import EXIT_CODE
-from ngc_jax.programs import keep_compiled
-from ngc_jax.train import Diverged, run
-from ngc_jax.workdir import hold, workdir_of
+from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime.compilation_cache import keep_compiled
+from ngc_jax.runtime.errors import UserError, fail
+from ngc_jax.runtime.preemption import EXIT_CODE
+from ngc_jax.training.loop import Diverged, run
+from ngc_jax.training.workdir import hold, workdir_of
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/<config name>.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the run.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept; default: runs/<config name>."
+)
 join = processes.define_flags()
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(2, f"unexpected argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    workdir = epath.Path(WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"])))
+    workdir = epath.Path(
+        WORKDIR.value or workdir_of(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )
     try:
         join()
         keep_compiled()

@@ -1,8 +1,8 @@
 """Does compile time grow with rounds or depth? `python -m benchmarks.compile_time`
 
-For: the train step of the default shape compiled at 4 and at 64 rounds, and at 2 and at 32 core stages, in turn, so
-that a machine that slows down slows both; prints medians and their ratio. Not for: run time, and no test: it asserts
-nothing about wall time.
+For: the train step of the default shape compiled at 4 and at 64 rounds, and at 2 and at 32 core
+stages, in turn, so that a machine that slows down slows both; prints medians and their ratio. Not
+for: run time, and no test: it asserts nothing about wall time.
 """
 
 import argparse
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.steps import make_train_step
-from ngc_jax.workdir import abstract_state
+from ngc_jax.training.step import make_train_step
+from ngc_jax.training.workdir import abstract_state
 
 
 def seconds(**fields: int) -> float:
-    """Seconds to compile one train step (tracing included), from a cold start of everything but Python."""
+    """Seconds to compile one train step (tracing included), from a cold start of everything but
+    Python.
+    """
     config = base()
     config.model.update(fields)
     model = Decoder(model_shape(config, Bytes.vocab))
@@ -44,7 +46,10 @@ def main() -> None:
         pairs = [(seconds(**few), seconds(**many)) for _ in range(args.repeats)]
         a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(y / x for x, y in pairs)
-        print(f"{few}: {a:.2f} s   {many}: {b:.2f} s   ratio, median of {args.repeats} pairs: {ratio:.3f}", flush=True)
+        print(
+            f"{few}: {a:.2f} s   {many}: {b:.2f} s   ratio, median of {args.repeats} pairs: {ratio:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

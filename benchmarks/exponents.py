@@ -2,8 +2,9 @@
 
     python -m benchmarks.exponents
 
-For: the ratios that docs/stability.md quotes. Not for: correctness (`tests/test_lyapunov.py`). Each ratio is the median
-of paired rounds, forward and exponents one after the other, since machines are shared and drift.
+For: the ratios that docs/stability.md quotes. Not for: correctness (`tests/test_lyapunov.py`). Each
+ratio is the median of paired rounds, forward and exponents one after the other, since machines are
+shared and drift.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.pairs import paired
+from ngc_jax.analysis import leading_exponent, lyapunov_spectrum, rounds_step
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.stability import leading_exponent, lyapunov_spectrum, rounds_step
-from ngc_jax.stability.watch import make_watch
-from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.training.stability_metrics import make_watch
+from ngc_jax.training.step import init_state, make_train_step
 
 Array = jax.Array
 STEPS = 32
@@ -29,7 +30,9 @@ def forward(step: Callable[[Any, Any], Any], x: Array) -> Array:
 
 
 def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
-    """A dense recurrent network on 64 states at once, and the loop of configs/defaults.py on 4 sequences."""
+    """A dense recurrent network on 64 states at once, and the loop of configs/defaults.py on 4
+    sequences.
+    """
     w = jax.random.normal(jax.random.key(0), (512, 512)) / 512**0.5
     start = jax.random.normal(jax.random.key(1), (64, 512))
     config = base()
@@ -37,11 +40,16 @@ def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
     params = jax.jit(model.init)(jax.random.key(2))
     tokens = jax.random.randint(jax.random.key(3), (4, config.data.context), 0, 257)
     step, entered = rounds_step(model, params, tokens)
-    return {"recurrent, 64 x 512": (lambda x, u: jnp.tanh(x @ w), start), "rounds of the defaults": (step, entered)}
+    return {
+        "recurrent, 64 x 512": (lambda x, u: jnp.tanh(x @ w), start),
+        "rounds of the defaults": (step, entered),
+    }
 
 
 def watching() -> float:
-    """Time of what configs/defaults.py measures of stability, as a share of the updates between two measurements."""
+    """Time of what configs/defaults.py measures of stability, as a share of the updates between two
+    measurements.
+    """
     config = base()
     model = Decoder(model_shape(config, Bytes.vocab))
     state = jax.jit(lambda: init_state(model, config.train, 0))()
@@ -51,29 +59,41 @@ def watching() -> float:
     batch = jax.random.randint(jax.random.key(1), (config.train.batch_size, 2, length), 0, 256)
     rows = -(-config.stability.tokens // config.data.context)
     held_out = jax.random.randint(jax.random.key(2), (rows, length), 0, 256)
-    times = paired(lambda: update(state, batch)[1]["train/loss"], lambda: watch(state.params, held_out)).ratio
+    times = paired(
+        lambda: update(state, batch)[1]["train/loss"], lambda: watch(state.params, held_out)
+    ).ratio
     return times / config.stability.every
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; time as a multiple of {STEPS} forward steps")
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}; time as a multiple of {STEPS} forward steps"
+    )
     for name, (step, x) in systems().items():
         plain = jax.jit(lambda x, step=step: forward(step, x))
-        found = [("leading", 2.2, jax.jit(lambda x, step=step: leading_exponent(step, x, steps=STEPS)))]
+        found = [
+            ("leading", 2.2, jax.jit(lambda x, step=step: leading_exponent(step, x, steps=STEPS)))
+        ]
         for k in (4, 8):
-            spectrum = jax.jit(lambda x, step=step, k=k: lyapunov_spectrum(step, x, steps=STEPS, k=k))
+            spectrum = jax.jit(
+                lambda x, step=step, k=k: lyapunov_spectrum(step, x, steps=STEPS, k=k)
+            )
             found.append((f"k = {k}", k + 1.5, spectrum))
         for label, allowed, other in found:
             times = paired(plain, other, x).ratio
             print(f"{name:22} {label:8} {times:6.2f}   (wanted: at most {allowed})", flush=True)
         sizes = []
         for steps in (64, 1024):
-            spectrum = jax.jit(lambda x, step=step, steps=steps: lyapunov_spectrum(step, x, steps=steps, k=4))
+            spectrum = jax.jit(
+                lambda x, step=step, steps=steps: lyapunov_spectrum(step, x, steps=steps, k=4)
+            )
             memory = spectrum.lower(x).compile().memory_analysis()
             assert memory is not None, "this backend does not say what memory a program needs"
             sizes.append(memory.temp_size_in_bytes)
         print(f"{name:22} temporary memory, 1,024 steps over 64: {sizes[1] / sizes[0]:.3f}")
-    print(f"what the defaults measure while they train: {watching():.2%} of the time of its updates (wanted: under 2%)")
+    print(
+        f"what the defaults measure while they train: {watching():.2%} of the time of its updates (wanted: under 2%)"
+    )
 
 
 if __name__ == "__main__":

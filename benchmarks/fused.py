@@ -1,9 +1,11 @@
-"""Would a kernel that makes weights tile by tile, inside the product, beat XLA? `python -m benchmarks.fused`
+"""Would a kernel that makes weights tile by tile, inside the product, beat XLA? `python -m
+benchmarks.fused`
 
-For: the `distance` rule, in which each weight takes work of its own. XLA makes W once, writes it and reads it; the
-kernel keeps W on the chip, but makes it again for every tile of tokens. So it can win for few tokens; if it does on a
-GPU, it has earned a place in `core/`, and if not, none. It has no gradient. No GPU has run it yet: on a CPU it is
-interpreted, and its error alone is told. Not for: models, which do without it.
+For: the `distance` rule, in which each weight takes work of its own. XLA makes W once, writes it
+and reads it; the kernel keeps W on the chip, but makes it again for every tile of tokens. So it can
+win for few tokens; if it does on a GPU, it has earned a place in `core/`, and if not, none. It has
+no gradient. No GPU has run it yet: on a CPU it is interpreted, and its error alone is told. Not
+for: models, which do without it.
 """
 
 import math
@@ -21,14 +23,19 @@ from ngc_jax.core.rules import RULES, transmit
 Array = jax.Array
 
 
-def product(x: Array, pre: Array, post: dict[str, Array], tile: int = 64, interpret: bool = False) -> Array:
-    """`transmit("distance", x, pre, post)` for x [N, n_in]: [N, n_out]. N, n_in, n_out: multiples of `tile`.
+def product(
+    x: Array, pre: Array, post: dict[str, Array], tile: int = 64, interpret: bool = False
+) -> Array:
+    """`transmit("distance", x, pre, post)` for x [N, n_in]: [N, n_out]. N, n_in, n_out: multiples
+    of `tile`.
 
     On a GPU `tile` is a power of two from 16 on. Raises ValueError for sizes that are no multiples.
     """
     (tokens, n_in), (n_out, states) = x.shape, post["state"].shape
     if any(size % tile for size in (tokens, n_in, n_out)):
-        raise ValueError(f"tile={tile}: must divide the {tokens} tokens and the {n_in} and {n_out} neurons")
+        raise ValueError(
+            f"tile={tile}: must divide the {tokens} tokens and the {n_in} and {n_out} neurons"
+        )
 
     def kernel(x_ref: Any, pre_ref: Any, post_ref: Any, gain_ref: Any, y_ref: Any) -> None:
         def add(k: Array, total: Array) -> Array:
@@ -52,7 +59,8 @@ def product(x: Array, pre: Array, post: dict[str, Array], tile: int = 64, interp
         ],
         out_specs=pl.BlockSpec((tile, tile), lambda t, o: (t, o)),
         out_shape=jax.ShapeDtypeStruct((tokens, n_out), x.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),  # which reads of a block what is asked for
+        # which reads of a block what is asked for
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )(x, pre, post["state"], post["gain"])
 
@@ -64,7 +72,9 @@ def main() -> None:
     pre, post = init(jax.random.key(0))
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}; distance, {n} to {n} neurons, states of 4, float32\n")
-    print("| tokens | relative difference | us XLA, kernel | XLA / kernel |\n| --- | --- | --- | --- |")
+    print(
+        "| tokens | relative difference | us XLA, kernel | XLA / kernel |\n| --- | --- | --- | --- |"
+    )
     for count in counts:
         x = jax.random.normal(jax.random.key(1), (count, n))
         ours = jax.jit(partial(product, interpret=on_cpu))
@@ -72,7 +82,11 @@ def main() -> None:
         wanted = theirs(x, pre, post)
         apart = float(jnp.linalg.norm(ours(x, pre, post) - wanted) / jnp.linalg.norm(wanted))
         times = None if on_cpu else paired(ours, theirs, x, pre, post, calls=20)
-        seconds = f"{1e6 * times.other:.0f}, {1e6 * times.plain:.0f} | {times.ratio:.2f}" if times else "- | -"
+        seconds = (
+            f"{1e6 * times.other:.0f}, {1e6 * times.plain:.0f} | {times.ratio:.2f}"
+            if times
+            else "- | -"
+        )
         print(f"| {count} | {apart:.1e} | {seconds} |", flush=True)
         if not math.isfinite(apart) or apart > 1e-2:
             raise SystemExit("error: beyond the limit of 1e-2")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.loop
 
-For: three figures of `train.run` on configs/defaults.py. The loop's time for an update, as its log has it, over that
-of a step written by hand (the same model, optax's AdamW, no guard, no scalars but the loss) that is fed from memory;
-the input pipeline alone; and how long the loop waits at a checkpoint. Not for: what an update's parts cost.
+For: three figures of `train.run` on configs/defaults.py. The loop's time for an update, as its log
+has it, over that of a step written by hand (the same model, optax's AdamW, no guard, no scalars but
+the loss) that is fed from memory; the input pipeline alone; and how long the loop waits at a
+checkpoint. Not for: what an update's parts cost.
 """
 
 import argparse
@@ -24,24 +25,31 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.overhead import model_of
-from ngc_jax.checkpoint import Checkpoints
 from ngc_jax.config import base
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
-from ngc_jax.metrics import read_rows
-from ngc_jax.steps import init_state
-from ngc_jax.train import run
+from ngc_jax.runtime.checkpoint import Checkpoints
+from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training.loop import run
+from ngc_jax.training.step import init_state
 
 
 def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
     """The defaults for a few updates on a text of this folder: nothing but updates until the last."""
-    text = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.parent.rglob("ngc_jax/*.py")))
+    text = b"".join(
+        path.read_bytes()
+        for path in sorted(pathlib.Path(__file__).parent.parent.rglob("ngc_jax/*.py"))
+    )
     (home / "text").mkdir()
     (home / "text" / "source.txt").write_bytes(text)
     config = base()
     config.data.path, config.data.cache_dir = str(home / "text"), str(home / "cache")
     config.model.width, config.model.hidden = args.width, 3 * args.width
-    config.train.batch_size, config.train.steps, config.train.warmup_steps = args.batch_size, args.updates, 1
+    config.train.batch_size, config.train.steps, config.train.warmup_steps = (
+        args.batch_size,
+        args.updates,
+        1,
+    )
     config.train.log_every = max(1, args.updates // 10)
     config.eval.every = config.checkpoint.every_steps = args.updates
     config.eval.windows = 1
@@ -53,7 +61,11 @@ def batches(config: ConfigDict) -> Iterator[np.ndarray]:
     """The run's input, from the start."""
     windows = load_data(config.data).train
     return train_batches(
-        windows, batch_size=config.train.batch_size, seed=config.seed, start=0, stop=config.train.steps
+        windows,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start=0,
+        stop=config.train.steps,
     )
 
 
@@ -62,20 +74,30 @@ def of_the_loop(config: ConfigDict, workdir: pathlib.Path) -> float:
     with contextlib.redirect_stdout(io.StringIO()):
         run(config, workdir)
     tokens = config.train.batch_size * config.data.context
-    laps = [tokens / row["tokens_per_second"] for row in read_rows(workdir) if "tokens_per_second" in row]
+    laps = [
+        tokens / row["tokens_per_second"]
+        for row in read_rows(workdir)
+        if "tokens_per_second" in row
+    ]
     return statistics.median(laps[2:])  # the first holds one update, the second what warms up
 
 
 def bare(config: ConfigDict) -> Callable[[], float]:
-    """A step by hand; called, the seconds of an update: the median lap of as many updates as the run makes."""
+    """A step by hand; called, the seconds of an update: the median lap of as many updates as the
+    run makes.
+    """
     model, train = model_of(config), config.train
-    rates = optax.warmup_cosine_decay_schedule(0, train.learning_rate, train.warmup_steps, train.steps)
+    rates = optax.warmup_cosine_decay_schedule(
+        0, train.learning_rate, train.warmup_steps, train.steps
+    )
     adam = optax.adamw(rates, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
     chain = optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         logits, _ = model.apply(params, batch[:, 0])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch[:, 1], 0)).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.maximum(batch[:, 1], 0)
+        ).mean()
 
     def step(params: Any, memory: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
@@ -139,12 +161,20 @@ def main() -> None:
         pairs = [(by_hand(), of_the_loop(config, home / str(pair))) for pair in range(args.pairs)]
         plain, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(b / a for a, b in pairs)
-        print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; the defaults at width {args.width}")
-        print(f"update: bare step {1e3 * plain:.1f} ms, our loop {1e3 * ours:.1f} ms; {len(pairs)} pairs: {ratio:.3f}")
+        print(
+            f"jax {jax.__version__}, {jax.devices()[0].device_kind}; the defaults at width {args.width}"
+        )
+        print(
+            f"update: bare step {1e3 * plain:.1f} ms, our loop {1e3 * ours:.1f} ms; {len(pairs)} pairs: {ratio:.3f}"
+        )
         tokens, read = config.train.batch_size * config.data.context, of_the_input(config)
-        print(f"input alone: {tokens / read:,.0f} tokens/s, {ours / read:.0f} times what the loop takes")
+        print(
+            f"input alone: {tokens / read:,.0f} tokens/s, {ours / read:.0f} times what the loop takes"
+        )
         wait, whole = of_a_save(config, home / "saves")
-        print(f"save: the loop waits {1e3 * wait:.0f} ms, {wait / ours:.2f} updates; sealed after {1e3 * whole:.0f} ms")
+        print(
+            f"save: the loop waits {1e3 * wait:.0f} ms, {wait / ours:.2f} updates; sealed after {1e3 * whole:.0f} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Does this device compute what float64 on its host computes? `python -m benchmarks.numerics`
 
-For: every rule's `transmit` against x @ W.T, and an update's loss and gradient in both forms, in float32 on the device,
-at the precision that the device takes by default (on some GPUs TF32) and at the highest; and attention in one kernel,
-in bfloat16, where there is one. Exit code 1 where an error is over its limit. Not for: whether the mathematics is right
-(`tests/`). The references are the same functions under x64, in which a model's norms, softmax and logits stay float32,
-as they are written.
+For: every rule's `transmit` against x @ W.T, and an update's loss and gradient in both forms, in
+float32 on the device, at the precision that the device takes by default (on some GPUs TF32) and at
+the highest; and attention in one kernel, in bfloat16, where there is one. Exit code 1 where an
+error is over its limit. Not for: whether the mathematics is right (`tests/`). The references are
+the same functions under x64, in which a model's norms, softmax and logits stay float32, as they are
+written.
 """
 
 import sys
@@ -20,7 +21,7 @@ from experiments.overhead import model_of
 from ngc_jax.config import base
 from ngc_jax.core import attention
 from ngc_jax.core.rules import RULES, transmit, weights
-from ngc_jax.steps import losses
+from ngc_jax.training.step import losses
 
 Tree = Any
 IN_BFLOAT16 = 2e-2
@@ -29,7 +30,9 @@ LIMITS = {"highest": 1e-5, "default": 1e-2}  # of |found - reference| / |referen
 
 def in_float64(function: Callable[..., Tree], *args: Tree) -> Tree:
     """What a function gives for float64 arguments on the host's processor, as NumPy arrays."""
-    wide = jax.tree.map(lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, args)
+    wide = jax.tree.map(
+        lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, args
+    )
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         return jax.tree.map(np.asarray, jax.jit(function)(*wide))
 
@@ -49,7 +52,11 @@ def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[T
         pre, post = init(jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (64, 256))
         acts = lambda x, pre, post, name=name: transmit(name, x, pre, post)  # noqa: E731
-        found[name] = (acts, lambda x, pre, post, name=name: x @ weights(name, pre, post).T, (x, pre, post))
+        found[name] = (
+            acts,
+            lambda x, pre, post, name=name: x @ weights(name, pre, post).T,
+            (x, pre, post),
+        )
     batch = jax.random.randint(jax.random.key(2), (4, 2, 64), 0, 256)
     for form in ("weights", "signals"):
         config = base()
@@ -76,7 +83,12 @@ def one_kernel() -> float | None:
 
     def written(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         places = jnp.arange(query.shape[1])
-        return attention.mix(attention.shares(query, key, attention.visible(places, places, len(places))), value)
+        return attention.mix(
+            attention.attention_weights(
+                query, key, attention.attention_mask(places, places, len(places))
+            ),
+            value,
+        )
 
     def outcome(attend: Callable[..., jax.Array], heads: jax.Array) -> Tree:
         return attend(*heads), jax.grad(lambda heads: jnp.sum(jnp.sin(attend(*heads))))(heads)
@@ -86,8 +98,14 @@ def one_kernel() -> float | None:
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}: relative errors of float32 against float64\n")
-    print("| what | " + " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items()) + " |")
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}: relative errors of float32 against float64\n"
+    )
+    print(
+        "| what | "
+        + " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items())
+        + " |"
+    )
     print("| --- " * (1 + len(LIMITS)) + "|")
     sound = True
     for name, (function, reference, args) in cases().items():

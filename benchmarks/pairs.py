@@ -1,6 +1,7 @@
 """Two functions timed in turn, since machines are shared and drift.
 
-For: ratios measured in one run, and the seconds behind them. Not for: what is timed, or numbers from two runs.
+For: ratios measured in one run, and the seconds behind them. Not for: what is timed, or numbers
+from two runs.
 """
 
 import statistics
@@ -19,8 +20,12 @@ class Paired(NamedTuple):
     other: float
 
 
-def paired(plain: Callable[..., Any], other: Callable[..., Any], *args: Any, pairs: int = 9, calls: int = 1) -> Paired:
-    """Call both on `args` once, then time `calls` calls of one after as many of the other, `pairs` times."""
+def paired(
+    plain: Callable[..., Any], other: Callable[..., Any], *args: Any, pairs: int = 9, calls: int = 1
+) -> Paired:
+    """Call both on `args` once, then time `calls` calls of one after as many of the other, `pairs`
+    times.
+    """
 
     def took(function: Callable[..., Any]) -> float:
         began = time.perf_counter()
@@ -32,4 +37,8 @@ def paired(plain: Callable[..., Any], other: Callable[..., Any], *args: Any, pai
         jax.block_until_ready(function(*args))
     times = [(took(plain), took(other)) for _ in range(pairs)]
     firsts, seconds = zip(*times, strict=True)
-    return Paired(statistics.median(b / a for a, b in times), statistics.median(firsts), statistics.median(seconds))
+    return Paired(
+        statistics.median(b / a for a, b in times),
+        statistics.median(firsts),
+        statistics.median(seconds),
+    )

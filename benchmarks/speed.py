@@ -2,9 +2,10 @@
 
     python -m benchmarks.speed --widths=256,512,1024
 
-For: ratios of an NGC model to the dense one of the same width, stages and heads, in both forms; dense / NGC, so above 1
-is faster. Ports are as many as give NGC the share of dense's matrix parameters at which ngc_small comes to dense_small
-(experiments/results/match_dense.md). Not for: what either learns at these widths.
+For: ratios of an NGC model to the dense one of the same width, stages and heads, in both forms;
+dense / NGC, so above 1 is faster. Ports are as many as give NGC the share of dense's matrix
+parameters at which ngc_small comes to dense_small (experiments/results/match_dense.md). Not for:
+what either learns at these widths.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from ml_collections import ConfigDict
 
 from benchmarks.pairs import Paired, paired
 from experiments.overhead import model_of, update_of
-from ngc_jax.budget import cost
 from ngc_jax.config import base, validate
-from ngc_jax.costs import peak, update_flops
+from ngc_jax.training.costs import peak, update_flops
+from ngc_jax.training.match_size import cost
 
 SHARE = 0.32  # of dense's parameters in matrices
 TOKENS = 20  # decoded in one timing, after one another
@@ -37,7 +38,9 @@ class Row(NamedTuple):
 def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDict, ConfigDict]:
     """The configs of the dense model and of the NGC model that has SHARE of its matrices."""
     dense = base()
-    dense.model.update(rule="dense", width=width, hidden=3 * width, p_intra=width, groups=groups, heads=groups)
+    dense.model.update(
+        rule="dense", width=width, hidden=3 * width, p_intra=width, groups=groups, heads=groups
+    )
     dense.model.update(prelude=args.stages, core=0, coda=0, rounds=1)
     dense.data.context, dense.train.batch_size = args.context, args.batch_size
     dense.train.compute_dtype = args.dtype
@@ -46,17 +49,24 @@ def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDic
     costs = []
     for ngc.model.p_inter in (1, 2):
         costs.append(cost(ngc))
-    more = (SHARE * cost(dense) - costs[0]) / (costs[1] - costs[0])  # every further port costs as much as the second
+    # every further port costs as much as the second
+    more = (SHARE * cost(dense) - costs[0]) / (costs[1] - costs[0])
     ngc.model.p_inter = max(1, 1 + round(more))
     validate(ngc)
     return dense, ngc
 
 
 def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
-    """A function that decodes TOKENS tokens of one text, each at the last place of a cache, which is donated."""
+    """A function that decodes TOKENS tokens of one text, each at the last place of a cache, which
+    is donated.
+    """
     model = model_of(config)
     dtype = jnp.dtype(config.train.compute_dtype)
-    params = jax.jit(lambda: model.apart(jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(0)))))()
+    params = jax.jit(
+        lambda: model.unstack(
+            jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(0)))
+        )
+    )()
     step = jax.jit(model.decode, donate_argnums=2)
     token, cache = jnp.zeros((1, 1), jnp.int32), model.init_cache(1, config.data.context, dtype)
     position = jnp.int32(config.data.context - 1)
@@ -80,7 +90,8 @@ def flops(config: ConfigDict) -> float:
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
     """The row of each form."""
     batch = jnp.zeros((dense.train.batch_size, 2, dense.data.context), jnp.int32)
-    token = paired(decoding(ngc), decoding(dense), pairs=pairs)  # decoding is the same in both forms
+    # decoding is the same in both forms
+    token = paired(decoding(ngc), decoding(dense), pairs=pairs)
     of_dense, found = update_of(dense)[0], {}
     for form in ("weights", "signals"):
         ngc.model.form = form
@@ -90,7 +101,9 @@ def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
 
 
 def used(flops: float, seconds: float, dtype: str) -> str:
-    """Share of the device's peak, where that is known (model FLOPs utilisation, arXiv 2204.02311, appendix B)."""
+    """Share of the device's peak, where that is known (model FLOPs utilisation, arXiv 2204.02311,
+    appendix B).
+    """
     most = peak(dtype)
     return f"{flops / seconds / most:.1%}" if most else "-"
 
@@ -106,8 +119,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="that each ratio is the median of")
     args = parser.parse_args()
     device = jax.devices()[0].device_kind
-    print(f"jax {jax.__version__}, {device}; {args.stages} stages, {args.batch_size} x {args.context} tokens")
-    print(f"{args.dtype}; medians of {args.pairs} pairs, one after the other; above 1: NGC is faster\n")
+    print(
+        f"jax {jax.__version__}, {device}; {args.stages} stages, {args.batch_size} x {args.context} tokens"
+    )
+    print(
+        f"{args.dtype}; medians of {args.pairs} pairs, one after the other; above 1: NGC is faster\n"
+    )
     print("| width | groups x ports | share of matrices | form | GFLOPs dense, NGC | ms dense, NGC | update "
           "| MFU dense, NGC | us a token dense, NGC | token |")  # fmt: skip
     print("| --- " * 10 + "|")

@@ -1,4 +1,5 @@
-"""Every field at its default: a plain NGC model on the source of this Python's library, from which studies differ.
+"""Every field at its default: a plain NGC model on the source of this Python's library, from which
+studies differ.
 
     python launch.py --config=configs/defaults.py
 

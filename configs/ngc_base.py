@@ -1,9 +1,10 @@
-"""120 M parameters (53 M in matrices, 67 M in embeddings) that make 283 M weights, for an accelerator or a pod slice.
+"""120 M parameters (53 M in matrices, 67 M in embeddings) that make 283 M weights, for an
+accelerator or a pod slice.
 
     python launch.py --config=configs/ngc_base.py
 
-Wants English Wikipedia prepared by TFDS as ArrayRecord (another set: --config.data.tfds_name=...). Its step is compiled
-in the tests; it has not been trained yet, so there is no result to quote.
+Wants English Wikipedia prepared by TFDS as ArrayRecord (another set: --config.data.tfds_name=...).
+Its step is compiled in the tests; it has not been trained yet, so there is no result to quote.
 """
 
 from ngc_jax.config import base
@@ -14,7 +15,12 @@ def get_config():
     config.data.tfds_name = "wiki40b/en"
     config.data.tokenizer, config.data.vocab_size = "bpe", 32_768
     config.data.context = 1024
-    config.model.width, config.model.hidden, config.model.groups, config.model.heads = 1024, 2816, 16, 16
+    config.model.width, config.model.hidden, config.model.groups, config.model.heads = (
+        1024,
+        2816,
+        16,
+        16,
+    )
     config.model.p_intra, config.model.p_inter = 1024, 8
     config.model.prelude, config.model.core, config.model.rounds, config.model.coda = 5, 6, 2, 5
     config.train.steps, config.train.warmup_steps = 20_000, 1000

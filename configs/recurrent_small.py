@@ -1,9 +1,10 @@
-"""A recurrent NGC language model on the same text: two cells that hear it byte by byte, and remember in their states.
+"""A recurrent NGC language model on the same text: two cells that hear it byte by byte, and
+remember in their states.
 
 python launch.py --config=configs/recurrent_small.py
 
-200,704 parameters in matrices. After its 1,000 updates 1.4240 nats per byte on all held-out text, 2.054 bits per byte
-(one seed, CPython 3.11.7); `ngc_small`, with 273,672, is at 1.3821 ± 0.0153.
+200,704 parameters in matrices. After its 1,000 updates 1.4240 nats per byte on all held-out text,
+2.054 bits per byte (one seed, CPython 3.11.7); `ngc_small`, with 273,672, is at 1.3821 ± 0.0153.
 """
 
 from ngc_jax.config import base

@@ -1,7 +1,9 @@
-"""Which part of NGC matters: groups, blocks within them, ports between them, wiring, activation, sharing or rounds?
+"""Which part of NGC matters: groups, blocks within them, ports between them, wiring, activation,
+sharing or rounds?
 
-One factor of ngc_small at a time, and the best pair, all at its share of dense_small's parameters in matrices: the
-width takes up what a change saves, but rounds are free of parameters. Learning rate as shipped.
+One factor of ngc_small at a time, and the best pair, all at its share of dense_small's parameters
+in matrices: the width takes up what a change saves, but rounds are free of parameters. Learning
+rate as shipped.
 
     python -m experiments.run ablation
 """
@@ -14,7 +16,8 @@ from experiments.sweeps import cases, seeds
 CHANGES: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "4 groups": {"model.groups": 4},
-    "16 groups": {"model.groups": 16, "model.width": 160, "model.hidden": 480},  # from which match starts
+    # from which match starts
+    "16 groups": {"model.groups": 16, "model.width": 160, "model.hidden": 480},
     "no block within groups": {"model.p_intra": 0, "model.wiring": "complete"},
     "4 numbers within groups": {"model.p_intra": 4},
     "ports of 1": {"model.p_inter": 1},
@@ -26,11 +29,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "depth2 shared": {"model.sharing": "depth2"},
     "1 round": {"model.rounds": 1},
     "3 rounds": {"model.rounds": 3},
-    "silu on the signals, 3 rounds": {"model.message_activation": "silu", "model.rounds": 3},  # the best pair
+    # the best pair
+    "silu on the signals, 3 rounds": {"model.message_activation": "silu", "model.rounds": 3},
 }
 STUDY = Study(
     sweep=cases("change", CHANGES) * seeds(3),
     config="ngc_small",
-    common={"model.match": "dense_small:0.32", "train.steps": 500, "stability.every": 0, "rate": 1e-2},
+    common={
+        "model.match": "dense_small:0.32",
+        "train.steps": 500,
+        "stability.every": 0,
+        "rate": 1e-2,
+    },
     baseline={"change": "as shipped"},
 )

@@ -1,4 +1,5 @@
-"""What a report is made of: headings, words, tables and figures, and their two forms, Markdown and HTML.
+"""What a report is made of: headings, words, tables and figures, and their two forms, Markdown and
+HTML.
 
 For: writing one content twice. Not for: what stands in it (`report.py`, and each study).
 """
@@ -10,7 +11,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from ngc_jax.stability.page import STYLE
+from ngc_jax.analysis.page import STYLE
 
 WIDER = "body { max-width: 72rem; } figure, .wide, details { margin: 1.2rem 0; } figure { max-width: 46rem; }"
 
@@ -48,7 +49,9 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
@@ -101,7 +104,9 @@ def write(home: pathlib.Path, name: str, title: str, blocks: Sequence[Block]) ->
     for block in blocks:
         if isinstance(block, Picture):
             (home / f"{block.name}.png").write_bytes(block.png)
-    (home / f"{name}.md").write_text("\n\n".join([f"# {title}", *(block.markdown() for block in blocks)]) + "\n")
+    (home / f"{name}.md").write_text(
+        "\n\n".join([f"# {title}", *(block.markdown() for block in blocks)]) + "\n"
+    )
     body = "\n".join(block.html() for block in blocks)
     (home / f"{name}.html").write_text(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

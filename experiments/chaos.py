@@ -9,9 +9,9 @@ For: a seeded series of faults, one a round, each followed by the same command a
     damage  SIGKILL, and then a byte of the newest checkpoint is flipped, or a file of it cut in half, or removed
     fill    no file can be written further (RLIMIT_FSIZE, as on a full disk) for a random while, and the run goes on
 
-At the end of each run the state's SHA-256 and all rows of metrics, but for times, must equal those of a run that
-nothing happened to. A run that finishes before the rounds are used up is followed by another. Not for: faults of a
-device, bad batches (tests/test_faults.py), or many processes.
+At the end of each run the state's SHA-256 and all rows of metrics, but for times, must equal those
+of a run that nothing happened to. A run that finishes before the rounds are used up is followed by
+another. Not for: faults of a device, bad batches (tests/test_faults.py), or many processes.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import subprocess
 import sys
 import time
 
-from ngc_jax.checkpoint import digest
-from ngc_jax.errors import UserError
-from ngc_jax.metrics import TIMES, read_rows
-from ngc_jax.preemption import EXIT_CODE
-from ngc_jax.workdir import command, open_trained
+from ngc_jax.runtime.checkpoint import digest
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import TIMES, read_rows
+from ngc_jax.runtime.preemption import EXIT_CODE
+from ngc_jax.training.workdir import command, open_trained
 
 ROOT = pathlib.Path(__file__).parent.parent
 Process = subprocess.Popen[str]
@@ -65,7 +65,9 @@ def await_write(process: Process, checkpoints: pathlib.Path) -> bool:
 
 
 class Chaos:
-    """The faults, a method each: it waits for its instant, does its harm, and says what it did ("" = too late)."""
+    """The faults, a method each: it waits for its instant, does its harm, and says what it did (""
+    = too late).
+    """
 
     def __init__(self, seed: int, start_up: float, length: float):
         self.chance, self.start_up, self.length = random.Random(seed), start_up, length
@@ -78,7 +80,9 @@ class Chaos:
             await_write(process, workdir / "checkpoints")
         else:
             self._await_an_instant(process)
-        return self._send(process, signal.SIGKILL, "killed" + " while a checkpoint was written" * in_write)
+        return self._send(
+            process, signal.SIGKILL, "killed" + " while a checkpoint was written" * in_write
+        )
 
     def stop(self, process: Process, workdir: pathlib.Path) -> str:
         self._await_an_instant(process)
@@ -87,7 +91,8 @@ class Chaos:
     def damage(self, process: Process, workdir: pathlib.Path) -> str:
         self._await_an_instant(process)
         done = self._send(process, signal.SIGKILL, "killed")
-        if process.wait() == 0:  # it ended before the signal came, and is no run to go on from what is left of it
+        # it ended before the signal came, and is no run to go on from what is left of it
+        if process.wait() == 0:
             return ""
         steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
         if not done or not steps:
@@ -114,7 +119,9 @@ class Chaos:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
         self._sleep(process, self.length)
         if process.poll() is None:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.prlimit(
+                process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
         return FULL
 
     def _await_an_instant(self, process: Process) -> None:
@@ -134,8 +141,12 @@ class Chaos:
         return done
 
 
-def campaign(home: pathlib.Path, flags: list[str], rounds: int, faults: tuple[str, ...], seed: int) -> dict[str, int]:
-    """So many rounds of these faults in turn; how often each was. Raises RuntimeError where a run ends otherwise."""
+def campaign(
+    home: pathlib.Path, flags: list[str], rounds: int, faults: tuple[str, ...], seed: int
+) -> dict[str, int]:
+    """So many rounds of these faults in turn; how often each was. Raises RuntimeError where a run
+    ends otherwise.
+    """
     began = time.monotonic()
     process = start(flags, home / "unbroken")
     if not await_training(process):
@@ -160,13 +171,22 @@ def campaign(home: pathlib.Path, flags: list[str], rounds: int, faults: tuple[st
                     print(f"round {done + 1} of {rounds}: {befell}", flush=True)
             process.communicate()
             returned = process.returncode
-            # Asked to stop before it listened for that, a run ends by the signal; a full disk is an error at the end.
-            if returned not in (0, 1 if befell == FULL else 0, -signal.SIGKILL, -signal.SIGTERM, EXIT_CODE):
+            # Asked to stop before it listened for that, a run ends by the signal; a full disk is an
+            # error at the end.
+            if returned not in (
+                0,
+                1 if befell == FULL else 0,
+                -signal.SIGKILL,
+                -signal.SIGTERM,
+                EXIT_CODE,
+            ):
                 raise RuntimeError(f"the run failed with exit code {returned}")
         runs += 1
         found = outcome(workdir)
         if found != expected:
-            raise RuntimeError(f"{workdir} ended elsewhere than {home / 'unbroken'}: {found[0]}, not {expected[0]}")
+            raise RuntimeError(
+                f"{workdir} ended elsewhere than {home / 'unbroken'}: {found[0]}, not {expected[0]}"
+            )
     print(
         f"{', '.join(f'{fault}: {times}' for fault, times in count.items())}; in {runs} runs, each of which ended with "
         f"state sha256 {expected[0]} and the {len(expected[1])} rows of the unbroken run"
@@ -177,10 +197,16 @@ def campaign(home: pathlib.Path, flags: list[str], rounds: int, faults: tuple[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--faults", default=",".join(FAULTS), help="which, in turn; default: %(default)s")
+    parser.add_argument(
+        "--faults", default=",".join(FAULTS), help="which, in turn; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/chaos"), help="emptied first")
-    parser.add_argument("flags", nargs="*", default=["--config=configs/ngc_tiny.py"], help="of launch.py, after --")
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, default=pathlib.Path("runs/chaos"), help="emptied first"
+    )
+    parser.add_argument(
+        "flags", nargs="*", default=["--config=configs/ngc_tiny.py"], help="of launch.py, after --"
+    )
     args = parser.parse_args()
     faults = tuple(args.faults.split(","))
     if not set(faults) <= set(FAULTS):

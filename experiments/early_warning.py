@@ -1,11 +1,13 @@
-"""Can a coming divergence be foretold? The study behind `ngc_jax/stability/monitor.py`, by one command:
+"""Can a coming divergence be foretold? The study behind `ngc_jax/stability/monitor.py`, by one
+command:
 
     python -m experiments.early_warning --workdir=runs/early_warning --jobs=2
 
-For: many small runs whose peak learning rates span stable to diverging, each with a long warm-up, so that the limit is
-met at different times; statistics of the steps before, as warnings. 48 runs choose, 80 others judge, 16 of a dense
-model say whether it carries over. Killed, it goes on where it was. Writes results.md and warning.png beside the runs.
-A set's runs go through one program side by side, and so are none of `run.py`'s. Not for: the monitor itself.
+For: many small runs whose peak learning rates span stable to diverging, each with a long warm-up,
+so that the limit is met at different times; statistics of the steps before, as warnings. 48 runs
+choose, 80 others judge, 16 of a dense model say whether it carries over. Killed, it goes on where
+it was. Writes results.md and warning.png beside the runs. A set's runs go through one program side
+by side, and so are none of `run.py`'s. Not for: the monitor itself.
 """
 
 import argparse
@@ -26,12 +28,13 @@ from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.stability.monitor import HORIZON, THRESHOLD
-from ngc_jax.stability.watch import make_watch
-from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.training.early_warning import HORIZON, THRESHOLD
+from ngc_jax.training.stability_metrics import make_watch
+from ngc_jax.training.step import init_state, make_train_step
 
 STEPS, RUNS = 600, 16  # of a set
-RATES = np.logspace(-2.3, 0, RUNS)  # peak learning rates of a set, reached after two thirds of the steps
+# peak learning rates of a set, reached after two thirds of the steps
+RATES = np.logspace(-2.3, 0, RUNS)
 SETS = {
     "chosen on": [("addressed", seed) for seed in (1, 2, 3)],
     "judged on": [("addressed", seed) for seed in range(100, 105)],
@@ -42,7 +45,7 @@ LEAD = 50  # updates before the divergence that the ranking may not look at
 Run = dict[str, np.ndarray]
 
 
-# ---- The runs --------------------------------------------------------------------------------------------------------
+# ---- The runs ------------------------------------------------------------------------------------
 
 
 def settings(rule: str, cache_dir: str) -> Any:
@@ -50,13 +53,19 @@ def settings(rule: str, cache_dir: str) -> Any:
     config.data.context, config.data.cache_dir = 32, cache_dir
     config.model.width, config.model.hidden, config.model.groups, config.model.heads = 32, 64, 4, 2
     config.model.p_inter, config.model.rounds, config.model.rule = 2, 3, rule
-    config.train.steps, config.train.warmup_steps, config.train.batch_size = STEPS, STEPS * 2 // 3, 16
+    config.train.steps, config.train.warmup_steps, config.train.batch_size = (
+        STEPS,
+        STEPS * 2 // 3,
+        16,
+    )
     config.train.schedule = "wsd"
     return config
 
 
 def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
-    """Train a set, 16 rates at once, on the same batches; every signal of every step to a file of [steps, runs]."""
+    """Train a set, 16 rates at once, on the same batches; every signal of every step to a file of
+    [steps, runs].
+    """
     config = settings(rule, cache_dir)
     data = load_data(config.data)
     model = Decoder(model_shape(config, data.tokenizer.vocab))
@@ -64,14 +73,23 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
     adam = optax.ScaleByAdamState
 
     def momentum(state: Any) -> Any:
-        return next(s.mu for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, adam)) if isinstance(s, adam))
+        return next(
+            s.mu
+            for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, adam))
+            if isinstance(s, adam)
+        )
 
     def step(state: Any, rate: jax.Array, batch: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        train = types.SimpleNamespace(**{**config.train.to_dict(), "learning_rate": rate, "state_learning_rate": rate})
+        train = types.SimpleNamespace(
+            **{**config.train.to_dict(), "learning_rate": rate, "state_learning_rate": rate}
+        )
         after, scalars = make_train_step(model, train)(state, batch)
         old, new = momentum(state.optimizer), momentum(after.optimizer)
-        gradient = jax.tree.map(lambda n, o: n - config.train.b1 * o, new, old)  # clipped, and times 1 - b1
-        cosine = optax.tree.vdot(gradient, old) / (optax.tree.norm(gradient) * optax.tree.norm(old) + 1e-12)
+        # clipped, and times 1 - b1
+        gradient = jax.tree.map(lambda n, o: n - config.train.b1 * o, new, old)
+        cosine = optax.tree.vdot(gradient, old) / (
+            optax.tree.norm(gradient) * optax.tree.norm(old) + 1e-12
+        )
         size = {"alignment": cosine, "parameter_norm": optax.tree.norm(state.params)}
         return after, {**scalars, **watch(state.params, batch[:, 0]), **size}
 
@@ -92,7 +110,7 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
     )
 
 
-# ---- What is made of them --------------------------------------------------------------------------------------------
+# ---- What is made of them ------------------------------------------------------------------------
 
 
 def smooth(values: np.ndarray, horizon: int) -> np.ndarray:
@@ -105,7 +123,9 @@ def smooth(values: np.ndarray, horizon: int) -> np.ndarray:
 
 
 def diverges(loss: np.ndarray) -> int | None:
-    """The step at which the smoothed loss has risen MARGIN over its least, or None. What is not finite counts as 20."""
+    """The step at which the smoothed loss has risen MARGIN over its least, or None. What is not
+    finite counts as 20.
+    """
     level = smooth(np.where(np.isfinite(loss), loss, 20.0), 20)
     risen = level > np.minimum.accumulate(level) + MARGIN
     return int(np.argmax(risen)) if risen.any() else None
@@ -128,14 +148,18 @@ STATISTICS: dict[str, Callable[[Run], np.ndarray]] = {
     "loss over its own mean": lambda r: smooth(r["train/loss"], 5) - smooth(r["train/loss"], 50),
     "gradient against momentum": lambda r: -smooth(r["alignment"], HORIZON),
     "growth of the parameters": lambda r: smooth(np.gradient(np.log(r["parameter_norm"])), HORIZON),
-    "contraction per round": lambda r: smooth(logarithm(r["stability/contraction_per_round"]), HORIZON),
+    "contraction per round": lambda r: smooth(
+        logarithm(r["stability/contraction_per_round"]), HORIZON
+    ),
     "boundedness": lambda r: smooth(logarithm(r["stability/boundedness"]), HORIZON),
     "drive ratio": lambda r: smooth(r["stability/drive_ratio"], HORIZON),
 }
 BEGIN = 30  # updates at the start, where every run is wild
 
 
-def judge(runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: float | None) -> dict[str, Any]:
+def judge(
+    runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: float | None
+) -> dict[str, Any]:
     """Ranking up to LEAD updates before the end, and with a threshold: leads and false alarms.
 
     Without a threshold it is set where 3% of the healthy runs would raise a false alarm.
@@ -154,7 +178,9 @@ def judge(runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: fl
             over = statistic(run)[BEGIN:when] > threshold
             leads.append(when - BEGIN - int(np.argmax(over)) if over.any() else 0)
     draws = np.random.default_rng(0)
-    resampled = [auroc(draws.choice(ill, len(ill)), draws.choice(healthy, len(healthy))) for _ in range(1000)]
+    resampled = [
+        auroc(draws.choice(ill, len(ill)), draws.choice(healthy, len(healthy))) for _ in range(1000)
+    ]
     return {
         "auroc": auroc(ill, healthy),
         "interval": np.quantile(resampled, [0.025, 0.975]),
@@ -171,7 +197,9 @@ def report(home: pathlib.Path) -> str:
     runs: dict[str, list[Run]] = {}
     for name, sets in SETS.items():
         loaded = [np.load(home / f"{rule}-{seed}.npz") for rule, seed in sets]
-        runs[name] = [{key: data[key][:, i] for key in data} for data in loaded for i in range(RUNS)]
+        runs[name] = [
+            {key: data[key][:, i] for key in data} for data in loaded for i in range(RUNS)
+        ]
     lines = ["Made by `python -m experiments.early_warning`.", ""]
     thresholds: dict[str, float] = {}
     for name, members in runs.items():
@@ -184,7 +212,9 @@ def report(home: pathlib.Path) -> str:
         ]
         shipped = f"the monitor, at its threshold of {THRESHOLD}"
         for label, statistic in {shipped: STATISTICS[MONITOR], **STATISTICS}.items():
-            found = judge(members, statistic, np.log(THRESHOLD) if label == shipped else thresholds.get(label))
+            found = judge(
+                members, statistic, np.log(THRESHOLD) if label == shipped else thresholds.get(label)
+            )
             thresholds.setdefault(label, found["threshold"])
             low, high = found["interval"]
             lines.append(
@@ -192,7 +222,9 @@ def report(home: pathlib.Path) -> str:
                 f"| {found['in_time']:.0%} | {found['false']:.0%} |"
             )
         lines.append("")
-    lines.append(f"3% of false alarms on the runs chosen on is a relative update of {np.exp(thresholds[MONITOR]):.4f}.")
+    lines.append(
+        f"3% of false alarms on the runs chosen on is a relative update of {np.exp(thresholds[MONITOR]):.4f}."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +241,9 @@ def draw(home: pathlib.Path) -> None:
         colour = "#0072b2" if when is None else "#d55e00"
         above.plot(smooth(loss, 20), color=colour, linewidth=0.8)
         below.semilogy(
-            np.exp(smooth(logarithm(data["stability/relative_update"][:, i]), HORIZON)), color=colour, lw=0.8
+            np.exp(smooth(logarithm(data["stability/relative_update"][:, i]), HORIZON)),
+            color=colour,
+            lw=0.8,
         )
         if when is not None:
             above.plot(when, smooth(loss, 20)[when], "o", color=colour, markersize=4)
@@ -219,7 +253,10 @@ def draw(home: pathlib.Path) -> None:
     above.set_ylim(1.8, 5)
     below.set_ylabel("relative update")
     below.set_xlabel("updates (warm-up to 400)")
-    above.set_title("16 peak learning rates; red: diverges, at the dot; dashed: where the monitor warns", fontsize=9)
+    above.set_title(
+        "16 peak learning rates; red: diverges, at the dot; dashed: where the monitor warns",
+        fontsize=9,
+    )
     figure.savefig(home / "warning.png")
 
 
@@ -227,7 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/early_warning"))
     parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
-    parser.add_argument("--cache_dir", default="", help="for prepared text; default as config.data.cache_dir")
+    parser.add_argument(
+        "--cache_dir", default="", help="for prepared text; default as config.data.cache_dir"
+    )
     args = parser.parse_args()
     home = args.workdir.absolute()
     home.mkdir(parents=True, exist_ok=True)

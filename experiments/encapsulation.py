@@ -1,10 +1,10 @@
 """What do gates over groups change?
 
-The questions of structured neuron encapsulation: a dense model and NGC, each with gates and without, on two texts. On
-the library's source: held-out loss, how varied and how repetitive sampled text is, how differently successive stages
-look back. On sums of digits modulo five: how often a sum is answered alike in another order of its terms. And what
-gates add to the time and memory of an update, as multiples. Learning rates are those of earlier studies, the same with
-gates and without.
+The questions of structured neuron encapsulation: a dense model and NGC, each with gates and
+without, on two texts. On the library's source: held-out loss, how varied and how repetitive sampled
+text is, how differently successive stages look back. On sums of digits modulo five: how often a sum
+is answered alike in another order of its terms. And what gates add to the time and memory of an
+update, as multiples. Learning rates are those of earlier studies, the same with gates and without.
 
     python -m experiments.run encapsulation
 """
@@ -24,12 +24,19 @@ from experiments.setting import DENSE, LARGER
 from experiments.study import Results, Study
 from experiments.sums import keep, reordered, sums
 from experiments.sweeps import cases, seeds
-from experiments.text_measures import agreement, attention_divergence, distinct, repetition, type_token_ratio, words
+from experiments.text_measures import (
+    agreement,
+    attention_divergence,
+    distinct,
+    repetition,
+    type_token_ratio,
+    words,
+)
+from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.data.batches import Windows
 from ngc_jax.data.tokens import Bytes, load_data
-from ngc_jax.sample import generate
-from ngc_jax.stability import attention_shares
-from ngc_jax.workdir import Trained, open_trained
+from ngc_jax.nn.generate import generate
+from ngc_jax.training.workdir import Trained, open_trained
 
 STEPS = 600
 COMMON = {
@@ -48,7 +55,9 @@ TERMS, ASKED = (1, 2, 3, 4), (4, 5)  # of the sums that are learned, and of thos
 
 
 def lexical(texts: Sequence[bytes]) -> dict[str, float]:
-    """How varied texts are, by their first words; a text without any, blank lines of code, says nothing."""
+    """How varied texts are, by their first words; a text without any, blank lines of code, says
+    nothing.
+    """
     found = [words(text.decode(errors="replace"))[:WORDS] for text in texts]
     return {
         "distinct-1": distinct(found, 1),
@@ -65,24 +74,38 @@ def passages(trained: Trained) -> tuple[np.ndarray, list[bytes]]:
     text = windows.tokens
     starts = np.linspace(0, len(text) - PROMPT - LENGTH, TEXTS).astype(int)
     chosen = np.stack([text[at : at + PROMPT + LENGTH] for at in starts]).astype(np.int32)
-    return chosen[:, :PROMPT], [trained.tokenizer.decode(row) for row in chosen[:, PROMPT:].tolist()]
+    return chosen[:, :PROMPT], [
+        trained.tokenizer.decode(row) for row in chosen[:, PROMPT:].tolist()
+    ]
 
 
 def spoken(trained: Trained) -> dict[str, float]:
-    """What a model's text is like, sampled as `python -m ngc_jax.sample` does; and its attention, on the prompts."""
+    """What a model's text is like, sampled as `python -m ngc_jax.sample` does; and its attention,
+    on the prompts.
+    """
     prompts, _ = passages(trained)
     key, temperature, top_p = jax.random.key(0), jnp.float32(0.8), jnp.float32(0.95)
-    said = generate(trained.model, trained.state.params, jnp.asarray(prompts), LENGTH, key, temperature, top_p)
-    look = jax.jit(attention_shares, static_argnums=0)(trained.decoder, trained.state.params, jnp.asarray(prompts))
+    said = generate(
+        trained.model, trained.state.params, jnp.asarray(prompts), LENGTH, key, temperature, top_p
+    )
+    look = jax.jit(attention_weights_by_stage, static_argnums=0)(
+        trained.decoder, trained.state.params, jnp.asarray(prompts)
+    )
     return {
         **lexical([trained.tokenizer.decode(row) for row in said.tolist()]),
-        "divergence of attention": attention_divergence([np.asarray(shares) for shares in look.values()]),
+        "divergence of attention": attention_divergence(
+            [np.asarray(shares) for shares in look.values()]
+        ),
     }
 
 
 def answered(trained: Trained) -> dict[str, float]:
-    """Of held-out sums: how many answers are right, and how often those of one sum in two orders agree."""
-    answer = jax.jit(lambda params, prompts: jnp.argmax(trained.model.apply(params, prompts)[0][:, -1], axis=-1))
+    """Of held-out sums: how many answers are right, and how often those of one sum in two orders
+    agree.
+    """
+    answer = jax.jit(
+        lambda params, prompts: jnp.argmax(trained.model.apply(params, prompts)[0][:, -1], axis=-1)
+    )
     found: dict[str, float] = {}
     for terms in ASKED:
         sets = reordered(sums(6000, (terms,), seed=1, held_out=True))
@@ -91,7 +114,10 @@ def answered(trained: Trained) -> dict[str, float]:
         given = np.asarray(answer(trained.state.params, np.array(prompts, np.int32)))
         right = given == np.array([ord(line[-1]) for line in lines])
         by_set = np.split(given, np.cumsum([len(same) for same in sets])[:-1])
-        found |= {f"right, {terms} terms": float(right.mean()), f"alike, {terms} terms": agreement(by_set)}
+        found |= {
+            f"right, {terms} terms": float(right.mean()),
+            f"alike, {terms} terms": agreement(by_set),
+        }
     return found
 
 
@@ -118,7 +144,12 @@ def answer(results: Results) -> list[Block]:
     if trained is None:
         return []
     real = lexical(passages(open_trained(trained))[1])
-    return [Words("The held-out text itself: " + ", ".join(f"{what} {value:.3f}" for what, value in real.items()))]
+    return [
+        Words(
+            "The held-out text itself: "
+            + ", ".join(f"{what} {value:.3f}" for what, value in real.items())
+        )
+    ]
 
 
 STUDY = Study(

@@ -18,7 +18,9 @@ from experiments.study import LOSS, Results
 MOST = 12  # groups that one figure can show
 
 
-def picture(name: str, caption: str, draw: Callable[[Any], None], width: float = 7.0, height: float = 4.0) -> Picture:
+def picture(
+    name: str, caption: str, draw: Callable[[Any], None], width: float = 7.0, height: float = 4.0
+) -> Picture:
     """What draw(canvas) draws, the same bytes each time; width and height in inches."""
     from matplotlib.figure import Figure
 
@@ -30,7 +32,9 @@ def picture(name: str, caption: str, draw: Callable[[Any], None], width: float =
 
 def legend(canvas: Any, axis: Any) -> None:
     """Beside the axes, so that it covers nothing."""
-    canvas.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper")
+    canvas.legend(
+        *axis.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper"
+    )
 
 
 def curves(results: Results) -> Picture | None:
@@ -43,27 +47,54 @@ def curves(results: Results) -> Picture | None:
     if not lines:
         return None
     ranked = sorted(lines, key=lambda name: float(lines[name][:, -1, 1].mean()))
-    places = range(len(ranked)) if len(ranked) <= MOST else np.linspace(0, len(ranked) - 1, MOST).round().astype(int)
+    places = (
+        range(len(ranked))
+        if len(ranked) <= MOST
+        else np.linspace(0, len(ranked) - 1, MOST).round().astype(int)
+    )
     shown = [ranked[place] for place in places]
     order = [group.name for group in results.groups]
 
     def draw(canvas: Any) -> None:
         axis = canvas.subplots()
         for name in shown:
-            steps, values, style = lines[name][0, :, 0], lines[name][:, :, 1], look(order.index(name))
-            axis.plot(steps, values.mean(axis=0), label=name, linewidth=1.2, **{**style, "marker": ""})
-            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2, color=style["color"])
-        late = np.concatenate([lines[name][:, lines[name].shape[1] // 4 :, 1].ravel() for name in shown])
-        axis.set(xlabel="updates", ylabel="held-out loss (nats per token)", ylim=(late.min() * 0.98, late.max() * 1.02))
+            steps, values, style = (
+                lines[name][0, :, 0],
+                lines[name][:, :, 1],
+                look(order.index(name)),
+            )
+            axis.plot(
+                steps, values.mean(axis=0), label=name, linewidth=1.2, **{**style, "marker": ""}
+            )
+            axis.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), alpha=0.2, color=style["color"]
+            )
+        late = np.concatenate(
+            [lines[name][:, lines[name].shape[1] // 4 :, 1].ravel() for name in shown]
+        )
+        axis.set(
+            xlabel="updates",
+            ylabel="held-out loss (nats per token)",
+            ylim=(late.min() * 0.98, late.max() * 1.02),
+        )
         legend(canvas, axis)
 
-    of = "" if len(shown) == len(ranked) else f" {len(shown)} of {len(ranked)} groups, from the best to the worst."
-    return picture("curves", f"Held-out loss during training: mean, and the range over seeds.{of}", draw)
+    of = (
+        ""
+        if len(shown) == len(ranked)
+        else f" {len(shown)} of {len(ranked)} groups, from the best to the worst."
+    )
+    return picture(
+        "curves", f"Held-out loss during training: mean, and the range over seeds.{of}", draw
+    )
 
 
 def pareto(results: Results) -> Picture | None:
-    """The outcome against parameters and FLOPs, where these vary: by more than is left when sizes are matched."""
-    points: list[tuple[str, dict[str, int], float, float]] = []  # kind, costs, mean and half the range
+    """The outcome against parameters and FLOPs, where these vary: by more than is left when sizes
+    are matched.
+    """
+    # kind, costs, mean and half the range
+    points: list[tuple[str, dict[str, int], float, float]] = []
     first = next(iter(results.groups[0].labels))
     for group, cost in zip(results.groups, results.costs, strict=True):
         values = [*results.of(group, results.study.outcome).values()]
@@ -71,7 +102,11 @@ def pareto(results: Results) -> Picture | None:
             costs = {"parameters in matrices": cost.matrices, "FLOPs per token": cost.flops}
             bar = (max(values) - min(values)) / 2
             points.append((group.labels[first], costs, statistics.mean(values), bar))
-    along = [label for label in points[0][1] if apart([point[1][label] for point in points], 1.05)] if points else []
+    along = (
+        [label for label in points[0][1] if apart([point[1][label] for point in points], 1.05)]
+        if points
+        else []
+    )
     if not along:
         return None
     kinds = results.varied[first]
@@ -82,7 +117,9 @@ def pareto(results: Results) -> Picture | None:
         axes = canvas.subplots(len(along), 1, squeeze=False)[:, 0]
         for axis, label in zip(axes, along, strict=True):
             for place, kind in enumerate(kinds):
-                of = sorted((costs[label], mean, bar) for its, costs, mean, bar in points if its == kind)
+                of = sorted(
+                    (costs[label], mean, bar) for its, costs, mean, bar in points if its == kind
+                )
                 if of:
                     x, y, bars = zip(*of, strict=True)
                     line = "-" if all(apart(pair, 1.02) for pair in itertools.pairwise(x)) else ""
@@ -121,16 +158,21 @@ def heat_map(results: Results) -> Picture | None:
     for (i, j), _ in np.ndenumerate(cells):
         here = {large[0]: down[i], large[1]: along[j]}
         of = [group for group in results.groups if here.items() <= group.labels.items()]
-        values = [value for group in of for value in results.of(group, results.study.outcome).values()]
+        values = [
+            value for group in of for value in results.of(group, results.study.outcome).values()
+        ]
         cells[i, j] = statistics.mean(values) if values else math.nan
 
     def draw(canvas: Any) -> None:
         axis = canvas.subplots()
         image = axis.imshow(cells, cmap="Blues", aspect="auto")
         middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-        for i, j in np.argwhere(np.isfinite(cells)):  # a comparison has not each model at each share
+        # a comparison has not each model at each share
+        for i, j in np.argwhere(np.isfinite(cells)):
             colour = "white" if cells[i, j] > middle else "black"
-            axis.text(j, i, f"{cells[i, j]:.3f}", ha="center", va="center", fontsize=8, color=colour)
+            axis.text(
+                j, i, f"{cells[i, j]:.3f}", ha="center", va="center", fontsize=8, color=colour
+            )
         axis.set_xticks(range(len(along)), along)
         axis.set_yticks(range(len(down)), down)
         canvas.colorbar(image, label=results.study.outcome)

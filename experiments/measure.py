@@ -1,4 +1,5 @@
-"""Measure one trained run as its study asks: what `run.py` starts after a training run, on that run's cores.
+"""Measure one trained run as its study asks: what `run.py` starts after a training run, on that
+run's cores.
 
     python -m experiments.measure STUDY RUN_FOLDER OUT.json
 
@@ -10,8 +11,8 @@ import pathlib
 import sys
 
 from experiments.study import find
-from ngc_jax.atomic import write_durably
-from ngc_jax.workdir import command
+from ngc_jax.runtime.files import write_durably
+from ngc_jax.training.workdir import command
 
 
 def main() -> None:

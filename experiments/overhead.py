@@ -1,4 +1,5 @@
-"""What an update costs against another model's: its time, side by side on the same machine, and its memory.
+"""What an update costs against another model's: its time, side by side on the same machine, and its
+memory.
 
 For: ratios. Not for: speed in itself, which is a machine's (`launch.py` logs it).
 """
@@ -14,10 +15,10 @@ from benchmarks.pairs import paired
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.tokens import most_tokens
-from ngc_jax.iteration import make_iteration
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.training.rounds import make_iteration
+from ngc_jax.training.step import init_state, make_train_step
 
 
 class Overhead(NamedTuple):
@@ -29,7 +30,9 @@ class Overhead(NamedTuple):
 
 
 def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[Overhead]:
-    """Compile and measure each beside the reference, of equal batches: the median of pairs, one after the other."""
+    """Compile and measure each beside the reference, of equal batches: the median of pairs, one
+    after the other.
+    """
     plain, least = update_of(reference)
     batch = jnp.zeros((reference.train.batch_size, 2, reference.data.context), jnp.int32)
     for config in configs:

@@ -1,8 +1,9 @@
 """What does iteration solve that a feed-forward model of the same size does not: parity?
 
-Parity of one to 39 bits is learned, asked once, at the end; 1,000 bits are the test. Recurrent cells, NGC and dense,
-of about 10,000 parameters, and models of attention of 46,000: NGC with five rounds, a dense loop, a dense stack, BDH;
-learning rates are chosen by the same number of shorter runs. Attention looks back on the whole problem.
+Parity of one to 39 bits is learned, asked once, at the end; 1,000 bits are the test. Recurrent
+cells, NGC and dense, of about 10,000 parameters, and models of attention of 46,000: NGC with five
+rounds, a dense loop, a dense stack, BDH; learning rates are chosen by the same number of shorter
+runs. Attention looks back on the whole problem.
 
     python -m experiments.run parity
 """
@@ -13,8 +14,8 @@ from typing import Any
 from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.solve import examine
-from ngc_jax.workdir import open_trained
+from ngc_jax.commands.solve import examine
+from ngc_jax.training.workdir import open_trained
 
 BITS = (20, 39, 60, 100, 1000)
 EXAMPLES = 200  # of each
@@ -30,7 +31,12 @@ COMMON: dict[str, Any] = {
     "model.p_inter": 2,
     "rate": (1.5e-3, 3e-3, 6e-3),
 }
-CELL: dict[str, Any] = {"model.kind": "recurrent", "model.rounds": 1, "model.width": 32, "model.hidden": 64}
+CELL: dict[str, Any] = {
+    "model.kind": "recurrent",
+    "model.rounds": 1,
+    "model.width": 32,
+    "model.hidden": 64,
+}
 LOOP: dict[str, Any] = {
     "model.prelude": 1,
     "model.rounds": 5,

@@ -1,7 +1,7 @@
 """What the comparison compares: the models, and how long and on what each protocol trains them.
 
-For: tables that a reader can argue with, and the sizes that follow from them. Not for: running or reporting
-(`compare.py`).
+For: tables that a reader can argue with, and the sizes that follow from them. Not for: running or
+reporting (`compare.py`).
 """
 
 import dataclasses
@@ -10,16 +10,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ngc_jax import budget
 from ngc_jax.config import model_shape
+from ngc_jax.training import match_size as budget
 
 DENSE = {"model.rule": "dense", "unlooped": True}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
 CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
 STILL = {"stability.every": 0}
-SIGNALS = {"model.form": "signals"}  # the quicker one for these; the other models' weights are made first
-# The fields in which each differs from its protocol's config; besides, the learning rate around which others are tried,
-# and whether its stages are as many as the config runs, all with states of their own, in place of a loop.
+# the quicker one for these; the other models' weights are made first
+SIGNALS = {"model.form": "signals"}
+# The fields in which each differs from its protocol's config; besides, the learning rate around
+# which others are tried, and whether its stages are as many as the config runs, all with states of
+# their own, in place of a loop.
 MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"rate": 1e-2, "model.wiring": "others"},
     "NGC unlooped": {"rate": 1e-2, "model.wiring": "others", "unlooped": True},
@@ -27,10 +29,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "encapsulated": {"rate": 5e-3, **DENSE, "model.gates": True},
     "dense looped": {"rate": 5e-3, "model.rule": "dense"},
     "low rank": {"rate": 3e-3, **LOW_RANK, **SIGNALS},
-    "Basis Sharing": {"rate": 3e-3, **DENSE, **LOW_RANK, **SIGNALS, "model.sharing": "depth2,readers"},
+    "Basis Sharing": {
+        "rate": 3e-3,
+        **DENSE,
+        **LOW_RANK,
+        **SIGNALS,
+        "model.sharing": "depth2,readers",
+    },
     "CoLA": {"rate": 5e-3, **DENSE, **LOW_RANK, **CLASSIC, "model.message_activation": "silu"},
     "block-diagonal": {"rate": 1e-2, "model.rule": "none", **SIGNALS},
-    "BDH": {"rate": 5e-3, "model.kind": "bdh", "model.width": 64, "model.hidden": 1024, "model.rounds": 4, **STILL},
+    "BDH": {
+        "rate": 5e-3,
+        "model.kind": "bdh",
+        "model.width": 64,
+        "model.hidden": 1024,
+        "model.rounds": 4,
+        **STILL,
+    },
 }
 SIZES = ("NGC", "dense")  # whose curve over sizes is asked for
 SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
@@ -41,9 +56,12 @@ class Protocol:
     """What is trained, and for how long."""
 
     common: dict[str, Any]  # fields of every run
-    shares: dict[str, tuple[str, ...]]  # of dense's parameters, "0.32", or FLOPs, "1:flops": the models; () = all
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of a model's learning rate, that are tried; one alone is taken
-    tuning: float = 0.8  # of the steps, the length of a run that tries one: much shorter ones flatter high rates
+    # of dense's parameters, "0.32", or FLOPs, "1:flops": the models; () = all
+    shares: dict[str, tuple[str, ...]]
+    # of a model's learning rate, that are tried; one alone is taken
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    # of the steps, the length of a run that tries one: much shorter ones flatter high rates
+    tuning: float = 0.8
     measured: bool = True  # whether each is compiled for its peak memory and the time of an update
     p_inter: int = 2  # numbers of NGC's ports
     config: str = "defaults"  # of configs/: what a model's fields do not say
@@ -72,15 +90,16 @@ PROTOCOLS = {
     ),
     # At dense's FLOPs dense is itself, with all its parameters.
     "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1:flops": ()}),
-    # nanoGPT's setting for a CPU (4 layers of width 128, context 64, 12 x 64 x 2,000 tokens: loss 1.88), at four times
-    # its tokens; the first share is a quarter of a million parameters in matrices.
+    # nanoGPT's setting for a CPU (4 layers of width 128, context 64, 12 x 64 x 2,000 tokens: loss
+    # 1.88), at four times its tokens; the first share is a quarter of a million parameters in
+    # matrices.
     "shakespeare_cpu": Protocol(
         {"data.context": 64, "train.batch_size": 48, "train.steps": 2000, "eval.windows": 0},
         shares={"0.29": (), "1": ("NGC", "dense")},
         needs_path=True,
     ),
-    # nanoGPT's for a GPU (6 layers of width 384, context 256, 64 x 256 x 5,000 tokens: 1.4697 with 10.65 M): 1.06 M
-    # parameters, a tenth of its own, and dense at its size.
+    # nanoGPT's for a GPU (6 layers of width 384, context 256, 64 x 256 x 5,000 tokens: 1.4697 with
+    # 10.65 M): 1.06 M parameters, a tenth of its own, and dense at its size.
     "shakespeare_gpu": Protocol(
         {
             "data.context": 256,
@@ -116,7 +135,8 @@ class Sized:
 
 
 def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
-    """The models of a protocol, at each share that it wants of them, with the sizes that the share makes.
+    """The models of a protocol, at each share that it wants of them, with the sizes that the share
+    makes.
 
     `path` is of the text, "" for the protocol's own. Raises UserError where a share cannot be met.
     """
@@ -124,13 +144,18 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
     for share, models in protocol.shares.items():
         for model in (name for name in chosen if name in (models or MODELS)):
             config = budget.named(protocol.config)
-            fields = {**protocol.common, **MODELS[model], "model.match": f"{protocol.dense}:{share}"}
+            fields = {
+                **protocol.common,
+                **MODELS[model],
+                "model.match": f"{protocol.dense}:{share}",
+            }
             rate = fields.pop("rate")
             if model.startswith("NGC"):
                 fields["model.p_inter"] = protocol.p_inter
             if path:
                 fields["data.path"] = path
-            if fields.get("model.rule") == "dense":  # whose groups are its heads, and what gates act on
+            # whose groups are its heads, and what gates act on
+            if fields.get("model.rule") == "dense":
                 fields["model.groups"] = config.model.heads
             if fields.pop("unlooped", False):
                 config.update_from_flattened_dict(protocol.common)

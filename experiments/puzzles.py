@@ -1,9 +1,9 @@
 """Do puzzles gain from rounds of the loop, more than training had?
 
-Sudokus of four digits and mazes, answered in place: NGC against a dense loop of as many parameters that is trained for
-as long, both with two to six rounds in training, drawn anew for each update, and four to 32 in the test. Levels 1 and 2
-are difficulties of training, level 3 is beyond it: 4, 8 and 11 empty cells; 3, 4 and 5 rooms a side. All cells must be
-right.
+Sudokus of four digits and mazes, answered in place: NGC against a dense loop of as many parameters
+that is trained for as long, both with two to six rounds in training, drawn anew for each update,
+and four to 32 in the test. Levels 1 and 2 are difficulties of training, level 3 is beyond it: 4, 8
+and 11 empty cells; 3, 4 and 5 rooms a side. All cells must be right.
 
     python -m experiments.run puzzles
 """
@@ -22,8 +22,8 @@ from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.stats import interval
 from experiments.study import Group, Results, Study
 from experiments.sweeps import Sweep, cases, seeds
-from ngc_jax.solve import examine
-from ngc_jax.workdir import open_trained
+from ngc_jax.commands.solve import examine
+from ngc_jax.training.workdir import open_trained
 
 LEVELS = {"sudoku4_in_place": (4, 8, 11), "maze_in_place": (3, 4, 5)}
 ROUNDS = (4, 8, 16, 32)
@@ -42,7 +42,10 @@ PUZZLES: dict[str, dict[str, Any]] = {
     "maze": {"data.task": "maze_in_place", "data.low": 3, "data.high": 4, "data.context": 50},
 }
 # An update of NGC takes 1.25 times as long as the dense loop's on two idle cores: see `costs`.
-UPDATES = {"sudoku": {"NGC": 2000, "dense looped": 2500}, "maze": {"NGC": 1500, "dense looped": 1875}}
+UPDATES = {
+    "sudoku": {"NGC": 2000, "dense looped": 2500},
+    "maze": {"NGC": 1500, "dense looped": 1875},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"model.width": 64, "model.hidden": 128},
     "dense looped": SMALL_DENSE,
@@ -54,7 +57,9 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     trained = open_trained(workdir)
 
     def share(difficulty: int, rounds: int) -> float:
-        return examine(trained, difficulty, EXAMPLES, run=lambda same: (same.looped.at(rounds), None))["exact"]
+        return examine(
+            trained, difficulty, EXAMPLES, run=lambda same: (same.looped.at(rounds), None)
+        )["exact"]
 
     return {
         f"level {level}, {rounds} rounds": share(difficulty, rounds)
@@ -69,28 +74,47 @@ def costs(configs: Sequence[ConfigDict]) -> list[dict[str, str]]:
 
     def column(config: ConfigDict, reference: ConfigDict) -> dict[str, str]:
         (one,) = overhead(reference, [config])
-        return {"training time, dense = 1": f"{one.time * config.train.steps / reference.train.steps:.2f}"}
+        return {
+            "training time, dense = 1": f"{one.time * config.train.steps / reference.train.steps:.2f}"
+        }
 
     return [column(config, dense[config.data.task]) for config in configs]
 
 
 def solved(results: Results, group: Group, level: int) -> np.ndarray:
     """The share solved: [seed, rounds]."""
-    return np.array([[*results.of(group, f"level {level}, {rounds} rounds").values()] for rounds in ROUNDS]).T
+    return np.array(
+        [[*results.of(group, f"level {level}, {rounds} rounds").values()] for rounds in ROUNDS]
+    ).T
 
 
 def answer(results: Results) -> list[Block]:
     """The share solved over rounds, and what rounds add, run by run."""
-    levels = {group.name: {n: solved(results, group, n) for n in (1, 2, 3)} for group in results.groups}
+    levels = {
+        group.name: {n: solved(results, group, n) for n in (1, 2, 3)} for group in results.groups
+    }
 
     def draw(canvas: Any) -> None:
-        for axis, puzzle in zip(canvas.subplots(1, len(PUZZLES), sharey=True), PUZZLES, strict=True):
+        for axis, puzzle in zip(
+            canvas.subplots(1, len(PUZZLES), sharey=True), PUZZLES, strict=True
+        ):
             for group in (group for group in results.groups if group.labels["puzzle"] == puzzle):
                 model = [*MODELS].index(group.labels["model"])
                 for level, shares in levels[group.name].items():
-                    style = {"color": f"C{level - 1}", "linestyle": ("-", "--")[model], "marker": "os"[model]}
+                    style = {
+                        "color": f"C{level - 1}",
+                        "linestyle": ("-", "--")[model],
+                        "marker": "os"[model],
+                    }
                     label = f"level {level}, {group.labels['model']}"
-                    axis.plot(ROUNDS, shares.mean(axis=0), label=label, linewidth=1.2, markersize=3, **style)
+                    axis.plot(
+                        ROUNDS,
+                        shares.mean(axis=0),
+                        label=label,
+                        linewidth=1.2,
+                        markersize=3,
+                        **style,
+                    )
             axis.set(title=puzzle, xlabel="rounds at test time", xscale="log", ylim=(-0.02, 1.02))
             axis.set_xticks(ROUNDS, [*map(str, ROUNDS)])
             axis.minorticks_off()
@@ -101,7 +125,10 @@ def answer(results: Results) -> list[Block]:
     for group in results.groups:
         for level, shares in levels[group.name].items():
             more = shares[:, 1:] - shares[:, :1]
-            up = [f"{interval(gains.tolist())} ({np.sum(gains > 0)} of {len(gains)} up)" for gains in more.T]
+            up = [
+                f"{interval(gains.tolist())} ({np.sum(gains > 0)} of {len(gains)} up)"
+                for gains in more.T
+            ]
             rows.append([*group.labels.values(), str(level), *up])
     head = ["puzzle", "model", "level", *(f"{rounds} rounds" for rounds in ROUNDS[1:])]
     caption = f"Training draws two to six rounds; all cells of {EXAMPLES} problems right, means over seeds."
@@ -112,7 +139,9 @@ def answer(results: Results) -> list[Block]:
 
 def sweep(puzzle: str) -> Sweep:
     """Both models, each for its number of updates."""
-    models = {name: {**fields, **learning(UPDATES[puzzle][name])} for name, fields in MODELS.items()}
+    models = {
+        name: {**fields, **learning(UPDATES[puzzle][name])} for name, fields in MODELS.items()
+    }
     return cases("puzzle", {puzzle: PUZZLES[puzzle]}) * cases("model", models) * seeds(3)
 
 

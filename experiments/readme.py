@@ -2,8 +2,8 @@
 
     python -m experiments.readme
 
-For: the columns a first reader wants, the largest share first and the better before the worse. Not for: what they
-hold, which the report says (`compare.py`); nothing is computed here.
+For: the columns a first reader wants, the largest share first and the better before the worse. Not
+for: what they hold, which the report says (`compare.py`); nothing is computed here.
 """
 
 import itertools
@@ -30,7 +30,10 @@ def table(report: str) -> str:
     """The table of results in a report, as README shows it, in Markdown."""
     lines = report.splitlines()
     start = next(i for i, line in enumerate(lines) if LOSS in cells(line))
-    found = [cells(line) for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
+    found = [
+        cells(line)
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    ]
     rows = [dict(zip(found[0], values, strict=True)) for values in found[2:]]
     shown = [row for row in rows if row[LOSS] != "-"]
     shown.sort(key=lambda row: (row["share"], -float(row[LOSS].split()[0])), reverse=True)

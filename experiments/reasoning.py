@@ -1,9 +1,9 @@
 """What does iteration solve that a feed-forward model of the same size does not: hops?
 
-p-hop induction, trained on one to four hops and tested on up to 32: NGC and dense loops with one round for each hop
-that the problem asks for (as in `configs/ngc_hops.py`), a dense stack of five stages, and BDH with five layers; all of
-at most 50,000 parameters, with learning rates chosen by the same number of shorter runs. Every letter of a problem must
-be answered right.
+p-hop induction, trained on one to four hops and tested on up to 32: NGC and dense loops with one
+round for each hop that the problem asks for (as in `configs/ngc_hops.py`), a dense stack of five
+stages, and BDH with five layers; all of at most 50,000 parameters, with learning rates chosen by
+the same number of shorter runs. Every letter of a problem must be answered right.
 
     python -m experiments.run reasoning
 """
@@ -14,9 +14,9 @@ from typing import Any
 from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
+from ngc_jax.commands.solve import examine
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.solve import examine
-from ngc_jax.workdir import open_trained
+from ngc_jax.training.workdir import open_trained
 
 HOPS = (1, 4, 5, 8, 16, 32)
 EXAMPLES = 200  # of each
@@ -55,7 +55,10 @@ MODELS: dict[str, dict[str, Any]] = {
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of problems solved, by the number of hops."""
     trained = open_trained(workdir)
-    return {f"exact, {n} hops": examine(trained, n, EXAMPLES, attend=COMMON["model.attend"])["exact"] for n in HOPS}
+    return {
+        f"exact, {n} hops": examine(trained, n, EXAMPLES, attend=COMMON["model.attend"])["exact"]
+        for n in HOPS
+    }
 
 
 STUDY = Study(

@@ -1,6 +1,7 @@
 """Does a loop that is told to be stable learn better or worse?
 
-Four rounds; the contraction or the exponent per round held in a band by the loss, or the Jacobian made small.
+Four rounds; the contraction or the exponent per round held in a band by the loss, or the Jacobian
+made small.
 
     python -m experiments.run regularised
 """
@@ -12,11 +13,14 @@ from typing import Any
 from experiments.setting import COMMON, LARGER, STEPS
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.metrics import latest, read_rows
+from ngc_jax.runtime.metrics import latest, read_rows
 
 TOLD: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "contraction below 0.5": {"stability.regulariser": "contraction", "stability.high": math.log(0.5)},
+    "contraction below 0.5": {
+        "stability.regulariser": "contraction",
+        "stability.high": math.log(0.5),
+    },
     "exponent below 0": {"stability.regulariser": "exponent", "stability.high": 0.0},
     "exponent below -0.5": {"stability.regulariser": "exponent", "stability.high": -0.5},
     "a small Jacobian": {"stability.jacobian": 1.0},
@@ -26,7 +30,10 @@ TOLD: dict[str, dict[str, Any]] = {
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """Whether it obeys: what is measured on held-out text after the last update."""
     last = latest(read_rows(workdir))
-    return {f"{name} per round": last[f"stability/{name}_per_round"] for name in ("contraction", "exponent")}
+    return {
+        f"{name} per round": last[f"stability/{name}_per_round"]
+        for name in ("contraction", "exponent")
+    }
 
 
 STUDY = Study(

@@ -1,8 +1,9 @@
 """Do weights of low rank at start make for richer learning?
 
-NGC and dense loops whose weights start with rank 4, 16 or as drawn (`model.init_rank`), the question that
-arXiv 2310.08513 asks of recurrent networks: held-out loss, effective ranks at start and at the end, how far parameters
-and weights moved, and how far the tangent kernel turned. It does not say which of the two models is better.
+NGC and dense loops whose weights start with rank 4, 16 or as drawn (`model.init_rank`), the
+question that arXiv 2310.08513 asks of recurrent networks: held-out loss, effective ranks at start
+and at the end, how far parameters and weights moved, and how far the tangent kernel turned. It does
+not say which of the two models is better.
 
     python -m experiments.run rich_or_lazy
 """
@@ -15,13 +16,13 @@ import jax
 
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.core.laziness import alignment, movement
+from ngc_jax.analysis.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.data.batches import held_out_batches
-from ngc_jax.evaluate import data_of
+from ngc_jax.dynamics.tangent_kernel import alignment, movement
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.stability.learning import effective_ranks, generated, logit_kernel, movements
-from ngc_jax.steps import init_state
-from ngc_jax.workdir import open_trained
+from ngc_jax.training.evaluation import data_of
+from ngc_jax.training.step import init_state
+from ngc_jax.training.workdir import open_trained
 
 STEPS = 400
 WINDOWS = 32  # of held-out text, for the kernel
@@ -30,7 +31,9 @@ kernel = jax.jit(logit_kernel, static_argnums=0)
 
 def mean_rank(model: Decoder, params: Any) -> float:
     """The mean of effective ranks over all weight matrices."""
-    return statistics.mean(rank for stage in effective_ranks(model, params).values() for rank in stage.values())
+    return statistics.mean(
+        rank for stage in effective_ranks(model, params).values() for rank in stage.values()
+    )
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
@@ -43,9 +46,13 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     return {
         "effective rank at start": mean_rank(model, before),
         "at the end": mean_rank(model, after),
-        "parameters moved": movements(before, after)["matrix" if config.model.rule == "dense" else "state"],
+        "parameters moved": movements(before, after)[
+            "matrix" if config.model.rule == "dense" else "state"
+        ],
         "weights moved": float(movement(generated(model, before), generated(model, after))),
-        "kernel turned": float(1 - alignment(kernel(model, before, tokens), kernel(model, after, tokens))),
+        "kernel turned": float(
+            1 - alignment(kernel(model, before, tokens), kernel(model, after, tokens))
+        ),
     }
 
 

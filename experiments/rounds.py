@@ -1,8 +1,8 @@
 """Do trained loops settle, and may they go on for longer than they were trained?
 
-(a) Contraction and exponents over training, of models that were not told to contract, and of some that were; (b)
-held-out loss at 1 to 16 rounds at test time, and whether the exponent of the trained loop foretells what more rounds
-do. It does not say how good the models are.
+(a) Contraction and exponents over training, of models that were not told to contract, and of some
+that were; (b) held-out loss at 1 to 16 rounds at test time, and whether the exponent of the trained
+loop foretells what more rounds do. It does not say how good the models are.
 
     python -m experiments.run rounds
 """
@@ -19,10 +19,10 @@ from experiments.stats import interval
 from experiments.study import Results, Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.data.tokens import load_data
-from ngc_jax.evaluate import compile_eval, held_out
-from ngc_jax.mesh import single
-from ngc_jax.metrics import latest, read_rows
-from ngc_jax.workdir import open_trained
+from ngc_jax.nn.mesh import single_device
+from ngc_jax.runtime.metrics import latest, read_rows
+from ngc_jax.training.evaluation import compile_eval, held_out
+from ngc_jax.training.workdir import open_trained
 
 STEPS = 400
 TEST_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -61,11 +61,13 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     config, shape = trained.config, trained.decoder.shape
     if not shape.core:
         return {}
-    data, mesh = load_data(config.data), single()
+    data, mesh = load_data(config.data), single_device()
     losses = {}
     for rounds in TEST_ROUNDS:
         step = compile_eval(trained.decoder.at(rounds), config, mesh, data)
-        found = held_out(step, trained.params, mesh, data.validation, config.eval.batch_size, limit=512)
+        found = held_out(
+            step, trained.params, mesh, data.validation, config.eval.batch_size, limit=512
+        )
         losses[f"loss, {rounds} rounds"] = found["loss"]
     return losses
 
@@ -76,7 +78,9 @@ def over_training(results: Results) -> list[Block]:
     for group in results.groups:
         runs = [read_rows(workdir) for workdir in results.workdirs(group).values()]
         for name, label in WATCHED.items():
-            curves = np.array([[(row["step"], row[name]) for row in run if name in row] for run in runs])
+            curves = np.array(
+                [[(row["step"], row[name]) for row in run if name in row] for run in runs]
+            )
             if curves.size:
                 drawn[group.name, name] = curves.mean(axis=0)
                 ends = (interval(curves[:, at, 1].tolist()) for at in (0, -1))
@@ -92,15 +96,21 @@ def over_training(results: Results) -> list[Block]:
             axis.axhline(neutral, color="black", linewidth=0.5)
         legend(canvas, axes[0])
 
-    caption = "Below 1 a round's step shrinks; below 0 neighbouring states approach. Means over seeds."
+    caption = (
+        "Below 1 a round's step shrinks; below 0 neighbouring states approach. Means over seeds."
+    )
     table = Table(["model", "measure", "after 100 updates", "at the end"], rows)
     return [Heading("Over training"), table, picture("over_training", caption, draw, width=9.0)]
 
 
 def beyond(results: Results) -> list[Block]:
-    """Question (b): loss by rounds at test time, and the rank correlation of its rise with the exponent."""
+    """Question (b): loss by rounds at test time, and the rank correlation of its rise with the
+    exponent.
+    """
     losses = {
-        group.name: np.array([[*results.of(group, f"loss, {r} rounds").values()] for r in TEST_ROUNDS])
+        group.name: np.array(
+            [[*results.of(group, f"loss, {r} rounds").values()] for r in TEST_ROUNDS]
+        )
         for group in results.groups
         if f"loss, {TEST_ROUNDS[0]} rounds" in results.measures(group)
     }
@@ -109,7 +119,9 @@ def beyond(results: Results) -> list[Block]:
         axis = canvas.subplots()
         for model, found in losses.items():
             axis.plot(TEST_ROUNDS, found.mean(axis=1), "o-", markersize=3, label=model)
-        axis.set(xlabel="rounds at test time", ylabel="held-out loss (nats per token)", ylim=(None, 4))
+        axis.set(
+            xlabel="rounds at test time", ylabel="held-out loss (nats per token)", ylim=(None, 4)
+        )
         legend(canvas, axis)
 
     exponents, rises = [], []
@@ -139,4 +151,6 @@ def answer(results: Results) -> list[Block]:
     return [*over_training(results), *beyond(results)]
 
 
-STUDY = Study(sweep=cases("model", MODELS) * seeds(3), common=COMMON, measure=measure, answer=answer)
+STUDY = Study(
+    sweep=cases("model", MODELS) * seeds(3), common=COMMON, measure=measure, answer=answer
+)

@@ -2,9 +2,9 @@
 
     python -m experiments.rule_pictures --out=docs/rules
 
-For: docs/method.md: for every rule a generated weight matrix as it is before training, with lines between groups, and
-its singular values beside those of a Gaussian matrix of the same size and variance. Not for: trained models, whose
-pages show their own (`python -m ngc_jax.stability`).
+For: docs/method.md: for every rule a generated weight matrix as it is before training, with lines
+between groups, and its singular values beside those of a Gaussian matrix of the same size and
+variance. Not for: trained models, whose pages show their own (`python -m ngc_jax.stability`).
 """
 
 import argparse
@@ -14,35 +14,51 @@ import jax
 import numpy as np
 
 from ngc_jax import RULES, weights
-from ngc_jax.stability.figures import BLUE, RED, matplotlib
+from ngc_jax.analysis.figures import BLUE, RED, matplotlib
 
-GROUPS, NEURONS, DIM = 8, 64, 3  # DIM: configs' p_inter; a block holds a number for each member of its group instead
+# DIM: configs' p_inter; a block holds a number for each member of its group instead
+GROUPS, NEURONS, DIM = 8, 64, 3
 LEAST = 1e-6  # of the largest, what a singular value computed in float32 is still told from 0
 
 
 def draw(rule: str, out: pathlib.Path) -> None:
     """W of `rule`, NEURONS by NEURONS in GROUPS groups, and its singular values, as a PNG."""
-    w = np.asarray(weights(rule, *RULES[rule].init(jax.random.key(0), GROUPS, NEURONS, NEURONS, DIM)), np.float64)
+    w = np.asarray(
+        weights(rule, *RULES[rule].init(jax.random.key(0), GROUPS, NEURONS, NEURONS, DIM)),
+        np.float64,
+    )
     values = np.linalg.svd(w, compute_uv=False)
     gaussian = np.random.default_rng(0).normal(size=w.shape) * NEURONS**-0.5
-    # (sum of squares)^2 / sum of fourth powers: how many equal singular values would spread the variance so.
+    # (sum of squares)^2 / sum of fourth powers: how many equal singular values would spread the
+    # variance so.
     spread = np.sum(values**2) ** 2 / np.sum(values**4)
     rank = int(np.sum(values > LEAST * values[0]))
 
-    figure = matplotlib().figure.Figure(figsize=(6.4, 3.1), dpi=90, layout="constrained", facecolor="white")
+    figure = matplotlib().figure.Figure(
+        figsize=(6.4, 3.1), dpi=90, layout="constrained", facecolor="white"
+    )
     left, right = figure.subplots(1, 2)
     limit = np.quantile(np.abs(w[w != 0]), 0.98)
     image = left.imshow(w, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     for edge in range(NEURONS // GROUPS, NEURONS, NEURONS // GROUPS):
         left.axhline(edge - 0.5, color="0.3", linewidth=0.5)
         left.axvline(edge - 0.5, color="0.3", linewidth=0.5)
-    left.set(xticks=[], yticks=[], xlabel="sending neuron, by groups", ylabel="receiving neuron, by groups")
+    left.set(
+        xticks=[],
+        yticks=[],
+        xlabel="sending neuron, by groups",
+        ylabel="receiving neuron, by groups",
+    )
     figure.colorbar(image, ax=left, fraction=0.046, pad=0.03)
     at = np.arange(1, NEURONS + 1)
-    right.semilogy(at, np.linalg.svd(gaussian, compute_uv=False), color="0.5", linestyle="--", label="Gaussian")
+    right.semilogy(
+        at, np.linalg.svd(gaussian, compute_uv=False), color="0.5", linestyle="--", label="Gaussian"
+    )
     right.semilogy(at[:rank], values[:rank], "o", color=BLUE, markersize=3, label=rule)
     if rank < NEURONS:
-        right.axvline(rank + 0.5, color=RED, linewidth=1, linestyle=":", label="the rest: 0 to rounding")
+        right.axvline(
+            rank + 0.5, color=RED, linewidth=1, linestyle=":", label="the rest: 0 to rounding"
+        )
     right.set(ylim=(1e-3, 60), xlim=(0, NEURONS + 1), xlabel="number of the singular value")
     right.set_title(f"rank {rank}, spread {spread:.1f} of {NEURONS}", fontsize=10)
     right.legend(frameon=False, fontsize=8, loc="upper right")
@@ -51,7 +67,9 @@ def draw(rule: str, out: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/rules"), help="a folder for the PNGs")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("docs/rules"), help="a folder for the PNGs"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for rule in RULES:

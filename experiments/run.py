@@ -3,12 +3,14 @@
     python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N] [--dry] [--report] [--larger]
                               [--config.FIELD=VALUE ...]
 
-STUDY is a file of experiments/ by name, or the path of a file of yours. Every run is an ordinary `launch.py` run on its
-own share of the cores. A run that fails is marked with its error and stops no other; the same command tries it again.
-For array jobs, `--index=I --count=N` takes every Nth group of runs. `--config.FIELD=VALUE` changes all runs of a study,
-which must then have a folder of its own; `--larger` sets what makes the study worth an accelerator. Kept in DIR: a
-folder and a log of each run, compiled programs, records/RUN.json, after which a run's folder may go unless the study
-itself looks into it, and, when all is done, the report (`report.py`). Not for: what a study is (`study.py`).
+STUDY is a file of experiments/ by name, or the path of a file of yours. Every run is an ordinary
+`launch.py` run on its own share of the cores. A run that fails is marked with its error and stops
+no other; the same command tries it again. For array jobs, `--index=I --count=N` takes every Nth
+group of runs. `--config.FIELD=VALUE` changes all runs of a study, which must then have a folder of
+its own; `--larger` sets what makes the study worth an accelerator. Kept in DIR: a folder and a log
+of each run, compiled programs, records/RUN.json, after which a run's folder may go unless the study
+itself looks into it, and, when all is done, the report (`report.py`). Not for: what a study is
+(`study.py`).
 """
 
 import argparse
@@ -36,30 +38,44 @@ from rich.live import Live
 from rich.table import Table
 
 from experiments.report import report
-from experiments.study import LOSS, Group, Results, Run, Study, find, groups, plan, prepared, read_records
-from ngc_jax.atomic import write_durably
-from ngc_jax.costs import versions
-from ngc_jax.errors import UserError
-from ngc_jax.metrics import duration, latest, read_rows
-from ngc_jax.preemption import EXIT_CODE
-from ngc_jax.workdir import command, in_use
+from experiments.study import (
+    LOSS,
+    Group,
+    Results,
+    Run,
+    Study,
+    find,
+    groups,
+    plan,
+    prepared,
+    read_records,
+)
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.metrics import duration, latest, read_rows
+from ngc_jax.runtime.preemption import EXIT_CODE
+from ngc_jax.training.costs import versions
+from ngc_jax.training.workdir import command, in_use
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIVERGED = 3  # launch.py's exit code
 Record = dict[str, Any]
 
 
-def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: Sequence[Group]) -> dict[str, Record]:
+def execute(
+    study: Study, reference: str, home: pathlib.Path, jobs: int, mine: Sequence[Group]
+) -> dict[str, Record]:
     """Train what is missing of these groups; returns all records of the study's folder, by run.
 
-    `reference` is what `find` finds the study by. Raises UserError where a record is of another study, and
-    KeyboardInterrupt, with every run saved, when told to stop.
+    `reference` is what `find` finds the study by. Raises UserError where a record is of another
+    study, and KeyboardInterrupt, with every run saved, when told to stop.
     """
     records = read_records(home)
     tried: set[str] = set()  # since this start: what failed before is tried again
     running: dict[str, subprocess.Popen[bytes]] = {}
     stopping = threading.Event()
-    # Seeds differ in no program: one compiles it for the others, on this machine, since another one's may not suit it.
+    # Seeds differ in no program: one compiles it for the others, on this machine, since another
+    # one's may not suit it.
     env = {"JAX_COMPILATION_CACHE_DIR": str(home / "programs" / platform.node()), **os.environ}
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
@@ -69,7 +85,9 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
     def python(run: Run, *line: str, on: set[int]) -> int:
         """Run Python on some cores, its words going to the run's log; its exit code."""
         with open(home / "logs" / f"{run.name}.txt", "ab") as log:
-            process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
             os.sched_setaffinity(process.pid, on)  # long before it starts threads, which inherit it
             running[run.name] = process
             if stopping.is_set():
@@ -98,7 +116,9 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
                 curve = [[row["step"], row["eval/loss"]] for row in rows if row.get("eval/loss")]
                 if study.measure and not run.trial:
                     out = home / "measures" / f"{run.name}.json"
-                    code = python(run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on)
+                    code = python(
+                        run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on
+                    )
                     measures |= {} if code else json.loads(out.read_text())
         finally:
             cores.put(on)
@@ -128,21 +148,31 @@ def execute(study: Study, reference: str, home: pathlib.Path, jobs: int, mine: S
                 wanted = plan(study, mine, losses(records))
                 for run in wanted:
                     check(home, run, records.get(run.name))
-                    missing = run.name not in tried and (run.name not in records or records[run.name]["error"])
-                    if missing and len(at_work) < jobs:  # no more yet: a group's runs come before the next group's
+                    missing = run.name not in tried and (
+                        run.name not in records or records[run.name]["error"]
+                    )
+                    # no more yet: a group's runs come before the next group's
+                    if missing and len(at_work) < jobs:
                         tried.add(run.name)
                         at_work[pool.submit(train, run)] = run
                 if not at_work:
                     return records
-                finished, _ = concurrent.futures.wait(at_work, 2.0, concurrent.futures.FIRST_COMPLETED)
+                finished, _ = concurrent.futures.wait(
+                    at_work, 2.0, concurrent.futures.FIRST_COMPLETED
+                )
                 for future in finished:
                     run, record = at_work.pop(future), future.result()
                     if record:
                         records[run.name] = record
-                        write_durably(home / "records" / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
+                        write_durably(
+                            home / "records" / f"{run.name}.json",
+                            json.dumps(record, indent=1) + "\n",
+                        )
                         console.print(ending(run.name, record), highlight=False)
                 if console.is_terminal:
-                    live.update(progress(home, wanted, [*running], records, began, before), refresh=True)
+                    live.update(
+                        progress(home, wanted, [*running], records, began, before), refresh=True
+                    )
         finally:
             stopping.set()
             for process in [*running.values()]:
@@ -170,7 +200,9 @@ def check(home: pathlib.Path, run: Run, record: Record | None) -> None:
     """Raise UserError where a run was made, under its name, with other fields than it has now."""
     fields = json.loads(json.dumps(dict(run.fields)))
     if record and record["fields"] != fields:
-        changed = [k for k in sorted(fields | record["fields"]) if fields.get(k) != record["fields"].get(k)]
+        changed = [
+            k for k in sorted(fields | record["fields"]) if fields.get(k) != record["fields"].get(k)
+        ]
         raise UserError(
             f"{run.name} in --workdir={home} was made with other fields ({', '.join(changed)}): give another "
             f"--workdir, or remove its folder and records/{run.name}.json"
@@ -182,7 +214,10 @@ def commit() -> str:
     """The commit of this repository, and whether files differ from it; "" where there is none."""
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
-        head, changed = git(["git", "rev-parse", "--short=12", "HEAD"]), git(["git", "status", "--porcelain"])
+        head, changed = (
+            git(["git", "rev-parse", "--short=12", "HEAD"]),
+            git(["git", "status", "--porcelain"]),
+        )
     except FileNotFoundError:
         return ""
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
@@ -206,12 +241,18 @@ def progress(
     table = Table("run", "update", "loss", box=None, header_style="bold")
     for name in sorted(running):
         rows = [row for row in read_rows(home / name) if "train/loss" in row]
-        step, loss = (str(rows[-1]["step"]), f"{rows[-1]['train/loss'] or math.nan:.4f}") if rows else ("", "")
+        step, loss = (
+            (str(rows[-1]["step"]), f"{rows[-1]['train/loss'] or math.nan:.4f}")
+            if rows
+            else ("", "")
+        )
         table.add_row(name, step, loss)
     failed = [run.name for run in wanted if run.name in records and records[run.name]["error"]]
     done = len([run for run in wanted if run.name in records]) - len(failed)
     made = max(0, done - before)
-    left = f"ETA {duration((time.monotonic() - began) / made * (len(wanted) - done))}" if made else ""
+    left = (
+        f"ETA {duration((time.monotonic() - began) / made * (len(wanted) - done))}" if made else ""
+    )
     return Lines(table, f"{done} of {len(wanted)} runs done, {len(failed)} failed  {left}")
 
 
@@ -219,18 +260,31 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     """What each command that runs a study takes."""
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STUDY")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default: cores")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="runs at a time; default: cores",
+    )
     parser.add_argument("--index", type=int, help="take groups index, index + count, ... only")
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="say what would run, and run nothing")
-    parser.add_argument("--report", action="store_true", help="report what there is so far, and run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="report what there is so far, and run nothing"
+    )
     return parser
 
 
 def carry_out(
-    study: Study, reference: str, name: str, about: str, args: argparse.Namespace, changes: Sequence[str]
+    study: Study,
+    reference: str,
+    name: str,
+    about: str,
+    args: argparse.Namespace,
+    changes: Sequence[str],
 ) -> None:
-    """Do what the command line asks, and report where that was all of the study; `about` as in `report`.
+    """Do what the command line asks, and report where that was all of the study; `about` as in
+    `report`.
 
     Exits as `launch.py` does, with 1 where runs failed.
     """
@@ -241,8 +295,12 @@ def carry_out(
     if args.dry:
         records = read_records(home)
         for run in plan(study, mine, losses(records)):
-            state = ending(run.name, records[run.name]) if run.name in records else f"{run.name}: to do"
-            print(f"{state}\n    python launch.py {shlex.join(flags(study, run))} --workdir={home / run.name}")
+            state = (
+                ending(run.name, records[run.name]) if run.name in records else f"{run.name}: to do"
+            )
+            print(
+                f"{state}\n    python launch.py {shlex.join(flags(study, run))} --workdir={home / run.name}"
+            )
         return
     if args.report:
         print(report(Results(study, home, everything, read_records(home)), about))
@@ -255,21 +313,32 @@ def carry_out(
         sys.exit(EXIT_CODE)
     if args.index is None:
         print(report(Results(study, home, everything, dict(sorted(records.items()))), about))
-    failed = [run.name for run in plan(study, mine, losses(records)) if records.get(run.name, {}).get("error")]
+    failed = [
+        run.name
+        for run in plan(study, mine, losses(records))
+        if records.get(run.name, {}).get("error")
+    ]
     if failed:
-        print(f"{len(failed)} runs failed: {', '.join(failed)}; their logs are in {home / 'logs'}", file=sys.stderr)
+        print(
+            f"{len(failed)} runs failed: {', '.join(failed)}; their logs are in {home / 'logs'}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("study", help="a file of experiments/ by name, or a file.py of yours")
-    parser.add_argument("--larger", action="store_true", help="in the study's setting for an accelerator")
+    parser.add_argument(
+        "--larger", action="store_true", help="in the study's setting for an accelerator"
+    )
     args, changes = parser.parse_known_args()
     name, study, about = find(args.study)
     if args.larger:
         if not study.larger:
-            raise UserError(f"--larger: {name} has no larger setting: set fields by --config.FIELD=VALUE")
+            raise UserError(
+                f"--larger: {name} has no larger setting: set fields by --config.FIELD=VALUE"
+            )
         name, changes = f"{name}-larger", [*settings(study.larger), *changes]
     carry_out(study, args.study, name, about, args, changes)
 

@@ -1,8 +1,8 @@
 """How does NGC's distance from dense move with width and with training?
 
-Three widths of dense at 500 updates and, at width 64, three lengths, each with a schedule of its own. Beside dense
-stand dense and NGC with 0.325 of its parameters in matrices, NGC in eight groups, about sqrt(D / 2). Learning rates are
-searched at each point as the comparison does (`compare.py`).
+Three widths of dense at 500 updates and, at width 64, three lengths, each with a schedule of its
+own. Beside dense stand dense and NGC with 0.325 of its parameters in matrices, NGC in eight groups,
+about sqrt(D / 2). Learning rates are searched at each point as the comparison does (`compare.py`).
 
     python -m experiments.run scaling
 """
@@ -36,14 +36,18 @@ def distances(results: Results) -> list[Block]:
     """NGC beside both dense models, at each point."""
     losses = {tuple(group.labels.values()): results.of(group, LOSS) for group in results.groups}
     costs = dict(zip(losses, results.costs, strict=True))
-    rows, lines = [], dict[str, list[tuple[float, float, float]]]()  # tokens a parameter, mean and half the range
+    # tokens a parameter, mean and half the range
+    rows, lines = [], dict[str, list[tuple[float, float, float]]]()
     for width, updates in dict.fromkeys((width, updates) for _, width, updates in losses):
         own, as_large, dense = (losses[model, width, updates] for model in MODELS)
         cost = costs["dense", width, updates]
         tokens = cost.config.train.steps * cost.config.train.batch_size * cost.config.data.context
         seen, less, over = tokens / cost.matrices, paired(own, as_large), ratio(own, dense)
         rows.append([width, updates, f"{seen:.1f}", str(less), over])
-        for name, apart in (("as large", less.differences), ("whole", paired(own, dense).differences)):
+        for name, apart in (
+            ("as large", less.differences),
+            ("whole", paired(own, dense).differences),
+        ):
             if apart:
                 points = lines.setdefault(f"{name}, {width}", [])
                 points.append((seen, statistics.mean(apart), (max(apart) - min(apart)) / 2))
@@ -54,18 +58,36 @@ def distances(results: Results) -> list[Block]:
         for place, (name, points) in enumerate(lines.items()):
             x, y, bars = zip(*points, strict=True)
             axis.errorbar(x, y, bars, label=name, linewidth=1, markersize=4, **look(place))
-        axis.set(xscale="log", xlabel="tokens for each parameter of dense in matrices", ylabel=f"{LOSS}: NGC - dense")
+        axis.set(
+            xscale="log",
+            xlabel="tokens for each parameter of dense in matrices",
+            ylabel=f"{LOSS}: NGC - dense",
+        )
         legend(canvas, axis)
 
     caption = "NGC's loss less that of dense, as large or whole, by training: means, and the range over seeds."
     said = f"NGC's {LOSS} less that of dense as large, and over that of dense; paired by seed, mean and 95% interval."
-    head = ["width", "updates", "tokens for each parameter of dense in matrices", "less dense as large", "over dense"]
-    return [Heading("NGC's distance from dense"), Words(said), Table(head, rows), picture("distances", caption, draw)]
+    head = [
+        "width",
+        "updates",
+        "tokens for each parameter of dense in matrices",
+        "less dense as large",
+        "over dense",
+    ]
+    return [
+        Heading("NGC's distance from dense"),
+        Words(said),
+        Table(head, rows),
+        picture("distances", caption, draw),
+    ]
 
 
 STUDY = Study(
     sweep=Sweep(
-        Variant({"model": model, "width": f"width {width}", "updates": f"{steps} updates"}, fields(model, width, steps))
+        Variant(
+            {"model": model, "width": f"width {width}", "updates": f"{steps} updates"},
+            fields(model, width, steps),
+        )
         for width, steps in POINTS
         for model in MODELS
     )

@@ -1,8 +1,9 @@
 """The small setting in which ablations are run, so that one can be read against another.
 
-For: fields that several studies set: a model of width 64 on 0.5 M tokens, about a minute of one core, in which
-differences under 0.02 nats mean little; those of models that learn a task of `docs/tasks.md`; and of both, what an
-accelerator can afford (`--larger`; nobody has run it yet). Not for: claims about larger models (`scaling.py`).
+For: fields that several studies set: a model of width 64 on 0.5 M tokens, about a minute of one
+core, in which differences under 0.02 nats mean little; those of models that learn a task of
+`docs/tasks.md`; and of both, what an accelerator can afford (`--larger`; nobody has run it yet).
+Not for: claims about larger models (`scaling.py`).
 """
 
 from typing import Any
@@ -34,7 +35,8 @@ DENSE: dict[str, Any] = {  # the stages of configs/dense_small.py
     "model.core": 0,
     "model.coda": 0,
 }
-SMALL_DENSE = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}  # as large as NGC of width 64, hidden 128
+# as large as NGC of width 64, hidden 128
+SMALL_DENSE = {"model.rule": "dense", "model.width": 48, "model.hidden": 96}
 SHARE = "dense_small:0.12"  # of parameters in matrices
 LARGER_SHARE = {**LARGER, "model.match": "dense_small:1.92"}  # as much at four times the width
 LARGER_TASK = {"data.problems": 1_000_000, "train.batch_size": 512}

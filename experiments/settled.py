@@ -1,9 +1,9 @@
 """Are wrong answers less settled than right ones?
 
-Looped models learn sums of digits modulo five, "3204=4", of one to five terms; then, at the "=" of sums of three to
-eight that they never saw: how far the last round still moved the state, for answers that were right and for those that
-were wrong. "AUROC" is how often a wrong answer has the larger value than a right one of as many terms; 0.5 says
-nothing.
+Looped models learn sums of digits modulo five, "3204=4", of one to five terms; then, at the "=" of
+sums of three to eight that they never saw: how far the last round still moved the state, for
+answers that were right and for those that were wrong. "AUROC" is how often a wrong answer has the
+larger value than a right one of as many terms; 0.5 says nothing.
 
     python -m experiments.run settled
 """
@@ -21,10 +21,10 @@ from experiments.stats import auroc
 from experiments.study import Study
 from experiments.sums import keep, sums
 from experiments.sweeps import cases, seeds
-from ngc_jax.core.stability import contraction, norm
+from ngc_jax.analysis import round_states
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.stability import round_states
-from ngc_jax.workdir import open_trained
+from ngc_jax.dynamics.measures import contraction, norm
+from ngc_jax.training.workdir import open_trained
 
 STEPS, ROUNDS = 1000, 4
 TRAINED, ASKED = (1, 2, 3, 4, 5), (3, 4, 5, 6, 7, 8)  # terms of a sum
@@ -40,12 +40,17 @@ COMMON = {
     "eval.every": STEPS,
     "checkpoint.every_steps": STEPS,
 }
-MODELS: dict[str, dict[str, Any]] = {"NGC": {"rate": 5e-3}, "dense looped": {"model.rule": "dense", "rate": 2e-3}}
+MODELS: dict[str, dict[str, Any]] = {
+    "NGC": {"rate": 5e-3},
+    "dense looped": {"model.rule": "dense", "rate": 2e-3},
+}
 MEASURES = ("last step", "last contraction", "entropy of the answer")
 
 
 def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """For each held-out sum: its terms, whether the answer was right, and how settled the state was at its "="."""
+    """For each held-out sum: its terms, whether the answer was right, and how settled the state was
+    at its "=".
+    """
     trained = open_trained(workdir)
     model, params = trained.decoder, trained.params
     text = ("\n".join(sums(6000, ASKED, seed=1, held_out=True)) + "\n").encode()
@@ -64,7 +69,10 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
             "entropy of the answer": -jnp.sum(share * jnp.log(share + 1e-9), axis=-1),
         }
 
-    parts = [jax.device_get(measure(params, part[:, :-1])) for part in np.array_split(windows, len(windows) // 64)]
+    parts = [
+        jax.device_get(measure(params, part[:, :-1]))
+        for part in np.array_split(windows, len(windows) // 64)
+    ]
     seen = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     found: dict[str, list[float]] = {name: [] for name in ("terms", "right", *MEASURES)}
     equals, line = ord("="), ord("\n")
@@ -82,7 +90,9 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
-    """AUROC among sums of the same number of terms, averaged with the number of wrong answers as weight."""
+    """AUROC among sums of the same number of terms, averaged with the number of wrong answers as
+    weight.
+    """
     total, weight = 0.0, 0
     for terms in ASKED:
         of = found["terms"] == terms
@@ -97,7 +107,10 @@ def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """How many sums of each length are right, and what is told by how settled the state was."""
     found = answers(workdir)
-    right = {f"right, {terms} terms": float(np.mean(found["right"][found["terms"] == terms])) for terms in ASKED}
+    right = {
+        f"right, {terms} terms": float(np.mean(found["right"][found["terms"] == terms]))
+        for terms in ASKED
+    }
     return right | {f"AUROC of the {name}": within_difficulty(found, name) for name in MEASURES}
 
 

@@ -2,10 +2,10 @@
 
     python -m experiments.smoke --workdir=runs/smoke
 
-For: every rule, sharing, wiring and kind of iteration, recurrent models, and every model of the comparison, a few
-updates each at a tiny size. What a kill between two checkpoints leaves behind is given to the same run again, which
-must end with the state and the rows of the unbroken one. Not for: kills at random instants (`chaos.py`), or how well
-anything learns (`compare.py`).
+For: every rule, sharing, wiring and kind of iteration, recurrent models, and every model of the
+comparison, a few updates each at a tiny size. What a kill between two checkpoints leaves behind is
+given to the same run again, which must end with the state and the rows of the unbroken one. Not
+for: kills at random instants (`chaos.py`), or how well anything learns (`compare.py`).
 """
 
 import argparse
@@ -24,12 +24,20 @@ from absl import logging
 
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
-from ngc_jax import train
 from ngc_jax.config import RULES_OF_A_MODEL, base
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.nn.shape import DYNAMIC
+from ngc_jax.training import loop as train
 
-SHARINGS = ("qkv", "gate_up", "depth2", "depth3", "depth2,readers", "qkv,gate_up,depth3", "query+value,1+3")
+SHARINGS = (
+    "qkv",
+    "gate_up",
+    "depth2",
+    "depth3",
+    "depth2,readers",
+    "qkv,gate_up,depth3",
+    "query+value,1+3",
+)
 TINY = {
     "data.context": 16,
     "model.width": 16,
@@ -56,37 +64,63 @@ ITERATIONS: dict[str, dict[str, Any]] = {
     "supervise": {"iteration.supervise_every": 1},
     "all": {"iteration.rounds": "uniform", "iteration.backprop": 3, "iteration.supervise_every": 2},
     "no drive": {"model.drive": False},
-    "bits on a route": {"model.state_activation": "tanh", "model.route": "start", "iteration.noise": 0.5},
+    "bits on a route": {
+        "model.state_activation": "tanh",
+        "model.route": "start",
+        "iteration.noise": 0.5,
+    },
 }
 RECURRENT: dict[str, dict[str, Any]] = {
     "whole windows": {},
     "chunks": {"model.chunk": 8, "data.isolate_documents": True},
-    "signals": {"model.core": 2, "model.form": "signals", "model.sharing": "gate_up", "model.wiring": "ring"},
+    "signals": {
+        "model.core": 2,
+        "model.form": "signals",
+        "model.sharing": "gate_up",
+        "model.wiring": "ring",
+    },
 }
-CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}  # after each update
+# after each update
+CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}
 
 
 def choices() -> dict[str, dict[str, Any]]:
     """What is chosen, by name: the fields that choose it."""
-    short = {name: TINY[name] for name in ("train.steps", "train.warmup_steps", "train.log_every", "eval.windows")}
+    short = {
+        name: TINY[name]
+        for name in ("train.steps", "train.warmup_steps", "train.log_every", "eval.windows")
+    }
     short |= {"checkpoint.every_steps": 2, "eval.batch_size": 8}
     return {
         **{f"rule {name}": {**TINY, "model.rule": name} for name in RULES_OF_A_MODEL},
-        **{f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS},
+        **{
+            f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS
+        },
         **{f"wiring {name}": {**TINY, "model.wiring": name} for name in WIRINGS},
         **{f"wiring {name}": {**TINY, **CHANGING, "model.wiring": name} for name in DYNAMIC},
-        **{f"recurrent {name}": {**TINY, "model.kind": "recurrent", **fields} for name, fields in RECURRENT.items()},
+        **{
+            f"recurrent {name}": {**TINY, "model.kind": "recurrent", **fields}
+            for name, fields in RECURRENT.items()
+        },
         **{f"iteration {name}": {**TINY, **MANY, **fields} for name, fields in ITERATIONS.items()},
-        **{f"model {of.model}": {**of.fields, **short} for of in sized(PROTOCOLS["smoke"], list(MODELS))},
+        **{
+            f"model {of.model}": {**of.fields, **short}
+            for of in sized(PROTOCOLS["smoke"], list(MODELS))
+        },
     }
 
 
 def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
-    """Train twice, once with a break; the loss on held-out text. Raises RuntimeError where the two differ."""
+    """Train twice, once with a break; the loss on held-out text. Raises RuntimeError where the two
+    differ.
+    """
     config = base()
-    config.update_from_flattened_dict({"data.path": PROTOCOLS["smoke"].common["data.path"], **fields})
+    config.update_from_flattened_dict(
+        {"data.path": PROTOCOLS["smoke"].common["data.path"], **fields}
+    )
     unbroken, killed = home / "unbroken", home / "killed"
-    jax.config.update("jax_compilation_cache_dir", str(home / "programs"))  # the second run has those of the first
+    # the second run has those of the first
+    jax.config.update("jax_compilation_cache_dir", str(home / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with contextlib.redirect_stdout(io.StringIO()):
         train.run(config, unbroken)
@@ -105,15 +139,21 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/smoke"))
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time; default: cores")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time; default: cores"
+    )
     args = parser.parse_args()
     home = args.workdir.absolute()
     shutil.rmtree(home, ignore_errors=True)
     wanted = choices()
     # Processes of their own, started anew: JAX's threads do not survive a fork.
     anew = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, anew, logging.set_verbosity, (logging.ERROR,)) as pool:
-        losses = pool.map(resumes, [home / name.replace(" ", "-") for name in wanted], wanted.values())
+    with concurrent.futures.ProcessPoolExecutor(
+        args.jobs, anew, logging.set_verbosity, (logging.ERROR,)
+    ) as pool:
+        losses = pool.map(
+            resumes, [home / name.replace(" ", "-") for name in wanted], wanted.values()
+        )
         for name, loss in zip(wanted, losses, strict=True):
             print(f"{name}: {loss:.4f} nats per byte; resumed to the bit", flush=True)
 

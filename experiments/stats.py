@@ -1,7 +1,8 @@
-"""The statistics that studies report: a mean with its interval over seeds, paired differences, and how well a number
-tells two kinds apart.
+"""The statistics that studies report: a mean with its interval over seeds, paired differences, and
+how well a number tells two kinds apart.
 
-For: small functions on numbers already measured. Not for: intervals over blocks of one run (`ngc_jax.stability`).
+For: small functions on numbers already measured. Not for: intervals over blocks of one run
+(`ngc_jax.stability`).
 """
 
 import math
@@ -14,7 +15,9 @@ import scipy.stats
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
-    """`mean ± half width` of the 95% interval of a mean of independent values (Student's t); of one, it alone."""
+    """`mean ± half width` of the 95% interval of a mean of independent values (Student's t); of
+    one, it alone.
+    """
     if not values:
         return "-"
     if len(values) < 2 or not all(map(math.isfinite, values)):
@@ -54,7 +57,9 @@ def ratio(values: Mapping[int, float], others: Mapping[int, float]) -> str:
 
 
 def adjusted(chances: Mapping[str, float]) -> dict[str, float]:
-    """p values corrected for their number by Holm's method (1979), so that the chance of one false find stays."""
+    """p values corrected for their number by Holm's method (1979), so that the chance of one false
+    find stays.
+    """
     ordered = sorted((p, name) for name, p in chances.items() if math.isfinite(p))
     found, least = dict.fromkeys(chances, math.nan), 0.0
     for rank, (p, name) in enumerate(ordered):
@@ -64,6 +69,8 @@ def adjusted(chances: Mapping[str, float]) -> dict[str, float]:
 
 
 def auroc(above: Sequence[float] | np.ndarray, below: Sequence[float] | np.ndarray) -> float:
-    """How often a value of the first kind ranks above one of the second, ties half: 0.5 says nothing."""
+    """How often a value of the first kind ranks above one of the second, ties half: 0.5 says
+    nothing.
+    """
     a, b = np.asarray(above)[:, None], np.asarray(below)[None, :]
     return float(np.mean((a > b) + 0.5 * (a == b)))

@@ -1,4 +1,5 @@
-"""Sums of digits modulo five, "3204=4": a task that is made, not collected, and has one right answer.
+"""Sums of digits modulo five, "3204=4": a task that is made, not collected, and has one right
+answer.
 
 For: studies that ask when a model is right. Not for: the studies.
 """

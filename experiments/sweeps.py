@@ -2,8 +2,8 @@
 
     cases("model", {"NGC": {}, "dense": {"model.rule": "dense"}}) * vary("train.steps", (500, 1000)) * seeds(3)
 
-For: naming each variant and the config fields in which it differs. Not for: running (`run.py`) or reporting
-(`report.py`).
+For: naming each variant and the config fields in which it differs. Not for: running (`run.py`) or
+reporting (`report.py`).
 """
 
 import dataclasses
@@ -18,17 +18,25 @@ SEED = "seed"  # the factor over which a report takes means
 class Variant:
     """A point of a sweep."""
 
-    labels: Mapping[str, str]  # factor -> what its value is called here; together they name the variant
-    fields: Mapping[str, Any]  # of the config. "rate": both learning rates; several: the best of them is to be found
+    # factor -> what its value is called here; together they name the variant
+    labels: Mapping[str, str]
+    # of the config. "rate": both learning rates; several: the best of them is to be found
+    fields: Mapping[str, Any]
 
     @property
     def name(self) -> str:
         """For folders: letters, digits, dots and dashes; a seed is told from other numbers."""
-        said = (f"seed{label}" if factor == SEED else label for factor, label in self.labels.items())
-        return "-".join(re.sub(r"[^\w.]+", "-", re.sub(r" = ", "", label)).strip("-") for label in said)
+        said = (
+            f"seed{label}" if factor == SEED else label for factor, label in self.labels.items()
+        )
+        return "-".join(
+            re.sub(r"[^\w.]+", "-", re.sub(r" = ", "", label)).strip("-") for label in said
+        )
 
     def joined(self, other: "Variant") -> "Variant":
-        """Both at once; of a field that both set, the other's value. Raises ValueError for a factor that both have."""
+        """Both at once; of a field that both set, the other's value. Raises ValueError for a factor
+        that both have.
+        """
         twice = self.labels.keys() & other.labels.keys()
         if twice:
             raise ValueError(f"{sorted(twice)} is varied twice")
@@ -51,7 +59,9 @@ def cases(factor: str, of: Mapping[str, Mapping[str, Any]]) -> Sweep:
 
 
 def vary(field: str, values: Iterable[Any], factor: str = "") -> Sweep:
-    """One variant for each value of a config field; the factor is called as the field's last name, or as given."""
+    """One variant for each value of a config field; the factor is called as the field's last name,
+    or as given.
+    """
     name = factor or field.rpartition(".")[2]
     return cases(name, {f"{name} = {value}": {field: value} for value in values})
 
@@ -62,7 +72,9 @@ def seeds(count: int) -> Sweep:
 
 
 def zipped(*sweeps: Sequence[Variant]) -> Sweep:
-    """The first of each joined, the second of each, and so on. Raises ValueError where they differ in length."""
+    """The first of each joined, the second of each, and so on. Raises ValueError where they differ
+    in length.
+    """
     joined = list(sweeps[0])
     for sweep in sweeps[1:]:
         joined = [a.joined(b) for a, b in zip(joined, sweep, strict=True)]

@@ -1,6 +1,7 @@
 """Which rule should make the weights between groups?
 
-All rules at equal parameters, a dense block inside each group in all of them: the size of states or ports is solved.
+All rules at equal parameters, a dense block inside each group in all of them: the size of states or
+ports is solved.
 
     python -m experiments.run which_rule
 """
@@ -17,7 +18,9 @@ BY_WIDTH: dict[str, Any] = {
     "model.match_by": "width",
     "model.groups": 4,
 }  # dense, or blocks alone, which have no states to size
-RULES: dict[str, dict[str, Any]] = {rule: {"model.rule": rule, "rate": RATES} for rule in RULES_OF_A_MODEL}
+RULES: dict[str, dict[str, Any]] = {
+    rule: {"model.rule": rule, "rate": RATES} for rule in RULES_OF_A_MODEL
+}
 RULES |= {rule: {**RULES[rule], **BY_WIDTH} for rule in ("none", "dense")}
 STUDY = Study(
     sweep=cases("rule", RULES) * seeds(3),

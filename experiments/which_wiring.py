@@ -1,7 +1,7 @@
 """Which groups should hear each other?
 
-Complete wiring against sparser ones, fixed and dynamic, with four of eight channels a group in the end: fewer
-parameters and FLOPs, which are not spent on anything.
+Complete wiring against sparser ones, fixed and dynamic, with four of eight channels a group in the
+end: fewer parameters and FLOPs, which are not spent on anything.
 
     python -m experiments.run which_wiring
 """
@@ -12,7 +12,9 @@ from experiments.sweeps import cases, seeds
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.nn.shape import DYNAMIC
 
-SPARSE = {name: {"model.wiring": name, "model.channels": 3 if name == "block" else 4} for name in WIRINGS}
+SPARSE = {
+    name: {"model.wiring": name, "model.channels": 3 if name == "block" else 4} for name in WIRINGS
+}
 CHANGING = {"model.channels": 7, "rewire.channels": 4, "rewire.every": STEPS // 20}
 MOVING = {name: {"model.wiring": name, **CHANGING} for name in DYNAMIC}
 STUDY = Study(

@@ -1,8 +1,9 @@
 """How much is a round worth?
 
-Held-out loss over width and number of rounds, and the recurrence exponent phi of arXiv 2604.21106 fitted to it: L = E +
-A (N_once + r^phi N_rec)^-alpha, where N_rec parameters in matrices are run r times and N_once once. phi = 1: a round is
-worth as much as a stage of its own; 0: nothing. Plain loops elsewhere: 0.46. Interval by bootstrap over the runs.
+Held-out loss over width and number of rounds, and the recurrence exponent phi of arXiv 2604.21106
+fitted to it: L = E + A (N_once + r^phi N_rec)^-alpha, where N_rec parameters in matrices are run r
+times and N_once once. phi = 1: a round is worth as much as a stage of its own; 0: nothing. Plain
+loops elsewhere: 0.46. Interval by bootstrap over the runs.
 
     python -m experiments.run worth_of_a_round
 """
@@ -30,7 +31,9 @@ def law(of: np.ndarray, floor: float, scale: float, alpha: float, phi: float) ->
 def fit(of: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """E, A, alpha, phi of the least squares, from the best of several beginnings."""
     found = [
-        scipy.optimize.least_squares(lambda x: law(of, *x) - losses, guess, bounds=BOUNDS, x_scale=guess)
+        scipy.optimize.least_squares(
+            lambda x: law(of, *x) - losses, guess, bounds=BOUNDS, x_scale=guess
+        )
         for guess in GUESSES
     ]
     return min(found, key=lambda one: one.cost).x
@@ -59,7 +62,9 @@ def answer(results: Results) -> list[Block]:
     return [Heading("The recurrence exponent"), Words(said)]
 
 
-WIDTHS = {f"width {width}": {"model.width": width, "model.hidden": 3 * width} for width in (32, 48, 64)}
+WIDTHS = {
+    f"width {width}": {"model.width": width, "model.hidden": 3 * width} for width in (32, 48, 64)
+}
 STUDY = Study(
     sweep=cases("width", WIDTHS) * vary("model.rounds", (1, 2, 4, 8)) * seeds(2),
     common={**COMMON, "model.core": 2, "rate": 1e-2},

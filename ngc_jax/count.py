@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ngc_jax import optim
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.training import optimizer as optim
 
 Tree = Any
 
 
 class Parameters(NamedTuple):
-    """Stored parameters: all; in matrices (neuron states, or dense weights); in embeddings (both ends)."""
+    """Stored parameters: all; in matrices (neuron states, or dense weights); in embeddings (both
+    ends).
+    """
 
     total: int
     matrices: int
@@ -25,10 +27,15 @@ class Parameters(NamedTuple):
 
 def parameters(params: Tree) -> Parameters:
     """Count a tree of arrays or shapes."""
-    sizes = [(optim.kind(path), math.prod(leaf.shape)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    sizes = [
+        (optim.kind(path), math.prod(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
     sizes = [(kind, size) for kind, size in sizes if kind != "wiring"]
     matrices = sum(size for kind, size in sizes if kind in ("state", "matrix"))
-    return Parameters(sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding"))
+    return Parameters(
+        sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding")
+    )
 
 
 def generated_weights(model: LanguageModel) -> int:
@@ -37,16 +44,20 @@ def generated_weights(model: LanguageModel) -> int:
 
 
 def peak_memory(compiled: Any) -> int:
-    """Bytes that a compiled program takes on a device: what it is given, returns and needs on the way."""
+    """Bytes that a compiled program takes on a device: what it is given, returns and needs on the
+    way.
+    """
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return int(peak - memory.alias_size_in_bytes)
 
 
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of the matrix products (2 per multiply-add) in one call, loops counted as often as they run.
+    """FLOPs of the matrix products (2 per multiply-add) in one call, loops counted as often as they
+    run.
 
-    Read from the traced program, since XLA's own count takes the body of a loop once. `args` may be abstract.
+    Read from the traced program, since XLA's own count takes the body of a loop once. `args` may be
+    abstract.
     """
     return _flops(jax.make_jaxpr(function)(*args))
 

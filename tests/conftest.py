@@ -14,12 +14,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What is tested is what programs do, and compiling them is most of the time. (CI's main job runs as a user's does.)
+# What is tested is what programs do, and compiling them is most of the time. (CI's main job runs as
+# a user's does.)
 QUICK = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # its older code generator takes half the time; later ones know no other
+# its older code generator takes half the time; later ones know no other
+if version("jaxlib").startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"
-# XLA's CPU backend forgets the order of collectives in a program that it reads from the compilation cache, and so
-# several devices in one process may wait for each other for ever; scheduled like this they do not.
+# XLA's CPU backend forgets the order of collectives in a program that it reads from the compilation
+# cache, and so several devices in one process may wait for each other for ever; scheduled like this
+# they do not.
 QUICK += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
@@ -65,9 +68,14 @@ def make_text(size: int, seed: int = 0) -> str:
 
 
 def shaken(tree: Any, seed: int = 7) -> Any:
-    """Parameters a little away from the special values of their start (zeros, ones, equal leaks): each matters."""
-    draw = np.random.default_rng(seed)  # not jax.random, which would compile a program for each shape
-    return jax.tree.map(lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), tree)
+    """Parameters a little away from the special values of their start (zeros, ones, equal leaks):
+    each matters.
+    """
+    # not jax.random, which would compile a program for each shape
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), tree
+    )
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +124,14 @@ def tiny(text: pathlib.Path, cache: pathlib.Path) -> ConfigDict:
 
 @pytest.fixture
 def tiny_flags(text: pathlib.Path, cache: pathlib.Path) -> list[str]:
-    """The same run on a command line, but for what it would measure of stability, which is most of what it compiles."""
+    """The same run on a command line, but for what it would measure of stability, which is most of
+    what it compiles.
+    """
     fields = {**TINY, "stability.every": 0, "data.path": text, "data.cache_dir": cache}
-    return ["--config=configs/ngc_tiny.py", *(f"--config.{name}={value}" for name, value in fields.items())]
+    return [
+        "--config=configs/ngc_tiny.py",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
 
 
 def launch(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,6 @@
-"""The published baselines, BDH and CoLA: their authors' code's numbers (golden/make.py), and what the harness needs."""
+"""The published baselines, BDH and CoLA: their authors' code's numbers (golden/make.py), and what
+the harness needs.
+"""
 
 import json
 
@@ -11,15 +13,16 @@ from golden import make
 
 import ngc_jax
 from experiments.compare import MODELS
-from ngc_jax import count, optim
+from ngc_jax import count
+from ngc_jax.analysis.learning import generated
 from ngc_jax.config import base, model_shape, validate
-from ngc_jax.data.batches import foretold
+from ngc_jax.data.batches import next_token_targets
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.sample import generate
-from ngc_jax.stability import monitor
-from ngc_jax.stability.learning import generated
-from ngc_jax.steps import TrainState, make_train_step
+from ngc_jax.nn.generate import generate
+from ngc_jax.training import early_warning as monitor
+from ngc_jax.training import optimizer as optim
+from ngc_jax.training.step import TrainState, make_train_step
 
 SHAPE = BDHShape(
     vocab=make.BDH["vocab_size"],
@@ -54,7 +57,9 @@ def test_bdh_is_the_published_function(name, remat):
     model, params = bdh(make.BDH_STD[name], remat=remat)
     inputs, targets = map(jnp.asarray, make.tokens(SHAPE.vocab))
     logits, _ = jax.jit(model.apply)(params, inputs)
-    np.testing.assert_allclose(logits[..., :: make.BDH_COLUMNS], expected["logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logits[..., :: make.BDH_COLUMNS], expected["logits"], rtol=1e-5, atol=1e-5
+    )
     value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(model, p, inputs, targets)))(params)
     assert float(value) == pytest.approx(expected["loss"], abs=1e-5)
     ours = {"embed.weight": gradient["embed"], "lm_head": gradient["unembed"]}
@@ -78,9 +83,18 @@ def test_bdh_learns(optimizer):
     model, params = bdh(0.02)
     config = base().train
     config.update({"optimizer": optimizer, "learning_rate": 1e-3, "steps": 20, "warmup_steps": 2})
-    state = TrainState(jnp.zeros((), jnp.int32), params, optim.optimizer(config).init(params), 0, 0, monitor.begin())
+    state = TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        optim.optimizer(config).init(params),
+        0,
+        0,
+        monitor.begin(),
+    )
     step = jax.jit(make_train_step(model, config, boundary=SHAPE.vocab))
-    text = foretold(np.concatenate([np.asarray(t) for t in make.tokens(SHAPE.vocab)], axis=1))
+    text = next_token_targets(
+        np.concatenate([np.asarray(t) for t in make.tokens(SHAPE.vocab)], axis=1)
+    )
     found = []
     for _ in range(20):
         state, scalars = step(state, text)
@@ -102,7 +116,9 @@ def test_muon_orthogonalises_each_matrix_of_bdh():
 
 
 def test_bdh_refuses_neurons_that_make_no_heads():
-    with pytest.raises(ValueError, match="hidden=36: must be an even number of neurons for each of 4 heads"):
+    with pytest.raises(
+        ValueError, match="hidden=36: must be an even number of neurons for each of 4 heads"
+    ):
         BDHShape(hidden=36)
 
 
@@ -140,8 +156,12 @@ def test_bdh_documents_do_not_hear_each_other():
     model, params = bdh(0.3)
     inputs = jnp.asarray(make.tokens(SHAPE.vocab, 1, 12)[0])
     together = model.apply(params, inputs, jnp.array([[1] * 5 + [2] * 7]))[0]
-    np.testing.assert_allclose(together[:, :5], model.apply(params, inputs[:, :5])[0], rtol=1e-4, atol=2e-5)
-    np.testing.assert_allclose(together[:, 5:], model.apply(params, inputs[:, 5:])[0], rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        together[:, :5], model.apply(params, inputs[:, :5])[0], rtol=1e-4, atol=2e-5
+    )
+    np.testing.assert_allclose(
+        together[:, 5:], model.apply(params, inputs[:, 5:])[0], rtol=1e-4, atol=2e-5
+    )
     assert not np.allclose(together[:, 5:], model.apply(params, inputs)[0][:, 5:], atol=1e-2)
 
 
@@ -149,8 +169,12 @@ def test_basis_sharing_is_one_basis_for_neighbours_in_all_that_reads_the_stream(
     width, hidden, rank, stages = 16, 24, 2, 4
     config = base()
     config.data.context = 8
-    config.update_from_flattened_dict({k: v for k, v in MODELS["Basis Sharing"].items() if k.startswith("model.")})
-    config.model.update({"groups": 2, "heads": 2, "p_inter": rank, "width": width, "hidden": hidden})
+    config.update_from_flattened_dict(
+        {k: v for k, v in MODELS["Basis Sharing"].items() if k.startswith("model.")}
+    )
+    config.model.update(
+        {"groups": 2, "heads": 2, "p_inter": rank, "width": width, "hidden": hidden}
+    )
     config.model.update({"prelude": stages, "core": 0, "coda": 0})
     validate(config)
     model = Decoder(model_shape(config, 20))
@@ -159,14 +183,17 @@ def test_basis_sharing_is_one_basis_for_neighbours_in_all_that_reads_the_stream(
     assert list(found) == [f"prelude {i + 1}" for i in range(stages)]
 
     def span(*names):  # of (stage, member): the dimensions that their W read
-        return np.linalg.matrix_rank(np.concatenate([found[f"prelude {i}"][m] for i, m in names]), rtol=1e-5)
+        return np.linalg.matrix_rank(
+            np.concatenate([found[f"prelude {i}"][m] for i, m in names]), rtol=1e-5
+        )
 
     for member in ("query", "key", "value", "gate", "up"):
         assert span((1, member), (2, member)) == span((3, member), (4, member)) == rank
         assert span((2, member), (3, member)) == 2 * rank
     for member in ("attention out", "down"):
         assert span((1, member), (2, member)) == 2 * rank
-    assert span((1, "query"), (1, "key"), (1, "value")) == 3 * rank  # each kind of matrix has a basis of its own
+    # each kind of matrix has a basis of its own
+    assert span((1, "query"), (1, "key"), (1, "value")) == 3 * rank
 
     bases = stages // 2 * (3 + 2) * width + stages * (width + hidden)
     coefficients = stages * (4 * width + 2 * hidden + width)
@@ -174,10 +201,14 @@ def test_basis_sharing_is_one_basis_for_neighbours_in_all_that_reads_the_stream(
 
 
 def cola(exchange_activation):
-    """The golden model of CoLA as a decoder: every synapse broadcasts, activated, and there is nothing beside that."""
+    """The golden model of CoLA as a decoder: every synapse broadcasts, activated, and there is
+    nothing beside that.
+    """
     c, config = make.COLA, base()
     config.data.context = 40
-    config.model.update({"width": c["hidden_size"], "hidden": c["intermediate_size"], "p_inter": c["rank"]})
+    config.model.update(
+        {"width": c["hidden_size"], "hidden": c["intermediate_size"], "p_inter": c["rank"]}
+    )
     config.model.update({"groups": c["num_attention_heads"], "heads": c["num_attention_heads"]})
     config.model.update({"rule": "broadcast", "message_activation": "silu", "p_intra": 0})
     config.model.update({"exchange_activation": exchange_activation, "qk_norm": False})
@@ -190,7 +221,9 @@ def cola(exchange_activation):
 
     def synapse(*names):
         def fan(end):
-            return each_layer(lambda start: jnp.stack([w[f"{start}{name}_proj.{end}"] for name in names]))
+            return each_layer(
+                lambda start: jnp.stack([w[f"{start}{name}_proj.{end}"] for name in names])
+            )
 
         return {"inter_broadcast": {"pre": fan("cola_a"), "post": fan("cola_b").swapaxes(-1, -2)}}
 
@@ -198,12 +231,21 @@ def cola(exchange_activation):
         "attention_norm": {"scale": each_layer(lambda start: w[f"{start}input_layernorm.weight"])},
         "query_key_value": synapse("self_attn.q", "self_attn.k", "self_attn.v"),
         "attention_out": synapse("self_attn.o"),
-        "exchange_norm": {"scale": each_layer(lambda start: w[f"{start}post_attention_layernorm.weight"])},
+        "exchange_norm": {
+            "scale": each_layer(lambda start: w[f"{start}post_attention_layernorm.weight"])
+        },
         "gate_up": synapse("mlp.gate", "mlp.up"),
         "down": synapse("mlp.down"),
     }
-    params = {"embed": w["model.embed_tokens.weight"], "norm": {"scale": w["model.norm.weight"]}, "prelude": stages}
-    return Decoder(model_shape(config, c["vocab_size"])), {**params, "unembed": w["lm_head.weight"].T}
+    params = {
+        "embed": w["model.embed_tokens.weight"],
+        "norm": {"scale": w["model.norm.weight"]},
+        "prelude": stages,
+    }
+    return Decoder(model_shape(config, c["vocab_size"])), {
+        **params,
+        "unembed": w["lm_head.weight"].T,
+    }
 
 
 def test_the_broadcast_rule_with_silu_is_colas_layer():
@@ -213,7 +255,8 @@ def test_the_broadcast_rule_with_silu_is_colas_layer():
 
 
 @pytest.mark.parametrize(
-    ("exchange_activation", "name"), [("none", "low_rank_activation_only"), ("silu", "both_activations")]
+    ("exchange_activation", "name"),
+    [("none", "low_rank_activation_only"), ("silu", "both_activations")],
 )
 def test_a_decoder_of_such_synapses_is_the_published_cola(exchange_activation, name):
     model, params = cola(exchange_activation)
@@ -221,4 +264,6 @@ def test_a_decoder_of_such_synapses_is_the_published_cola(exchange_activation, n
     assert jax.tree.map(jnp.shape, params) == expected_tree
     inputs = jnp.asarray(make.tokens(make.COLA["vocab_size"])[0])
     logits, _ = jax.jit(model.apply)(params, inputs)
-    np.testing.assert_allclose(logits[..., :: make.COLA_COLUMNS], golden("cola")[name]["logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logits[..., :: make.COLA_COLUMNS], golden("cola")[name]["logits"], rtol=1e-5, atol=1e-5
+    )

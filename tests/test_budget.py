@@ -1,10 +1,12 @@
-"""A model of a given cost: the share is met, by the size asked for, or refused with what would come near."""
+"""A model of a given cost: the share is met, by the size asked for, or refused with what would come
+near.
+"""
 
 import pytest
 
-from ngc_jax import budget
 from ngc_jax.config import base, validate
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training import match_size as budget
 
 
 def config(**fields):
@@ -39,7 +41,9 @@ def test_the_share_is_met_within_a_hundredth(match, fields):
         validate(tried)
     _, share, *what = match.split(":")
     what = what[0] if what else "parameters"
-    assert budget.cost(tried, what) == pytest.approx(float(share) * budget.cost(dense_small(), what), rel=0.01)
+    assert budget.cost(tried, what) == pytest.approx(
+        float(share) * budget.cost(dense_small(), what), rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,10 @@ def test_the_share_is_met_within_a_hundredth(match, fields):
         ("dense_small:-1", "must be CONFIG:SHARE"),
         ("dense_small:0.3:bytes", "must be CONFIG:SHARE"),
         ("nonesuch:0.3", "no config 'nonesuch' in .*dense_small"),
-        ("ngc_tiny:0.0001", "no sizes come within 1% of 0.0001; width=8 with hidden=8 has .*match_by"),
+        (
+            "ngc_tiny:0.0001",
+            "no sizes come within 1% of 0.0001; width=8 with hidden=8 has .*match_by",
+        ),
     ],
 )
 def test_what_cannot_be_met_is_refused_and_changes_nothing(match, message):

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngc_jax.atomic import write_durably
-from ngc_jax.checkpoint import MANIFEST, Checkpoints, digest
+from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, digest
+from ngc_jax.runtime.files import write_durably
 
 
 def state(seed):
     normal = jax.random.normal(jax.random.key(seed), (64, 32))
-    return {"step": jnp.asarray(seed, jnp.int32), "params": {"a": normal, "b": normal.astype(jnp.bfloat16)}}
+    return {
+        "step": jnp.asarray(seed, jnp.int32),
+        "params": {"a": normal, "b": normal.astype(jnp.bfloat16)},
+    }
 
 
 def like(tree):
@@ -69,7 +72,8 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_saving_copies_before_the_state_is_donated(tmp_path):
-    # The loop gives the state's buffers away right after saving; what is written must be what was handed over.
+    # The loop gives the state's buffers away right after saving; what is written must be what was
+    # handed over.
     spoil = jax.jit(lambda tree: jax.tree.map(lambda a: a * 0 - 1, tree), donate_argnums=0)
     big = {"a": jax.random.normal(jax.random.key(0), (1024, 1024))}
     before = digest(big)
@@ -148,7 +152,9 @@ def test_a_failed_save_is_raised(tmp_path, monkeypatch):
 
 def test_another_shape_is_refused(three):
     checkpoints = Checkpoints(three)
-    wrong = like({**state(3), "params": {"a": jnp.zeros((64, 31)), "b": jnp.zeros((64, 32), jnp.bfloat16)}})
+    wrong = like(
+        {**state(3), "params": {"a": jnp.zeros((64, 31)), "b": jnp.zeros((64, 32), jnp.bfloat16)}}
+    )
     with pytest.raises(ValueError, match="shape"):
         checkpoints.restore(3, wrong)
     checkpoints.close()

@@ -1,4 +1,6 @@
-"""Mistakes on the command line: one line that names field, value and what would work; nothing half-written."""
+"""Mistakes on the command line: one line that names field, value and what would work; nothing
+half-written.
+"""
 
 import os
 
@@ -6,7 +8,7 @@ import pytest
 from conftest import launch, python
 
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.workdir import claim
+from ngc_jax.training.workdir import claim
 
 
 @pytest.fixture
@@ -32,8 +34,14 @@ def refused(tiny_flags, tmp_path):
     [
         ("--config.model.widht=3", 'Did you mean "width" instead of "widht"?'),
         ("--config.train.steps=1e3", "invalid literal for int"),
-        ("--config.model.rule=brodcast", "model.rule='brodcast': must be one of 'addressed', 'broadcast'"),
-        ("--config.model.groups=3", "model.width=16: must be a multiple of model.groups=3, for instance 18"),
+        (
+            "--config.model.rule=brodcast",
+            "model.rule='brodcast': must be one of 'addressed', 'broadcast'",
+        ),
+        (
+            "--config.model.groups=3",
+            "model.width=16: must be a multiple of model.groups=3, for instance 18",
+        ),
         ("--config.data.path=/no/such/text", "data.path='/no/such/text' does not exist"),
         ("--config.data.context=100000", "fewer than a window of data.context=100000"),
         ("--config=configs/nothing.py", "No such file"),

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from conftest import python
 
-from ngc_jax import evaluate, sample, train
-from ngc_jax.checkpoint import digest
-from ngc_jax.errors import UserError
-from ngc_jax.inspect import parameter_table
-from ngc_jax.metrics import read_rows
-from ngc_jax.sample import choose, generate
-from ngc_jax.workdir import open_trained
+from ngc_jax.commands import sample
+from ngc_jax.commands.inspect import parameter_table
+from ngc_jax.nn.generate import choose, generate
+from ngc_jax.runtime.checkpoint import digest
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training import evaluation as evaluate
+from ngc_jax.training import loop as train
+from ngc_jax.training.workdir import open_trained
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +32,19 @@ def test_greedy_sampling_is_the_likeliest_token_of_the_full_forward(run):
     trained = open_trained(run)
     prompt = jnp.array([[256, 103, 114], [256, 115, 105]])
     new = generate(trained.model, trained.state.params, prompt, 20, jax.random.key(0), 0.0, 1.0)
-    logits = jax.jit(trained.model.apply)(trained.state.params, jnp.concatenate([prompt, new], axis=1))[0]
+    logits = jax.jit(trained.model.apply)(
+        trained.state.params, jnp.concatenate([prompt, new], axis=1)
+    )[0]
     np.testing.assert_array_equal(new, jnp.argmax(logits[:, 2:-1], axis=-1))
 
 
 def test_sampling_follows_its_seed(run):
     trained = open_trained(run)
     prompt = jnp.array([[256, 103]])
-    draw = [generate(trained.model, trained.state.params, prompt, 30, jax.random.key(k), 1.0, 0.95) for k in (0, 0, 1)]
+    draw = [
+        generate(trained.model, trained.state.params, prompt, 30, jax.random.key(k), 1.0, 0.95)
+        for k in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert not np.array_equal(draw[0], draw[2])
 
@@ -96,9 +103,11 @@ def test_a_loop_is_evaluated_for_other_rounds_and_until_it_settles(run, monkeypa
         command()
         return dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
 
-    monkeypatch.setattr(evaluate, "compile_watch", lambda *_: lambda _: {})  # most of what would be compiled
+    # most of what would be compiled
+    monkeypatch.setattr(evaluate, "compile_watch", lambda *_: lambda _: {})
     four = float(printed(evaluate.main, "--rounds=4")["loss"])
-    settled = printed(evaluate.main, "--rounds=settled", "--tolerance=1e-9", "--cap=4")  # that no round stays below
+    # that no round stays below
+    settled = printed(evaluate.main, "--rounds=settled", "--tolerance=1e-9", "--cap=4")
     assert (float(settled["loss"]), float(settled["rounds"])) == (pytest.approx(four, abs=1e-5), 4)
     assert four != pytest.approx(read_rows(run)[-1]["final/loss"], abs=1e-3)  # of two rounds
     for command, flag, message in (

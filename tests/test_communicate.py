@@ -10,9 +10,9 @@ from conftest import TINY
 
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.communicate import communicate
-from ngc_jax.core.stability import summarise
+from ngc_jax.dynamics.measures import summarise
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.steps import losses
+from ngc_jax.training.step import losses
 
 B, T, D, R = 2, 3, 8, 5
 
@@ -27,7 +27,14 @@ def loop():
 
 
 def run(w, start, keep, drive, **options):
-    return communicate(lambda x, memory: (jnp.tanh(x @ w), memory), start, keep=keep, drive=drive, rounds=R, **options)
+    return communicate(
+        lambda x, memory: (jnp.tanh(x @ w), memory),
+        start,
+        keep=keep,
+        drive=drive,
+        rounds=R,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(("activation", "phi"), [(None, lambda x: x), ("tanh", np.tanh)])
@@ -42,12 +49,16 @@ def test_rounds_and_records_are_the_numpy_loop(loop, activation, phi):
         shares.append(np.mean(driven / (driven + np.linalg.norm(added, axis=-1))))
     changes = [np.linalg.norm(b - a, axis=-1) for a, b in itertools.pairwise(states)]
     factors = [np.exp(np.mean(np.log(b / a))) for a, b in itertools.pairwise(changes)]
-    growth = [np.mean(np.linalg.norm(x, axis=-1) / np.linalg.norm(start, axis=-1)) for x in states[1:]]
+    growth = [
+        np.mean(np.linalg.norm(x, axis=-1) / np.linalg.norm(start, axis=-1)) for x in states[1:]
+    ]
 
     x, _, records = run(*loop, record=True, activation=activation)
     measured = summarise(records)
     np.testing.assert_allclose(x, states[-1], rtol=1e-5, atol=1e-6)
-    assert measured["contraction_per_round"] == pytest.approx(np.exp(np.mean(np.log(factors))), rel=1e-4)
+    assert measured["contraction_per_round"] == pytest.approx(
+        np.exp(np.mean(np.log(factors))), rel=1e-4
+    )
     assert measured["contraction_per_round_max"] == pytest.approx(max(factors), rel=1e-4)
     assert measured["drive_ratio"] == pytest.approx(np.mean(shares), rel=1e-5)
     assert measured["boundedness"] == pytest.approx(max(growth), rel=1e-5)
@@ -59,7 +70,10 @@ def test_recording_and_remat_change_nothing(loop):
     # Equal to rounding: two programs, and the compiler may fuse them differently.
     np.testing.assert_allclose(run(*loop)[0], plain, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(run(*loop, record=True)[0], plain, rtol=1e-5, atol=1e-6)
-    gradients = [jax.grad(lambda w, r=r: jnp.sum(run(w, *loop[1:], remat=r)[0] ** 2))(loop[0]) for r in (True, False)]
+    gradients = [
+        jax.grad(lambda w, r=r: jnp.sum(run(w, *loop[1:], remat=r)[0] ** 2))(loop[0])
+        for r in (True, False)
+    ]
     np.testing.assert_allclose(*gradients, rtol=1e-5)
 
 
@@ -97,7 +111,13 @@ def test_training_memory_grows_by_the_carried_state_alone(form):
         def loss(params, tokens):
             return losses(model, params, tokens, None, jnp.float32)[0].mean()
 
-        return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(params, tokens)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     carried = batch * context * width * 4
     eight, sixteen, thirty_two = (temporary(rounds) for rounds in (8, 16, 32))

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from ngc_jax import budget, count
+from ngc_jax import count
 from ngc_jax.config import RULES_OF_A_MODEL, base, model_shape, validate
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.workdir import abstract_state, differences
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training import match_size as budget
+from ngc_jax.training.workdir import abstract_state, differences
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -80,7 +81,8 @@ def test_flops_count_loops_as_often_as_they_run():
         return count.forward_flops(model.apply, params, jax.ShapeDtypeStruct((2, 128), jnp.int32))
 
     d, f, tokens = 128, 384, 2 * 128
-    stage = 2 * tokens * (4 * d * d + 3 * d * f + 2 * 128 * d)  # matrices, and attention's two products
+    # matrices, and attention's two products
+    stage = 2 * tokens * (4 * d * d + 3 * d * f + 2 * 128 * d)
     assert flops(1) == 3 * stage + 2 * tokens * d * 257
     assert flops(9) - flops(1) == 8 * stage
 
@@ -92,15 +94,27 @@ def test_flops_count_loops_as_often_as_they_run():
         ("data.tokenizer", "words", "one of 'bytes', 'bpe'"),
         ("data.validation_fraction", 0.0, "above 0 and at most 0.5"),
         ("model.rule", "x", "one of 'addressed'"),
-        ("model.rule", "within", "one of 'addressed', 'broadcast', 'metric', .*'distance', 'none', 'dense'"),
+        (
+            "model.rule",
+            "within",
+            "one of 'addressed', 'broadcast', 'metric', .*'distance', 'none', 'dense'",
+        ),
         ("model.heads", 3, "a divisor of model.groups=8 .* for instance 2"),
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
         ("model.rounds", 0, "1 or more"),
-        ("model.init_rank", 20, "model.init_rank=20: must be 0, or a multiple of 8 .* up to 128, for instance 16"),
+        (
+            "model.init_rank",
+            20,
+            "model.init_rank=20: must be 0, or a multiple of 8 .* up to 128, for instance 16",
+        ),
         ("model.init_rank", 144, "up to 128, for instance 128"),
         ("model.message_activation", "tanh", "one of 'none', 'silu'"),
         ("model.exchange_activation", None, "one of 'none', 'silu'"),
-        ("train.accumulation", 3, "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18"),
+        (
+            "train.accumulation",
+            3,
+            "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18",
+        ),
         ("train.warmup_steps", 1000, "at least 0 and below train.steps=1000, for instance 100"),
         ("train.learning_rate", 0.0, "above 0"),
         ("train.b2", 1.0, "from 0 to below 1"),
@@ -145,7 +159,12 @@ def test_a_message_activation_wants_a_signal(rule):
 
 def test_differences_ignore_how_a_run_is_watched():
     old, new = base(), base()
-    new.eval.every, new.checkpoint.keep, new.train.log_every, new.data.cache_dir = 5, 9, 1, "elsewhere"
+    new.eval.every, new.checkpoint.keep, new.train.log_every, new.data.cache_dir = (
+        5,
+        9,
+        1,
+        "elsewhere",
+    )
     assert differences(old.to_dict(), new.to_dict()) == []
     new.seed, new.model.width = 3, 256
     assert differences(old.to_dict(), new.to_dict()) == ["model.width: 128 -> 256", "seed: 0 -> 3"]

@@ -1,4 +1,6 @@
-"""Corpora, tokens and batches: what is read, how it is split and kept, and that a batch is a function of the step."""
+"""Corpora, tokens and batches: what is read, how it is split and kept, and that a batch is a
+function of the step.
+"""
 
 import itertools
 import multiprocessing
@@ -13,12 +15,12 @@ import pytest
 from conftest import ROOT, make_text
 from ml_collections import ConfigDict
 
-from ngc_jax.atomic import build_directory
 from ngc_jax.config import base
 from ngc_jax.data.batches import Windows, held_out_batches, train_batches
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents, text_documents
 from ngc_jax.data.tokens import Bytes, load_data
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import build_directory
 
 
 def settings(tmp_path: pathlib.Path, **fields: object) -> ConfigDict:
@@ -32,7 +34,7 @@ def document_set(tokens: np.ndarray) -> set[bytes]:
     return {Bytes().decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)}
 
 
-# ---- Corpora ---------------------------------------------------------------------------------------------------------
+# ---- Corpora -------------------------------------------------------------------------------------
 
 
 def test_library_source_is_split_by_path_without_tests_or_duplicates():
@@ -90,7 +92,7 @@ def test_text_shorter_than_a_window_is_a_clear_error(tmp_path):
         load_data(settings(tmp_path, path=str(tmp_path / "a.txt")))
 
 
-# ---- Tokens ----------------------------------------------------------------------------------------------------------
+# ---- Tokens --------------------------------------------------------------------------------------
 
 
 def test_documents_come_back_whole_and_the_cache_is_used(tmp_path):
@@ -101,7 +103,9 @@ def test_documents_come_back_whole_and_the_cache_is_used(tmp_path):
         (folder / f"{i}.txt").write_text(text)
     config = settings(tmp_path, path=str(folder), validation_fraction=0.2)
     tokens = load_data(config)
-    assert document_set(tokens.train.tokens) | document_set(tokens.validation.tokens) == {t.encode() for t in texts}
+    assert document_set(tokens.train.tokens) | document_set(tokens.validation.tokens) == {
+        t.encode() for t in texts
+    }
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
     again = load_data(config)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == made
@@ -157,20 +161,31 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
             )
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(range(8)), "test": self._generate_examples(range(8, 10))}
+            return {
+                "train": self._generate_examples(range(8)),
+                "test": self._generate_examples(range(8, 10)),
+            }
 
         def _generate_examples(self, numbers):
             for i in numbers:
                 yield i, {"poem": f"poem {i} " * 5}
 
     Poems(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
-    where = {"tfds_name": "poems", "tfds_data_dir": str(tmp_path / "tfds"), "validation_split": "test"}
+    where = {
+        "tfds_name": "poems",
+        "tfds_data_dir": str(tmp_path / "tfds"),
+        "validation_split": "test",
+    }
     tokens = load_data(settings(tmp_path, **where, text_key="poem"))
     assert document_set(tokens.train.tokens) == {b"poem %d " % i * 5 for i in range(8)}
     assert document_set(tokens.validation.tokens) == {b"poem %d " % i * 5 for i in range(8, 10)}
-    with pytest.raises(UserError, match=r"data.text_key='text' is no text feature of poems.*\['poem'\]"):
+    with pytest.raises(
+        UserError, match=r"data.text_key='text' is no text feature of poems.*\['poem'\]"
+    ):
         load_data(settings(tmp_path, **where))
-    with pytest.raises(UserError, match=r"data.validation_split='validation': poems.* has \['test', 'train'\]"):
+    with pytest.raises(
+        UserError, match=r"data.validation_split='validation': poems.* has \['test', 'train'\]"
+    ):
         load_data(settings(tmp_path, **{**where, "validation_split": "validation"}))
     with pytest.raises(UserError, match="ArrayRecord"):
         load_data(settings(tmp_path, tfds_name="lm1b", tfds_data_dir=str(tmp_path / "tfds")))
@@ -178,7 +193,7 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
         load_data(settings(tmp_path, tfds_name="no_such_set"))
 
 
-# ---- Building in the cache -------------------------------------------------------------------------------------------
+# ---- Building in the cache -----------------------------------------------------------------------
 
 
 def _load(config: ConfigDict) -> str:
@@ -190,17 +205,21 @@ def test_many_processes_may_build_at_once(tmp_path):
     config = settings(tmp_path, path=str(tmp_path / "a.txt"))
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert len(set(pool.map(_load, [config] * 3))) == 1
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")], "nothing half-built stays"
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")], (
+        "nothing half-built stays"
+    )
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_looks_whole(tmp_path):
     script = (
         "import pathlib, sys, time\n"
-        "from ngc_jax.atomic import build_directory\n"
+        "from ngc_jax.runtime.files import build_directory\n"
         "with build_directory(pathlib.Path(sys.argv[1]) / 'set') as d:\n"
         "    (d / 'part').write_text('half'); print('building', flush=True); time.sleep(60)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == b"building\n"
     child.send_signal(signal.SIGKILL)
@@ -217,12 +236,18 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-# ---- Batches ---------------------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 def take(**options):
     windows = Windows(np.arange(8 * 37 + 1, dtype=np.uint16), 8)
-    return np.stack(list(train_batches(windows, **{"batch_size": 4, "seed": 3, "start": 0, "stop": 20, **options})))
+    return np.stack(
+        list(
+            train_batches(
+                windows, **{"batch_size": 4, "seed": 3, "start": 0, "stop": 20, **options}
+            )
+        )
+    )
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -252,8 +277,15 @@ def test_windows_overlap_by_their_target_alone():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_held_out_windows_are_each_read_once(processes):
     windows = Windows(np.arange(8 * 10 + 1), 8)
-    parts = [held_out_batches(windows, batch_size=4, rows=rows) for rows in np.split(np.arange(4), processes)]
-    seen = sorted(rows[i, 0, 0] // 8 for part in parts for rows, real in part for i in np.flatnonzero(real))
+    parts = [
+        held_out_batches(windows, batch_size=4, rows=rows)
+        for rows in np.split(np.arange(4), processes)
+    ]
+    seen = sorted(
+        rows[i, 0, 0] // 8 for part in parts for rows, real in part for i in np.flatnonzero(real)
+    )
     assert seen == list(range(10))
-    few = [rows[real][:, 0, 0] // 8 for rows, real in held_out_batches(windows, batch_size=4, limit=3)]
+    few = [
+        rows[real][:, 0, 0] // 8 for rows, real in held_out_batches(windows, batch_size=4, limit=3)
+    ]
     np.testing.assert_array_equal(np.concatenate(few), [0, 4, 9])

@@ -12,16 +12,16 @@ from conftest import WHOLE, shaken
 from flax import traverse_util
 
 import ngc_jax
-from ngc_jax import optim
+from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.config import base, model_shape
 from ngc_jax.core import attention
 from ngc_jax.core.rules import INSIDE, RULES
-from ngc_jax.data.batches import foretold
+from ngc_jax.data.batches import next_token_targets
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.shape import SynapsePart
-from ngc_jax.stability import attention_shares
-from ngc_jax.steps import losses
+from ngc_jax.training import optimizer as optim
+from ngc_jax.training.step import losses
 
 VARIANTS = {
     "addressed": {},
@@ -32,7 +32,14 @@ VARIANTS = {
     "blocks_only": {"rule": "none"},
     "dense": {"rule": "dense"},
     "tanh": {"rule": "tanh", "p_intra": 2, "form": "signals"},
-    "deep": {"prelude": 2, "core": 2, "rounds": 3, "coda": 0, "state_activation": "tanh", "route": "start"},
+    "deep": {
+        "prelude": 2,
+        "core": 2,
+        "rounds": 3,
+        "coda": 0,
+        "state_activation": "tanh",
+        "route": "start",
+    },
     "no_loop": {"prelude": 2, "core": 0},
     "no_norm_no_gate": {"qk_norm": False, "exchange_activation": "none"},
     "encapsulated": {"rule": "dense", "gates": True},
@@ -67,7 +74,11 @@ def numpy_synapse(params, stage, x, activation):
             pre, post = one.get("pre", ()), one["weight" if place == "dense" else "post"]
             if active:
                 each = [
-                    np.asarray(ngc_jax.weights(rule, pre, post, jnp.asarray(t, jnp.float32), active)) @ t for t in flat
+                    np.asarray(
+                        ngc_jax.weights(rule, pre, post, jnp.asarray(t, jnp.float32), active)
+                    )
+                    @ t
+                    for t in flat
                 ]
                 fan.append(np.stack(each))
             else:
@@ -130,11 +141,18 @@ def numpy_stage(s, params, stage, x, route=None):
     read = numpy_norm(x, params["attention_norm"]["scale"][stage])
     shares, value = numpy_attention(s, params, stage, read)
     if route is not None:
-        shares, _ = numpy_attention(s, params, stage, numpy_norm(route, params["attention_norm"]["scale"][stage]))
+        shares, _ = numpy_attention(
+            s, params, stage, numpy_norm(route, params["attention_norm"]["scale"][stage])
+        )
     mixed = np.zeros_like(value)
     for b, t, h in np.ndindex(*value.shape[:3]):
         mixed[b, t, h] = shares[b, t, h] @ value[b, :, h]
-    x = x + synapse("attention_out", gated("attention_gates", read, mixed.reshape(x.shape)))[..., 0, :]
+    x = (
+        x
+        + synapse("attention_out", gated("attention_gates", read, mixed.reshape(x.shape)))[
+            ..., 0, :
+        ]
+    )
     read = numpy_norm(x, params["exchange_norm"]["scale"][stage])
     both = synapse("gate_up", read)
     gate = both[..., 0, :]
@@ -155,10 +173,13 @@ def numpy_forward(model, params, tokens):
     x = np.asarray(params["embed"], np.float64)[np.asarray(tokens)]
     x = run(params.get("prelude"), s.prelude, x)
     if s.core:
-        keep = 1 / (1 + np.exp(np.asarray(params["core"]["leak"], np.float64)))  # exp(-softplus(a)) = sigmoid(-a)
+        # exp(-softplus(a)) = sigmoid(-a)
+        keep = 1 / (1 + np.exp(np.asarray(params["core"]["leak"], np.float64)))
         start = x
         for _ in range(s.rounds):
-            added = run(params["core"]["stages"], s.core, x, start if s.route == "start" else None) - x
+            added = (
+                run(params["core"]["stages"], s.core, x, start if s.route == "start" else None) - x
+            )
             x = keep * x + np.asarray(params["core"]["drive"]) * start + added
             x = np.tanh(x) if s.state_activation else x
     x = run(params.get("coda"), s.coda, x)
@@ -180,7 +201,9 @@ def test_gates_start_open_and_read_no_later_token():
     params = jax.jit(gated.init)(jax.random.key(0))
     apart = traverse_util.flatten_dict(params)
     gates = {path: leaf for path, leaf in apart.items() if "gates" in str(path)}
-    rest = traverse_util.unflatten_dict({path: leaf for path, leaf in apart.items() if path not in gates})
+    rest = traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in apart.items() if path not in gates}
+    )
     assert [leaf.shape[-2:] for leaf in gates.values()] == [(16, 4)] * 2
     assert {optim.kind(path) for path in gates} == {"matrix"}
     jax.tree.map(np.testing.assert_array_equal, rest, jax.jit(plain.init)(jax.random.key(0)))
@@ -188,7 +211,9 @@ def test_gates_start_open_and_read_no_later_token():
     logits, _ = apply(params, tokens())
     np.testing.assert_array_equal(logits, jax.jit(plain.apply)(rest, tokens())[0])
 
-    open_wide = jax.tree.map(lambda p: p if np.any(p) else p + jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
+    open_wide = jax.tree.map(
+        lambda p: p if np.any(p) else p + jnp.sin(jnp.arange(p.size)).reshape(p.shape), params
+    )
     logits, _ = apply(open_wide, tokens())
     later, _ = apply(open_wide, tokens().at[:, 9].add(1))
     np.testing.assert_array_equal(later[:, :9], logits[:, :9])
@@ -206,18 +231,24 @@ def test_queries_start_at_their_gain_and_keys_at_one():
 def test_attention_shares_are_the_numpy_ones():
     model, params = build(rule="dense", core=0, coda=0)
     x, stage = tokens(2, 6), params["prelude"]
-    found = jax.jit(partial(attention_shares, model))(params, x)
+    found = jax.jit(partial(attention_weights_by_stage, model))(params, x)
     read = np.asarray(params["embed"], np.float64)[np.asarray(x)]
-    expected, _ = numpy_attention(model.shape, stage, 0, numpy_norm(read, stage["attention_norm"]["scale"][0]))
+    expected, _ = numpy_attention(
+        model.shape, stage, 0, numpy_norm(read, stage["attention_norm"]["scale"][0])
+    )
     assert {*found} == {"prelude 1"}
     np.testing.assert_allclose(found["prelude 1"], expected.swapaxes(1, 2), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["prelude 1"].sum(-1), 1, rtol=1e-5)
 
 
 def test_attention_in_one_kernel_is_the_written_out_one(monkeypatch):
-    """cuDNN's kernel is not to be had here; XLA's function of the same name and arguments stands in for it."""
+    """cuDNN's kernel is not to be had here; XLA's function of the same name and arguments stands in
+    for it.
+    """
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.standard_normal((2, 9, 3, 8)), jnp.float32) for _ in range(3))
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((2, 9, 3, 8)), jnp.float32) for _ in range(3)
+    )
     taken = jax.nn.dot_product_attention
 
     def stand_in(*args, implementation, **options):
@@ -226,15 +257,19 @@ def test_attention_in_one_kernel_is_the_written_out_one(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     for causal in (True, False):
-        mask = attention.visible(jnp.arange(9), jnp.arange(9), window=9, causal=causal)
-        written = attention.mix(attention.shares(query, key, mask), value)
+        mask = attention.attention_mask(jnp.arange(9), jnp.arange(9), window=9, causal=causal)
+        written = attention.mix(attention.attention_weights(query, key, mask), value)
         fused = attention.attend_fused(query, key, value, causal)
         np.testing.assert_allclose(fused, written, rtol=1e-5, atol=1e-6)
 
 
-def test_a_stage_takes_the_one_kernel_where_all_the_past_is_seen_and_no_shares_are_asked_for(monkeypatch):
+def test_a_stage_takes_the_one_kernel_where_all_the_past_is_seen_and_no_shares_are_asked_for(
+    monkeypatch,
+):
     config = base()
-    config.update_from_flattened_dict({**WHOLE, "model.rule": "dense", "model.core": 0, "model.coda": 0})
+    config.update_from_flattened_dict(
+        {**WHOLE, "model.rule": "dense", "model.core": 0, "model.coda": 0}
+    )
     model, taken = Decoder(model_shape(config, 50)), []
     params = jax.eval_shape(model.init, jax.random.key(0))
 
@@ -250,7 +285,7 @@ def test_a_stage_takes_the_one_kernel_where_all_the_past_is_seen_and_no_shares_a
     jax.eval_shape(model.apply, params, tokens(2, 17))  # longer than the context
     jax.eval_shape(model.apply, params, tokens(2, 16), jnp.zeros((2, 16), jnp.int32))
     jax.eval_shape(model.decode, params, tokens(2, 3), model.init_cache(2, 9), 0)
-    jax.eval_shape(partial(attention_shares, model), params, tokens(2, 16))
+    jax.eval_shape(partial(attention_weights_by_stage, model), params, tokens(2, 16))
     assert taken == [16]
 
 
@@ -258,7 +293,9 @@ def test_jit_changes_nothing():
     model, params = build()
     with jax.disable_jit():
         plain = model.apply(params, tokens(1, 4))[0]
-    np.testing.assert_allclose(jax.jit(model.apply)(params, tokens(1, 4))[0], plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.apply)(params, tokens(1, 4))[0], plain, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", ["addressed", "broadcast_silu", "deep"])
@@ -267,11 +304,13 @@ def test_no_logit_depends_on_a_later_token(variant):
     embedded = jax.nn.one_hot(tokens(1, 8), 50)
 
     def logits(embedded):
-        # Tokens enter by their embedding only: a table of these rows, read in order, makes them differentiable.
+        # Tokens enter by their embedding only: a table of these rows, read in order, makes them
+        # differentiable.
         table = {**params, "embed": embedded[0] @ params["embed"]}
         return model.apply(table, jnp.arange(8)[None])[0][0]
 
-    reach = jnp.abs(jax.jit(jax.jacobian(logits))(embedded)).sum((1, 2, 4))  # [T of the logit, T of the token]
+    # [T of the logit, T of the token]
+    reach = jnp.abs(jax.jit(jax.jacobian(logits))(embedded)).sum((1, 2, 4))
     assert np.all(np.asarray(reach)[np.triu_indices(8, 1)] == 0)
     assert np.all(np.asarray(reach)[np.tril_indices(8)] > 0)
 
@@ -285,7 +324,7 @@ def test_cached_logits_are_the_full_forwards(variant):
     cache = model.init_cache(2, 24)
     first, cache = decode(params, x[:, :5], cache, 0)
     np.testing.assert_allclose(first, full[:, :5], rtol=1e-4, atol=1e-5)
-    apart = model.apart(params)
+    apart = model.unstack(params)
     for t in range(5, 24):
         one, cache = decode(apart, x[:, t : t + 1], cache, t)
         np.testing.assert_allclose(one[:, 0], full[:, t], rtol=1e-4, atol=2e-5)
@@ -299,9 +338,14 @@ def test_decoding_leaves_the_callers_cache_alone():
 
 
 def test_forms_and_remat_agree_in_value_and_gradient():
-    x = foretold(np.array(tokens()), 49)
+    x = next_token_targets(np.array(tokens()), 49)
     reference = None
-    for form, remat in (("weights", "none"), ("weights", "rounds"), ("weights", "stages"), ("signals", "rounds")):
+    for form, remat in (
+        ("weights", "none"),
+        ("weights", "rounds"),
+        ("weights", "stages"),
+        ("signals", "rounds"),
+    ):
         model, params = build(form=form, remat=remat)
 
         def loss(params, model=model):
@@ -309,7 +353,9 @@ def test_forms_and_remat_agree_in_value_and_gradient():
 
         found = jax.jit(jax.value_and_grad(loss))(params)
         reference = reference or found
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, reference)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, reference
+        )
 
 
 def test_isolated_documents_do_not_see_each_other():
@@ -323,11 +369,15 @@ def test_isolated_documents_do_not_see_each_other():
     assert not np.allclose(together[:, 5:], apply(params, x)[0][:, 5:], atol=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["addressed", "broadcast_silu", "low_intra", "no_intra", "blocks_only", "dense"])
+@pytest.mark.parametrize(
+    "variant", ["addressed", "broadcast_silu", "low_intra", "no_intra", "blocks_only", "dense"]
+)
 @pytest.mark.parametrize("form", ["weights", "signals"])
 def test_synapses_keep_unit_variance_at_start(variant, form):
     config = base()
-    config.model.update({**VARIANTS[variant], "width": 256, "hidden": 768, "p_inter": 16, "form": form})
+    config.model.update(
+        {**VARIANTS[variant], "width": 256, "hidden": 768, "p_inter": 16, "form": form}
+    )
     shape = model_shape(config, 50)
     for n_in, n_out in ((256, 768), (768, 256)):
         synapse = Synapse(shape.parts(n_in, n_out), n_in, n_out, form, (0, 1))
@@ -339,7 +389,9 @@ def test_synapses_keep_unit_variance_at_start(variant, form):
 
 @pytest.mark.parametrize("rule", sorted(set(RULES) - set(INSIDE)))
 def test_each_rule_serves_between_groups(rule):
-    """Unit variance at start, one y in both forms and at their sum, and a gradient for all that is kept."""
+    """Unit variance at start, one y in both forms and at their sum, and a gradient for all that is
+    kept.
+    """
     x = jax.random.normal(jax.random.key(0), (400, 128))
     outputs = []
     for form in ("weights", "signals"):

@@ -7,7 +7,8 @@ from conftest import ROOT
 from experiments import early_warning, protocols, readme, rule_pictures, settled, stats, sums
 from experiments import text_measures as measures
 from experiments.blocks import Table
-from ngc_jax import RULES, budget
+from ngc_jax import RULES
+from ngc_jax.training import match_size as budget
 
 
 def falling(steps=300):
@@ -38,7 +39,13 @@ def test_a_statistic_that_knows_is_told_from_one_that_does_not():
         if i % 2:
             loss[200:] += 1
             signal[120:] = 1
-        runs.append({"train/loss": loss, "signal": signal, "noise": np.random.default_rng(i).normal(size=300)})
+        runs.append(
+            {
+                "train/loss": loss,
+                "signal": signal,
+                "noise": np.random.default_rng(i).normal(size=300),
+            }
+        )
     knows = early_warning.judge(runs, lambda run: run["signal"], 0.5)
     assert knows["auroc"] == 1
     assert knows["false"] == 0
@@ -47,7 +54,10 @@ def test_a_statistic_that_knows_is_told_from_one_that_does_not():
 
 
 def test_the_sums_are_right_and_the_two_sides_share_none():
-    train, held_out = sums.sums(2000, settled.TRAINED, 0, False), sums.sums(500, settled.ASKED, 1, True)
+    train, held_out = (
+        sums.sums(2000, settled.TRAINED, 0, False),
+        sums.sums(500, settled.ASKED, 1, True),
+    )
     assert not set(train) & set(held_out)
     for line in held_out:
         asked, answer = line.split("=")
@@ -56,7 +66,10 @@ def test_the_sums_are_right_and_the_two_sides_share_none():
 
 
 def test_the_same_sum_in_another_order_is_found():
-    assert sums.reordered(["310=4", "12=3", "301=4", "310=4", "21=3", "4=4"]) == [["310=4", "301=4"], ["12=3", "21=3"]]
+    assert sums.reordered(["310=4", "12=3", "301=4", "310=4", "21=3", "4=4"]) == [
+        ["310=4", "301=4"],
+        ["12=3", "21=3"],
+    ]
 
 
 def test_how_varied_a_text_is():
@@ -78,8 +91,12 @@ def test_how_often_answers_agree():
 def test_divergence_is_jensen_and_shannons():
     assert measures.divergence(np.array([0.5, 0.5, 0]), np.array([0, 0, 1.0])) == 1
     p, q = np.array([0.5, 0.5]), np.array([1.0, 0])
-    by_hand = 0.5 * (0.5 * np.log2(0.5 / 0.75) + 0.5 * np.log2(0.5 / 0.25)) + 0.5 * np.log2(1 / 0.75)
-    np.testing.assert_allclose(measures.divergence(np.stack([p, q, p]), np.stack([q, p, p])), [by_hand, by_hand, 0])
+    by_hand = 0.5 * (0.5 * np.log2(0.5 / 0.75) + 0.5 * np.log2(0.5 / 0.25)) + 0.5 * np.log2(
+        1 / 0.75
+    )
+    np.testing.assert_allclose(
+        measures.divergence(np.stack([p, q, p]), np.stack([q, p, p])), [by_hand, by_hand, 0]
+    )
     # Two heads, two tokens: in one stage they look at different tokens, in the next both at both.
     first = np.array([[[[1, 0], [1, 0]], [[1, 0], [0, 1]]]])
     second = np.array([[[[1, 0], [0.5, 0.5]], [[1, 0], [0.5, 0.5]]]])
@@ -129,8 +146,20 @@ def test_readmes_table_has_the_largest_first_and_the_better_before_the_worse():
         ["BDH", "1:flops", "1.6 ± 0.1", "90", "99", "0.15", "9"],
         ["dense", "1:flops", "-", "99", "99", "", "1"],
     ]
-    tables = (Table(["factor", "values"], [["share", "all"]]), Table(head, rows), Table(["model"], [["NGC"]]))
+    tables = (
+        Table(["factor", "values"], [["share", "all"]]),
+        Table(head, rows),
+        Table(["model"], [["NGC"]]),
+    )
     lines = readme.table("\n\n".join(table.markdown() for table in tables)).splitlines()
-    assert lines[0].startswith("| model | share | parameters in matrices | all parameters | loss (nats per byte) | ")
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| BDH", "| NGC", "| dense", "| BDH", "| NGC"]
+    assert lines[0].startswith(
+        "| model | share | parameters in matrices | all parameters | loss (nats per byte) | "
+    )
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| BDH",
+        "| NGC",
+        "| dense",
+        "| BDH",
+        "| NGC",
+    ]
     assert lines[3] == "| NGC | 0.32 | 32 | 34 | 1.4 ± 0.1 | -0.05 | 1.4 |"

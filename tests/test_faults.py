@@ -1,4 +1,6 @@
-"""What may befall a run while it goes: a full disk, a signal in an evaluation, bad batches, a hang. (Kills: chaos.)"""
+"""What may befall a run while it goes: a full disk, a signal in an evaluation, bad batches, a hang.
+(Kills: chaos.)
+"""
 
 import contextlib
 import os
@@ -12,11 +14,12 @@ import numpy as np
 import pytest
 
 from experiments.chaos import outcome
-from ngc_jax import spikes, train
-from ngc_jax.checkpoint import MANIFEST, Checkpoints, SaveFailed
 from ngc_jax.data import NOTHING
-from ngc_jax.metrics import Progress, read_rows
-from ngc_jax.watchdog import EXIT_CODE, Watchdog
+from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, SaveFailed
+from ngc_jax.runtime.metrics import Progress, read_rows
+from ngc_jax.runtime.watchdog import EXIT_CODE, Watchdog
+from ngc_jax.training import loop as train
+from ngc_jax.training import loss_spikes as spikes
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,9 @@ def disk(full: bool) -> None:
 
 @contextlib.contextmanager
 def at(monkeypatch, actions):
-    """Do these things, each once, when the updates that they stand under are reported: {step: action}."""
+    """Do these things, each once, when the updates that they stand under are reported: {step:
+    action}.
+    """
     show, left = Progress.show, dict(actions)
 
     def shown(self, step, *args):
@@ -54,7 +59,8 @@ def stop() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+# TensorBoard's own thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_on_a_full_disk_training_goes_on_and_says_so(brief, whole, tmp_path, monkeypatch, capsys):
     assert train.run(brief, whole)
     run = tmp_path / "run"
@@ -76,7 +82,10 @@ def test_on_a_full_disk_training_goes_on_and_says_so(brief, whole, tmp_path, mon
         disk(full=False)
     said = capsys.readouterr().out
     assert said.count("NOT SAVED") == 1
-    assert "File too large; training goes on; the last sound checkpoint, 5, is kept; next try after step 15" in said
+    assert (
+        "File too large; training goes on; the last sound checkpoint, 5, is kept; next try after step 15"
+        in said
+    )
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["15", "5"]
     assert train.run(brief, run)
     assert outcome(run) == outcome(whole)
@@ -96,7 +105,9 @@ def test_a_save_that_fails_is_in_nobodys_way(most, tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, -1))
     try:
         for step in (2, 3):
-            with pytest.raises(SaveFailed, match=f"checkpoint {step} could not be saved: .*File too large"):
+            with pytest.raises(
+                SaveFailed, match=f"checkpoint {step} could not be saved: .*File too large"
+            ):
                 save(step)
             assert checkpoints.newest_sound() == (1, {})
     finally:
@@ -109,7 +120,9 @@ def test_a_save_that_fails_is_in_nobodys_way(most, tmp_path, capsys):
     checkpoints.close()
 
 
-def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(brief, whole, tmp_path, monkeypatch):
+def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(
+    brief, whole, tmp_path, monkeypatch
+):
     assert train.run(brief, whole)
     run, compile_eval, seen = tmp_path / "run", train.compile_eval, []
     brief.train.hang_minutes = 0.3 / 60
@@ -119,7 +132,8 @@ def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(brief, 
 
         def slow(params, tokens, real):
             seen.append(len(seen))
-            if seen[-1] in (0, 7):  # the first batch of the evaluation after update 10, the third of the last one
+            # the first batch of the evaluation after update 10, the third of the last one
+            if seen[-1] in (0, 7):
                 stop()
                 time.sleep(0.7)
             return step(params, tokens, real)
@@ -132,7 +146,9 @@ def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(brief, 
         last = read_rows(run)[-1]
         assert last["step"] == step
         assert "final/loss" not in last
-        assert "test_faults.py" in (run / "hang.txt").read_text(), "the sleep is a hang, and where it was is told"
+        assert "test_faults.py" in (run / "hang.txt").read_text(), (
+            "the sleep is a hang, and where it was is told"
+        )
         (run / "hang.txt").unlink()
     assert train.run(brief, run) is True
     assert train.run(brief, run) is True
@@ -145,21 +161,32 @@ def test_trouble_is_rewound_and_its_batches_passed_over(brief, tmp_path, monkeyp
 
     def troubled(examples, *, start, **options):
         for i, batch in enumerate(batches(examples, start=start, **options), start):
-            yield np.stack([batch[:, 0], np.full_like(batch[:, 1], NOTHING)], axis=1) if i in bad else batch
+            yield (
+                np.stack([batch[:, 0], np.full_like(batch[:, 1], NOTHING)], axis=1)
+                if i in bad
+                else batch
+            )
 
     monkeypatch.setattr(train, "train_batches", troubled)
     brief.train.max_bad_steps = 3
     once, stopped = tmp_path / "once", tmp_path / "stopped"
     assert train.run(brief, once)
     said = capsys.readouterr().out
-    assert "step 14: rewound to checkpoint 10, 1 of at most 2 times; the 4 batches since then are passed over" in said
-    assert "step 18: rewound to checkpoint 15, 2 of at most 2 times; the 3 batches since then are passed over" in said
+    assert (
+        "step 14: rewound to checkpoint 10, 1 of at most 2 times; the 4 batches since then are passed over"
+        in said
+    )
+    assert (
+        "step 18: rewound to checkpoint 15, 2 of at most 2 times; the 3 batches since then are passed over"
+        in said
+    )
     rows = read_rows(once)
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 21))
     assert [row["train/passed"] for row in rows if "train/passed" in row] == [4, 7]
     assert [row["step"] for row in rows if "eval/loss" in row] == [10, 20]
     assert not any(row.get("train/skipped") for row in rows)
-    for step, action in ((12, stop), (13, stop)):  # in the trouble; then after rewinding, before the next checkpoint
+    # in the trouble; then after rewinding, before the next checkpoint
+    for step, action in ((12, stop), (13, stop)):
         with at(monkeypatch, {step: action}):
             assert train.run(brief, stopped) is False
     assert train.run(brief, stopped)
@@ -169,13 +196,21 @@ def test_trouble_is_rewound_and_its_batches_passed_over(brief, tmp_path, monkeyp
         train.run(brief, tmp_path / "twice")
 
 
-def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(brief, tmp_path, monkeypatch, capsys):
-    """Batches that ask for a byte which the text has not; the warm-up is shortened. A trace changes nothing."""
+def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(
+    brief, tmp_path, monkeypatch, capsys
+):
+    """Batches that ask for a byte which the text has not; the warm-up is shortened. A trace changes
+    nothing.
+    """
     batches, bad = train.train_batches, {8, 11, 12, 13}
 
     def troubled(examples, *, start, **options):
         for i, batch in enumerate(batches(examples, start=start, **options), start):
-            yield np.stack([batch[:, 0], np.full_like(batch[:, 1], 255)], axis=1) if i in bad else batch
+            yield (
+                np.stack([batch[:, 0], np.full_like(batch[:, 1], 255)], axis=1)
+                if i in bad
+                else batch
+            )
 
     monkeypatch.setattr(train, "train_batches", troubled)
     monkeypatch.setattr(spikes, "WARMUP", 5)
@@ -183,12 +218,19 @@ def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(brief, t
     once, stopped = tmp_path / "once", tmp_path / "stopped"
     assert train.run(brief, once)
     said = capsys.readouterr().out
-    assert re.search(r"step 9: loss \d+\.\d+, gradient norm \d+\.\d+, a spike: update skipped", said)
-    assert "step 14: rewound to checkpoint 10, 1 of at most 2 times; the 4 batches since then are passed over" in said
+    assert re.search(
+        r"step 9: loss \d+\.\d+, gradient norm \d+\.\d+, a spike: update skipped", said
+    )
+    assert (
+        "step 14: rewound to checkpoint 10, 1 of at most 2 times; the 4 batches since then are passed over"
+        in said
+    )
     skipped = [row for row in read_rows(once) if row.get("train/bad_in_a_row")]
     changes = [(row["step"], row["stability/relative_update"]) for row in skipped]
     assert changes == [(9, 0.0)], "the parameters are unchanged; rows of what was rewound are gone"
-    warned, losses = Checkpoints(once / "checkpoints", read_only=True).restore(20, None).state["monitor"]
+    warned, losses = (
+        Checkpoints(once / "checkpoints", read_only=True).restore(20, None).state["monitor"]
+    )
     assert (int(warned["seen"]), int(losses["seen"])) == (19, 19)
     brief.train.profile = "3:4"
     with at(monkeypatch, {13: stop}):

@@ -1,4 +1,6 @@
-"""Rounds that are drawn, given for each example, or left to the state; gradients through some; losses after several."""
+"""Rounds that are drawn, given for each example, or left to the state; gradients through some;
+losses after several.
+"""
 
 import dataclasses
 from functools import partial
@@ -10,15 +12,15 @@ import pytest
 from conftest import TINY, WHOLE
 
 from ngc_jax.config import base, make_model, model_shape, validate
-from ngc_jax.core.communicate import communicate_each, communicate_until_settled
-from ngc_jax.core.stability import relative_change
+from ngc_jax.core.communicate import communicate_per_example, communicate_until_settled
 from ngc_jax.count import forward_flops
-from ngc_jax.data.batches import foretold
+from ngc_jax.data.batches import next_token_targets
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.errors import UserError
-from ngc_jax.iteration import Iteration, lognormal_poisson, make_iteration, marked, noise
+from ngc_jax.dynamics.measures import relative_change
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.steps import init_state, make_train_step
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.rounds import Iteration, lognormal_poisson, make_iteration, marked, noise
+from ngc_jax.training.step import init_state, make_train_step
 
 B, T, D = 4, 3, 8
 ROUNDS = np.array([1, 3, 0, 6])
@@ -36,10 +38,14 @@ def run(turn, w, start, rounds=ROUNDS, backprop=2, truncated=True, **options):
     held = jax.lax.stop_gradient((w, start))
     still = partial(turn, *held) if truncated else None
     rounds = jnp.asarray(rounds)
-    return communicate_each(partial(turn, w, start), start, rounds, backprop=backprop, still=still, **options)
+    return communicate_per_example(
+        partial(turn, w, start), start, rounds, backprop=backprop, still=still, **options
+    )
 
 
-@pytest.mark.parametrize("options", [{"backprop": 2}, {"backprop": 0}, {"backprop": 6, "truncated": False}])
+@pytest.mark.parametrize(
+    "options", [{"backprop": 2}, {"backprop": 0}, {"backprop": 6, "truncated": False}]
+)
 def test_each_example_has_the_rounds_it_asks_for(toy, options):
     _, w, start = toy
     (found,), (made,) = run(*toy, **options)
@@ -65,10 +71,16 @@ def test_gradients_go_through_the_last_rounds_alone(toy, remat):
             total += jnp.sum(jnp.sin(x))
         return total
 
-    found = jax.jit(jax.grad(lambda w, s: jnp.sum(jnp.sin(run(turn, w, s, remat=remat)[0])), (0, 1)))(w, start)
+    found = jax.jit(
+        jax.grad(lambda w, s: jnp.sum(jnp.sin(run(turn, w, s, remat=remat)[0])), (0, 1))
+    )(w, start)
     expected = jax.grad(by_hand, (0, 1))(w, start)
-    whole = jax.grad(lambda w: jnp.sum(jnp.sin(run(turn, w, start, backprop=6, truncated=False)[0])))(w)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    whole = jax.grad(
+        lambda w: jnp.sum(jnp.sin(run(turn, w, start, backprop=6, truncated=False)[0]))
+    )(w)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
     assert not np.allclose(found[0], whole, rtol=0.01)
 
 
@@ -124,7 +136,11 @@ def settings(**fields):
 @pytest.fixture(scope="module")
 def decoder():
     model = Decoder(model_shape(settings(**{"model.rule": "dense"}), 50))
-    return model, jax.jit(model.init)(jax.random.key(0)), jax.random.randint(jax.random.key(1), (3, 8), 0, 50)
+    return (
+        model,
+        jax.jit(model.init)(jax.random.key(0)),
+        jax.random.randint(jax.random.key(1), (3, 8), 0, 50),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +157,9 @@ def fixed(decoder, apply):
 
 def test_logits_of_an_example_are_those_of_its_rounds(decoder, fixed):
     model, params, tokens = decoder
-    (logits,), _ = jax.jit(partial(model.iterate, backprop=1))(params, tokens, rounds=jnp.array([3, 1, 3]))
+    (logits,), _ = jax.jit(partial(model.iterate, backprop=1))(
+        params, tokens, rounds=jnp.array([3, 1, 3])
+    )
     expected = np.stack([fixed[3][0], fixed[1][1], fixed[3][2]])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -160,7 +178,9 @@ def test_settling_is_causal_and_within_the_cap_the_fixed_loop(decoder, fixed):
 def test_a_model_without_a_loop_has_no_rounds_to_choose(decoder):
     _, params, tokens = decoder
     with pytest.raises(ValueError, match=r"has no loop \(model.core=0\)"):
-        Decoder(model_shape(settings(**{"model.core": 0}), 50)).settle(params, tokens, tolerance=0.1, cap=2)
+        Decoder(model_shape(settings(**{"model.core": 0}), 50)).settle(
+            params, tokens, tolerance=0.1, cap=2
+        )
 
 
 def test_without_a_drive_the_loop_is_the_one_whose_drive_is_zero(decoder, apply, fixed):
@@ -183,7 +203,9 @@ def test_read_outs_before_the_last_are_weighed_and_none_is_of_round_zero(decoder
     model, params, tokens = decoder
     iteration = Iteration(model, 1, (1 / 3,) * 3, backprop=3, every=1, weight=0.5, seed=0)
     _, weights = jax.jit(lambda: iteration.apply(jnp.array([1, 2, 3]))(params, tokens))()
-    np.testing.assert_allclose(weights, [[0, 0, 0.25], [0, 1 / 3, 0.25], [1, 2 / 3, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(
+        weights, [[0, 0, 0.25], [0, 1 / 3, 0.25], [1, 2 / 3, 0.5]], rtol=1e-6
+    )
 
 
 def test_rounds_follow_from_seed_and_update_and_have_the_shares_they_should():
@@ -191,7 +213,9 @@ def test_rounds_follow_from_seed_and_update_and_have_the_shares_they_should():
     uniform = make_iteration(make_model(config, 50), config)
     steps = jnp.arange(4000)
     drawn = np.asarray(jax.vmap(uniform.draw)(steps))
-    np.testing.assert_array_equal(np.asarray([uniform.draw(jnp.int32(s)) for s in (0, 17)]), drawn[[0, 17]])
+    np.testing.assert_array_equal(
+        np.asarray([uniform.draw(jnp.int32(s)) for s in (0, 17)]), drawn[[0, 17]]
+    )
     np.testing.assert_allclose(np.bincount(drawn, minlength=6)[2:] / 4000, 0.25, atol=0.03)
     other = dataclasses.replace(uniform, seed=1)
     assert np.any(np.asarray(jax.vmap(other.draw)(steps[:100])) != drawn[:100])
@@ -200,20 +224,29 @@ def test_rounds_follow_from_seed_and_update_and_have_the_shares_they_should():
     rates = np.exp(draw.normal(np.log(3.0) - 0.125, 0.5, 200_000))
     by_chance = np.clip(draw.poisson(rates) + 1, 2, 9)
     shares = lognormal_poisson(4.0, 2, 9)
-    np.testing.assert_allclose(shares, np.bincount(by_chance, minlength=10)[2:] / 200_000, atol=0.005)
+    np.testing.assert_allclose(
+        shares, np.bincount(by_chance, minlength=10)[2:] / 200_000, atol=0.005
+    )
     assert shares.sum() == pytest.approx(1)
     assert lognormal_poisson(4.0, 1, 200) @ np.arange(1, 201) == pytest.approx(4.0)
 
 
 def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
-    fields = {"iteration.rounds": "uniform", "iteration.low": 3, "iteration.high": 4, "iteration.backprop": 2}
+    fields = {
+        "iteration.rounds": "uniform",
+        "iteration.low": 3,
+        "iteration.high": 4,
+        "iteration.backprop": 2,
+    }
     fields |= {**TINY, "iteration.supervise_every": 1, "train.accumulation": 2}
     config = settings(**fields)
     model = make_model(config, Bytes.vocab)
     iteration = make_iteration(model, config)
     tokens = np.array(jax.random.randint(jax.random.key(0), (8, 9), 0, 256))
     state = jax.jit(lambda: init_state(model, config.train, 0))().replace(step=jnp.int32(7))
-    _, scalars = jax.jit(make_train_step(model, config.train, iteration=iteration))(state, foretold(tokens))
+    _, scalars = jax.jit(make_train_step(model, config.train, iteration=iteration))(
+        state, next_token_targets(tokens)
+    )
     rounds = int(scalars["train/rounds"])
     assert rounds == int(iteration.draw(jnp.int32(7)))
 
@@ -221,23 +254,34 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
 
     def loss(rounds):
         share = jax.nn.log_softmax(apply(tokens[:, :-1], rounds=jnp.int32(rounds))[0][0])
-        return -np.mean(np.take_along_axis(np.asarray(share), np.asarray(tokens)[:, 1:, None], axis=-1))
+        return -np.mean(
+            np.take_along_axis(np.asarray(share), np.asarray(tokens)[:, 1:, None], axis=-1)
+        )
 
     by_hand = (loss(rounds) + loss(rounds - 1)) / 2
     assert float(scalars["train/loss"]) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_marks_in_an_example_are_its_rounds():
-    fields = {**TINY, "iteration.rounds": "marked", "iteration.mark": 3, "iteration.low": 1, "iteration.high": 3}
+    fields = {
+        **TINY,
+        "iteration.rounds": "marked",
+        "iteration.mark": 3,
+        "iteration.low": 1,
+        "iteration.high": 3,
+    }
     config = settings(**fields)
     model = make_model(config, Bytes.vocab)
     params = jax.jit(model.init)(jax.random.key(0))
-    tokens = jnp.array([[3, 5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3, 3, 9, 1, 2], [5, 5, 6, 7, 8, 9, 1, 2]])
+    tokens = jnp.array(
+        [[3, 5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3, 3, 9, 1, 2], [5, 5, 6, 7, 8, 9, 1, 2]]
+    )
     trained, weights = jax.jit(make_iteration(model, config).apply(jnp.int32(9)))(params, tokens)
     at_test, made = jax.jit(marked(model, config))(params, tokens)
     np.testing.assert_array_equal(made[:, 0], [1, 5, 1])  # no mark is fewer than there may be
     np.testing.assert_array_equal(weights, 1)
-    for logits, rounds in ((trained[-1], [1, 3, 1]), (at_test, [1, 5, 1])):  # iteration.high bounds training alone
+    # iteration.high bounds training alone
+    for logits, rounds in ((trained[-1], [1, 3, 1]), (at_test, [1, 5, 1])):
         for i, count in enumerate(rounds):
             seen = jnp.cumsum(tokens[i : i + 1] == 3, axis=1)
             alone, _ = jax.jit(model.at(count).apply)(params, tokens[i : i + 1], seen)
@@ -260,10 +304,13 @@ def test_flops_count_rounds_without_gradients_once():
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     one, two = (forward_flops(model.at(r).apply, params, tokens) for r in (1, 2))
-    iteration = Iteration(model, 2, (0.5, 0.0, 0.5), backprop=2, every=0, weight=1.0, seed=0)  # 2 rounds, or 4
+    # 2 rounds, or 4
+    iteration = Iteration(model, 2, (0.5, 0.0, 0.5), backprop=2, every=0, weight=1.0, seed=0)
     assert iteration.flops(params, tokens) == pytest.approx(3 * two + (two - one))
     whole = dataclasses.replace(iteration, backprop=4)
-    assert whole.flops(params, tokens) == pytest.approx(3 * forward_flops(model.at(4).apply, params, tokens))
+    assert whole.flops(params, tokens) == pytest.approx(
+        3 * forward_flops(model.at(4).apply, params, tokens)
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,12 +318,21 @@ def test_flops_count_rounds_without_gradients_once():
     [
         ({"iteration.rounds": "some"}, "one of 'fixed', 'uniform', 'lognormal_poisson', 'marked'"),
         ({"iteration.rounds": "uniform", "model.core": 0}, "'fixed' where the model has no loop"),
-        ({"iteration.backprop": 1, "model.kind": "bdh", "stability.every": 0}, "0 where the model has no loop"),
-        ({"iteration.rounds": "uniform", "iteration.low": 9}, "at most iteration.high=8, for instance 4"),
+        (
+            {"iteration.backprop": 1, "model.kind": "bdh", "stability.every": 0},
+            "0 where the model has no loop",
+        ),
+        (
+            {"iteration.rounds": "uniform", "iteration.low": 9},
+            "at most iteration.high=8, for instance 4",
+        ),
         ({"iteration.mean": 1.0}, "above 1, for instance 4.0"),
         ({"iteration.backprop": 4}, "from 1 to model.rounds=3, or 0 for all"),
         ({"iteration.backprop": 1, "model.drive": False}, "0 where model.drive=False"),
-        ({"iteration.backprop": 2, "iteration.supervise_every": 2}, "0, or below the 2 rounds .* for instance 1"),
+        (
+            {"iteration.backprop": 2, "iteration.supervise_every": 2},
+            "0, or below the 2 rounds .* for instance 1",
+        ),
         ({"iteration.supervise_weight": 0.0}, "above 0"),
         ({"iteration.noise": -0.1}, "0 or more"),
         ({"model.state_activation": "tanh", "model.core": 0}, "'none' where the model has no loop"),

@@ -1,21 +1,25 @@
-"""Rich or lazy: ranks, movement and tangent kernels, against NumPy and explicit Jacobians; ranks at start."""
+"""Rich or lazy: ranks, movement and tangent kernels, against NumPy and explicit Jacobians; ranks at
+start.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ngc_jax.analysis.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.config import base, model_shape, validate
-from ngc_jax.core.laziness import alignment, effective_rank, movement, tangent_kernel
+from ngc_jax.dynamics.tangent_kernel import alignment, effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Synapse
-from ngc_jax.stability.learning import effective_ranks, generated, logit_kernel, movements
 
 
 def build(**fields):
     config = base()
     config.data.context = 4
-    config.model.update({"width": 16, "hidden": 16, "groups": 2, "heads": 2, "p_inter": 2, "init_rank": 4})
+    config.model.update(
+        {"width": 16, "hidden": 16, "groups": 2, "heads": 2, "p_inter": 2, "init_rank": 4}
+    )
     config.model.update({"prelude": 1, "core": 0, "coda": 0, **fields})
     validate(config)
     return Decoder(model_shape(config, 5))
@@ -51,7 +55,15 @@ def test_a_sum_of_parts_starts_with_the_rank_that_was_asked_for():
 
 def test_a_dense_model_starts_with_the_rank_that_was_asked_for(dense):
     found, soft = generated(*dense), effective_ranks(*dense)
-    assert list(found["prelude 1"]) == ["query", "key", "value", "attention out", "gate", "up", "down"]
+    assert list(found["prelude 1"]) == [
+        "query",
+        "key",
+        "value",
+        "attention out",
+        "gate",
+        "up",
+        "down",
+    ]
     np.testing.assert_array_equal(
         found["prelude 1"]["up"], dense[1]["prelude"]["gate_up"]["dense_block"]["weight"][0, 1, 0]
     )
@@ -61,10 +73,18 @@ def test_a_dense_model_starts_with_the_rank_that_was_asked_for(dense):
 
 
 def test_movement_is_relative_and_by_kind():
-    before = {"embed": np.ones(4), "prelude": {"down": {"inter_x": {"pre": np.ones(3), "post": np.zeros(1)}}}}
-    after = {"embed": np.ones(4), "prelude": {"down": {"inter_x": {"pre": np.ones(3), "post": np.full(1, 3.0)}}}}
+    before = {
+        "embed": np.ones(4),
+        "prelude": {"down": {"inter_x": {"pre": np.ones(3), "post": np.zeros(1)}}},
+    }
+    after = {
+        "embed": np.ones(4),
+        "prelude": {"down": {"inter_x": {"pre": np.ones(3), "post": np.full(1, 3.0)}}},
+    }
     assert movements(before, after) == pytest.approx({"embedding": 0, "state": np.sqrt(3)})
-    assert movement({"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([3.0, 5.0])}) == pytest.approx(0.2)
+    assert movement({"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([3.0, 5.0])}) == pytest.approx(
+        0.2
+    )
 
 
 def test_the_tangent_kernel_is_that_of_the_explicit_jacobian():
@@ -75,9 +95,14 @@ def test_the_tangent_kernel_is_that_of_the_explicit_jacobian():
         return jnp.sum(jnp.tanh(x @ params["a"] + params["b"]))
 
     jacobian = jax.jacobian(lambda params: jax.vmap(lambda x: function(params, x))(x))(params)
-    flat = np.concatenate([np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
-    expected = np.array([[sum(p * q for p, q in zip(a, b, strict=True)) for a in flat] for b in flat])
-    found = jax.jit(lambda params: tangent_kernel(function, params, x, block=4))(params)  # two blocks, one not full
+    flat = np.concatenate(
+        [np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1
+    )
+    expected = np.array(
+        [[sum(p * q for p, q in zip(a, b, strict=True)) for a in flat] for b in flat]
+    )
+    # two blocks, one not full
+    found = jax.jit(lambda params: tangent_kernel(function, params, x, block=4))(params)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -89,15 +114,21 @@ def test_kernels_align_by_their_angle():
 
 
 def test_projections_estimate_the_kernel_of_all_logits(dense):
-    """The mean over random signs of u^T (J J^T) u, against the trace over outputs of the explicit J J^T."""
+    """The mean over random signs of u^T (J J^T) u, against the trace over outputs of the explicit J
+    J^T.
+    """
     model, params = dense
     tokens = jax.random.randint(jax.random.key(3), (3, 4), 0, 5)
     stages = params["prelude"]
-    synapses = {name: stages[name] for name in ("query_key_value", "attention_out", "gate_up", "down")}
+    synapses = {
+        name: stages[name] for name in ("query_key_value", "attention_out", "gate_up", "down")
+    }
 
     @jax.jit
     def jacobian(synapses):
-        return jax.jacrev(lambda s: model.apply({**params, "prelude": stages | s}, tokens)[0])(synapses)
+        return jax.jacrev(lambda s: model.apply({**params, "prelude": stages | s}, tokens)[0])(
+            synapses
+        )
 
     rows = [np.asarray(leaf).reshape(3, 4 * 5, -1) for leaf in jax.tree.leaves(jacobian(synapses))]
     full = np.concatenate(rows, axis=2)

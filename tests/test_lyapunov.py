@@ -1,4 +1,6 @@
-"""Lyapunov kernels: known systems, explicit Jacobians, memory and cost that do not grow, and clear refusals."""
+"""Lyapunov kernels: known systems, explicit Jacobians, memory and cost that do not grow, and clear
+refusals.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,7 @@ import numpy as np
 import pytest
 
 from ngc_jax import count
-from ngc_jax.core.lyapunov import orthonormalise
-from ngc_jax.stability import (
+from ngc_jax.analysis import (
     bootstrap_interval,
     entropy_rate,
     kaplan_yorke_dimension,
@@ -15,6 +16,7 @@ from ngc_jax.stability import (
     local_exponents,
     lyapunov_spectrum,
 )
+from ngc_jax.dynamics.lyapunov import orthonormalise
 
 
 def rotation(n, seed=0):
@@ -23,7 +25,9 @@ def rotation(n, seed=0):
 
 def lorenz(x, u, dt=0.01):
     def flow(x):
-        return jnp.stack([10 * (x[1] - x[0]), x[0] * (28 - x[2]) - x[1], x[0] * x[1] - 8 / 3 * x[2]])
+        return jnp.stack(
+            [10 * (x[1] - x[0]), x[0] * (28 - x[2]) - x[1], x[0] * x[1] - 8 / 3 * x[2]]
+        )
 
     a = flow(x)
     b = flow(x + dt / 2 * a)
@@ -50,9 +54,9 @@ def test_diagonal_and_rotated_linear_maps():
 
 
 def test_logistic_map():
-    assert float(leading_exponent(logistic, jnp.array(0.3), steps=50_000, transient=100)) == pytest.approx(
-        np.log(2), abs=0.01
-    )
+    assert float(
+        leading_exponent(logistic, jnp.array(0.3), steps=50_000, transient=100)
+    ) == pytest.approx(np.log(2), abs=0.01)
 
 
 def test_henon_map_its_dimension_and_its_entropy():
@@ -64,7 +68,9 @@ def test_henon_map_its_dimension_and_its_entropy():
 
 @pytest.mark.slow
 def test_lorenz_system():
-    found = lyapunov_spectrum(lorenz, jnp.ones(3), steps=200_000, transient=2_000, qr_every=5) / 0.01
+    found = (
+        lyapunov_spectrum(lorenz, jnp.ones(3), steps=200_000, transient=2_000, qr_every=5) / 0.01
+    )
     np.testing.assert_allclose(found, [0.905, 0, -14.572], atol=0.02)
 
 
@@ -75,7 +81,9 @@ def test_orthogonal_recurrence_has_no_exponents():
 
 
 def test_driven_contracting_system():
-    """x <- tanh(x + u)/2 around inputs that hold x at chosen points: the conditional exponent in closed form."""
+    """x <- tanh(x + u)/2 around inputs that hold x at chosen points: the conditional exponent in
+    closed form.
+    """
     points = jax.random.uniform(jax.random.key(0), (401,), minval=-0.4, maxval=0.4)
     inputs = jnp.arctanh(2 * points[1:]) - points[:-1]
     slopes = 0.5 * (1 - jnp.square(2 * points[1:]))
@@ -93,7 +101,9 @@ def test_states_may_be_trees_of_any_shape():
 
 
 def test_a_lost_direction_is_minus_infinity_and_no_nan():
-    found = lyapunov_spectrum(lambda x, u: x * jnp.array([0.5, 0.0]), jnp.ones(2), steps=60, transient=5)
+    found = lyapunov_spectrum(
+        lambda x, u: x * jnp.array([0.5, 0.0]), jnp.ones(2), steps=60, transient=5
+    )
     np.testing.assert_allclose(found[0], np.log(0.5), atol=1e-5)
     assert found[1] == -jnp.inf
 
@@ -101,7 +111,15 @@ def test_a_lost_direction_is_minus_infinity_and_no_nan():
 def test_tall_tangents_are_orthonormalised_as_by_qr():
     """By Gram matrices, also where the rows are all but one, or lack a direction altogether."""
     basis = jax.random.normal(jax.random.key(0), (5, 400))
-    mixed = jnp.array([[1.0, 0, 0, 0, 0], [1, 1e-3, 0, 0, 0], [1, 1, 1e-2, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1e-4]])
+    mixed = jnp.array(
+        [
+            [1.0, 0, 0, 0, 0],
+            [1, 1e-3, 0, 0, 0],
+            [1, 1, 1e-2, 0, 0],
+            [0, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1e-4],
+        ]
+    )
     rows, growth = orthonormalise(mixed @ basis)
     np.testing.assert_allclose(rows @ rows.T, np.eye(5), atol=1e-3)
     r = np.linalg.qr(np.asarray(mixed @ basis, np.float64).T, mode="r")
@@ -120,7 +138,9 @@ def test_a_large_state_has_the_exponents_of_its_parts():
 
 def test_orthonormalising_seldom_changes_nothing_but_the_cost():
     x0 = jnp.array([0.1, 0.1])
-    often, seldom = (lyapunov_spectrum(henon, x0, steps=4_000, transient=40, qr_every=q) for q in (1, 4))
+    often, seldom = (
+        lyapunov_spectrum(henon, x0, steps=4_000, transient=40, qr_every=q) for q in (1, 4)
+    )
     np.testing.assert_allclose(often, seldom, atol=1e-3)
 
 
@@ -136,13 +156,18 @@ def test_blocks_average_to_the_spectrum_and_carry_its_interval():
 
 def test_the_interval_covers_as_often_as_it_says():
     samples = jax.random.normal(jax.random.key(0), (400, 30))
-    intervals = [bootstrap_interval(row, resamples=500, key=jax.random.key(i)) for i, row in enumerate(samples)]
+    intervals = [
+        bootstrap_interval(row, resamples=500, key=jax.random.key(i))
+        for i, row in enumerate(samples)
+    ]
     covered = np.mean([low < 0 < high for low, high in intervals])
     assert 0.88 < covered < 0.98
 
 
 def test_derived_numbers():
-    assert float(kaplan_yorke_dimension(jnp.array([0.905, 0, -14.572]))) == pytest.approx(2.062, abs=1e-3)
+    assert float(kaplan_yorke_dimension(jnp.array([0.905, 0, -14.572]))) == pytest.approx(
+        2.062, abs=1e-3
+    )
     assert float(kaplan_yorke_dimension(jnp.array([-0.1, -1.0]))) == 0
     assert float(kaplan_yorke_dimension(jnp.array([0.3, 0.1]))) == 2
     assert float(kaplan_yorke_dimension(jnp.array([0.3, -jnp.inf]))) == 1
@@ -177,14 +202,18 @@ def test_memory_does_not_grow_with_steps():
 
 
 def test_cost_is_that_of_one_tangent_for_each_exponent():
-    """In counted FLOPs of products, to which QR adds what it does; `benchmarks/exponents.py` takes the time."""
+    """In counted FLOPs of products, to which QR adds what it does; `benchmarks/exponents.py` takes
+    the time.
+    """
 
     def steps_of(x):
         return jax.lax.scan(lambda x, _: (recurrent(x, None), None), x, length=10)[0]
 
     forward = count.forward_flops(steps_of, jnp.zeros(256))
     one = count.forward_flops(lambda x: leading_exponent(recurrent, x, steps=10), jnp.zeros(256))
-    four = count.forward_flops(lambda x: lyapunov_spectrum(recurrent, x, steps=10, k=4), jnp.zeros(256))
+    four = count.forward_flops(
+        lambda x: lyapunov_spectrum(recurrent, x, steps=10, k=4), jnp.zeros(256)
+    )
     assert one <= 2.2 * forward
     assert four <= 5.5 * forward
 
@@ -203,9 +232,18 @@ def test_cost_is_that_of_one_tangent_for_each_exponent():
         ({"step": lambda x, u: (x, x)}, "step: makes a PyTreeDef"),
         ({"x0": jnp.array([1, 2, 3])}, "x0: dtype int32"),
         ({"x0": jnp.array([1.0, jnp.nan, 2.0])}, "x0: not finite"),
-        ({"x0": jnp.array([1.0, 2.0, 1e20]), "step": lambda x, u: x * x}, "x0: the state stopped being finite in step"),
-        ({"inputs": jnp.zeros((9, 3))}, "inputs: shape (9, 3); the leading axis must have transient + steps = 10"),
-        ({"step": lambda x, u: 1e20 * x, "x0": jnp.zeros(3), "qr_every": 5}, "qr_every=5: take fewer"),
+        (
+            {"x0": jnp.array([1.0, 2.0, 1e20]), "step": lambda x, u: x * x},
+            "x0: the state stopped being finite in step",
+        ),
+        (
+            {"inputs": jnp.zeros((9, 3))},
+            "inputs: shape (9, 3); the leading axis must have transient + steps = 10",
+        ),
+        (
+            {"step": lambda x, u: 1e20 * x, "x0": jnp.zeros(3), "qr_every": 5},
+            "qr_every=5: take fewer",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(wrong, named):
@@ -216,6 +254,8 @@ def test_what_cannot_be_measured_is_refused_by_name(wrong, named):
 
 
 def test_a_state_that_blows_up_inside_vmap_is_nan_and_leaves_the_others():
-    found = jax.vmap(lambda x: leading_exponent(lambda x, u: x * x, x, steps=8))(jnp.array([0.999, 9.0]))
+    found = jax.vmap(lambda x: leading_exponent(lambda x, u: x * x, x, steps=8))(
+        jnp.array([0.999, 9.0])
+    )
     assert bool(jnp.isfinite(found[0]))
     assert bool(jnp.isnan(found[1]))

@@ -1,4 +1,6 @@
-"""Meshes: the same losses on every one, arrays that lie where the table says, and only signals between groups."""
+"""Meshes: the same losses on every one, arrays that lie where the table says, and only signals
+between groups.
+"""
 
 import re
 
@@ -9,17 +11,18 @@ from conftest import QUICK, python
 from jax.sharding import AbstractMesh, NamedSharding
 
 from configs import ngc_base
-from ngc_jax import collectives, count
-from ngc_jax import mesh as meshes
-from ngc_jax.checkpoint import Checkpoints, digest
+from ngc_jax import count
+from ngc_jax.commands import collectives
 from ngc_jax.config import base, make_model, validate
-from ngc_jax.core.addressed import Addressed
+from ngc_jax.core.rules.addressed import Addressed
 from ngc_jax.core.wiring import WIRINGS
-from ngc_jax.data.batches import foretold
+from ngc_jax.data.batches import next_token_targets
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.errors import UserError
-from ngc_jax.steps import init_state, make_train_step
-from ngc_jax.workdir import abstract_state
+from ngc_jax.nn import mesh as meshes
+from ngc_jax.runtime.checkpoint import Checkpoints, digest
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.step import init_state, make_train_step
+from ngc_jax.training.workdir import abstract_state
 
 SMALL = {
     "data.context": 8,
@@ -37,8 +40,18 @@ SMALL = {
 MODELS = {
     "addressed": {},
     "dense": {"model.rule": "dense"},
-    "recurrent": {"model.kind": "recurrent", "model.prelude": 0, "model.core": 1, "stability.every": 0},
-    "bdh": {"model.kind": "bdh", "model.hidden": 64, "train.learning_rate": 1e-3, "stability.every": 0},
+    "recurrent": {
+        "model.kind": "recurrent",
+        "model.prelude": 0,
+        "model.core": 1,
+        "stability.every": 0,
+    },
+    "bdh": {
+        "model.kind": "bdh",
+        "model.hidden": 64,
+        "train.learning_rate": 1e-3,
+        "stability.every": 0,
+    },
 }
 ONE = (1, 1, 1)
 MESHES = ((1, 8, 1), (1, 1, 8), (2, 2, 2))  # 8 along "data" are in tests/test_train.py
@@ -59,7 +72,7 @@ def mesh_of(*shape):
 
 
 def like(config, mesh):
-    return meshes.place(mesh, abstract_state(make_model(config, Bytes.vocab), config))
+    return meshes.abstract_shardings(mesh, abstract_state(make_model(config, Bytes.vocab), config))
 
 
 def losses_on(config, mesh, state):
@@ -67,11 +80,14 @@ def losses_on(config, mesh, state):
     draw = np.random.default_rng(0)
     step = make_train_step(make_model(config, Bytes.vocab), config.train)
     places = meshes.shardings(like(config, mesh))
-    step = jax.jit(meshes.on(mesh, step), out_shardings=(places, meshes.whole(mesh)))
+    step = jax.jit(meshes.with_mesh(mesh, step), out_shardings=(places, meshes.replicated(mesh)))
     state, losses = jax.device_put(state, places), []
     for _ in range(config.train.steps):
         tokens = draw.integers(0, 257, (8, 1)) + np.arange(9)
-        state, scalars = step(state, meshes.put_rows(mesh, foretold((tokens % 257).astype(np.int32), Bytes.mark)))
+        state, scalars = step(
+            state,
+            meshes.put_batch(mesh, next_token_targets((tokens % 257).astype(np.int32), Bytes.mark)),
+        )
         losses.append(float(scalars["train/loss"]))
     return np.array(losses), state
 
@@ -81,7 +97,9 @@ def compare_meshes(home):
         config = settings(**fields)
         model, mesh = make_model(config, Bytes.vocab), mesh_of(2, 2, 2)
         places = meshes.shardings(like(config, mesh))
-        start = jax.jit(lambda model=model, c=config: init_state(model, c.train, 0), out_shardings=places)()
+        start = jax.jit(
+            lambda model=model, c=config: init_state(model, c.train, 0), out_shardings=places
+        )()
         alone, _ = losses_on(config, mesh_of(*ONE), start)
         assert alone[-1] < alone[0] - 0.3, name
         for shape in {"addressed": MESHES, "recurrent": ((2, 4, 1),)}.get(name, MESHES[-1:]):
@@ -100,7 +118,9 @@ def restore_elsewhere(config, state, home):
         wanted = like(config, mesh_of(*shape))
         state = checkpoints.restore(step, wanted).state
         assert digest(state) == written
-        jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding}"), state, wanted)
+        jax.tree.map(
+            lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding}"), state, wanted
+        )
     checkpoints.close()
     print("restored")
 
@@ -112,12 +132,19 @@ def count_signals():
     mesh, tokens = mesh_of(1, 1, 8), 16 * 128
     ours, theirs = (
         {kind: sent / tokens for kind, sent in collectives.wire_bytes(program.as_text()).items()}
-        for program in (collectives.compile_forward(c, mesh) for c in (config, collectives.dense_of(config)))
+        for program in (
+            collectives.compile_forward(c, mesh) for c in (config, collectives.dense_of(config))
+        )
     )
-    others, synapses, stream = 7, 7, 128 / 8  # for the logits each device takes an eighth of the tokens
+    # for the logits each device takes an eighth of the tokens
+    others, synapses, stream = 7, 7, 128 / 8
     assert ours["all-to-all"] == 4 * others * (synapses + stream / 8)
-    assert ours["all-reduce"] == pytest.approx(4 * 3 * 2 * 7 / 8, rel=0.01), "a scalar for each norm"
-    assert theirs["all-reduce"] == pytest.approx(4 * 2 * 2 * 7 / 8 * 128, rel=0.01), "after attention, and after down"
+    assert ours["all-reduce"] == pytest.approx(4 * 3 * 2 * 7 / 8, rel=0.01), (
+        "a scalar for each norm"
+    )
+    assert theirs["all-reduce"] == pytest.approx(4 * 2 * 2 * 7 / 8 * 128, rel=0.01), (
+        "after attention, and after down"
+    )
     assert sum(theirs.values()) > 5 * sum(ours.values())
     print("counted")
 
@@ -145,7 +172,15 @@ def test_losses_checkpoints_and_traffic_on_many_devices(tmp_path):
     )
     done = python("-c", script, XLA_FLAGS=f"--xla_force_host_platform_device_count=64 {QUICK}")
     said = done.stdout.splitlines()
-    wanted = ["addressed equal", "dense equal", "recurrent equal", "bdh equal", "restored", "counted", "compiled"]
+    wanted = [
+        "addressed equal",
+        "dense equal",
+        "recurrent equal",
+        "bdh equal",
+        "restored",
+        "counted",
+        "compiled",
+    ]
     assert [line for line in said if line in wanted] == wanted, done.stdout + done.stderr
 
 
@@ -153,13 +188,16 @@ def test_losses_checkpoints_and_traffic_on_many_devices(tmp_path):
 
 
 def test_two_axes_of_an_array_cannot_go_to_the_same_devices():
-    assert meshes.spec("window", None, "group") == jax.sharding.PartitionSpec(("data", "fsdp"), None, "group")
+    assert meshes.partition_spec("window", None, "group") == jax.sharding.PartitionSpec(
+        ("data", "fsdp"), None, "group"
+    )
     for axes in (("group", "vocab"), ("window", "stored"), ("row", "group")):
         with pytest.raises(ValueError, match="same mesh axis"):
-            meshes.spec(*axes)
+            meshes.partition_spec(*axes)
 
 
-WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs"}  # what no neuron has for itself
+# what no neuron has for itself
+WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs"}
 
 
 @pytest.mark.parametrize(
@@ -177,23 +215,41 @@ WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs"}
 def test_every_array_of_a_state_is_split_or_known_to_be_whole(fields):
     """Else: say in `ngc_jax/mesh.py` which of its axes counts groups, or here that none does."""
     config = settings(**fields)
-    state, mesh = abstract_state(make_model(config, 264), config), AbstractMesh((2, 2, 8), meshes.MESH_AXES)
+    state, mesh = (
+        abstract_state(make_model(config, 264), config),
+        AbstractMesh((2, 2, 8), meshes.MESH_AXES),
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         axes = meshes.axes_of(path, leaf.shape, mesh)
         name = re.findall(r"\w+", jax.tree_util.keystr(path[-1:]))[-1]
-        assert leaf.ndim == 0 or name in WHOLE or {"group", "vocab"} & set(axes), jax.tree_util.keystr(path)
-        NamedSharding(mesh, meshes.spec(*axes)).shard_shape(leaf.shape)  # raises where parts are not equal
+        assert leaf.ndim == 0 or name in WHOLE or {"group", "vocab"} & set(axes), (
+            jax.tree_util.keystr(path)
+        )
+        # raises where parts are not equal
+        NamedSharding(mesh, meshes.partition_spec(*axes)).shard_shape(leaf.shape)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mesh.group": 8}, "mesh.group=8: .* model.heads=4 and of the 8 devices of a process: 1, 2, 4"),
+        (
+            {"mesh.group": 8},
+            "mesh.group=8: .* model.heads=4 and of the 8 devices of a process: 1, 2, 4",
+        ),
         ({"mesh.group": 0}, "mesh.group=0: must be a divisor"),
-        ({"mesh.fsdp": 3, "mesh.group": 2}, "mesh.fsdp=3: must be a divisor of the 8 devices .* mesh.group=2: 1, 2, 4"),
+        (
+            {"mesh.fsdp": 3, "mesh.group": 2},
+            "mesh.fsdp=3: must be a divisor of the 8 devices .* mesh.group=2: 1, 2, 4",
+        ),
         ({"mesh.data": 4, "mesh.group": 4}, "mesh.data=4: must be the 8 devices here .*, 2, or -1"),
-        ({"mesh.fsdp": 2, "train.batch_size": 12}, "train.batch_size=12: .* x 8 parts .*, for instance 16"),
-        ({"eval.batch_size": 12}, "eval.batch_size=12: must be a multiple of 8 parts .*, for instance 16"),
+        (
+            {"mesh.fsdp": 2, "train.batch_size": 12},
+            "train.batch_size=12: .* x 8 parts .*, for instance 16",
+        ),
+        (
+            {"eval.batch_size": 12},
+            "eval.batch_size=12: must be a multiple of 8 parts .*, for instance 16",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_numbers_that_do(fields, message, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import launch
 
-from ngc_jax.stability import monitor
+from ngc_jax.training import early_warning as monitor
 
 
 def feed(values):

@@ -8,16 +8,24 @@ import numpy as np
 import optax
 import pytest
 
-from ngc_jax import optim
 from ngc_jax.config import base, model_shape
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.shape import SynapsePart
+from ngc_jax.training import optimizer as optim
 
 
 def settings(**fields):
     config = base().train
-    config.update({"steps": 100, "warmup_steps": 10, "learning_rate": 0.01, "state_learning_rate": 0.03, **fields})
+    config.update(
+        {
+            "steps": 100,
+            "warmup_steps": 10,
+            "learning_rate": 0.01,
+            "state_learning_rate": 0.03,
+            **fields,
+        }
+    )
     return config
 
 
@@ -79,7 +87,9 @@ def test_all_that_a_rule_keeps_is_state(rule):
 def test_states_have_their_own_learning_rate(params):
     config = settings()
     moved = optim.apply(config, params, jax.tree.map(jnp.ones_like, params), jnp.asarray(10))
-    for kind, old, new in zip(*map(jax.tree.leaves, (optim.kinds(params), params, moved)), strict=True):
+    for kind, old, new in zip(
+        *map(jax.tree.leaves, (optim.kinds(params), params, moved)), strict=True
+    ):
         np.testing.assert_allclose(old - new, 0.03 if kind == "state" else 0.01, rtol=1e-4)
 
 
@@ -88,17 +98,28 @@ def test_only_matrices_and_states_decay(params):
         chain = optim.optimizer(settings(weight_decay=0.5, optimizer=name))
         zero = jax.tree.map(np.zeros_like, params)
         direction, _ = jax.jit(chain.update)(zero, jax.jit(chain.init)(params), params)
-        for kind, p, d in zip(*map(jax.tree.leaves, (optim.kinds(params), params, direction)), strict=True):
-            np.testing.assert_allclose(d, 0.5 * p if kind in ("state", "matrix") else 0 * p, atol=1e-6)
+        for kind, p, d in zip(
+            *map(jax.tree.leaves, (optim.kinds(params), params, direction)), strict=True
+        ):
+            np.testing.assert_allclose(
+                d, 0.5 * p if kind in ("state", "matrix") else 0 * p, atol=1e-6
+            )
 
 
 def test_adamw_is_optaxs(params):
-    config = settings(learning_rate=0.01, state_learning_rate=0.01, weight_decay=0.1, schedule="wsd", warmup_steps=0)
+    config = settings(
+        learning_rate=0.01,
+        state_learning_rate=0.01,
+        weight_decay=0.1,
+        schedule="wsd",
+        warmup_steps=0,
+    )
     ours, theirs = params, params
     chain = optim.optimizer(config)
     mask = jax.tree.map(lambda kind: kind in ("state", "matrix"), optim.kinds(params))
     reference = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask),
     )
     memory, reference_memory = jax.jit(chain.init)(ours), jax.jit(reference.init)(theirs)
     update, reference_update = jax.jit(chain.update), jax.jit(reference.update)
@@ -115,19 +136,27 @@ def test_adamw_is_optaxs(params):
 @pytest.mark.parametrize("rule", ["addressed", "broadcast", "dense"])
 def test_muon_orthogonalises_each_matrix(rule):
     config = base()
-    config.model.update({"rule": rule, "width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_inter": 4})
+    config.model.update(
+        {"rule": rule, "width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_inter": 4}
+    )
     params = jax.jit(Decoder(model_shape(config, 20)).init)(jax.random.key(0))
     chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
     grads = jax.tree.map(lambda p: np.cos(100 * np.asarray(p)), params)
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
-    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(direction)}
+    flat = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(direction)
+    }
     for path, leaf in flat.items():
         if "coda" not in path or "norm" in path:
             continue
         lead = 2 if "broadcast" in path else 3
-        for matrix in np.asarray(leaf).reshape(-1, leaf.shape[lead], int(np.prod(leaf.shape[lead + 1 :]))):
+        for matrix in np.asarray(leaf).reshape(
+            -1, leaf.shape[lead], int(np.prod(leaf.shape[lead + 1 :]))
+        ):
             values = np.linalg.svd(matrix, compute_uv=False)
-            assert values.max() / values.min() < 3, path  # Newton-Schulz leaves them between about 0.7 and 1.2
+            # Newton-Schulz leaves them between about 0.7 and 1.2
+            assert values.max() / values.min() < 3, path
         assert np.sqrt(np.mean(np.square(leaf))) == pytest.approx(0.2, rel=0.01)
 
 
@@ -136,17 +165,24 @@ def test_muon_knows_the_matrices_of_each_rule(rule):
     synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", (0, 1))
     params = jax.jit(synapse.init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
     params = jax.tree.map(lambda p: p[None], params)  # one stage
-    grads = jax.tree.map(lambda p: np.random.default_rng(p.size).standard_normal(p.shape).astype(np.float32), params)
+    grads = jax.tree.map(
+        lambda p: np.random.default_rng(p.size).standard_normal(p.shape).astype(np.float32), params
+    )
     chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
-    for (path, step), grad in zip(jax.tree_util.tree_leaves_with_path(direction), jax.tree.leaves(grads), strict=True):
+    for (path, step), grad in zip(
+        jax.tree_util.tree_leaves_with_path(direction), jax.tree.leaves(grads), strict=True
+    ):
         name = path[-1].key
         if name in ("bias", "gain", "offset"):
-            np.testing.assert_allclose(np.abs(step), 1, rtol=1e-3)  # AdamW's first direction is a sign
+            # AdamW's first direction is a sign
+            np.testing.assert_allclose(np.abs(step), 1, rtol=1e-3)
             continue
         lead = step.ndim - 2 if name == "map" else 3 if rule.startswith("metric") else 2
         shape = (-1, step.shape[lead], int(np.prod(step.shape[lead + 1 :])))
         for found, given in zip(np.reshape(step, shape), np.reshape(grad, shape), strict=True):
             left, _, right = np.linalg.svd(given, full_matrices=False)
             nearest = left @ right
-            assert np.sum(found * nearest) > 0.85 * np.linalg.norm(found) * np.linalg.norm(nearest), path
+            assert np.sum(found * nearest) > 0.85 * np.linalg.norm(found) * np.linalg.norm(
+                nearest
+            ), path

@@ -1,4 +1,6 @@
-"""Two processes train one model: they stop, lose one another, go on, and end where they would have ended."""
+"""Two processes train one model: they stop, lose one another, go on, and end where they would have
+ended.
+"""
 
 import os
 import shutil
@@ -12,11 +14,12 @@ from conftest import QUICK, ROOT, TINY, python
 from ml_collections import ConfigDict
 
 from experiments.chaos import outcome
-from ngc_jax import processes, train
 from ngc_jax.config import base
-from ngc_jax.errors import UserError
-from ngc_jax.metrics import read_rows
-from ngc_jax.preemption import EXIT_CODE
+from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.runtime.preemption import EXIT_CODE
+from ngc_jax.training import loop as train
 
 # What is told here does not depend on the model: the one that compiles soonest.
 FIELDS = {
@@ -41,7 +44,8 @@ def pair(fields, workdir):
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen([*command, f"--process={process}"], cwd=ROOT, env=environment, **pipes) for process in range(2)
+        subprocess.Popen([*command, f"--process={process}"], cwd=ROOT, env=environment, **pipes)
+        for process in range(2)
     ]
 
 
@@ -88,7 +92,9 @@ def test_two_processes_lose_one_another_are_stopped_and_go_on_to_the_bit(text, c
     assert outcome(run) == outcome(whole)
 
     config = base()
-    config.update_from_flattened_dict({**fields, "data.path": str(text), "data.cache_dir": str(cache)})
+    config.update_from_flattened_dict(
+        {**fields, "data.path": str(text), "data.cache_dir": str(cache)}
+    )
     assert train.run(ConfigDict(config), tmp_path / "one"), "one process, on a mesh of one device"
     for ours, theirs in zip(read_rows(tmp_path / "one"), read_rows(whole), strict=True):
         assert ours.keys() == theirs.keys()
@@ -100,8 +106,14 @@ def test_one_who_waits_in_vain_says_for_whom():
     script = "from ngc_jax import processes; processes.join('127.0.0.1:9', 2, 1, minutes=0.005)"
     done = python("-c", script)
     assert done.returncode == 1
-    assert "waiting for all processes of this run (process 1 of 2, coordinator 127.0.0.1:9)" in done.stdout
-    assert "process 0 at 127.0.0.1:9, or another, is missing; check that the same command was started" in done.stderr
+    assert (
+        "waiting for all processes of this run (process 1 of 2, coordinator 127.0.0.1:9)"
+        in done.stdout
+    )
+    assert (
+        "process 0 at 127.0.0.1:9, or another, is missing; check that the same command was started"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

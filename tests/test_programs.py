@@ -3,12 +3,18 @@
 import jax
 import pytest
 
-from ngc_jax.programs import HOME, keep_compiled
+from ngc_jax.runtime.compilation_cache import HOME, keep_compiled
 
 
 @pytest.mark.parametrize(
     ("backend", "asked", "kept"),
-    [("cpu", None, None), ("gpu", None, "HOME"), ("tpu", None, "HOME"), ("cpu", "/a", "/a"), ("gpu", "/a", "/a")],
+    [
+        ("cpu", None, None),
+        ("gpu", None, "HOME"),
+        ("tpu", None, "HOME"),
+        ("cpu", "/a", "/a"),
+        ("gpu", "/a", "/a"),
+    ],
 )
 def test_where_programs_are_kept(monkeypatch, tmp_path, backend, asked, kept):
     monkeypatch.setenv("HOME", str(tmp_path))

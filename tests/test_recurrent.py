@@ -1,4 +1,6 @@
-"""The recurrent model: a plain NumPy loop, the stream in parts, documents, truncated gradients, memory, and parity."""
+"""The recurrent model: a plain NumPy loop, the stream in parts, documents, truncated gradients,
+memory, and parity.
+"""
 
 import shutil
 from functools import partial
@@ -13,11 +15,13 @@ from test_decoder import numpy_norm
 
 import ngc_jax
 from experiments.chaos import outcome
-from ngc_jax import count, optim, train
+from ngc_jax import count
+from ngc_jax.analysis import leading_exponent
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.core.recurrence import along_tokens, in_chunks, time_scales
-from ngc_jax.errors import UserError
-from ngc_jax.stability import leading_exponent
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training import loop as train
+from ngc_jax.training import optimizer as optim
 
 KIND = {"model.kind": "recurrent", "stability.every": 0}
 VOCAB, LENGTH = 20, 7
@@ -32,7 +36,9 @@ def settings(**fields):
 
 
 def build(**fields):
-    """A model of two cells with two rounds, and parameters away from the special values of the start."""
+    """A model of two cells with two rounds, and parameters away from the special values of the
+    start.
+    """
     model = make_model(settings(**{"core": 2, **fields}), VOCAB)
     return model, shaken(jax.jit(model.init)(jax.random.key(0)))
 
@@ -55,7 +61,10 @@ SEGMENTS = jnp.array([[1] * 3 + [2] * 4, [1] * LENGTH])
 def numpy_weights(synapse):
     """W of the members of a synapse's fan, one below the other."""
     parts = ((name.partition("_")[2], states) for name, states in synapse.items())
-    made = [jax.vmap(partial(ngc_jax.weights, rule))(states.get("pre", ()), states["post"]) for rule, states in parts]
+    made = [
+        jax.vmap(partial(ngc_jax.weights, rule))(states.get("pre", ()), states["post"])
+        for rule, states in parts
+    ]
     return np.concatenate(np.sum(np.asarray(made, np.float64), axis=0))
 
 
@@ -65,10 +74,17 @@ def numpy_model(model, params, tokens, segments):
     for c in range(s.core):
         cell = jax.tree.map(lambda p, c=c: p[c], params["cells"])
         w = {name: numpy_weights(cell[name]) for name in ("token", "gate_up", "down", "out")}
-        keep, drive = 1 / (1 + np.exp(np.asarray(cell["leak"], np.float64))), np.asarray(cell["drive"], np.float64)
+        keep, drive = (
+            1 / (1 + np.exp(np.asarray(cell["leak"], np.float64))),
+            np.asarray(cell["drive"], np.float64),
+        )
         e, after = numpy_norm(x, cell["norm"]["scale"]), np.zeros_like(x)
         for b, t in np.ndindex(tokens.shape):
-            h = np.zeros(s.width) if t == 0 or segments[b, t] != segments[b, t - 1] else after[b, t - 1]
+            h = (
+                np.zeros(s.width)
+                if t == 0 or segments[b, t] != segments[b, t - 1]
+                else after[b, t - 1]
+            )
             for _ in range(s.rounds):
                 gate, up = np.split(w["token"] @ e[b, t] + w["gate_up"] @ numpy_norm(h, 1.0), 2)
                 exchanged = w["down"] @ (gate / (1 + np.exp(-gate)) * up)
@@ -81,14 +97,18 @@ def numpy_model(model, params, tokens, segments):
 def test_the_model_is_its_formula(small):
     model, params = small
     found, _ = jax.jit(model.apply)(params, TOKENS, SEGMENTS)
-    np.testing.assert_allclose(found, numpy_model(model, params, TOKENS, SEGMENTS), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found, numpy_model(model, params, TOKENS, SEGMENTS), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_stream_may_come_token_by_token_or_in_parts(small):
     model, params = small
     whole = jax.jit(model.apply)(params, TOKENS)[0]
     decode, cache = jax.jit(model.decode), model.init_cache(2, 5)
-    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, model.init_cache(2, 10**9)), "it does not grow"
+    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, model.init_cache(2, 10**9)), (
+        "it does not grow"
+    )
     for t in range(LENGTH):
         one, cache = decode(params, TOKENS[:, t : t + 1], cache, t)
         np.testing.assert_allclose(one[:, 0], whole[:, t], rtol=1e-4, atol=1e-5)
@@ -138,9 +158,17 @@ def test_training_memory_grows_with_the_chunk_and_not_with_the_window():
         tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
 
         def loss(params, tokens):
-            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, tokens)[0], tokens).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(
+                model.apply(params, tokens)[0], tokens
+            ).mean()
 
-        return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(params, tokens)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     logits = 8 * 1024 * VOCAB * 4  # bytes, which the loss reads all at once
     assert temporary(32) < 4 * logits
@@ -153,7 +181,9 @@ def test_neurons_start_with_time_scales_from_one_token_to_a_window(small):
     model = small[0]
     leak = jax.jit(model.init)(jax.random.key(0))["cells"]["leak"]
     keep = np.exp(-np.logaddexp(0, leak)) ** model.shape.rounds  # of a token
-    np.testing.assert_allclose(keep, np.tile(np.exp(-1 / time_scales(16, 4, LENGTH)), (2, 1)), rtol=1e-4)
+    np.testing.assert_allclose(
+        keep, np.tile(np.exp(-1 / time_scales(16, 4, LENGTH)), (2, 1)), rtol=1e-4
+    )
 
 
 def test_a_cell_is_counted_as_it_is_documented():
@@ -164,7 +194,8 @@ def test_a_cell_is_counted_as_it_is_documented():
     assert count.parameters(params).matrices == 5 * tall + square
     assert count.generated_weights(model) == 5 * d * f + d * d
     tokens = [jax.ShapeDtypeStruct((1, length), jnp.int32) for length in (50, 30)]
-    more, fewer = (count.forward_flops(model.apply, params, of) for of in tokens)  # of both, the weights are made once
+    # of both, the weights are made once
+    more, fewer = (count.forward_flops(model.apply, params, of) for of in tokens)
     assert more - fewer == 20 * 2 * (2 * d * f + 2 * 3 * d * f + d * d + d * v)
 
 
@@ -176,7 +207,10 @@ def test_lyapunov_exponents_along_a_stream(plain):
 
     stream = jax.random.randint(jax.random.key(1), (60,), 0, VOCAB)
     found = leading_exponent(step, model.init_cache(1, 0), stream, steps=50, transient=10)
-    start, push = model.init_cache(1, 0), 1e-4 * jax.random.normal(jax.random.key(2), model.init_cache(1, 0).shape)
+    start, push = (
+        model.init_cache(1, 0),
+        1e-4 * jax.random.normal(jax.random.key(2), model.init_cache(1, 0).shape),
+    )
     follow = jax.jit(lambda h, tokens: jax.lax.scan(lambda h, t: (step(h, t), None), h, tokens)[0])
     near = follow(start, stream[:10])
     grown = follow(near + push, stream[10:40]) - follow(near, stream[10:40])
@@ -185,7 +219,9 @@ def test_lyapunov_exponents_along_a_stream(plain):
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(tiny, tmp_path):
-    tiny.update_from_flattened_dict({**KIND, "model.rule": "none", "model.chunk": 8, "data.isolate_documents": True})
+    tiny.update_from_flattened_dict(
+        {**KIND, "model.rule": "none", "model.chunk": 8, "data.isolate_documents": True}
+    )
     tiny.train.steps, tiny.checkpoint.every_steps, tiny.eval.every = 6, 3, 6
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     train.run(tiny, unbroken)
@@ -193,7 +229,10 @@ def test_a_killed_run_ends_as_the_unbroken_one(tiny, tmp_path):
     shutil.rmtree(killed / "checkpoints" / "6")
     train.run(tiny, killed)
     assert outcome(unbroken) == outcome(killed)
-    assert "a Neuronal Group Communication recurrent model: 4 groups" in (unbroken / "card.md").read_text()
+    assert (
+        "a Neuronal Group Communication recurrent model: 4 groups"
+        in (unbroken / "card.md").read_text()
+    )
 
 
 def test_parity_of_short_streams_carries_over_to_long_ones():
@@ -207,7 +246,9 @@ def test_parity_of_short_streams_carries_over_to_long_ones():
 
     def loss(params, key):
         bits, parity = streams(key, 12)
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, bits)[0], parity).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(params, bits)[0], parity
+        ).mean()
 
     @jax.jit
     def trained(params):
@@ -232,15 +273,26 @@ def test_parity_of_short_streams_carries_over_to_long_ones():
         ({"model.core": 0}, "model.core=0: must be 1 or more"),
         ({"model.gates": True}, "model.gates=True: must be one of False"),
         ({"model.sharing": "qkv"}, "model.sharing='qkv': must be one of 'none', 'gate_up'"),
-        ({"model.wiring": "dynamic", "rewire.channels": 2}, "model.wiring='dynamic': must be one of 'complete'"),
+        (
+            {"model.wiring": "dynamic", "rewire.channels": 2},
+            "model.wiring='dynamic': must be one of 'complete'",
+        ),
         ({"model.chunk": -1}, "model.chunk=-1: must be 0 or more"),
-        ({"model.kind": "decoder", "model.chunk": 8}, "model.chunk=8: must be 0 where model.kind='decoder'"),
-        ({"iteration.rounds": "uniform"}, "iteration.rounds='uniform': must be 'fixed' where the model has no loop"),
+        (
+            {"model.kind": "decoder", "model.chunk": 8},
+            "model.chunk=8: must be 0 where model.kind='decoder'",
+        ),
+        (
+            {"iteration.rounds": "uniform"},
+            "iteration.rounds='uniform': must be 'fixed' where the model has no loop",
+        ),
         ({"mesh.group": 2}, "mesh.group=2: must be 1 where model.kind='recurrent'"),
     ],
 )
 def test_what_a_recurrent_model_has_not_is_refused(fields, message):
     config = base()
-    config.update_from_flattened_dict({**TINY, **KIND, "train.warmup_steps": 0, "rewire.every": 1, **fields})
+    config.update_from_flattened_dict(
+        {**TINY, **KIND, "train.warmup_steps": 0, "rewire.every": 1, **fields}
+    )
     with pytest.raises(UserError, match=message):
         validate(config)

@@ -1,4 +1,6 @@
-"""Wirings that change: schedule, scores and choice against plain loops, what a rewiring leaves as it was, and a run."""
+"""Wirings that change: schedule, scores and choice against plain loops, what a rewiring leaves as
+it was, and a run.
+"""
 
 import dataclasses
 import math
@@ -12,20 +14,21 @@ from conftest import TINY
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ngc_jax
-from ngc_jax import count, train
-from ngc_jax.checkpoint import digest
+from ngc_jax import count
+from ngc_jax.analysis import gain_bound
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.core import rewiring
-from ngc_jax.core.addressed import Rewirable
-from ngc_jax.data.batches import foretold
+from ngc_jax.core.rules.addressed import Rewirable
+from ngc_jax.data.batches import next_token_targets
 from ngc_jax.data.tokens import Bytes
-from ngc_jax.errors import UserError
-from ngc_jax.metrics import TIMES, read_rows
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.rewire import make_rewire
-from ngc_jax.stability import gain_bound
-from ngc_jax.steps import init_state, losses
-from ngc_jax.workdir import open_trained
+from ngc_jax.runtime.checkpoint import digest
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import TIMES, read_rows
+from ngc_jax.training import loop as train
+from ngc_jax.training.rewiring import make_rewire
+from ngc_jax.training.step import init_state, losses
+from ngc_jax.training.workdir import open_trained
 
 G, N, M = 4, 3, 2
 
@@ -61,7 +64,10 @@ def test_scores_are_those_of_plain_loops():
 @pytest.mark.parametrize(("keep", "grow"), [(3, 2), (5, 0), (0, 5), (1, 5)])
 def test_the_choice_is_that_of_a_plain_loop(keep, grow):
     draw, edges, slots = np.random.default_rng(1), 9, 6
-    strength, promise = draw.integers(0, 4, (G, edges)).astype(float), draw.integers(0, 3, (G, edges)).astype(float)
+    strength, promise = (
+        draw.integers(0, 4, (G, edges)).astype(float),
+        draw.integers(0, 3, (G, edges)).astype(float),
+    )
     strength[:, 5:] = -1  # not there
     promise[0, :2] = np.nan  # of a batch that was not finite: never first choice, and no crash
     heard, used = jax.jit(rewiring.choose, static_argnums=4)(strength, promise, keep, grow, slots)
@@ -73,7 +79,9 @@ def test_the_choice_is_that_of_a_plain_loop(keep, grow):
         assert len(set(heard[g].tolist())) == slots
 
 
-@pytest.mark.parametrize(("copies", "slots", "dim", "activation"), [(1, 3, 2, None), (3, 7, 1, "silu")])
+@pytest.mark.parametrize(
+    ("copies", "slots", "dim", "activation"), [(1, 3, 2, None), (3, 7, 1, "silu")]
+)
 def test_a_wiring_that_is_data_makes_the_masked_product(copies, slots, dim, activation):
     rule = Rewirable(slots, copies)
     pre, post = rule.init(jax.random.key(0), G, G * N, G * M, dim)
@@ -91,7 +99,12 @@ def test_a_wiring_that_is_data_makes_the_masked_product(copies, slots, dim, acti
         one = None if activation is None else x[0]  # a message activation gates W by the token
         y, masked = ngc_jax.transmit(rule, x, pre, post, activation), (full_pre, full_post)
         expected = ngc_jax.transmit("addressed", x, *masked, activation)
-        return y, expected, ngc_jax.weights(rule, pre, post, one, activation), gain_bound([(rule, pre, post)])
+        return (
+            y,
+            expected,
+            ngc_jax.weights(rule, pre, post, one, activation),
+            gain_bound([(rule, pre, post)]),
+        )
 
     y, expected, W, bound = both(x, pre, post)
     np.testing.assert_allclose(y, expected, atol=2e-6)
@@ -99,7 +112,13 @@ def test_a_wiring_that_is_data_makes_the_masked_product(copies, slots, dim, acti
     assert activation or np.linalg.norm(W, 2) <= bound <= 3 * np.linalg.norm(W, 2)
 
 
-SMALL = {"model.prelude": 1, "model.core": 0, "model.coda": 0, "model.p_intra": 0, "model.p_inter": 2}
+SMALL = {
+    "model.prelude": 1,
+    "model.core": 0,
+    "model.coda": 0,
+    "model.p_intra": 0,
+    "model.p_inter": 2,
+}
 CHANGING = {"model.wiring": "dynamic", "model.channels": 3, "rewire.channels": 1, "rewire.every": 3}
 DYNAMIC = {**TINY, **SMALL, **CHANGING, "train.steps": 12, "stability.every": 0}
 
@@ -118,41 +137,62 @@ def start(config):
 
     def some(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.array(draw.uniform(0.1, 0.3, leaf.shape) * draw.choice([-1, 1], leaf.shape), leaf.dtype)
+            return jnp.array(
+                draw.uniform(0.1, 0.3, leaf.shape) * draw.choice([-1, 1], leaf.shape), leaf.dtype
+            )
         edges = np.arange((G - 1) * rule.copies)
         order = draw.permuted(np.broadcast_to(edges, (*leaf.shape[:-1], len(edges))), axis=-1)
-        return jnp.array(order[..., : rule.slots], leaf.dtype) if leaf.ndim else jnp.zeros_like(leaf)
+        return (
+            jnp.array(order[..., : rule.slots], leaf.dtype) if leaf.ndim else jnp.zeros_like(leaf)
+        )
 
     return model, jax.tree.map(some, jax.eval_shape(lambda: init_state(model, config.train, 0)))
 
 
 def batch(seed=0):
-    return foretold(np.array(jax.random.randint(jax.random.key(seed), (8, 17), 0, 256)))
+    return next_token_targets(np.array(jax.random.randint(jax.random.key(seed), (8, 17), 0, 256)))
 
 
 def edges_of(model, params):
-    """All edges that are there: {(stack and synapse, stage, member, group): {edge: (pre [n, p], post [m, p])}}."""
-    found, flat = {}, {path: np.asarray(leaf) for path, leaf in flatten_dict(model.whole(params)).items()}
+    """All edges that are there: {(stack and synapse, stage, member, group): {edge: (pre [n, p],
+    post [m, p])}}.
+    """
+    found, flat = (
+        {},
+        {
+            path: np.asarray(leaf)
+            for path, leaf in flatten_dict(model.expand_shared(params)).items()
+        },
+    )
     for path in (path for path in flat if path[-2:] == ("inter_addressed", "post")):
         pres, hears = (flat[*path[:-1], "pre", name] for name in ("state", "hears"))
         for stage, member, g in np.ndindex(flat[path].shape[:3]):
             place = (stage, model.shape.shared.of(path[-3])[member], g)
             pre, post = pres[place], flat[path][stage, member, g]
             there = [s for s in range(pre.shape[1]) if pre[:, s].any()]
-            found[path, stage, member, g] = {hears[place][s]: (pre[:, s], post[:, s]) for s in there}
+            found[path, stage, member, g] = {
+                hears[place][s]: (pre[:, s], post[:, s]) for s in there
+            }
     return found
 
 
 def slopes(model, params):
-    """|dL/dpost| of each edge, for places as in `edges_of`, by a fixed wiring with the same channels: `others`."""
-    shape, flat = model.shape, flatten_dict(model.whole(params))
+    """|dL/dpost| of each edge, for places as in `edges_of`, by a fixed wiring with the same
+    channels: `others`.
+    """
+    shape, flat = model.shape, flatten_dict(model.expand_shared(params))
     copies = shape.rewirable.copies
     plain = Decoder(dataclasses.replace(shape, wiring="others", sharing="none"))
     # The edge of each number that a group hears, by the speaker's number: [G, (G - 1) copies].
-    numbers = [[((h - g - 1) % G) * copies + q for h in range(G) if h != g for q in range(copies)] for g in range(G)]
+    numbers = [
+        [((h - g - 1) % G) * copies + q for h in range(G) if h != g for q in range(copies)]
+        for g in range(G)
+    ]
     for path in [path for path in flat if path[-1] == "hears"]:
         members, out = np.array(shape.shared.of(path[-4])), (*path[:-2], "post")
-        pre, order = (np.asarray(flat.pop((*path[:-1], name)))[:, members] for name in ("state", "hears"))
+        pre, order = (
+            np.asarray(flat.pop((*path[:-1], name)))[:, members] for name in ("state", "hears")
+        )
         where = np.argsort(order)[..., np.arange(G)[:, None], numbers][..., None, :, None]
         moved = (np.take_along_axis(a, where, -2) for a in (pre, np.asarray(flat[out])))
         flat[path[:-1]], flat[out] = (a.reshape(*a.shape[:-2], G - 1, copies) for a in moved)
@@ -180,26 +220,36 @@ def test_what_is_given_up_what_is_taken_and_what_stays_as_it_was():
 
     # Of all 6 edges of a group: 2 by magnitude, 2 by gradient.
     after, row = rewire(state, batch(), np.int32(2), np.int32(2))
-    assert (float(row["wiring/density"]), float(row["wiring/exchanged"])) == (pytest.approx(2 / 3), 0), (
-        "there was nothing else to take"
+    assert (float(row["wiring/density"]), float(row["wiring/exchanged"])) == (
+        pytest.approx(2 / 3),
+        0,
+    ), "there was nothing else to take"
+    old, new, slope = (
+        edges_of(model, state.params),
+        edges_of(model, after.params),
+        slopes(model, state.params),
     )
-    old, new, slope = edges_of(model, state.params), edges_of(model, after.params), slopes(model, state.params)
     for (path, stage, member, g), now in new.items():
         sets = model.shape.shared.of(path[-3])
         one = [(path, s, f, g) for s in (0, 1) for f in range(len(sets)) if sets[f] == sets[member]]
-        strength = [sum(np.linalg.norm(np.outer(*old[place][e])) for place in one) for e in range(6)]
+        strength = [
+            sum(np.linalg.norm(np.outer(*old[place][e])) for place in one) for e in range(6)
+        ]
         promise = [sum(slope[place][e] for place in one) for e in range(6)]
         kept = np.argsort(strength)[-2:].tolist()
         grown = sorted(set(range(6)) - set(kept), key=lambda e, promise=promise: promise[e])[-2:]
         assert now.keys() == {*kept, *grown}
         for edge in now:
-            jax.tree.map(np.testing.assert_array_equal, now[edge], old[path, stage, member, g][edge])
+            jax.tree.map(
+                np.testing.assert_array_equal, now[edge], old[path, stage, member, g][edge]
+            )
     moments = [np.asarray(leaf) for leaf in jax.tree.leaves(after.optimizer) if leaf.ndim == 6]
     assert len(moments) == 2 * 8, "both moments of what four synapses send and receive with"
     for leaf in moments:
         assert ((leaf != 0).any((-3, -1)) == (np.arange(6) < 4)).all()
 
-    # Then to 3, of which 2 may be edges that were not there: these have a voice, and are not heard yet.
+    # Then to 3, of which 2 may be edges that were not there: these have a voice, and are not heard
+    # yet.
     last, row = rewire(after, batch(1), np.int32(1), np.int32(2))
     added = total = 0
     for place, now in edges_of(model, last.params).items():
@@ -221,14 +271,20 @@ def test_edges_that_are_not_there_cost_nothing():
 
     def flops(rule):
         pre, post = rule.init(jax.random.key(0), groups, width, width, 2)
-        cost = jax.jit(lambda x, pre, post: ngc_jax.transmit(rule, x, pre, post)).lower(x, pre, post).compile()
+        cost = (
+            jax.jit(lambda x, pre, post: ngc_jax.transmit(rule, x, pre, post))
+            .lower(x, pre, post)
+            .compile()
+        )
         return cost.cost_analysis()["flops"]
 
     assert flops(Rewirable(4)) <= 0.35 * flops(ngc_jax.RULES["addressed"])
 
 
 def test_a_run_that_lost_its_latter_part_makes_it_again_to_the_bit(tiny, tmp_path):
-    """Killed before the first of three rewirings; then the finished model, opened, without what has become empty."""
+    """Killed before the first of three rewirings; then the finished model, opened, without what has
+    become empty.
+    """
     fields = {"data.path": tiny.data.path, "data.cache_dir": tiny.data.cache_dir, "eval.every": 100}
     fields |= {"model.wiring": "dynamic_ports", "model.channels": 2, "rewire.regrow": "correlation"}
     fields |= {"rewire.channels": 1, "rewire.exchange": 0.9}
@@ -245,12 +301,21 @@ def test_a_run_that_lost_its_latter_part_makes_it_again_to_the_bit(tiny, tmp_pat
         for name in ("whole", "parts")
     )
     assert rows == again
-    changed, third = {row["step"]: row for row in rows if "wiring/density" in row}, pytest.approx(1 / 3)
-    assert {step: row["wiring/density"] for step, row in changed.items()} == {3: 1 / 2, 6: third, 9: third}
+    changed, third = (
+        {row["step"]: row for row in rows if "wiring/density" in row},
+        pytest.approx(1 / 3),
+    )
+    assert {step: row["wiring/density"] for step, row in changed.items()} == {
+        3: 1 / 2,
+        6: third,
+        9: third,
+    }
     assert changed[3]["wiring/exchanged"] == pytest.approx(2 / 3)
     full = Decoder(model_shape(config, Bytes.vocab))
     kept = edges_of(full, whole.state.params)
-    assert {len(edges) for edges in kept.values()} == {2}, "what is empty stays empty while the rest learns"
+    assert {len(edges) for edges in kept.values()} == {2}, (
+        "what is empty stays empty while the rest learns"
+    )
     assert all(post.any() for edges in kept.values() for _, post in edges.values())
     assert whole.model.shape.channels == 1
     jax.tree.map(np.testing.assert_array_equal, edges_of(whole.model, whole.params), kept)
@@ -264,7 +329,10 @@ def test_a_run_that_lost_its_latter_part_makes_it_again_to_the_bit(tiny, tmp_pat
     [
         ({"model.channels": 4}, "model.channels=4: must be from 1 to model.groups - 1 = 3"),
         ({"rewire.channels": 5}, "rewire.channels=5: must be from 1 to model.channels = 3"),
-        ({"rewire.end": 0.0}, "rewire.end=0.0: must be above rewire.begin=0.0 and at most 1, for instance 0.5"),
+        (
+            {"rewire.end": 0.0},
+            "rewire.end=0.0: must be above rewire.begin=0.0 and at most 1, for instance 0.5",
+        ),
         ({"rewire.every": 10}, "rewire.every=10: must be from 1 to the 9 updates between"),
         ({"rewire.exchange": 1.5}, "from 0 to 1, for instance 0.3"),
         ({"rewire.regrow": "hebb"}, "one of 'gradient', 'correlation', 'random'"),

@@ -1,4 +1,6 @@
-"""The rules: signal and weights agree, with a NumPy loop and with each other; initial scale; gradients; size."""
+"""The rules: signal and weights agree, with a NumPy loop and with each other; initial scale;
+gradients; size.
+"""
 
 import itertools
 from functools import partial
@@ -36,7 +38,9 @@ def loop_weight(rule, pre, post, j, i):
         return post[g, jj, ii] if g == h else 0
     if rule == "metric":
         pairs = itertools.product(numbers, numbers)
-        return sum(post["state"][g, jj, p] * post["map"][g, h, p, q] * pre[h, ii, q] for p, q in pairs)
+        return sum(
+            post["state"][g, jj, p] * post["map"][g, h, p, q] * pre[h, ii, q] for p, q in pairs
+        )
     if rule == "metric_diagonal":
         return sum(post["state"][g, jj, p] * post["map"][g, h, p] * pre[h, ii, p] for p in numbers)
     if rule == "metric_scalar":
@@ -44,9 +48,13 @@ def loop_weight(rule, pre, post, j, i):
     if rule == "tanh":
 
         def feature(side, neuron, f):
-            return np.tanh(sum(side["state"][neuron, r] * side["map"][r, f] for r in numbers) + side["bias"][f])
+            return np.tanh(
+                sum(side["state"][neuron, r] * side["map"][r, f] for r in numbers) + side["bias"][f]
+            )
 
-        return scale * sum(post["gain"][f] * feature(post, j, f) * feature(pre, i, f) for f in range(4 * DIM))
+        return scale * sum(
+            post["gain"][f] * feature(post, j, f) * feature(pre, i, f) for f in range(4 * DIM)
+        )
     R = post["state"][j]
     if rule == "shift":
         q = [sum(R[r] * pre[i, (r - k) % DIM] for r in numbers) / np.sqrt(DIM) for k in (0, 2, 4)]
@@ -60,7 +68,9 @@ def loop_weight(rule, pre, post, j, i):
             total = total + post["gain"][f] * np.tanh(inside + post["bias"][k, f])
         return scale * total
     d = [abs(pre[i, h] - R[h]) for h in numbers]
-    return scale * sum(post["gain"][h] * (1 - 4.5 * d[h] ** 2) * np.exp(-2 * d[h] ** 2) for h in numbers)
+    return scale * sum(
+        post["gain"][h] * (1 - 4.5 * d[h] ** 2) * np.exp(-2 * d[h] ** 2) for h in numbers
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -68,8 +78,12 @@ def test_transmit_and_weights_are_the_numpy_loop(rule):
     pre, post = shaken(states(rule))
     x = jax.random.normal(jax.random.key(1), (5, 7, N_IN))
     wide = jax.tree.map(lambda p: np.asarray(p, np.float64), (pre, post))
-    expected = np.array([[loop_weight(rule, *wide, j, i) for i in range(N_IN)] for j in range(N_OUT)])
-    np.testing.assert_allclose(jax.jit(partial(ngc_jax.weights, rule))(pre, post), expected, atol=2e-6)
+    expected = np.array(
+        [[loop_weight(rule, *wide, j, i) for i in range(N_IN)] for j in range(N_OUT)]
+    )
+    np.testing.assert_allclose(
+        jax.jit(partial(ngc_jax.weights, rule))(pre, post), expected, atol=2e-6
+    )
     y = ngc_jax.transmit(rule, x, pre, post)
     np.testing.assert_allclose(y, np.asarray(x) @ expected.T, atol=5e-6)
     np.testing.assert_allclose(jax.jit(partial(ngc_jax.transmit, rule))(x, pre, post), y, atol=5e-6)
@@ -99,7 +113,8 @@ ACTIVATED = [(rule, "silu") for rule in SIGNAL_RULES if rule not in ("broadcast"
 
 
 @pytest.mark.parametrize(
-    ("rule", "activation"), [*((rule, None) for rule in RULES), *(("broadcast", gate) for gate in GATES), *ACTIVATED]
+    ("rule", "activation"),
+    [*((rule, None) for rule in RULES), *(("broadcast", gate) for gate in GATES), *ACTIVATED],
 )
 def test_unit_variance_at_start(rule, activation):
     n_in, n_out, dim = 512, 768, 32 if rule in SIGNAL_RULES else 4
@@ -117,7 +132,10 @@ def in_two_kinds():
 
     def draw(key):
         drawn = {rule: RULES[rule].init(key, G, N_IN, N_OUT, 2 * DIM) for rule in RULES}
-        return {rule: ngc_jax.weights(rule, *RULES[rule].alike(*states, kind)) for rule, states in drawn.items()}
+        return {
+            rule: ngc_jax.weights(rule, *RULES[rule].alike(*states, kind))
+            for rule, states in drawn.items()
+        }
 
     return jax.jit(draw)(jax.random.key(0))
 
@@ -127,7 +145,9 @@ def test_senders_in_kinds_make_weights_of_that_rank_and_the_usual_variance(rule,
     w = np.asarray(in_two_kinds[rule])
     by_group = w.reshape(N_OUT, G, N_IN // G)
     np.testing.assert_allclose(by_group[:, :, 2:], by_group[:, :, :-2], atol=1e-6)
-    assert np.linalg.matrix_rank(w, rtol=1e-5) == min(2 * G, 2 * DIM if rule == "broadcast" else N_OUT)
+    assert np.linalg.matrix_rank(w, rtol=1e-5) == min(
+        2 * G, 2 * DIM if rule == "broadcast" else N_OUT
+    )
     np.testing.assert_allclose(N_IN * np.mean(np.square(w)), 1, rtol=1e-3)
 
 
@@ -162,7 +182,8 @@ def test_scaled_states_make_scaled_weights_and_zero_states_none(rule):
 
 
 @pytest.mark.parametrize(
-    ("rule", "activation"), [*((rule, None) for rule in RULES), *((rule, "silu") for rule in SIGNAL_RULES)]
+    ("rule", "activation"),
+    [*((rule, None) for rule in RULES), *((rule, "silu") for rule in SIGNAL_RULES)],
 )
 def test_gradients_agree_with_finite_differences(rule, activation):
     pre, post = shaken(states(rule))
@@ -172,7 +193,9 @@ def test_gradients_agree_with_finite_differences(rule, activation):
     def loss(x, pre, post):
         return jnp.sum(jnp.sin(ngc_jax.transmit(rule, x, pre, post, activation)))
 
-    jax.test_util.check_grads(loss, (x, pre, post), order=1, modes=["fwd", "rev"], atol=2e-2, rtol=2e-2)
+    jax.test_util.check_grads(
+        loss, (x, pre, post), order=1, modes=["fwd", "rev"], atol=2e-2, rtol=2e-2
+    )
 
 
 PARAMETERS = {  # as in the docstrings
@@ -188,7 +211,11 @@ PARAMETERS = {  # as in the docstrings
     "within": DIM * (N_IN + N_OUT),
     "block": N_IN * N_OUT // G,
 }
-RANK = dict.fromkeys(RULES, min(N_IN, N_OUT)) | {"broadcast": DIM, "tanh": 4 * DIM, "within": G * DIM}
+RANK = dict.fromkeys(RULES, min(N_IN, N_OUT)) | {
+    "broadcast": DIM,
+    "tanh": 4 * DIM,
+    "within": G * DIM,
+}
 RANK |= {rule: min(N_OUT, G * DIM) for rule in RULES if rule.startswith("metric")}
 
 
@@ -200,7 +227,9 @@ def test_parameters_and_rank_are_what_the_docstrings_say(rule):
 
 
 def test_addressed_has_full_rank_with_one_number_a_port():
-    assert np.linalg.matrix_rank(ngc_jax.weights("addressed", *states("addressed", dim=1))) == min(N_IN, N_OUT)
+    assert np.linalg.matrix_rank(ngc_jax.weights("addressed", *states("addressed", dim=1))) == min(
+        N_IN, N_OUT
+    )
 
 
 def test_bad_arguments_say_what_is_wrong():

@@ -1,4 +1,6 @@
-"""Shared send states: what a sharing says, that it is the unshared model with equal states, and what it saves."""
+"""Shared send states: what a sharing says, that it is the unshared model with equal states, and
+what it saves.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +9,18 @@ import pytest
 
 from ngc_jax import count
 from ngc_jax.config import base, model_shape, validate
-from ngc_jax.errors import UserError
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.sharing import parse
+from ngc_jax.runtime.errors import UserError
 
 
 def build(sharing, **fields):
     config = base()
     config.data.context = 8
-    config.model.update({"width": 16, "hidden": 24, "groups": 4, "heads": 2, "p_intra": 2, "p_inter": 2})
+    config.model.update(
+        {"width": 16, "hidden": 24, "groups": 4, "heads": 2, "p_intra": 2, "p_inter": 2}
+    )
     config.model.update({"prelude": 1, "core": 0, "coda": 2, "sharing": sharing, **fields})
     validate(config)
     return Decoder(model_shape(config, 20))
@@ -39,7 +43,8 @@ def test_what_a_sharing_says():
 @pytest.mark.parametrize("text", ["qvk", "query+gate", "query", "depth0", "1+9", "", "query+1"])
 def test_nonsense_is_refused_with_something_that_works(text):
     with pytest.raises(
-        UserError, match=r"model.sharing=.*is no preset \(qkv, gate_up, depth2, depth3, readers\), nor a set"
+        UserError,
+        match=r"model.sharing=.*is no preset \(qkv, gate_up, depth2, depth3, readers\), nor a set",
     ):
         build(text)
 
@@ -49,7 +54,9 @@ def test_readers_share_over_depth_or_not_at_all():
         build("qkv,readers")
 
 
-@pytest.mark.parametrize(("sharing", "rule"), [("qkv,depth2", "addressed"), ("key+value,gate_up,1+3", "metric")])
+@pytest.mark.parametrize(
+    ("sharing", "rule"), [("qkv,depth2", "addressed"), ("key+value,gate_up,1+3", "metric")]
+)
 def test_a_shared_model_is_the_unshared_one_with_equal_states(sharing, rule):
     """Same logits; and the gradient of a shared state is the sum of those of its copies."""
     shared, plain = build(sharing, rule=rule), build("none", rule=rule)
@@ -62,14 +69,20 @@ def test_a_shared_model_is_the_unshared_one_with_equal_states(sharing, rule):
         def copy(path, leaf):
             names = {key.key for key in path}
             fan = names & {"query_key_value", "gate_up"}
-            return leaf[:, np.array(shared.shape.shared.of(fan.pop()))] if fan and "pre" in names else leaf
+            return (
+                leaf[:, np.array(shared.shape.shared.of(fan.pop()))]
+                if fan and "pre" in names
+                else leaf
+            )
 
-        return jax.tree_util.tree_map_with_path(copy, shared.whole(params))
+        return jax.tree_util.tree_map_with_path(copy, shared.expand_shared(params))
 
     def loss(model, params):
         return jnp.sum(jnp.sin(model.apply(params, tokens)[0]))
 
-    assert jax.tree.structure(spread(params)) == jax.tree.structure(jax.eval_shape(plain.init, jax.random.key(0)))
+    assert jax.tree.structure(spread(params)) == jax.tree.structure(
+        jax.eval_shape(plain.init, jax.random.key(0))
+    )
     run = jax.jit(jax.value_and_grad(lambda p: loss(shared, p)))
     pulled = jax.jit(jax.value_and_grad(lambda p: loss(plain, spread(p))))
     (value, grads), (expected, wanted) = run(params), pulled(params)
@@ -80,7 +93,9 @@ def test_a_shared_model_is_the_unshared_one_with_equal_states(sharing, rule):
 
 
 def test_qkv_sharing_saves_two_thirds_of_the_sending():
-    """XLA's own count of the compiled synapse; sending alone is a synapse whose receivers are one neuron a group."""
+    """XLA's own count of the compiled synapse; sending alone is a synapse whose receivers are one
+    neuron a group.
+    """
     shape = build("none", width=256, p_intra=0, p_inter=8, form="signals").shape
     x = jnp.zeros((64, 256))
 

@@ -1,4 +1,6 @@
-"""Measures, bounds and models as systems: against NumPy, explicit Jacobians, and on eight devices as on one."""
+"""Measures, bounds and models as systems: against NumPy, explicit Jacobians, and on eight devices
+as on one.
+"""
 
 import functools
 import itertools
@@ -10,17 +12,17 @@ import numpy as np
 import pytest
 from conftest import QUICK, TINY, python
 
-from ngc_jax import mesh as meshes
-from ngc_jax import stability
+from ngc_jax import analysis as stability
+from ngc_jax.analysis.probes import _loudness, walk
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.rules import RULES, transmit, weights
+from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import Stage, Synapse
 from ngc_jax.nn.shape import SynapsePart
-from ngc_jax.stability.regulariser import jacobian_penalty, make_penalty
-from ngc_jax.stability.systems import _loudness, walk
-from ngc_jax.stability.watch import MEASURES, make_watch
+from ngc_jax.training.penalty import jacobian_penalty, make_penalty
+from ngc_jax.training.stability_metrics import MEASURES, make_watch
 
 
 @functools.cache
@@ -40,7 +42,9 @@ def text(rows=2, seed=1, length=6):
 
 
 def compiled(function, model, params, tokens, **fields):
-    """function(model, params, tokens, **fields) as one program: op by op each of its loops would be compiled alone."""
+    """function(model, params, tokens, **fields) as one program: op by op each of its loops would be
+    compiled alone.
+    """
     return jax.jit(lambda params, tokens: function(model, params, tokens, **fields))(params, tokens)
 
 
@@ -110,7 +114,8 @@ def test_refusals_name_the_argument(call, named):
 BILINEAR = ("broadcast", "addressed", "within", "block")
 PARTS = [*((name,) for name in RULES), *itertools.combinations(BILINEAR, 2)]
 PARTS += [("block", name) for name in RULES if name not in BILINEAR]
-PAIRWISE = ("addressed", "metric", "metric_diagonal", "metric_scalar")  # bounded by the norms of groups' blocks
+# bounded by the norms of groups' blocks
+PAIRWISE = ("addressed", "metric", "metric_diagonal", "metric_scalar")
 
 
 @pytest.mark.parametrize("names", PARTS, ids="+".join)
@@ -119,7 +124,10 @@ def test_gain_bound_is_no_less_than_the_norm_and_not_far_above(names):
     @jax.jit
     def both(key):
         keys = jax.random.split(key, len(names))
-        parts = [(name, *RULES[name].init(key, 4, 24, 16, 2)) for name, key in zip(names, keys, strict=True)]
+        parts = [
+            (name, *RULES[name].init(key, 4, 24, 16, 2))
+            for name, key in zip(names, keys, strict=True)
+        ]
         return sum(weights(*part) for part in parts), stability.gain_bound(parts)
 
     for seed in range(5):
@@ -145,14 +153,20 @@ def test_no_round_stretches_more_than_the_bound(rule, eta):
         u = jax.random.normal(keys[2], (16,))
 
         def update(x, memory, parts=parts, u=u):
-            return eta * jnp.tanh(sum(transmit(name, x, pre, post) for name, pre, post in parts) + u), memory
+            return eta * jnp.tanh(
+                sum(transmit(name, x, pre, post) for name, pre, post in parts) + u
+            ), memory
 
         def after(x, update=update):
-            return communicate(update, x, keep=jnp.full(16, 1 - eta), drive=jnp.zeros(16), rounds=1)[0]
+            return communicate(
+                update, x, keep=jnp.full(16, 1 - eta), drive=jnp.zeros(16), rounds=1
+            )[0]
 
         x = jax.random.normal(keys[3], (64, 16))
         near = x + 1e-2 * jax.random.normal(keys[4], (64, 16))
-        measured = jnp.linalg.norm(after(x) - after(near), axis=-1) / jnp.linalg.norm(x - near, axis=-1)
+        measured = jnp.linalg.norm(after(x) - after(near), axis=-1) / jnp.linalg.norm(
+            x - near, axis=-1
+        )
         bound = float(stability.contraction_bound(parts, eta=eta))
         assert float(jnp.max(measured)) <= bound
         jacobians = jax.vmap(jax.jacobian(after))(x)
@@ -180,12 +194,20 @@ def test_round_exponents_are_those_of_the_explicit_jacobian():
 
 def test_depth_exponents_are_those_of_the_explicit_jacobian():
     model, params, _ = build(
-        **{"model.prelude": 1, "model.core": 0, "model.coda": 2, "model.width": 8, "model.groups": 2}
+        **{
+            "model.prelude": 1,
+            "model.core": 0,
+            "model.coda": 2,
+            "model.width": 8,
+            "model.groups": 2,
+        }
     )
     tokens = text(rows=1, length=4)
     found = compiled(stability.depth_exponents, model, params, tokens, k=1)[0, 0]
     x = params["embed"][tokens]
-    jacobian = jax.jit(jax.jacobian(lambda x: model.stream(params, x, jnp.arange(4))[0]))(x).reshape(x.size, x.size)
+    jacobian = jax.jit(jax.jacobian(lambda x: model.stream(params, x, jnp.arange(4))[0]))(
+        x
+    ).reshape(x.size, x.size)
     start = jax.random.normal(jax.random.key(0), (x.size, 1))
     stretch = jnp.linalg.norm(jacobian @ start) / jnp.linalg.norm(start)
     assert float(found) == pytest.approx(float(jnp.log(stretch)) / 3, abs=1e-4)
@@ -196,7 +218,9 @@ def test_token_exponents_are_slopes_of_the_response():
     tokens = text(rows=1)
     found = compiled(stability.token_exponents, model, params, tokens, k=16)[0]
     x = params["embed"][tokens]
-    jacobian = jax.jit(jax.jacobian(lambda x: model.stream(params, x, jnp.arange(6))[0]))(x)[0, 1:, :, 0, 0]
+    jacobian = jax.jit(jax.jacobian(lambda x: model.stream(params, x, jnp.arange(6))[0]))(x)[
+        0, 1:, :, 0, 0
+    ]
     values = np.log(np.linalg.svd(np.asarray(jacobian), compute_uv=False))
     slopes = np.polyfit(np.arange(5), values, 1)[0]
     np.testing.assert_allclose(found[:4], slopes[:4], atol=2e-2)
@@ -233,12 +257,18 @@ def test_departure_is_zero_with_everything_on_and_not_without():
     run = jax.jit(lambda p: model.stream(p, p["embed"][tokens], jnp.arange(6))[0])
     assert float(jnp.max(stability.departure(run(params), run(params)))) == 0
     for what in ("messages", "drive"):
-        assert float(jnp.min(stability.departure(run(params), run(stability.silenced(params, what))))) > 1e-3
+        assert (
+            float(jnp.min(stability.departure(run(params), run(stability.silenced(params, what)))))
+            > 1e-3
+        )
 
 
-@pytest.mark.parametrize("rule", ["addressed", "tanh"])  # that W is 0 where post is holds for every rule (test_rules)
+# that W is 0 where post is holds for every rule (test_rules)
+@pytest.mark.parametrize("rule", ["addressed", "tanh"])
 def test_silenced_messages_leave_only_the_groups(rule):
-    model, params, config = build(**{"model.rule": rule, "model.prelude": 0, "model.coda": 0, "model.rounds": 1})
+    model, params, config = build(
+        **{"model.rule": rule, "model.prelude": 0, "model.coda": 0, "model.rounds": 1}
+    )
     config.model.rule = "none"
     alone = Decoder(model_shape(config, 40))
     tokens = text()
@@ -262,13 +292,24 @@ def test_traffic_is_what_the_blocks_of_weights_carry(rule):
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_traffic_adds_up_to_what_the_groups_hear(activation):
-    model, params, _ = build(**{"model.message_activation": activation, "model.prelude": 1, "model.coda": 1})
+    model, params, _ = build(
+        **{"model.message_activation": activation, "model.prelude": 1, "model.coda": 1}
+    )
     loud = compiled(stability.traffic, model, params, text())
-    assert set(loud) == {"prelude 1", "core 1, round 1", "core 1, round 2", "core 1, round 3", "coda 1"}
+    assert set(loud) == {
+        "prelude 1",
+        "core 1, round 1",
+        "core 1, round 2",
+        "core 1, round 3",
+        "coda 1",
+    }
     assert all(table.shape == (4, 4) and bool(jnp.all(table > 0)) for table in loud.values())
     # A group that sends nothing is heard by nobody.
     mute = jax.tree_util.tree_map_with_path(
-        lambda path, p: p.at[:, :, 2].set(0) if "'pre'" in str(path) and "core" not in str(path) else p, params
+        lambda path, p: (
+            p.at[:, :, 2].set(0) if "'pre'" in str(path) and "core" not in str(path) else p
+        ),
+        params,
     )
     table = compiled(stability.traffic, model, mute, text())["prelude 1"]
     assert float(jnp.max(table[:, 2])) == 0
@@ -288,7 +329,7 @@ def test_models_without_a_loop_or_messages_say_so():
 
 def watched(model, params, tokens, names=MEASURES, mesh=None):
     watch = make_watch(model, types.SimpleNamespace(measures=",".join(names), rounds=4))
-    return jax.device_get(jax.jit(meshes.on(mesh, watch) if mesh else watch)(params, tokens))
+    return jax.device_get(jax.jit(meshes.with_mesh(mesh, watch) if mesh else watch)(params, tokens))
 
 
 def test_what_is_watched_is_what_was_chosen():
@@ -302,12 +343,17 @@ def test_what_is_watched_is_what_was_chosen():
     for name, value in everything.items():
         assert together[name] == pytest.approx(float(value), rel=1e-4), name
     dense, params, _ = build(**{"model.rule": "dense", "model.core": 0, "model.coda": 2})
-    assert set(watched(dense, params, tokens)) == {"stability/contraction_per_token", "stability/exponent_per_stage"}
+    assert set(watched(dense, params, tokens)) == {
+        "stability/contraction_per_token",
+        "stability/exponent_per_stage",
+    }
 
 
 def compare_devices():
     """Run by the test below in a process that has eight devices."""
-    model, params, config = build(**{"model.groups": 8, "model.heads": 8, "model.width": 16, "model.hidden": 32})
+    model, params, config = build(
+        **{"model.groups": 8, "model.heads": 8, "model.width": 16, "model.hidden": 32}
+    )
     tokens = text(rows=8)
     alone = watched(model, params, tokens)
     for axis in ("data", "group"):
@@ -315,8 +361,8 @@ def compare_devices():
         mesh = meshes.make_mesh(config.mesh)
         spread = watched(
             model,
-            jax.device_put(params, meshes.shardings(meshes.place(mesh, params))),
-            jax.device_put(tokens, meshes.rows(mesh)),
+            jax.device_put(params, meshes.shardings(meshes.abstract_shardings(mesh, params))),
+            jax.device_put(tokens, meshes.batch_sharding(mesh)),
             mesh=mesh,
         )
         for name, value in alone.items():
@@ -336,7 +382,9 @@ def minimise(penalty, params, tokens, steps=60, rate=0.04):
 
     @jax.jit
     def step(params, i):
-        value, grads = jax.value_and_grad(penalty)(params, tokens, jax.random.fold_in(jax.random.key(0), i))
+        value, grads = jax.value_and_grad(penalty)(
+            params, tokens, jax.random.fold_in(jax.random.key(0), i)
+        )
         size = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))) + 1e-12
         return jax.tree.map(lambda p, g: p - rate * g / size, params, grads), value
 
@@ -357,7 +405,9 @@ def test_the_band_moves_what_is_measured_into_it(name):
 
     def measure(params):
         if name == "exponent":
-            return float(jnp.mean(compiled(stability.round_exponents, model, params, tokens, rounds=3)))
+            return float(
+                jnp.mean(compiled(stability.round_exponents, model, params, tokens, rounds=3))
+            )
         states = compiled(stability.round_states, model, params, tokens, rounds=3)
         return float(jnp.mean(jnp.log(stability.contraction(states))))
 
@@ -370,7 +420,9 @@ def test_the_band_moves_what_is_measured_into_it(name):
 def test_the_jacobian_penalty_is_unbiased_and_shrinks_the_jacobian():
     a = jax.random.normal(jax.random.key(0), (6, 6))
     keys = jax.random.split(jax.random.key(1), 4000)
-    estimate = jnp.mean(jax.vmap(lambda key: jacobian_penalty(lambda x: a @ x, jnp.ones(6), key))(keys))
+    estimate = jnp.mean(
+        jax.vmap(lambda key: jacobian_penalty(lambda x: a @ x, jnp.ones(6), key))(keys)
+    )
     assert float(estimate) == pytest.approx(float(jnp.sum(a**2)) / 6, rel=0.05)
 
     model, params, config = build()
@@ -382,7 +434,9 @@ def test_the_jacobian_penalty_is_unbiased_and_shrinks_the_jacobian():
         step, _ = stability.rounds_step(model, params, tokens)
         settled = stability.round_states(model, params, tokens, 3)[-1]
         keys = jax.random.split(jax.random.key(9), 20)
-        return jnp.mean(jax.vmap(lambda key: jacobian_penalty(lambda x: step(x, None), settled, key))(keys))
+        return jnp.mean(
+            jax.vmap(lambda key: jacobian_penalty(lambda x: step(x, None), settled, key))(keys)
+        )
 
     before = float(size(params))
     params, _ = minimise(make_penalty(model, config.stability), params, tokens)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from conftest import WHOLE
 
-from ngc_jax import train
+from ngc_jax.analysis import page
+from ngc_jax.analysis.stability import _loop, gain_bounds, headlines, measure, settled
+from ngc_jax.commands.stability import main
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.rules import weights
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.stability import page
-from ngc_jax.stability.__main__ import main
-from ngc_jax.stability.measures import _loop, gain_bounds, headlines, measure, settled
-from ngc_jax.workdir import command, open_trained
+from ngc_jax.training import loop as train
+from ngc_jax.training.workdir import command, open_trained
 
 SECTIONS = ["numbers", "spectrum", "rounds", "tokens", "drive", "traffic", "paths", "bounds"]
 FIGURES = SECTIONS[1:-1]
@@ -34,7 +34,10 @@ def tiny_config(**fields):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text, cache):
     home = tmp_path_factory.mktemp("runs") / "a<b>"
-    assert train.run(tiny_config(**{"train.steps": 5, "data.path": str(text), "data.cache_dir": str(cache)}), home)
+    assert train.run(
+        tiny_config(**{"train.steps": 5, "data.path": str(text), "data.cache_dir": str(cache)}),
+        home,
+    )
     return home
 
 
@@ -126,7 +129,8 @@ def test_bounds_hold_for_the_weights(run):
     stage = jax.tree.map(lambda p: p[0], params["core"]["stages"])
     for place, name in enumerate(("gate", "up")):
         parts = [
-            (part.partition("_")[2], jax.tree.map(lambda p, i=place: p[i], s)) for part, s in stage["gate_up"].items()
+            (part.partition("_")[2], jax.tree.map(lambda p, i=place: p[i], s))
+            for part, s in stage["gate_up"].items()
         ]
         formed = sum(weights(rule, states.get("pre", ()), states["post"]) for rule, states in parts)
         norm = float(np.linalg.norm(formed, 2))
@@ -136,7 +140,9 @@ def test_bounds_hold_for_the_weights(run):
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     """(directory, measures) of the page of a dense model without a loop."""
-    config = tiny_config(**{"model.rule": "dense", "model.prelude": 2, "model.core": 0, "model.coda": 0})
+    config = tiny_config(
+        **{"model.rule": "dense", "model.prelude": 2, "model.core": 0, "model.coda": 0}
+    )
     model = Decoder(model_shape(config, Bytes.vocab))
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (2, 16), 0, 256), np.int32)
     measured = measure(model, jax.jit(model.init)(jax.random.key(0)), tokens, 4)
@@ -152,7 +158,9 @@ def test_a_model_without_loop_and_messages_says_what_is_left_out(flat):
     assert list(found) == SECTIONS
     without = {name for name, body in found.items() if "Left out: " in body}
     assert without == {"rounds", "drive", "traffic", "paths"}
-    assert all("<img" not in found[name] and found[name].count("Left out: ") == 1 for name in without)
+    assert all(
+        "<img" not in found[name] and found[name].count("Left out: ") == 1 for name in without
+    )
     assert sorted(path.name for path in out.glob("*.png")) == ["spectrum.png", "tokens.png"]
     assert [row.unit for row in headlines(measured)] == ["per stage", "per token", "per token"]
 

@@ -1,4 +1,6 @@
-"""Studies: what is varied, which runs that makes, what is reported; and that a kill changes nothing of it."""
+"""Studies: what is varied, which runs that makes, what is reported; and that a kill changes nothing
+of it.
+"""
 
 import dataclasses
 import json
@@ -24,7 +26,7 @@ from experiments.run import main
 from experiments.study import LOSS, Results, Study, config_of, find, groups, plan, prepared
 from experiments.sweeps import Sweep, cases, seeds, vary, zipped
 from ngc_jax.config import validate
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
 
 MODELS = cases("model", {"NGC": {}, "NGC, p = 1": {"model.p_inter": 1}})
 
@@ -39,7 +41,11 @@ def test_a_sweep_is_made_by_product_chain_and_zip():
         "NGC-p1-steps5-seed0",
     ]
     assert both[-1].fields == {"model.p_inter": 1, "train.steps": 9, "seed": 1}
-    assert [one.name for one in MODELS + cases("model", {"dense": {}})] == ["NGC", "NGC-p1", "dense"]
+    assert [one.name for one in MODELS + cases("model", {"dense": {}})] == [
+        "NGC",
+        "NGC-p1",
+        "dense",
+    ]
     assert isinstance(MODELS + MODELS, Sweep)
     pairs = zipped(MODELS, vary("seed", (3, 4)))
     assert [one.fields["seed"] for one in pairs] == [3, 4]
@@ -62,14 +68,19 @@ def test_a_study_that_cannot_be_told_apart_or_has_no_seeds_is_refused():
         find("nonsense")
 
 
-STUDIES = [path.stem for path in (ROOT / "experiments").glob("*.py") if "\nSTUDY = Study(" in path.read_text()]
+STUDIES = [
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if "\nSTUDY = Study(" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_asks_for_models_that_there_are_also_in_its_larger_setting(name):
     _, study, _ = find(name)
     for changes in ({}, study.larger):
-        unsized = dataclasses.replace(study, changes={**changes, "model.match": ""})  # solving sizes takes its time
+        # solving sizes takes its time
+        unsized = dataclasses.replace(study, changes={**changes, "model.match": ""})
         for group in groups(unsized):
             validate(config_of(unsized, group.fields))
 
@@ -102,26 +113,37 @@ def runs_by(study, loss):
 
 
 def test_a_learning_rate_is_chosen_by_short_runs_and_looked_for_beyond_the_edge():
-    study = Study(cases("model", {"NGC": {"rate": (0.1, 0.2)}}) * seeds(2), common={"train.steps": 100}, tuning=0.3)
+    study = Study(
+        cases("model", {"NGC": {"rate": (0.1, 0.2)}}) * seeds(2),
+        common={"train.steps": 100},
+        tuning=0.3,
+    )
     made = runs_by(study, lambda fields: abs(math.log(fields["train.learning_rate"] / 0.5)))
-    assert [run.name for run in made] == [f"tune-NGC-{rate}" for rate in ("0.1", "0.2", "0.4", "0.8")] + [
-        "NGC-seed0",
-        "NGC-seed1",
-    ]
+    assert [run.name for run in made] == [
+        f"tune-NGC-{rate}" for rate in ("0.1", "0.2", "0.4", "0.8")
+    ] + ["NGC-seed0", "NGC-seed1"]
     assert {run.fields["train.steps"] for run in made[:4]} == {30}
     assert {run.fields["seed"] for run in made[:4]} == {1000}
-    assert [run.fields["train.state_learning_rate"] for run in made[4:]] == pytest.approx([0.4, 0.4])
+    assert [run.fields["train.state_learning_rate"] for run in made[4:]] == pytest.approx(
+        [0.4, 0.4]
+    )
     # Never more than two beyond those given, downwards too, and where everything diverges.
     assert len(runs_by(study, lambda fields: -fields["train.learning_rate"])) == 6
     downwards = runs_by(study, lambda fields: fields["train.learning_rate"])
-    assert [run.fields["train.learning_rate"] for run in downwards[2:4]] == pytest.approx([0.05, 0.025])
-    assert runs_by(study, lambda fields: math.inf)[2].fields["train.learning_rate"] == pytest.approx(0.05)
+    assert [run.fields["train.learning_rate"] for run in downwards[2:4]] == pytest.approx(
+        [0.05, 0.025]
+    )
+    assert runs_by(study, lambda fields: math.inf)[2].fields[
+        "train.learning_rate"
+    ] == pytest.approx(0.05)
     # One between the others is the best: none beyond.
     three = Study(cases("model", {"NGC": {"rate": (0.25, 0.5, 1.0)}}) * seeds(1))
     assert len(runs_by(three, lambda fields: abs(fields["train.learning_rate"] - 0.5))) == 4
     # A single rate is taken, none leaves the config's.
     single = Study(cases("model", {"a": {"rate": 0.3}, "b": {}}) * seeds(1))
-    assert [run.fields.get("train.learning_rate") for run in runs_by(single, lambda fields: 0.0)] == [0.3, None]
+    assert [
+        run.fields.get("train.learning_rate") for run in runs_by(single, lambda fields: 0.0)
+    ] == [0.3, None]
 
 
 def test_paired_differences_and_holms_correction():
@@ -174,8 +196,18 @@ def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
 
     home = tmp_path / "paired"
     study = Study(MODELS * seeds(2), config="ngc_tiny", baseline={"model": "NGC"})
-    report(made_up(home, study, {"NGC-seed0": 1.0, "NGC-seed1": 2.0, "NGC-p1-seed0": 1.1, "NGC-p1-seed1": 2.3}), "T")
-    assert "| NGC, p = 1 | 1.7000 ± 7.6237 | 0.2000 ± 1.2706 | 0.295 |" in (home / "report.md").read_text()
+    report(
+        made_up(
+            home,
+            study,
+            {"NGC-seed0": 1.0, "NGC-seed1": 2.0, "NGC-p1-seed0": 1.1, "NGC-p1-seed1": 2.3},
+        ),
+        "T",
+    )
+    assert (
+        "| NGC, p = 1 | 1.7000 ± 7.6237 | 0.2000 ± 1.2706 | 0.295 |"
+        in (home / "report.md").read_text()
+    )
     assert (home / "pareto.png").stat().st_size > 5000
     assert not (home / "curves.png").exists()  # of runs that have no rows
 
@@ -191,10 +223,14 @@ def test_a_figure_shows_no_cost_that_does_not_vary_and_tells_twenty_kinds_apart(
     assert len({tuple(figures.look(place).values()) for place in range(20)}) == 20
 
 
-def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_the_largest(tmp_path):
+def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_the_largest(
+    tmp_path,
+):
     protocol = Protocol({}, shares={"0.25": (), "0.5": ("dense",)}, measured=False)
     study = comparison(protocol, ["NGC", "dense"], 2)
-    losses = {f"{model}-seed{seed}": 1.0 + seed for model in ("NGC-0.25", "dense-0.5") for seed in (0, 1)}
+    losses = {
+        f"{model}-seed{seed}": 1.0 + seed for model in ("NGC-0.25", "dense-0.5") for seed in (0, 1)
+    }
     losses |= {"NGC-0.25-seed1": 2.2, "dense-0.25-seed0": 1.5, "dense-0.25-seed1": 2.5}
     report(made_up(tmp_path, study, losses), "Title")
     text = (tmp_path / "report.md").read_text()
@@ -204,7 +240,13 @@ def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_t
 
 
 def test_a_study_under_way_is_reported_when_asked(tmp_path, monkeypatch, capsys):
-    line = ["compare", "--protocol=smoke", "--models=NGC;dense", "--report", f"--workdir={tmp_path}"]
+    line = [
+        "compare",
+        "--protocol=smoke",
+        "--models=NGC;dense",
+        "--report",
+        f"--workdir={tmp_path}",
+    ]
     monkeypatch.setattr(sys, "argv", line)
     compare.main()
     assert capsys.readouterr().out.strip() == f"{tmp_path}/report.html"
@@ -213,11 +255,15 @@ def test_a_study_under_way_is_reported_when_asked(tmp_path, monkeypatch, capsys)
 
 def example():
     """The study that experiments/README.md shows."""
-    return re.search(r"```python\n(.*?)```", (ROOT / "experiments" / "README.md").read_text(), re.DOTALL)[1]
+    return re.search(
+        r"```python\n(.*?)```", (ROOT / "experiments" / "README.md").read_text(), re.DOTALL
+    )[1]
 
 
 @pytest.mark.slow
-def test_a_study_of_ones_own_killed_three_times_has_the_report_of_an_unbroken_one(tiny_flags, tmp_path):
+def test_a_study_of_ones_own_killed_three_times_has_the_report_of_an_unbroken_one(
+    tiny_flags, tmp_path
+):
     source = example()
     assert len(source.strip().splitlines()) <= 30
     file = tmp_path / "mine.py"
@@ -225,7 +271,15 @@ def test_a_study_of_ones_own_killed_three_times_has_the_report_of_an_unbroken_on
     changes = [flag for flag in tiny_flags if flag.startswith("--config.")]
 
     def start(home):
-        line = [sys.executable, "-m", "experiments.run", str(file), f"--workdir={home}", "--jobs=1", *changes]
+        line = [
+            sys.executable,
+            "-m",
+            "experiments.run",
+            str(file),
+            f"--workdir={home}",
+            "--jobs=1",
+            *changes,
+        ]
         return subprocess.Popen(
             line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -241,7 +295,9 @@ def test_a_study_of_ones_own_killed_three_times_has_the_report_of_an_unbroken_on
         assert process.returncode == 0, out.decode()
         shutil.rmtree(tmp_path / home / "port2-seed0", ignore_errors=True)  # records are enough
     names = ["report.md", "report.html", "rows.csv", "curves.png", "pareto.png"]
-    unbroken, killed = ([(tmp_path / home / name).read_bytes() for name in names] for home in ("unbroken", "killed"))
+    unbroken, killed = (
+        [(tmp_path / home / name).read_bytes() for name in names] for home in ("unbroken", "killed")
+    )
     assert unbroken == killed
     record = json.loads((tmp_path / "killed" / "records" / "port2-seed0.json").read_text())
     assert record["commit"]

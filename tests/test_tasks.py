@@ -1,4 +1,6 @@
-"""Reasoning tasks: answers checked by solvers of another kind, parts that share nothing, a run from start to score."""
+"""Reasoning tasks: answers checked by solvers of another kind, parts that share nothing, a run from
+start to score.
+"""
 
 import itertools
 import re
@@ -12,20 +14,21 @@ import pytest
 from conftest import TINY, shaken
 from ml_collections import ConfigDict
 
-from ngc_jax import solve, train
+from ngc_jax.commands import solve
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.data import NOTHING, tasks
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.problems import Problems, draw_set, part_of, problem_set
 from ngc_jax.data.tasks import TASKS, Problem, draw
 from ngc_jax.data.tokens import Symbols, load_data, load_tokenizer
-from ngc_jax.errors import UserError
-from ngc_jax.metrics import read_rows
-from ngc_jax.sample import generate
-from ngc_jax.steps import predict, solved
-from ngc_jax.workdir import command, open_trained
+from ngc_jax.nn.generate import generate
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training import loop as train
+from ngc_jax.training.step import predict, solved
+from ngc_jax.training.workdir import command, open_trained
 
-# ---- Solvers: difficulty, and what is given as symbols -> what is to be answered ------------------------------------
+# ---- Solvers: difficulty, and what is given as symbols -> what is to be answered -----------------
 
 
 def written(given: str) -> list[str]:
@@ -76,7 +79,12 @@ def addition(digits, given):
 
 
 def listops(depth, given):
-    kinds = {"[MIN": min, "[MAX": max, "[MED": lambda v: int(np.percentile(v, 50, method="lower")), "[SUM": sum}
+    kinds = {
+        "[MIN": min,
+        "[MAX": max,
+        "[MED": lambda v: int(np.percentile(v, 50, method="lower")),
+        "[SUM": sum,
+    }
     stack, deepest = [], 0
     for symbol in written(given):
         stack.append(symbol)
@@ -108,7 +116,10 @@ def path(length, given):
     ways = [np.linalg.matrix_power(beside, n) for n in range(length + 1)]  # walks of n edges
     s, t = names.index(start), names.index(goal)
     assert [int(way[s, t]) for way in ways] == [0] * length + [1]
-    return [names[int(np.flatnonzero(ways[n][s] * ways[length - n][:, t])[0])] for n in range(1, length + 1)]
+    return [
+        names[int(np.flatnonzero(ways[n][s] * ways[length - n][:, t])[0])]
+        for n in range(1, length + 1)
+    ]
 
 
 def grid_of(given):
@@ -131,7 +142,9 @@ def maze(rooms, given):
 
 
 def sudoku(rows, columns, search, blanks, given):
-    """By candidates for whole units; without search that alone must do, which also proves the solution the only one."""
+    """By candidates for whole units; without search that alone must do, which also proves the
+    solution the only one.
+    """
     grid, size = grid_of(given), rows * columns
     assert np.sum(grid == ".") == blanks
     cells = list(itertools.product(range(size), repeat=2))
@@ -192,7 +205,9 @@ SOLVERS = {
     "sudoku9": (lambda *a: sudoku(3, 3, False, *a), (45,)),
     "sudoku9_search": (lambda *a: sudoku(3, 3, True, *a), (50,)),
 }
-SOLVERS |= {f"{name}_in_place": SOLVERS[name] for name in SOLVERS if name.startswith(("maze", "sudoku"))}
+SOLVERS |= {
+    f"{name}_in_place": SOLVERS[name] for name in SOLVERS if name.startswith(("maze", "sudoku"))
+}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -211,7 +226,9 @@ def test_answers_are_those_of_another_solver(name):
             assert spelt.decode(asked).decode().split() == solver(difficulty, given)
             if "=" in TASKS[name].symbols and not name.startswith(("maze", "sudoku")):
                 first = np.flatnonzero(targets != NOTHING)[0]
-                assert TASKS[name].symbols[inputs[first]] == "=", "nothing of an answer is read before it is asked"
+                assert TASKS[name].symbols[inputs[first]] == "=", (
+                    "nothing of an answer is read before it is asked"
+                )
                 np.testing.assert_array_equal(inputs[first + 1 :], targets[first:-1])
 
 
@@ -226,7 +243,9 @@ def test_a_problem_can_be_printed(monkeypatch, capsys):
 
 def test_a_grid_in_place_is_seen_whole_and_what_fills_it_up_is_not(cache):
     config = base()
-    config.update_from_flattened_dict({**TINY, "data.task": "maze_in_place", "data.low": 2, "data.high": 3})
+    config.update_from_flattened_dict(
+        {**TINY, "data.task": "maze_in_place", "data.low": 2, "data.high": 3}
+    )
     config.data.update({"context": 26, "problems": 20, "cache_dir": str(cache)})
     model = make_model(config, len(TASKS["maze_in_place"].symbols))
     params = shaken(jax.jit(model.init)(jax.random.key(0)))
@@ -238,12 +257,14 @@ def test_a_grid_in_place_is_seen_whole_and_what_fills_it_up_is_not(cache):
     np.testing.assert_allclose(filled[:, :9], alone[:, :9], rtol=1e-5, atol=1e-6)
     changed = grid.copy()
     changed[8] = (changed[8] + 1) % 5
-    assert np.all(np.any(read(changed[None])[:, :9] != alone[:, :9], axis=-1)), "each cell sees the last one"
+    assert np.all(np.any(read(changed[None])[:, :9] != alone[:, :9], axis=-1)), (
+        "each cell sees the last one"
+    )
     with pytest.raises(ValueError, match="it has no cache"):
         model.init_cache(1, 10)
 
 
-# ---- Sets ------------------------------------------------------------------------------------------------------------
+# ---- Sets ----------------------------------------------------------------------------------------
 
 
 def test_parts_share_no_problem_and_tell_nothing_of_the_answer():
@@ -257,12 +278,16 @@ def test_parts_share_no_problem_and_tell_nothing_of_the_answer():
     odd = {part: [] for part in parts}
     for bits in itertools.product((0, 1), repeat=10):
         odd[part_of(Problem(np.array([*bits, 2], np.int32), np.empty(0)))].append(sum(bits) % 2)
-    assert {part: round(np.mean(answers), 1) for part, answers in odd.items()} == dict.fromkeys(odd, 0.5)
+    assert {part: round(np.mean(answers), 1) for part, answers in odd.items()} == dict.fromkeys(
+        odd, 0.5
+    )
     assert 0.75 < len(odd["train"]) / 1024 < 0.85
 
 
 def test_a_part_without_problems_is_a_clear_error():
-    with pytest.raises(UserError, match=r"data.task='parity' has too few problems of difficulty 1 to 1 .* for test"):
+    with pytest.raises(
+        UserError, match=r"data.task='parity' has too few problems of difficulty 1 to 1 .* for test"
+    ):
         draw_set("parity", 1, 1, {"test": 1}, 0)
 
 
@@ -271,10 +296,26 @@ def asked(cache) -> ConfigDict:
     """A run of seconds on brackets."""
     config = base()
     config.update_from_flattened_dict(TINY)
-    config.data.update({"task": "dyck", "low": 1, "high": 3, "problems": 1000, "context": 40, "cache_dir": str(cache)})
+    config.data.update(
+        {
+            "task": "dyck",
+            "low": 1,
+            "high": 3,
+            "problems": 1000,
+            "context": 40,
+            "cache_dir": str(cache),
+        }
+    )
     config.model.update({"rule": "dense", "rounds": 2})  # the quickest to compile
-    config.train.update({"steps": 150, "batch_size": 32, "learning_rate": 3e-2, "state_learning_rate": 3e-2})
-    config.train.log_every, config.eval.every, config.checkpoint.every_steps, config.stability.every = 150, 150, 150, 0
+    config.train.update(
+        {"steps": 150, "batch_size": 32, "learning_rate": 3e-2, "state_learning_rate": 3e-2}
+    )
+    (
+        config.train.log_every,
+        config.eval.every,
+        config.checkpoint.every_steps,
+        config.stability.every,
+    ) = 150, 150, 150, 0
     return config
 
 
@@ -309,10 +350,12 @@ def test_batches_of_problems_are_a_function_of_the_step(asked):
     options = {"batch_size": 4, "seed": 3, "stop": 9}
     whole = np.stack(list(train_batches(problems, start=0, **options)))
     assert whole.shape == (9, 4, 2, 40)
-    np.testing.assert_array_equal(whole[5:], np.stack(list(train_batches(problems, start=5, **options))))
+    np.testing.assert_array_equal(
+        whole[5:], np.stack(list(train_batches(problems, start=5, **options)))
+    )
 
 
-# ---- A run -----------------------------------------------------------------------------------------------------------
+# ---- A run ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,13 +374,18 @@ def test_batches_of_problems_are_a_function_of_the_step(asked):
         ({"task": "path", "high": 20}, r"data.high=20: must be at most 15 \(edges of the path\)"),
         ({"task": "parity", "low": 11}, "data.low=11: must be at most data.high=10"),
         ({"task": "parity", "path": "a.txt"}, "data.task='parity': must be '' where data.path"),
-        ({"task": "parity", "isolate_documents": True}, "data.isolate_documents=True: must be False"),
+        (
+            {"task": "parity", "isolate_documents": True},
+            "data.isolate_documents=True: must be False",
+        ),
         ({"task": "parity", "problems": 0}, "data.problems=0: must be 1 or more"),
     ],
 )
 def test_impossible_tasks_are_refused(fields, message):
     config = base()
-    config.update_from_flattened_dict({name if "." in name else f"data.{name}": v for name, v in fields.items()})
+    config.update_from_flattened_dict(
+        {name if "." in name else f"data.{name}": v for name, v in fields.items()}
+    )
     with pytest.raises(UserError, match=message):
         validate(config)
 
@@ -367,7 +415,9 @@ def kept(tmp_path_factory):
 def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatch, capsys):
     assert train.run(asked, kept)
     held_out = load_data(asked.data).validation
-    answers = Counter(tuple(targets[targets >= 0]) for _, targets in (held_out[i] for i in range(len(held_out))))
+    answers = Counter(
+        tuple(targets[targets >= 0]) for _, targets in (held_out[i] for i in range(len(held_out)))
+    )
     guessing = answers.most_common(1)[0][1] / len(held_out)
     assert read_rows(kept)[-1]["final/exact"] > guessing + 0.3
     assert load_tokenizer(kept).symbols == TASKS["dyck"].symbols
@@ -377,32 +427,49 @@ def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatc
     )
 
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["solve", f"--workdir={kept}", "--difficulties=2,6", "--examples=100"])
+    monkeypatch.setattr(
+        sys, "argv", ["solve", f"--workdir={kept}", "--difficulties=2,6", "--examples=100"]
+    )
     command(solve.main)
     said = capsys.readouterr().out
-    found = {int(row[0]): row for row in re.findall(r"(\d+) +100 +([\d.]+)%  ([\d.]+)% to ([\d.]+)%", said)}
+    found = {
+        int(row[0]): row
+        for row in re.findall(r"(\d+) +100 +([\d.]+)%  ([\d.]+)% to ([\d.]+)%", said)
+    }
     assert found.keys() == {2, 6}
     for _, exact, low, high in found.values():
         assert float(low) < float(exact) < float(high) or float(exact) in (0, 100)
-    assert float(found[2][1]) > float(found[6][1]), "harder ones than in training, and longer than its context"
+    assert float(found[2][1]) > float(found[6][1]), (
+        "harder ones than in training, and longer than its context"
+    )
     monkeypatch.setattr(
-        sys, "argv", [*sys.argv[:2], "--difficulties=2", "--examples=20", "--rounds=settled", "--cap=3"]
+        sys,
+        "argv",
+        [*sys.argv[:2], "--difficulties=2", "--examples=20", "--rounds=settled", "--cap=3"],
     )
     command(solve.main)
     assert re.search(r" 20 +[\d.]+%  .*, [123]\.\d rounds", capsys.readouterr().out)
 
 
 def test_exact_is_what_greedy_decoding_writes(kept):
-    """Right answers that are read as they grow, and what stands to the right of a problem, do not help."""
+    """Right answers that are read as they grow, and what stands to the right of a problem, do not
+    help.
+    """
     trained = open_trained(kept)
     alike = {}  # problems whose question is as long, and whose answer is
     for problem in draw_set("dyck", 4, 4, {"test": 300}, 1)["test"]:
         alike.setdefault((len(problem.inputs), np.sum(problem.targets >= 0)), []).append(problem)
-    (length, answers), problems = max(alike.items(), key=lambda item: len(item[1]) * (item[0][1] > 1))
+    (length, answers), problems = max(
+        alike.items(), key=lambda item: len(item[1]) * (item[0][1] > 1)
+    )
     prompts = jnp.array([problem.inputs[: length - answers + 1] for problem in problems])
-    said = generate(trained.model, trained.params, prompts, int(answers), jax.random.key(0), 0.0, 1.0)
+    said = generate(
+        trained.model, trained.params, prompts, int(answers), jax.random.key(0), 0.0, 1.0
+    )
     right = np.all(np.array([problem.targets[-answers:] for problem in problems]) == said, axis=1)
     assert 0 < right.sum() < len(problems)
     examples = [padded(problem, length + 5) for problem in problems]
-    result = solve.score(solve.attending(trained, length).model, trained.params, trained.config, examples)
+    result = solve.score(
+        solve.attending(trained, length).model, trained.params, trained.config, examples
+    )
     assert result["exact"] == pytest.approx(right.mean())

@@ -1,4 +1,6 @@
-"""The loop as a user meets it: a whole run, going on, being asked to stop, breaking down, killed at any instant."""
+"""The loop as a user meets it: a whole run, going on, being asked to stop, breaking down, killed at
+any instant.
+"""
 
 import json
 import signal
@@ -10,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from conftest import QUICK, ROOT, launch
 
-from ngc_jax import train
-from ngc_jax.checkpoint import Checkpoints, digest
-from ngc_jax.errors import UserError
-from ngc_jax.metrics import TIMES, Progress, read_rows
-from ngc_jax.preemption import EXIT_CODE
-from ngc_jax.workdir import open_trained
+from ngc_jax.runtime.checkpoint import Checkpoints, digest
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import TIMES, Progress, read_rows
+from ngc_jax.runtime.preemption import EXIT_CODE
+from ngc_jax.training import loop as train
+from ngc_jax.training.workdir import open_trained
 
 
 def rows_but_for_times(workdir):
@@ -27,7 +29,9 @@ def final_digest(workdir):
 
 
 def stop_when_shown(monkeypatch, *steps):
-    """Ask this process to stop when these updates are reported, which is while the ones after them run."""
+    """Ask this process to stop when these updates are reported, which is while the ones after them
+    run.
+    """
     show, left = Progress.show, set(steps)
 
     def shown(self, step, *args):
@@ -56,16 +60,20 @@ def test_a_run_leaves_what_the_contract_says(unbroken, tiny):
     rows = read_rows(unbroken)
     updates = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in updates] == list(range(1, 31))
-    assert {"train/grad_norm", "train/learning_rate", "tokens_per_second", "seconds"} <= updates[0].keys()
+    assert {"train/grad_norm", "train/learning_rate", "tokens_per_second", "seconds"} <= updates[
+        0
+    ].keys()
     assert updates[-1]["train/loss"] < updates[0]["train/loss"] - 1
     evaluated = [row for row in rows if "eval/loss" in row]
     assert [row["step"] for row in evaluated] == [10, 20, 30]
     assert "eval/bits_per_byte" in evaluated[0]
     watched = [row for row in rows if "stability/contraction_per_round" in row]
     assert [row["step"] for row in watched] == [10, 20, 30]
-    assert {"stability/drive_ratio", "stability/departure_messages", "stability/exponent_per_round"} <= watched[
-        0
-    ].keys()
+    assert {
+        "stability/drive_ratio",
+        "stability/departure_messages",
+        "stability/exponent_per_round",
+    } <= watched[0].keys()
     assert [row["step"] for row in rows if "final/loss" in row] == [30]
     assert any((unbroken / "tensorboard").iterdir())
     card = (unbroken / "card.md").read_text()
@@ -97,13 +105,17 @@ def test_asked_to_stop_saves_and_goes_on_to_the_bit(unbroken, tiny, tmp_path, mo
     assert final_digest(tmp_path / "run") == final_digest(unbroken)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroken, tiny, tmp_path, monkeypatch, capsys):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    unbroken, tiny, tmp_path, monkeypatch, capsys
+):
     stop_when_shown(monkeypatch, 23)
     assert train.run(tiny, tmp_path / "run") is False
     monkeypatch.undo()
     home = tmp_path / "run" / "checkpoints"
     newest = 24
-    data = max((p for p in (home / str(newest)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = max(
+        (p for p in (home / str(newest)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     flipped = bytearray(data.read_bytes())
     flipped[len(flipped) // 2] ^= 4
     data.write_bytes(flipped)
@@ -120,23 +132,33 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroke
 def test_breaking_down_stops_and_says_what_to_try(tiny, tmp_path):
     tiny.train.learning_rate = tiny.train.state_learning_rate = 1e30
     tiny.train.max_bad_steps = 4
-    with pytest.raises(train.Diverged, match=r"4 updates in a row .*; rewound 0 times; .* None; .*; try a smaller"):
+    with pytest.raises(
+        train.Diverged, match=r"4 updates in a row .*; rewound 0 times; .* None; .*; try a smaller"
+    ):
         train.run(tiny, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run") if row.get("train/bad_in_a_row")]
     assert [row["train/bad_in_a_row"] for row in rows] == [1, 2, 3, 4]
 
 
-def test_a_passing_trouble_is_skipped_and_checkpoints_stay_those_from_before(tiny, tmp_path, monkeypatch):
+def test_a_passing_trouble_is_skipped_and_checkpoints_stay_those_from_before(
+    tiny, tmp_path, monkeypatch
+):
     make = train.make_train_step
 
     def troubled(*args):
         step = make(*args)
 
         def poisoned(state, tokens):
-            unembed = jnp.where((state.step >= 9) & (state.step < 12), jnp.nan, state.params["unembed"])
-            after, scalars = step(state.replace(params={**state.params, "unembed": unembed}), tokens)
+            unembed = jnp.where(
+                (state.step >= 9) & (state.step < 12), jnp.nan, state.params["unembed"]
+            )
+            after, scalars = step(
+                state.replace(params={**state.params, "unembed": unembed}), tokens
+            )
             bad = scalars["train/bad_in_a_row"] > 0
-            params = jax.tree.map(lambda new, old: jnp.where(bad, old, new), after.params, state.params)
+            params = jax.tree.map(
+                lambda new, old: jnp.where(bad, old, new), after.params, state.params
+            )
             return after.replace(params=params), scalars
 
         return poisoned
@@ -192,7 +214,11 @@ def test_a_start_that_was_killed_early_is_no_obstacle(tiny, tmp_path):
 
 
 def test_saving_by_time(tiny, tmp_path, monkeypatch):
-    tiny.checkpoint.every_steps, tiny.checkpoint.every_minutes, tiny.checkpoint.keep = 1000, 1e-9, 50
+    tiny.checkpoint.every_steps, tiny.checkpoint.every_minutes, tiny.checkpoint.keep = (
+        1000,
+        1e-9,
+        50,
+    )
     tiny.train.steps = 6
     assert train.run(tiny, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
@@ -201,7 +227,11 @@ def test_saving_by_time(tiny, tmp_path, monkeypatch):
 
 
 def test_document_isolation_accumulation_and_bfloat16_in_one_run(tiny, tmp_path):
-    tiny.data.isolate_documents, tiny.train.accumulation, tiny.train.compute_dtype = True, 2, "bfloat16"
+    tiny.data.isolate_documents, tiny.train.accumulation, tiny.train.compute_dtype = (
+        True,
+        2,
+        "bfloat16",
+    )
     tiny.train.optimizer, tiny.train.schedule, tiny.stability.every = "muon", "wsd", 0
     assert train.run(tiny, tmp_path / "run")
     losses = [row["train/loss"] for row in read_rows(tmp_path / "run") if "train/loss" in row]
@@ -211,7 +241,13 @@ def test_document_isolation_accumulation_and_bfloat16_in_one_run(tiny, tmp_path)
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_its_own_code(tiny_flags, tmp_path):
     run = subprocess.Popen(
-        [sys.executable, "launch.py", *tiny_flags, "--config.train.steps=100000", f"--workdir={tmp_path / 'run'}"],
+        [
+            sys.executable,
+            "launch.py",
+            *tiny_flags,
+            "--config.train.steps=100000",
+            f"--workdir={tmp_path / 'run'}",
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

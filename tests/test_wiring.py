@@ -1,4 +1,6 @@
-"""Wirings between groups: who hears whom, that a seed decides it, and that only the channels there are act and cost."""
+"""Wirings between groups: who hears whom, that a seed decides it, and that only the channels there
+are act and cost.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,9 @@ import numpy as np
 import pytest
 
 import ngc_jax
-from ngc_jax.core.addressed import Addressed
+from ngc_jax.analysis import gain_bound
+from ngc_jax.core.rules.addressed import Addressed
 from ngc_jax.core.wiring import WIRINGS
-from ngc_jax.stability import gain_bound
 
 
 def hears(name, groups, k, seed=0):
@@ -20,7 +22,9 @@ def hears(name, groups, k, seed=0):
     return table
 
 
-@pytest.mark.parametrize(("name", "groups", "k"), [(n, 12, 5) for n in WIRINGS if n != "others"] + [("others", 12, 11)])
+@pytest.mark.parametrize(
+    ("name", "groups", "k"), [(n, 12, 5) for n in WIRINGS if n != "others"] + [("others", 12, 11)]
+)
 def test_every_group_hears_k_others(name, groups, k):
     table = hears(name, groups, k)
     assert (table.sum(1) == k).all()
@@ -87,7 +91,9 @@ def test_gathered_channels_are_the_masked_product(name, k, activation):
     np.testing.assert_allclose(y, ngc_jax.transmit("addressed", x, *masked, activation), atol=2e-6)
     one = None if activation is None else x[0]
     formed = ngc_jax.weights(rule, pre, post, one, activation)
-    np.testing.assert_allclose(formed, ngc_jax.weights("addressed", *masked, one, activation), atol=2e-6)
+    np.testing.assert_allclose(
+        formed, ngc_jax.weights("addressed", *masked, one, activation), atol=2e-6
+    )
     np.testing.assert_allclose(y[0], formed @ x[0], atol=2e-6)
     blocks = np.asarray(formed).reshape(G, N_OUT // G, G, N_IN // G)
     assert ((np.abs(blocks).sum((1, 3)) > 0) == hears(name, G, k)).all()
@@ -109,13 +115,19 @@ def test_the_bound_holds_for_channels(name, k):
 
 
 def test_channels_that_are_not_there_cost_nothing():
-    """XLA's own count of the compiled synapse: a quarter of the groups heard, about a quarter of the products."""
+    """XLA's own count of the compiled synapse: a quarter of the groups heard, about a quarter of
+    the products.
+    """
     tokens, groups, width = 64, 16, 256
 
     def flops(rule):
         pre, post = rule.init(jax.random.key(0), groups, width, width, 2)
         x = jnp.zeros((tokens, width))
-        cost = jax.jit(lambda x, pre, post: ngc_jax.transmit(rule, x, pre, post)).lower(x, pre, post).compile()
+        cost = (
+            jax.jit(lambda x, pre, post: ngc_jax.transmit(rule, x, pre, post))
+            .lower(x, pre, post)
+            .compile()
+        )
         return cost.cost_analysis()["flops"]
 
     assert flops(Addressed(WIRINGS["regular"](groups, 4, 0))) <= 0.35 * flops(Addressed())

@@ -1,1 +1,3 @@
-"""The mathematics of the method: pure functions on arrays. Nothing here knows of Flax, training or configuration."""
+"""The mathematics of the method: pure functions on arrays. Nothing here knows of Flax, training or
+configuration.
+"""

@@ -1,9 +1,11 @@
-"""Attention across tokens: rotary positions, attention with or without a cache, and attention without softmax.
+"""Attention across tokens: rotary positions, attention with or without a cache, and attention
+without softmax.
 
-For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`, `nn/bdh.py`).
+For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`,
+`nn/bdh.py`).
 
-Axes: B batch, T query tokens, S keys (S = T, or the length of the cache), H heads, d channels of a head; in linear
-attention N neurons of a head and D channels of a value.
+Axes: B batch, T query tokens, S keys (S = T, or the length of the cache), H heads, d channels of a
+head; in linear attention N neurons of a head and D channels of a value.
 """
 
 from typing import Any
@@ -16,7 +18,9 @@ Cache = dict[str, Array]  # "key", "value": [B, S, H, d]
 
 
 def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864): x [B, T, H, d], d even; positions [T]."""
+    """Rotary position embedding (RoFormer, arXiv 2104.09864): x [B, T, H, d], d even; positions
+    [T].
+    """
     half = x.shape[-1] // 2
     angle = positions[:, None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [T, d/2]
     cos = jnp.concatenate([jnp.cos(angle)] * 2, axis=-1)[:, None]
@@ -25,12 +29,14 @@ def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
     return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x.dtype)
 
 
-def visible(positions: Array, keys: Array, window: int, segments: Array | None = None, causal: bool = True) -> Array:
+def attention_mask(
+    positions: Array, keys: Array, window: int, segments: Array | None = None, causal: bool = True
+) -> Array:
     """Which keys each query sees: boolean [1 or B, 1, T, S].
 
-    positions [T] of the queries and keys [S] of the keys. A query sees keys at its own position and up to
-    `window` - 1 before it, unless `causal` as many after it too; with segments [B, T] (documents, numbered), only those
-    of its own document (S = T then).
+    positions [T] of the queries and keys [S] of the keys. A query sees keys at its own position and
+    up to `window` - 1 before it, unless `causal` as many after it too; with segments [B, T]
+    (documents, numbered), only those of its own document (S = T then).
     """
     distance = positions[:, None] - keys[None, :]
     mask = (((distance >= 0) | (not causal)) & (abs(distance) < window))[None, None]
@@ -39,19 +45,23 @@ def visible(positions: Array, keys: Array, window: int, segments: Array | None =
     return mask
 
 
-def extend(cache: Cache, key: Array, value: Array, position: Array) -> Cache:
+def update_cache(cache: Cache, key: Array, value: Array, position: Array) -> Cache:
     """Write keys and values [B, T, H, d] into the cache from `position` on."""
     at = (0, position, 0, 0)
     return {
         "key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at),
-        "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), at),
+        "value": jax.lax.dynamic_update_slice(
+            cache["value"], value.astype(cache["value"].dtype), at
+        ),
     }
 
 
-def shares(query: Array, key: Array, mask: Array) -> Array:
-    """How much each query heeds each key, softmax(q k / sqrt(d)) under the mask: [B, T, H, d] -> [B, H, T, S] float32.
+def attention_weights(query: Array, key: Array, mask: Array) -> Array:
+    """How much each query heeds each key, softmax(q k / sqrt(d)) under the mask: [B, T, H, d] ->
+    [B, H, T, S] float32.
 
-    Written out, with `mix`, because `jax.nn.dot_product_attention` takes 4 times as long for the gradient on a CPU.
+    Written out, with `mix`, because `jax.nn.dot_product_attention` takes 4 times as long for the
+    gradient on a CPU.
     """
     query, key = (a.swapaxes(1, 2) for a in (query * query.shape[-1] ** -0.5, key))
     score = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
@@ -60,43 +70,54 @@ def shares(query: Array, key: Array, mask: Array) -> Array:
 
 def mix(share: Array, value: Array) -> Array:
     """Values [B, S, H, d] in the shares [B, H, T, S] in which they are heeded: [B, T, H d]."""
-    mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2)).swapaxes(1, 2)
+    mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2)).swapaxes(
+        1, 2
+    )
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
 def fused(query: Array) -> bool:
-    """Whether cuDNN has attention in one kernel (flash, arXiv 2205.14135) for queries [B, T, H, d] on this machine.
+    """Whether cuDNN has attention in one kernel (flash, arXiv 2205.14135) for queries [B, T, H, d]
+    on this machine.
 
-    That is in half precision, on NVIDIA's GPUs from Ampere on, for d up to 128 in eights. It has no forward-mode
-    derivative, so it is not for what is measured of stability, which is in float32.
+    That is in half precision, on NVIDIA's GPUs from Ampere on, for d up to 128 in eights. It has no
+    forward-mode derivative, so it is not for what is measured of stability, which is in float32.
     """
     if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     device: Any = jax.local_devices()[0]
     nvidia = device.compute_capability[:1].isdecimal()  # AMD's are "gfx..."
-    return bool(nvidia and float(device.compute_capability) >= 8 and query.shape[-1] in range(8, 129, 8))
+    return bool(
+        nvidia and float(device.compute_capability) >= 8 and query.shape[-1] in range(8, 129, 8)
+    )
 
 
 def attend_fused(query: Array, key: Array, value: Array, causal: bool = True) -> Array:
-    """`mix` of `shares` where each token sees all, or if `causal` all up to itself, if `fused`.
+    """`mix` of `attention_weights` where each token sees all, or if `causal` all up to itself, if
+    `fused`.
 
     [B, T, H, d] each -> [B, T, H d].
 
-    Its forward and backward pass lower for CUDA inside a model's update; no GPU has run it yet (benchmarks/numerics.py
-    will say how exact it is there).
+    Its forward and backward pass lower for CUDA inside a model's update; no GPU has run it yet
+    (benchmarks/numerics.py will say how exact it is there).
     """
-    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, is_causal=causal, implementation="cudnn"
+    )
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
 def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
     """Rotary positions on the pairs of channels (2c, 2c + 1): x [..., T, N], N even; positions [T].
 
-    `rotate` pairs (c, c + N/2): the same but for the order of channels. Angles are counted in turns and their whole
-    turns dropped, as BDH does it, since in float32 the order of operations shows at distant positions.
+    `rotate` pairs (c, c + N/2): the same but for the order of channels. Angles are counted in turns
+    and their whole turns dropped, as BDH does it, since in float32 the order of operations shows at
+    distant positions.
     """
     size = x.shape[-1]
-    turns = positions[:, None] * (base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size) / (2 * jnp.pi))
+    turns = positions[:, None] * (
+        base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size) / (2 * jnp.pi)
+    )
     angle = 2 * jnp.pi * (turns % 1)  # [T, N/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., ::2], x[..., 1::2]
@@ -104,12 +125,15 @@ def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def attend_linearly(read: Array, value: Array, mask: Array, state: Array | None = None) -> tuple[Array, Array | None]:
-    """sum over s of (read_t . read_s) value_s under the mask: read [B, H, T, N], value [B, T, D] -> [B, H, T, D].
+def attend_linearly(
+    read: Array, value: Array, mask: Array, state: Array | None = None
+) -> tuple[Array, Array | None]:
+    """sum over s of (read_t . read_s) value_s under the mask: read [B, H, T, N], value [B, T, D] ->
+    [B, H, T, D].
 
-    Query and key are one and the same, there is no softmax and no scale, and all heads hear the same value. `state`
-    [B, H, N, D], if given, is the sum of read_s value_s over the tokens before these, all of which are heard; it is
-    returned with these tokens added, so its size never grows.
+    Query and key are one and the same, there is no softmax and no scale, and all heads hear the
+    same value. `state` [B, H, N, D], if given, is the sum of read_s value_s over the tokens before
+    these, all of which are heard; it is returned with these tokens added, so its size never grows.
     """
     score = jnp.where(mask, jnp.einsum("bhtn,bhsn->bhts", read, read), 0)
     mixed = jnp.einsum("bhts,bsd->bhtd", score, value)

@@ -1,8 +1,9 @@
 """The communication loop: groups exchange signals for some rounds, with the same states in each.
 
-For: one round and its scan, whatever the update is (a stack of attention and exchange stages, a synapse alone); and
-loops of a number of rounds that is an array, or that the state decides. Not for: the update itself, or what a stage is
-(`nn/layers.py`); how many rounds an update of training has (`iteration.py`).
+For: one round and its scan, whatever the update is (a stack of attention and exchange stages, a
+synapse alone); and loops of a number of rounds that is an array, or that the state decides. Not
+for: the update itself, or what a stage is (`nn/layers.py`); how many rounds an update of training
+has (`iteration.py`).
 """
 
 from collections.abc import Callable
@@ -13,16 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core.stability import Round, norm, record_round, relative_change
+from ngc_jax.dynamics.measures import Round, norm, record_round, relative_change
 
 Array = jax.Array
 Turn = Callable[[Array], Array]  # one round, x -> phi(keep x + drive e + update(x))
-# phi. A state near the ends of tanh's range is carried from round to round as bits are: what is added to it is lost.
-STATE_ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {None: lambda x: x, "tanh": jnp.tanh}
+# phi. A state near the ends of tanh's range is carried from round to round as bits are: what is
+# added to it is lost.
+STATE_ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
+    None: lambda x: x,
+    "tanh": jnp.tanh,
+}
 
 
-def advance(x: Array, added: Array, driven: Array, keep: Array, activation: str | None = None) -> Array:
-    """The state after a round, phi(keep x + drive e + update(x)), from what is `added`, update(x), and drive e."""
+def advance(
+    x: Array, added: Array, driven: Array, keep: Array, activation: str | None = None
+) -> Array:
+    """The state after a round, phi(keep x + drive e + update(x)), from what is `added`, update(x),
+    and drive e.
+    """
     return STATE_ACTIVATIONS[activation](keep * x + driven + added)
 
 
@@ -40,17 +49,20 @@ def communicate(
 ) -> tuple[Array, Any, Round | None]:
     """Run x <- phi(keep x + drive e + update(x)) for `rounds` rounds from x_0 = e = `start`.
 
-    start [..., D]; keep (leak) and drive (external potential) [D], one number a channel; phi is the entry `activation`
-    of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose arrays have a leading axis of length
-    `rounds` (key-value caches while decoding); update(x, memory of this round) returns what it adds to x and its new
-    memory. With `remat` a round's insides are recomputed for the gradient, so that training memory grows by x alone,
-    one [..., D] a round. With `record`, the third result holds each round's stability measures, else it is None.
+    start [..., D]; keep (leak) and drive (external potential) [D], one number a channel; phi is the
+    entry `activation` of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose
+    arrays have a leading axis of length `rounds` (key-value caches while decoding); update(x,
+    memory of this round) returns what it adds to x and its new memory. With `remat` a round's
+    insides are recomputed for the gradient, so that training memory grows by x alone, one [..., D]
+    a round. With `record`, the third result holds each round's stability measures, else it is None.
     Returns (x_R, memory, records).
     """
 
     chex.assert_shape([keep, drive], start.shape[-1:])
 
-    def one_round(carry: tuple[Array, Array | None], memory: Any) -> tuple[tuple[Array, Array | None], Any]:
+    def one_round(
+        carry: tuple[Array, Array | None], memory: Any
+    ) -> tuple[tuple[Array, Array | None], Any]:
         x, change = carry
         added, memory = update(x, memory)
         driven = drive * start
@@ -71,7 +83,7 @@ def undisturbed(x: Array, left: Array) -> Array:
     return x
 
 
-def communicate_each(
+def communicate_per_example(
     turn: Turn,
     start: Array,
     rounds: Array,
@@ -84,15 +96,17 @@ def communicate_each(
 ) -> tuple[Array, Array]:
     """Run x <- turn(x) from x_0 = `start`, for each example as many rounds as it asks for.
 
-    start [B, ...]; rounds [B], int32, >= 0. Gradients go through the last `backprop` rounds of each example (truncated
-    back-propagation). The rounds before are run by `still`, which is turn with gradients stopped, in a loop that keeps
-    nothing and runs as often as the longest example needs; with still=None there are none before, and `backprop` is
-    the most rounds that are run. An example of fewer rounds than others rests before its first round, not after its
-    last: so all end together, and the last rounds of each are the last rounds of the loop.
+    start [B, ...]; rounds [B], int32, >= 0. Gradients go through the last `backprop` rounds of each
+    example (truncated back-propagation). The rounds before are run by `still`, which is turn with
+    gradients stopped, in a loop that keeps nothing and runs as often as the longest example needs;
+    with still=None there are none before, and `backprop` is the most rounds that are run. An
+    example of fewer rounds than others rests before its first round, not after its last: so all end
+    together, and the last rounds of each are the last rounds of the loop.
 
-    disturb(x, rounds left, this one included) is what becomes of a state after its round.
-    Returns states [S, B, ...] and the rounds [S, B] that each example had made there: after the last round, which is
-    the last of them, and, where `every` > 0, at each `every` rounds before it within the last `backprop`.
+    disturb(x, rounds left, this one included) is what becomes of a state after its round. Returns
+    states [S, B, ...] and the rounds [S, B] that each example had made there: after the last round,
+    which is the last of them, and, where `every` > 0, at each `every` rounds before it within the
+    last `backprop`.
     """
     asked = rounds.reshape(-1, *(1,) * (start.ndim - 1))
     x = start
@@ -102,8 +116,11 @@ def communicate_each(
         def quiet(i: Array, x: Array) -> Array:
             return jnp.where(longest - i <= asked, disturb(still(x), longest - i), x)
 
-        x = jax.lax.fori_loop(0, jnp.maximum(longest - backprop, 0), quiet, jax.lax.stop_gradient(start))
-        x = jnp.where(asked <= backprop, start, x)  # the gradient of these goes back to where they began
+        x = jax.lax.fori_loop(
+            0, jnp.maximum(longest - backprop, 0), quiet, jax.lax.stop_gradient(start)
+        )
+        # the gradient of these goes back to where they began
+        x = jnp.where(asked <= backprop, start, x)
 
     def one_round(x: Array, left: Array) -> tuple[Array, Array | None]:
         after = jnp.where(left <= asked, disturb(turn(x), left), x)
@@ -113,17 +130,22 @@ def communicate_each(
     x, states = jax.lax.scan(body, x, jnp.arange(backprop, 0, -1))
     if not every or not backprop:
         return x[None], rounds[None]
-    left = np.arange(backprop - 1, -1, -1)[(backprop - 1) % every :: every]  # after each state that is returned
+    # after each state that is returned
+    left = np.arange(backprop - 1, -1, -1)[(backprop - 1) % every :: every]
     return states[(backprop - 1) % every :: every], rounds - left[:, None]
 
 
-def communicate_until_settled(turn: Turn, start: Array, tolerance: Array | float, cap: int) -> tuple[Array, Array]:
-    """Run x <- turn(x) from x_0 = `start` [..., D] until no token's state moves, for `cap` rounds at most.
+def communicate_until_settled(
+    turn: Turn, start: Array, tolerance: Array | float, cap: int
+) -> tuple[Array, Array]:
+    """Run x <- turn(x) from x_0 = `start` [..., D] until no token's state moves, for `cap` rounds
+    at most.
 
-    A token's state rests in a round that would move it by less than `tolerance` of its length (`relative_change`); it
-    moves again when a round would, for instance since another token has moved on. So no token moves by what comes
-    after it, and at the end a round would move each by less than the tolerance, but for the cap. Returns the state, and
-    the rounds [...] in which each token moved. No gradient.
+    A token's state rests in a round that would move it by less than `tolerance` of its length
+    (`relative_change`); it moves again when a round would, for instance since another token has
+    moved on. So no token moves by what comes after it, and at the end a round would move each by
+    less than the tolerance, but for the cap. Returns the state, and the rounds [...] in which each
+    token moved. No gradient.
     """
 
     def unsettled(carry: tuple[Array, Array, Array, Array]) -> Array:

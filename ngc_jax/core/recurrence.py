@@ -1,7 +1,9 @@
-"""Communication along tokens: a state that hears one token after another, for streams of any length.
+"""Communication along tokens: a state that hears one token after another, for streams of any
+length.
 
-For: the loop over tokens, with some rounds for each, and its parts for truncated back-propagation through time. Not
-for: what a round does (`nn/layers.py`, `Cell`), or rounds with all tokens at once (`communicate.py`).
+For: the loop over tokens, with some rounds for each, and its parts for truncated back-propagation
+through time. Not for: what a round does (`nn/layers.py`, `Cell`), or rounds with all tokens at once
+(`communicate.py`).
 
 Axes: T tokens, in front; B sequences, n neurons.
 """
@@ -18,10 +20,12 @@ Tree = Any
 
 
 def time_scales(neurons: int, groups: int, longest: float) -> np.ndarray:
-    """Tokens that neurons remember for at start: [groups * neurons of one], from 1 to `longest` in each group.
+    """Tokens that neurons remember for at start: [groups * neurons of one], from 1 to `longest` in
+    each group.
 
-    Spread evenly in their logarithm, since what a stream will need is not known before (chrono initialisation, Tallec
-    and Ollivier 2018, arXiv 1804.11188, draws them; here every group has all).
+    Spread evenly in their logarithm, since what a stream will need is not known before (chrono
+    initialisation, Tallec and Ollivier 2018, arXiv 1804.11188, draws them; here every group has
+    all).
     """
     return np.tile(np.geomspace(1.0, max(longest, 1.0), neurons // groups), groups)
 
@@ -35,11 +39,13 @@ def along_tokens(
     rounds: int = 1,
     remat: bool = True,
 ) -> tuple[Array, Array]:
-    """Run h <- turn(h, what the token says) for `rounds` rounds at each token, from h = `state` [B, n].
+    """Run h <- turn(h, what the token says) for `rounds` rounds at each token, from h = `state` [B,
+    n].
 
-    said: a tree of arrays [T, B, ...]. first [T, B], bool, if given: where a document begins, which finds h = 0. With
-    `remat` a token's insides are recomputed for the gradient, so that training memory grows by h alone, one [B, n] a
-    token. Returns the last h, and h after each token [T, B, n].
+    said: a tree of arrays [T, B, ...]. first [T, B], bool, if given: where a document begins, which
+    finds h = 0. With `remat` a token's insides are recomputed for the gradient, so that training
+    memory grows by h alone, one [B, n] a token. Returns the last h, and h after each token [T, B,
+    n].
     """
 
     def token(h: Array, heard: tuple[Tree, Array | None]) -> tuple[Array, Array]:
@@ -58,14 +64,17 @@ def in_chunks(
 ) -> tuple[Tree, Tree]:
     """run(state, inputs) -> (state, outputs), for `length` tokens at a time; 0: for all at once.
 
-    The leading axis of inputs and outputs is T; the last chunk may be shorter. The state goes from chunk to chunk and
-    gradients do not (truncated back-propagation through time, Williams and Peng 1990, Neural Computation 2), and each
-    chunk is recomputed for its own: what is kept for the gradient is inputs, outputs, and a state for each chunk.
+    The leading axis of inputs and outputs is T; the last chunk may be shorter. The state goes from
+    chunk to chunk and gradients do not (truncated back-propagation through time, Williams and Peng
+    1990, Neural Computation 2), and each chunk is recomputed for its own: what is kept for the
+    gradient is inputs, outputs, and a state for each chunk.
     """
     tokens = jax.tree.leaves(inputs)[0].shape[0]
     if not 0 < length < tokens:
         return run(state, inputs)
-    chunk = jax.checkpoint(lambda state, inputs: run(jax.lax.stop_gradient(state), inputs), prevent_cse=False)
+    chunk = jax.checkpoint(
+        lambda state, inputs: run(jax.lax.stop_gradient(state), inputs), prevent_cse=False
+    )
     whole = tokens - tokens % length
     parts = jax.tree.map(lambda a: a[:whole].reshape(-1, length, *a.shape[1:]), inputs)
     state, outputs = jax.lax.scan(chunk, state, parts)

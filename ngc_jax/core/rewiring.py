@@ -1,10 +1,12 @@
-"""Wirings that change while a model trains: how many edges there are when, which are given up, which are tried.
+"""Wirings that change while a model trains: how many edges there are when, which are given up,
+which are tried.
 
-For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not for: the rule whose
-edges these are (`addressed.Rewirable`), or doing it to a model in training (`ngc_jax/rewire.py`).
+For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not
+for: the rule whose edges these are (`addressed.Rewirable`), or doing it to a model in training
+(`ngc_jax/rewire.py`).
 
-Axes: G listening groups, n and m neurons of a group on either side, E edges that could lead to a group, of which it
-keeps a number of slots; p numbers of an edge; T tokens.
+Axes: G listening groups, n and m neurons of a group on either side, E edges that could lead to a
+group, of which it keeps a number of slots; p numbers of an edge; T tokens.
 """
 
 import dataclasses
@@ -23,9 +25,10 @@ REGROW = ("gradient", "correlation", "random")  # what may speak for an edge tha
 class Schedule:
     """When a wiring changes, and to how many edges a group.
 
-    Rewiring i = 1 .. count comes after update begin + i every. The number of edges falls as a cubic from `first` to
-    `last` (Zhu and Gupta 2017, arXiv 1710.01878; GraNet, arXiv 2106.10404), which the last rewiring reaches; the share
-    exchanged falls as a cosine from `exchange` to 0 (RigL, arXiv 1911.11134).
+    Rewiring i = 1 .. count comes after update begin + i every. The number of edges falls as a cubic
+    from `first` to `last` (Zhu and Gupta 2017, arXiv 1710.01878; GraNet, arXiv 2106.10404), which
+    the last rewiring reaches; the share exchanged falls as a cosine from `exchange` to 0 (RigL,
+    arXiv 1911.11134).
     """
 
     first: int  # edges of a group at the start, >= last
@@ -45,7 +48,9 @@ class Schedule:
         return round(self.last + (self.first - self.last) * (1 - self._passed(step)) ** 3)
 
     def exchanged(self, step: int) -> int:
-        """How many of them a rewiring at `step` gives to the most promising instead of the strongest; one stays."""
+        """How many of them a rewiring at `step` gives to the most promising instead of the
+        strongest; one stays.
+        """
         share = self.exchange / 2 * (1 + math.cos(math.pi * self._passed(step)))
         return min(round(share * self.edges(step)), self.edges(step) - 1)
 
@@ -55,7 +60,8 @@ class Schedule:
 
 
 def magnitude(pre: Array, post: Array) -> Array:
-    """Frobenius norm of the weights that each edge makes: pre [..., G, n, E, p], post [..., G, m, E, p] -> [..., G, E].
+    """Frobenius norm of the weights that each edge makes: pre [..., G, n, E, p], post [..., G, m,
+    E, p] -> [..., G, E].
 
     |R S^T| by the two Gram matrices of p by p. States alone would not do: a factor can go from one to the other.
     """
@@ -66,31 +72,37 @@ def magnitude(pre: Array, post: Array) -> Array:
 def slope(gradient: Array) -> Array:
     """Norm of the loss's gradient by each edge's post states: [..., G, m, E, p] -> [..., G, E].
 
-    RigL's and GraNet's score: an edge that is not there has post = 0 and some pre, and this is how fast the loss would
-    fall if it were let in.
+    RigL's and GraNet's score: an edge that is not there has post = 0 and some pre, and this is how
+    fast the loss would fall if it were let in.
     """
     return jnp.sqrt(jnp.sum(jnp.square(gradient), axis=(-3, -1)))
 
 
 def correlation(signal: Array, heard: Array) -> Array:
-    """How much what an edge carries goes with what its listeners receive: [T, G, E, p], [T, G, m] -> [G, E].
+    """How much what an edge carries goes with what its listeners receive: [T, G, E, p], [T, G, m]
+    -> [G, E].
 
-    The mean over numbers and neurons of |Pearson's correlation over tokens|: what fires together wires together. Our
-    reading of G2GNet's rule (arXiv 2508.14140), which regrows by the correlation of activations, for groups.
+    The mean over numbers and neurons of |Pearson's correlation over tokens|: what fires together
+    wires together. Our reading of G2GNet's rule (arXiv 2508.14140), which regrows by the
+    correlation of activations, for groups.
     """
     a, b = (z - jnp.mean(z, axis=0) for z in (signal, heard))
     a, b = (z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=0) + 1e-12) for z in (a, b))
     return jnp.mean(jnp.abs(jnp.einsum("tgep,tgj->gepj", a, b)), axis=(-2, -1))
 
 
-def choose(strength: Array, promise: Array, keep: Array, grow: Array, slots: int) -> tuple[Array, Array]:
-    """Which edges there are from now on: for scores [..., E], edges [..., slots] and which slots are used, bool.
+def choose(
+    strength: Array, promise: Array, keep: Array, grow: Array, slots: int
+) -> tuple[Array, Array]:
+    """Which edges there are from now on: for scores [..., E], edges [..., slots] and which slots
+    are used, bool.
 
-    The `keep` strongest stay, and of those that were not there the `grow` most promising are added. Where these are too
-    few, the most promising of those just given up come back: not before, since what an edge said until now is part of
-    what its listeners received, and correlation would always call it back. Used slots come first, in ascending order of
-    edges; the edges of a row are distinct. strength of an edge that is not there is negative, promise is >= 0;
-    keep + grow <= slots.
+    The `keep` strongest stay, and of those that were not there the `grow` most promising are added.
+    Where these are too few, the most promising of those just given up come back: not before, since
+    what an edge said until now is part of what its listeners received, and correlation would always
+    call it back. Used slots come first, in ascending order of edges; the edges of a row are
+    distinct. strength of an edge that is not there is negative, promise is >= 0; keep + grow <=
+    slots.
     """
     edges = strength.shape[-1]
     kept = _rank(strength) < keep
@@ -102,7 +114,9 @@ def choose(strength: Array, promise: Array, keep: Array, grow: Array, slots: int
 
 
 def _rank(score: Array) -> Array:
-    """0 for the highest of the last axis, 1 for the next; of equals, the first. (No sort: those compile slowly.)"""
+    """0 for the highest of the last axis, 1 for the next; of equals, the first. (No sort: those
+    compile slowly.)
+    """
     mine, other = score[..., :, None], score[..., None, :]
     earlier = jnp.tri(score.shape[-1], k=-1, dtype=bool)
     return jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1)

@@ -1,12 +1,13 @@
 """Who hears whom: wirings between groups, as tables of partners.
 
-For: fixed topologies, drawn once before training, and moving states from one table to another. Not for: what passes
-along a channel (`rules.py`), or which edges are to change while a model trains (`rewiring.py`).
+For: fixed topologies, drawn once before training, and moving states from one table to another. Not
+for: what passes along a channel (`rules.py`), or which edges are to change while a model trains
+(`rewiring.py`).
 
-A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g hears. Every group
-hears equally many, so that channels make regular arrays and one that is absent costs nothing. A group's own neurons
-hear each other through the synapse's intra-group part: none of these wirings but "complete" has a channel from a
-group to itself.
+A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g
+hears. Every group hears equally many, so that channels make regular arrays and one that is absent
+costs nothing. A group's own neurons hear each other through the synapse's intra-group part: none of
+these wirings but "complete" has a channel from a group to itself.
 """
 
 import functools
@@ -53,8 +54,8 @@ def small_world(groups: int, k: int, seed: int) -> Wiring:
 def regular(groups: int, k: int, seed: int) -> Wiring:
     """A random digraph in which each group hears k others and is heard by k.
 
-    A ring whose channels trade listeners in pairs, 20 trials for each channel: the usual Markov chain over graphs with
-    given degrees (Maslov and Sneppen 2002, Science 296).
+    A ring whose channels trade listeners in pairs, 20 trials for each channel: the usual Markov
+    chain over graphs with given degrees (Maslov and Sneppen 2002, Science 296).
     """
     draw = np.random.default_rng(seed)
     rows = [{(g + offset) % groups for offset in _nearest(k)} for g in range(groups)]
@@ -70,7 +71,9 @@ def regular(groups: int, k: int, seed: int) -> Wiring:
 def block(groups: int, k: int, seed: int) -> Wiring:
     """Islands of k + 1 neighbours that hear each other and nobody else; k + 1 must divide G."""
     size = k + 1
-    return _table([set(range(g // size * size, (g // size + 1) * size)) - {g} for g in range(groups)])
+    return _table(
+        [set(range(g // size * size, (g // size + 1) * size)) - {g} for g in range(groups)]
+    )
 
 
 WIRINGS: dict[str, Callable[[int, int, int], Wiring]] = {
@@ -80,17 +83,22 @@ WIRINGS: dict[str, Callable[[int, int, int], Wiring]] = {
     "regular": regular,
     "block": block,
 }
-REWIRED = 0.2  # share of a small world's channels that lead to strangers: many shortcuts, neighbourhoods still there
+# share of a small world's channels that lead to strangers: many shortcuts, neighbourhoods still
+# there
+REWIRED = 0.2
 
 
 def slots_of(hears: Array, edges: int) -> Array:
-    """A table turned round: for hears [..., k], the edge in each slot, the slot of each edge [..., edges] or -1."""
+    """A table turned round: for hears [..., k], the edge in each slot, the slot of each edge [...,
+    edges] or -1.
+    """
     found = hears[..., None, :] == jnp.arange(edges)[:, None]
     return jnp.where(jnp.any(found, axis=-1), jnp.argmax(found, axis=-1), -1)
 
 
 def carry(states: Array, slots: Array) -> Array:
-    """States [..., G, n, k, p] moved to other slots: slot s of [..., G, n, k', p] has what slots[..., g, s] had.
+    """States [..., G, n, k, p] moved to other slots: slot s of [..., G, n, k', p] has what
+    slots[..., g, s] had.
 
     Where slots [..., G, k'] is -1 there is 0. Bits are kept: nothing is multiplied.
     """

@@ -1,6 +1,8 @@
-"""Where text comes from: this interpreter's own library source, a user's files, or a prepared TFDS set.
+"""Where text comes from: this interpreter's own library source, a user's files, or a prepared TFDS
+set.
 
-For: finding documents, splitting them, and keeping them as a TFDS dataset (`stored.py`). Not for: tokens or batches.
+For: finding documents, splitting them, and keeping them as a TFDS dataset (`stored.py`). Not for:
+tokens or batches.
 """
 
 import hashlib
@@ -12,12 +14,21 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ngc_jax.atomic import build_directory
 from ngc_jax.data import stored
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import build_directory, expand
 
 # Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "encodings",
+    "__pycache__",
+}
 
 Documents = dict[str, list[tuple[str, bytes]]]  # split -> (name, text)
 
@@ -31,7 +42,9 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
-    """The corpus that `config.data` asks for. Raises UserError for one that is missing, empty, or not readable."""
+    """The corpus that `config.data` asks for. Raises UserError for one that is missing, empty, or
+    not readable.
+    """
     if config.path and config.tfds_name:
         raise UserError(
             f"data.path={config.path!r} and data.tfds_name={config.tfds_name!r} are both set: give one of them"
@@ -46,39 +59,54 @@ def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
 
 
 def stdlib_documents() -> Documents:
-    """The source of this interpreter's standard library, without duplicates: about 10 MB, a third of it prose.
+    """The source of this interpreter's standard library, without duplicates: about 10 MB, a third
+    of it prose.
 
-    A file's split follows from the hash of its path (1 in 20 is held out), so it stays in its split from one patch
-    release to the next.
+    A file's split follows from the hash of its path (1 in 20 is held out), so it stays in its split
+    from one patch release to the next.
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     documents: Documents = {"train": [], "validation": []}
-    paths = (p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.relative_to(root).parts[:-1]))
+    paths = (
+        p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.relative_to(root).parts[:-1])
+    )
     for name, text in _unique(root, paths):
         documents["validation" if _hash(name) % 20 == 0 else "train"].append((name, text))
     if not documents["train"] or not documents["validation"]:
-        raise UserError(f"this Python ships no library source under {root}: give a text of your own with data.path")
+        raise UserError(
+            f"this Python ships no library source under {root}: give a text of your own with data.path"
+        )
     return documents
 
 
 def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
-    """A user's text. One file: its tail is held out. A folder: every text file, split by the hash of its path.
+    """A user's text. One file: its tail is held out. A folder: every text file, split by the hash
+    of its path.
 
-    Files with a NUL byte (not text), hidden files and duplicates are left out. All of it is held in memory while it
-    is prepared; a text of many gigabytes is better given as a TFDS set. Raises UserError.
+    Files with a NUL byte (not text), hidden files and duplicates are left out. All of it is held in
+    memory while it is prepared; a text of many gigabytes is better given as a TFDS set. Raises
+    UserError.
     """
     try:
         if not path.exists():
-            raise UserError(f"data.path={str(path)!r} does not exist: give a text file or a folder of them")
+            raise UserError(
+                f"data.path={str(path)!r} does not exist: give a text file or a folder of them"
+            )
         root, paths = path.parent, [path] if path.is_file() else []
         if path.is_dir():
             root, paths = path, sorted(p for p in path.rglob("*") if p.is_file())
-            paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+            paths = [
+                p
+                for p in paths
+                if not any(part.startswith(".") for part in p.relative_to(root).parts)
+            ]
         found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
     except OSError as error:
         raise UserError(f"data.path={str(path)!r} cannot be read: {error}") from error
     if not found:
-        raise UserError(f"data.path={str(path)!r} holds no text: give a file, or a folder of files, with text in it")
+        raise UserError(
+            f"data.path={str(path)!r} holds no text: give a file, or a folder of files, with text in it"
+        )
     if len(found) == 1:
         name, text = found[0]
         cut = round(len(text) * (1 - validation_fraction))
@@ -99,15 +127,10 @@ def _unique(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> Iterator[tuple
         if digest not in seen:
             seen.add(digest)
             # A name that is not UTF-8 is spelt with escapes.
-            yield os.fsencode(path.relative_to(root).as_posix()).decode(errors="backslashreplace"), text
-
-
-def expand(path: str) -> pathlib.Path:
-    """A user's path, with ~ resolved. Raises UserError for a ~name that nobody has."""
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path!r} is no path here: {error}") from error
+            yield (
+                os.fsencode(path.relative_to(root).as_posix()).decode(errors="backslashreplace"),
+                text,
+            )
 
 
 def _hash(name: str) -> int:
@@ -125,8 +148,13 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
     if not home.is_dir():
         with build_directory(home) as building:
             _write(name, documents, building)
-    counts = {split: (len(texts), sum(len(text) for _, text in texts)) for split, texts in documents.items()}
-    summary = ", ".join(f"{split} {files} files {size / 1e6:.2f} MB" for split, (files, size) in counts.items())
+    counts = {
+        split: (len(texts), sum(len(text) for _, text in texts))
+        for split, texts in documents.items()
+    }
+    summary = ", ".join(
+        f"{split} {files} files {size / 1e6:.2f} MB" for split, (files, size) in counts.items()
+    )
     if name == "python_stdlib":
         name = f"python_stdlib {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     splits = {split: _Stored(home, split) for split in documents}
@@ -137,7 +165,10 @@ def _write(name: str, documents: Documents, home: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
     features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
-    splits = {split: [(key, {"name": key, "text": text}) for key, text in texts] for split, texts in documents.items()}
+    splits = {
+        split: [(key, {"name": key, "text": text}) for key, text in texts]
+        for split, texts in documents.items()
+    }
     stored.write(name, features, splits, home)
 
 
@@ -153,7 +184,9 @@ class _Stored:
 
 
 def _prepared(config: Any) -> Corpus:
-    """A TFDS set that has been prepared before, by name. Splits and the text's key are fields of `config.data`."""
+    """A TFDS set that has been prepared before, by name. Splits and the text's key are fields of
+    `config.data`.
+    """
     import tensorflow_datasets as tfds
 
     asked = f"data.tfds_name={config.tfds_name!r}"
@@ -162,26 +195,44 @@ def _prepared(config: Any) -> Corpus:
         builder = tfds.builder(config.tfds_name, **where)
         info = builder.info
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
-        raise UserError(f"{asked} is not a TFDS set, nor prepared in data.tfds_data_dir: {_line(error)}") from error
+        raise UserError(
+            f"{asked} is not a TFDS set, nor prepared in data.tfds_data_dir: {_line(error)}"
+        ) from error
     for field in ("train_split", "validation_split"):
         wanted = config[field]
         if info.splits and re.split(r"[\[+]", wanted)[0] not in info.splits:
             raise UserError(f"data.{field}={wanted!r}: {info.full_name} has {sorted(info.splits)}")
     features = info.features or {}
-    if config.text_key not in features or not isinstance(features[config.text_key], tfds.features.Text):
-        raise UserError(f"data.text_key={config.text_key!r} is no text feature of {info.full_name}: {sorted(features)}")
+    if config.text_key not in features or not isinstance(
+        features[config.text_key], tfds.features.Text
+    ):
+        raise UserError(
+            f"data.text_key={config.text_key!r} is no text feature of {info.full_name}: {sorted(features)}"
+        )
     try:
-        source = {split: builder.as_data_source(config[f"{split}_split"]) for split in ("train", "validation")}
-    except (AssertionError, FileNotFoundError, NotImplementedError, ImportError, ValueError) as error:
+        source = {
+            split: builder.as_data_source(config[f"{split}_split"])
+            for split in ("train", "validation")
+        }
+    except (
+        AssertionError,
+        FileNotFoundError,
+        NotImplementedError,
+        ImportError,
+        ValueError,
+    ) as error:
         arguments = "".join(f", {name}={value!r}" for name, value in where.items())
         raise UserError(
             f"{asked} is not prepared as ArrayRecord, which is what can be read without TensorFlow: prepare it once "
             f"with tfds.builder({config.tfds_name!r}, file_format='array_record'{arguments}).download_and_prepare() "
             f"({_line(error)})"
         ) from error
-    identity = f"{info.full_name} {config.train_split} {config.validation_split} {config.text_key} " + " ".join(
-        f"{split}:{list(info.splits[split].shard_lengths)}:{info.splits[split].num_bytes}"
-        for split in sorted(info.splits)
+    identity = (
+        f"{info.full_name} {config.train_split} {config.validation_split} {config.text_key} "
+        + " ".join(
+            f"{split}:{list(info.splits[split].shard_lengths)}:{info.splits[split].num_bytes}"
+            for split in sorted(info.splits)
+        )
     )
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     sizes = ", ".join(f"{split} {len(texts)} documents" for split, texts in source.items())

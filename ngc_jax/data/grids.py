@@ -1,9 +1,10 @@
 """Mazes and Sudokus, drawn at random, with their one solution.
 
-For: drawing a grid of a wanted difficulty, and the solvers that this takes. Not for: what of it a model reads and is
-asked for (`tasks.py`).
+For: drawing a grid of a wanted difficulty, and the solvers that this takes. Not for: what of it a
+model reads and is asked for (`tasks.py`).
 
-A Sudoku of `rows` x `columns` boxes has N = rows columns digits and N N cells, a flat list with 0 for an empty one.
+A Sudoku of `rows` x `columns` boxes has N = rows columns digits and N N cells, a flat list with 0
+for an empty one.
 """
 
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ WALL, OPEN, START, GOAL, PATH = range(5)
 
 
 def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A maze of size x size rooms, size >= 2, and the same with its path marked: two grids of 2 size - 1 squared.
+    """A maze of size x size rooms, size >= 2, and the same with its path marked: two grids of 2
+    size - 1 squared.
 
-    Rooms stand at even places, walls or doors between them, and the wall around all is left out. Any two rooms are
-    joined by one way: doors are cut by a random depth-first walk. Start and goal are two rooms drawn at random.
+    Rooms stand at even places, walls or doors between them, and the wall around all is left out.
+    Any two rooms are joined by one way: doors are cut by a random depth-first walk. Start and goal
+    are two rooms drawn at random.
     """
     grid = np.full((2 * size - 1,) * 2, WALL)
     came_from: dict[tuple[int, int], tuple[int, int] | None] = {}
@@ -33,7 +36,9 @@ def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         grid[2 * room[0], 2 * room[1]] = OPEN
         if before is not None:
             grid[room[0] + before[0], room[1] + before[1]] = OPEN
-        around = [(room[0] + down, room[1] + right) for down, right in ((0, 1), (1, 0), (0, -1), (-1, 0))]
+        around = [
+            (room[0] + down, room[1] + right) for down, right in ((0, 1), (1, 0), (0, -1), (-1, 0))
+        ]
         free = [at for at in around if min(at) >= 0 and max(at) < size and at not in came_from]
         walk += [(free[i], room) for i in rng.permutation(len(free))]
     solved, at = grid.copy(), last
@@ -45,12 +50,15 @@ def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     return grid, solved
 
 
-def sudoku(rng: Generator, rows: int, columns: int, blanks: int, search: bool = False) -> tuple[list[int], list[int]]:
+def sudoku(
+    rng: Generator, rows: int, columns: int, blanks: int, search: bool = False
+) -> tuple[list[int], list[int]]:
     """A Sudoku with so many empty cells and exactly one solution, and the solution.
 
-    Without `search` singles solve it (`fill_singles`); with it they do not. Cells of a random solution are emptied in
-    random order where that leaves one solution: a cell whose digit is then a single leaves what was solvable solvable,
-    and every Sudoku that singles solve can come about so; any other cell is tried by `solutions`.
+    Without `search` singles solve it (`fill_singles`); with it they do not. Cells of a random
+    solution are emptied in random order where that leaves one solution: a cell whose digit is then
+    a single leaves what was solvable solvable, and every Sudoku that singles solve can come about
+    so; any other cell is tried by `solutions`.
     """
     size = rows * columns
     while True:
@@ -74,14 +82,20 @@ def _one(given: list[int], rows: int, columns: int) -> bool:
     return next(found, None) is not None and next(found, None) is None
 
 
-def solutions(given: list[int], rows: int, columns: int, rng: Generator | None = None) -> Iterator[list[int]]:
+def solutions(
+    given: list[int], rows: int, columns: int, rng: Generator | None = None
+) -> Iterator[list[int]]:
     """All solutions, one after another; digits are tried in order, or as `rng` has it.
 
     The empty cell with fewest digits left is tried first.
     """
     size, grid = rows * columns, given.copy()
-    where = [(i // size, i % size, i // size // rows * rows + i % size // columns) for i in range(size**2)]
-    used = in_row, in_column, in_box = [[0] * size for _ in range(3)]  # digits that they have already, as bits
+    where = [
+        (i // size, i % size, i // size // rows * rows + i % size // columns)
+        for i in range(size**2)
+    ]
+    # digits that they have already, as bits
+    used = in_row, in_column, in_box = [[0] * size for _ in range(3)]
 
     def taken(cell: int) -> int:
         row, column, box = where[cell]
@@ -125,8 +139,8 @@ def units(rows: int, columns: int) -> list[list[list[int]]]:
 def is_single(given: list[int], rows: int, columns: int, cell: int, digit: int) -> bool:
     """Whether an empty cell must hold this digit, seen from one cell or one unit alone.
 
-    A naked single: the cell sees all other digits. A hidden single: no other empty cell of its row, column or box can
-    hold it. The digit is one that the cell can hold.
+    A naked single: the cell sees all other digits. A hidden single: no other empty cell of its row,
+    column or box can hold it. The digit is one that the cell can hold.
     """
     of = units(rows, columns)
     seen = {given[other] for unit in of[cell] for other in unit}
@@ -134,7 +148,9 @@ def is_single(given: list[int], rows: int, columns: int, cell: int, digit: int) 
         return True
     return any(
         all(
-            given[other] or other == cell or any(given[far] == digit for around in of[other] for far in around)
+            given[other]
+            or other == cell
+            or any(given[far] == digit for around in of[other] for far in around)
             for other in unit
         )
         for unit in of[cell]

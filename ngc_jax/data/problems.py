@@ -1,11 +1,13 @@
-"""Sets of problems: drawn once from a seed, kept as a TFDS dataset, and what is asked of a model in tests held apart.
+"""Sets of problems: drawn once from a seed, kept as a TFDS dataset, and what is asked of a model in
+tests held apart.
 
-For: how many problems of which difficulty a set has, and which of its parts a problem may be in. Not for: what a
-problem is (`tasks.py`).
+For: how many problems of which difficulty a set has, and which of its parts a problem may be in.
+Not for: what a problem is (`tasks.py`).
 
-The part of a problem follows from a hash of what it gives to read: of ten hashes one is for validation, one for tests,
-eight for training. So no problem of one part is in another, whatever seeds, counts and difficulties they came from.
-Within a part problems are drawn independently, and an easy one, of which there are few, may come more than once.
+The part of a problem follows from a hash of what it gives to read: of ten hashes one is for
+validation, one for tests, eight for training. So no problem of one part is in another, whatever
+seeds, counts and difficulties they came from. Within a part problems are drawn independently, and
+an easy one, of which there are few, may come more than once.
 """
 
 import hashlib
@@ -16,20 +18,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.atomic import build_directory
 from ngc_jax.data import NOTHING, grids, stored, tasks
 from ngc_jax.data.tasks import Problem
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import build_directory
 
 PARTS = {0: "validation", 1: "test"}  # by the hash modulo ten; the rest is "train"
 PATIENCE = 10_000  # problems drawn in vain, one after another, that say that there are none
 
 
 class Problems:
-    """A part of a set, as examples [2, length] int32: inputs and targets, filled up on the right with 0 and NOTHING.
+    """A part of a set, as examples [2, length] int32: inputs and targets, filled up on the right
+    with 0 and NOTHING.
 
-    What stands to the right of a problem changes none of its answers: a causal model does not see it, and one that
-    looks both ways sees nothing across `tasks.boundary`.
+    What stands to the right of a problem changes none of its answers: a causal model does not see
+    it, and one that looks both ways sees nothing across `tasks.boundary`.
     """
 
     def __init__(self, home: pathlib.Path, part: str, length: int):
@@ -56,13 +59,18 @@ class ProblemSet(NamedTuple):
 
 def part_of(problem: Problem) -> str:
     """The one part that a problem may be in."""
-    # Not a cyclic code: its bits are parities of the problem's, and would tell part of the answer to `parity`.
+    # Not a cyclic code: its bits are parities of the problem's, and would tell part of the answer
+    # to `parity`.
     digest = hashlib.sha256(problem.inputs.astype("<i4").tobytes()).digest()
     return PARTS.get(int.from_bytes(digest[:8], "little") % 10, "train")
 
 
-def draw_set(task: str, low: int, high: int, counts: Mapping[str, int], seed: int) -> dict[str, list[Problem]]:
-    """So many problems for each part, of difficulties low .. high at random. Raises UserError if there are none."""
+def draw_set(
+    task: str, low: int, high: int, counts: Mapping[str, int], seed: int
+) -> dict[str, list[Problem]]:
+    """So many problems for each part, of difficulties low .. high at random. Raises UserError if
+    there are none.
+    """
     rng = np.random.default_rng([seed, low, high])
     drawn: dict[str, list[Problem]] = {part: [] for part in counts}
     vain = 0
@@ -87,7 +95,9 @@ def problem_set(
 ) -> ProblemSet:
     """The set that `draw_set` draws, from the cache if it was drawn before. Raises UserError."""
     # What draws is part of the name, so that no set of an older program is taken for this one's.
-    drawers = [pathlib.Path(str(file)).read_text() for file in (__file__, grids.__file__, tasks.__file__)]
+    drawers = [
+        pathlib.Path(str(file)).read_text() for file in (__file__, grids.__file__, tasks.__file__)
+    ]
     recipe = json.dumps([task, low, high, dict(counts), seed, np.__version__, drawers])
     home = cache / f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not home.is_dir():
@@ -98,7 +108,9 @@ def problem_set(
     unit = tasks.TASKS[task].unit
     summary = f"{task} of {low} to {high} {unit}, seed {seed}: {parts} problems of up to {meta['longest']} tokens"
     fingerprint = meta["fingerprint"]
-    return ProblemSet(home, fingerprint, meta["longest"], f"{summary}, fingerprint {fingerprint[:16]}")
+    return ProblemSet(
+        home, fingerprint, meta["longest"], f"{summary}, fingerprint {fingerprint[:16]}"
+    )
 
 
 def _write(task: str, drawn: Mapping[str, list[Problem]], home: pathlib.Path) -> None:
@@ -112,6 +124,10 @@ def _write(task: str, drawn: Mapping[str, list[Problem]], home: pathlib.Path) ->
         for problem in problems:
             digest.update(part.encode() + np.stack(problem).astype("<i4").tobytes())
             longest = max(longest, len(problem.inputs))
-        splits[part] = [(str(i), {"problem": np.stack(problem)}) for i, problem in enumerate(problems)]
+        splits[part] = [
+            (str(i), {"problem": np.stack(problem)}) for i, problem in enumerate(problems)
+        ]
     stored.write(task, features, splits, home)
-    (home / "set.json").write_text(json.dumps({"fingerprint": digest.hexdigest(), "longest": longest}))
+    (home / "set.json").write_text(
+        json.dumps({"fingerprint": digest.hexdigest(), "longest": longest})
+    )

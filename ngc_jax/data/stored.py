@@ -1,6 +1,7 @@
 """TFDS datasets of our own: written once as ArrayRecord files, read without TensorFlow.
 
-For: keeping what was prepared. Not for: preparing it (`corpus.py`, `problems.py`), or sets that others prepared.
+For: keeping what was prepared. Not for: preparing it (`corpus.py`, `problems.py`), or sets that
+others prepared.
 """
 
 import contextlib
@@ -11,9 +12,14 @@ from typing import Any
 
 
 def write(
-    name: str, features: Mapping[str, Any], splits: Mapping[str, Iterable[tuple[str, Any]]], home: pathlib.Path
+    name: str,
+    features: Mapping[str, Any],
+    splits: Mapping[str, Iterable[tuple[str, Any]]],
+    home: pathlib.Path,
 ) -> None:
-    """Write examples, pairs (key, {feature: value}), of each split. TFDS orders them by hash of their key."""
+    """Write examples, pairs (key, {feature: value}), of each split. TFDS orders them by hash of
+    their key.
+    """
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():  # one process may keep several sets
@@ -24,17 +30,22 @@ def write(
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> Any:
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(dict(features)))
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(dict(features))
+                )
 
             def _split_generators(self, dl_manager: Any) -> Any:
-                return {split: self._generate_examples(examples) for split, examples in splits.items()}
+                return {
+                    split: self._generate_examples(examples) for split, examples in splits.items()
+                }
 
             def _generate_examples(self, examples: Iterable[tuple[str, Any]]) -> Any:
                 yield from examples
 
     Stored.name = name
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # two lines on a "download" that there is none of
+    # two lines on a "download" that there is none of
+    with contextlib.redirect_stdout(io.StringIO()):
         Stored(data_dir=str(home), file_format="array_record").download_and_prepare()
 
 

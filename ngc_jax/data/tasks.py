@@ -1,12 +1,14 @@
 """Reasoning tasks: problems drawn at random, of any difficulty, each with its one right answer.
 
-For: what a problem reads and what is asked of it, as symbols and as tokens. `python -m ngc_jax.data.tasks parity 5`
-prints one. Not for: keeping many of them for training (`problems.py`), or how mazes and Sudokus are made (`grids.py`).
+For: what a problem reads and what is asked of it, as symbols and as tokens. `python -m
+ngc_jax.data.tasks parity 5` prints one. Not for: keeping many of them for training (`problems.py`),
+or how mazes and Sudokus are made (`grids.py`).
 
-What is read at a position and what is asked there are two rows. An answer of several symbols is asked one by one and
-read as it grows; all of them are right exactly when greedy decoding writes the answer. A grid is read twice, and asked
-cell by cell in the second reading, by when a causal model knows all of it; or it is read once and asked "in place", of
-a model whose tokens see those after them too.
+What is read at a position and what is asked there are two rows. An answer of several symbols is
+asked one by one and read as it grows; all of them are right exactly when greedy decoding writes the
+answer. A grid is read twice, and asked cell by cell in the second reading, by when a causal model
+knows all of it; or it is read once and asked "in place", of a model whose tokens see those after
+them too.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ngc_jax.data import NOTHING, grids
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
 
 MODULUS = 5
 DIGITS = tuple("0123456789")
@@ -33,7 +35,8 @@ OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[SUM": lambda v: sum(v) % 10,
 }
 
-Written = tuple[list[str], list[str]]  # what is read and what is asked at each position; "" = nothing
+# what is read and what is asked at each position; "" = nothing
+Written = tuple[list[str], list[str]]
 Writer = Callable[[Generator, int], Written]  # of a problem of a difficulty
 
 
@@ -45,7 +48,8 @@ class Task(NamedTuple):
     unit: str  # what difficulty counts
     lowest: int
     highest: int  # beyond it problems do not exist, or take long to find
-    in_place: bool = False  # whether a symbol is asked where those that it follows from are still to come
+    # whether a symbol is asked where those that it follows from are still to come
+    in_place: bool = False
 
 
 class Problem(NamedTuple):
@@ -60,7 +64,9 @@ def draw(name: str, rng: Generator, difficulty: int) -> Problem:
     task = TASKS[name]
     token = {symbol: i for i, symbol in enumerate(task.symbols)} | {"": NOTHING}
     read, asked = task.write(rng, difficulty)
-    return Problem(*(np.array([token[symbol] for symbol in row], np.int32) for row in (read, asked)))
+    return Problem(
+        *(np.array([token[symbol] for symbol in row], np.int32) for row in (read, asked))
+    )
 
 
 def _written(question: list[str], answer: list[str]) -> Written:
@@ -74,7 +80,9 @@ def both_ways(name: str) -> bool:
 
 
 def boundary(name: str) -> int | None:
-    """The token behind a problem that such a model reads, which sees nothing across it; None for any other task."""
+    """The token behind a problem that such a model reads, which sees nothing across it; None for
+    any other task.
+    """
     return TASKS[name].symbols.index("=") if both_ways(name) else None
 
 
@@ -102,11 +110,12 @@ def modular(rng: Generator, terms: int) -> Written:
 
 
 def hops(rng: Generator, count: int) -> Written:
-    """`count` hops, written as so many ">", from each letter: one hop leads to the letter after its last occurrence.
+    """`count` hops, written as so many ">", from each letter: one hop leads to the letter after its
+    last occurrence.
 
-    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; where one of the hops finds none nothing is asked.
-    Letters are never twice in a row, which would be a hop onto itself. There are 32 and 4 for each hop: one goes back 3
-    on average, 32 seldom (a share of 1e-5).
+    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; where one of the hops finds
+    none nothing is asked. Letters are never twice in a row, which would be a hop onto itself. There
+    are 32 and 4 for each hop: one goes back 3 on average, 32 seldom (a share of 1e-5).
     """
     letters = [int(rng.integers(4))]
     while len(letters) < 32 + 4 * count:
@@ -134,7 +143,9 @@ def addition(rng: Generator, digits: int) -> Written:
 
 
 def listops(rng: Generator, depth: int) -> Written:
-    """The value of nested lists of 2 to 4 arguments; one of each is the next list, a quarter of the rest short ones."""
+    """The value of nested lists of 2 to 4 arguments; one of each is the next list, a quarter of the
+    rest short ones.
+    """
 
     def write(depth: int) -> tuple[list[str], int]:
         if depth == 0:
@@ -154,7 +165,8 @@ def listops(rng: Generator, depth: int) -> Written:
 def dyck(rng: Generator, depth: int) -> Written:
     """The brackets that close what is open, then ".".
 
-    What is given climbs to its depth, wanders for as many symbols again, and goes straight to where it stops.
+    What is given climbs to its depth, wanders for as many symbols again, and goes straight to where
+    it stops.
     """
     question: list[str] = []
     open_: list[str] = []
@@ -176,8 +188,8 @@ def dyck(rng: Generator, depth: int) -> Written:
 def path(rng: Generator, length: int) -> Written:
     """The one shortest path between two nodes of a graph, given as its edges, node by node.
 
-    There are as many nodes off the path as on it, each hung onto an earlier one, and then edges, up to a third as many,
-    that leave the shortest path what and as short as it is.
+    There are as many nodes off the path as on it, each hung onto an earlier one, and then edges, up
+    to a third as many, that leave the shortest path what and as short as it is.
     """
     nodes = 2 * (length + 1)
     parent = np.array([max(0, i - 1) if i <= length else rng.integers(i) for i in range(nodes)])
@@ -268,7 +280,10 @@ TASKS = {
     "dyck": Task(dyck, ("(", ")", "[", "]", "=", "."), "brackets in one another", 1, 1000),
     "path": Task(path, (*LETTERS, ",", "="), "edges of the path", 1, len(LETTERS) // 2 - 1),
     **{name: task._replace(write=_twice(task.write)) for name, task in _GRIDS.items()},
-    **{f"{name}_in_place": task._replace(write=_once(task.write), in_place=True) for name, task in _GRIDS.items()},
+    **{
+        f"{name}_in_place": task._replace(write=_once(task.write), in_place=True)
+        for name, task in _GRIDS.items()
+    },
 }
 
 
@@ -282,12 +297,16 @@ def spell(name: str, problem: Problem) -> str:
         side = math.isqrt(len(cells))
         rows = [slice(i, i + side) for i in range(0, len(cells), side)]
         return "\n".join(f"{' '.join(given[row])}   {' '.join(cells[row])}" for row in rows)
-    return "\n".join(" ".join(symbol.ljust(width) for symbol in row).rstrip() for row in (given, asked))
+    return "\n".join(
+        " ".join(symbol.ljust(width) for symbol in row).rstrip() for row in (given, asked)
+    )
 
 
 def main() -> None:
     """Print problems of a task."""
-    parser = argparse.ArgumentParser(description="Print problems: what is read, and below or beside it what is asked.")
+    parser = argparse.ArgumentParser(
+        description="Print problems: what is read, and below or beside it what is asked."
+    )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("difficulty", type=int)
     parser.add_argument("--count", type=int, default=1)
@@ -298,7 +317,11 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     rng = np.random.default_rng(args.seed)
-    print("\n\n".join(spell(args.task, draw(args.task, rng, args.difficulty)) for _ in range(args.count)))
+    print(
+        "\n\n".join(
+            spell(args.task, draw(args.task, rng, args.difficulty)) for _ in range(args.count)
+        )
+    )
 
 
 def check(name: str, difficulty: int, field: str) -> None:

@@ -1,8 +1,8 @@
 """Text to tokens and back, and the token cache: one flat file for each split, read by memory map.
 
-For: the tokenizers (bytes; a byte-level BPE trained on the corpus; the symbols of a task), turning documents into one
-stream in which each document begins with a mark, and `load_data`, which gives a run what it learns from. Not for:
-batches (`batches.py`).
+For: the tokenizers (bytes; a byte-level BPE trained on the corpus; the symbols of a task), turning
+documents into one stream in which each document begins with a mark, and `load_data`, which gives a
+run what it learns from. Not for: batches (`batches.py`).
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.atomic import Path, build_directory, write_durably
 from ngc_jax.data import NOTHING
 from ngc_jax.data.batches import Examples, Windows
-from ngc_jax.data.corpus import Corpus, expand, open_corpus
+from ngc_jax.data.corpus import Corpus, open_corpus
 from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import TASKS, boundary
-from ngc_jax.errors import UserError
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import Path, build_directory, expand, write_durably
 
 MARK = "<|document|>"
 
@@ -40,7 +40,9 @@ class Bytes:
 
 
 class BPE:
-    """Byte-level byte pair encoding (the `tokenizers` library), trained on the corpus's own train split."""
+    """Byte-level byte pair encoding (the `tokenizers` library), trained on the corpus's own train
+    split.
+    """
 
     def __init__(self, serialised: str):
         from tokenizers import Tokenizer
@@ -82,7 +84,9 @@ class BPE:
 
 
 class Symbols:
-    """The alphabet of a task. Its problems are made of tokens, so there is nothing to encode, and no documents."""
+    """The alphabet of a task. Its problems are made of tokens, so there is nothing to encode, and
+    no documents.
+    """
 
     mark = NOTHING
     lengths = None
@@ -103,7 +107,8 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Examples
     validation: Examples
-    boundary: int | None  # the token across which attention does not see: one that begins a document, or ends a problem
+    # the token across which attention does not see: one that begins a document, or ends a problem
+    boundary: int | None
     fingerprint: str  # equal fingerprints are equal data
     summary: str
 
@@ -116,14 +121,18 @@ def most_tokens(config: Any) -> int:
 
 
 def load_data(config: Any) -> Data:
-    """The data that `config.data` asks for, from the cache if they were made before. Raises UserError."""
+    """The data that `config.data` asks for, from the cache if they were made before. Raises
+    UserError.
+    """
     return _problems(config) if config.task else _text(config)
 
 
 def _problems(config: Any) -> Data:
     held_out = max(1, round(config.validation_fraction * config.problems))
     counts = {"train": config.problems, "validation": held_out}
-    found = problem_set(config.task, config.low, config.high, counts, config.problem_seed, cache_directory(config))
+    found = problem_set(
+        config.task, config.low, config.high, counts, config.problem_seed, cache_directory(config)
+    )
     if found.longest > config.context:
         raise UserError(
             f"data.context={config.context}: must be {found.longest} or more, the tokens of the longest problem of "
@@ -131,7 +140,9 @@ def _problems(config: Any) -> Data:
         )
     train, validation = (Problems(found.home, part, config.context) for part in counts)
     tokenizer = Symbols(TASKS[config.task].symbols)
-    return Data(tokenizer, train, validation, boundary(config.task), found.fingerprint, found.summary)
+    return Data(
+        tokenizer, train, validation, boundary(config.task), found.fingerprint, found.summary
+    )
 
 
 def _text(config: Any) -> Data:
@@ -155,10 +166,16 @@ def _text(config: Any) -> Data:
                 f"the {split} text has {count} tokens, fewer than a window of data.context={config.context} and its "
                 f"target: give more text{smaller}"
             )
-        return Windows(np.memmap(home / f"{split}.bin", meta["dtype"], mode="r"), config.context, tokenizer.mark)
+        return Windows(
+            np.memmap(home / f"{split}.bin", meta["dtype"], mode="r"),
+            config.context,
+            tokenizer.mark,
+        )
 
     summary = (
-        corpus.summary + "; " + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
+        corpus.summary
+        + "; "
+        + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
     )
     fingerprint = corpus.fingerprint
     if isinstance(tokenizer, BPE):
@@ -168,17 +185,24 @@ def _text(config: Any) -> Data:
 
 
 def _whole(home: pathlib.Path) -> bool:
-    """Whether a token cache is there, and as long as it says (a full disk or a power cut may have shortened it)."""
+    """Whether a token cache is there, and as long as it says (a full disk or a power cut may have
+    shortened it).
+    """
     try:
         meta = json.loads((home / "meta.json").read_text())
         size = np.dtype(meta["dtype"]).itemsize
-        return all((home / f"{split}.bin").stat().st_size == n * size for split, n in meta["tokens"].items())
+        return all(
+            (home / f"{split}.bin").stat().st_size == n * size
+            for split, n in meta["tokens"].items()
+        )
     except (OSError, ValueError):
         return False
 
 
 def load_tokenizer(home: Path) -> Tokenizer:
-    """The tokenizer kept in a token cache or a work directory: in its tokenizer.json, or bytes if there is none."""
+    """The tokenizer kept in a token cache or a work directory: in its tokenizer.json, or bytes if
+    there is none.
+    """
     file = home / "tokenizer.json"
     if not file.is_file():
         return Bytes()
@@ -215,14 +239,22 @@ def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
                     file.write(tokenizer.encode(text).astype(dtype).tobytes())
                 counts[split] = file.tell() // dtype.itemsize
     except ImportError as error:
-        raise UserError("data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'") from error
+        raise UserError(
+            "data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the text is not UTF-8 ({error}), as data.tokenizer='bpe' wants it: use 'bytes'") from error
+        raise UserError(
+            f"the text is not UTF-8 ({error}), as data.tokenizer='bpe' wants it: use 'bytes'"
+        ) from error
     (directory / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in byte-level BPE (the map that GPT-2 introduced)."""
+    """Byte -> the printable character that stands for it in byte-level BPE (the map that GPT-2
+    introduced).
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }

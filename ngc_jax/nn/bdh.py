@@ -1,11 +1,14 @@
-"""BDH, the Dragon Hatchling (arXiv 2509.26507), in its published GPU form: the nearest relative, as a baseline.
+"""BDH, the Dragon Hatchling (arXiv 2509.26507), in its published GPU form: the nearest relative, as
+a baseline.
 
-For: the published function exactly, with the same functions as `Decoder`. Not for: what only ours has (groups,
-synapse rules, rounds), nor the published dropout of 0.1 on the neurons, for nothing here drops anything.
+For: the published function exactly, with the same functions as `Decoder`. Not for: what only ours
+has (groups, synapse rules, rounds), nor the published dropout of 0.1 on the neurons, for nothing
+here drops anything.
 
-Tokens x [T, D] excite neurons, of which few are active; neurons of earlier tokens that are active together with a
-token's own pass their x on to it; what was heard gates the neurons, and these speak back. With n(z) = (z - mean z) /
-sqrt(var z + 1e-5) over channels, without learned scale, and R_t the rotation by position t (base 2^16):
+Tokens x [T, D] excite neurons, of which few are active; neurons of earlier tokens that are active
+together with a token's own pass their x on to it; what was heard gates the neurons, and these speak
+back. With n(z) = (z - mean z) / sqrt(var z + 1e-5) over channels, without learned scale, and R_t
+the rotation by position t (base 2^16):
 
     x = n(E[token])
     L times, with the same weights:
@@ -25,8 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
-from ngc_jax.mesh import lay
 from ngc_jax.nn.layers import unembed
+from ngc_jax.nn.mesh import constrain
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -41,14 +44,17 @@ class BDHShape:
 
     vocab: int = 256
     width: int = 256
-    hidden: int = 128 * 256  # neurons of all heads, H N: the published mlp_internal_dim_multiplier is hidden / width
+    # neurons of all heads, H N: the published mlp_internal_dim_multiplier is hidden / width
+    hidden: int = 128 * 256
     heads: int = 4
     layers: int = 6  # times that the one layer runs
     remat: bool = False  # recompute each layer for the gradient
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden={self.hidden}: must be an even number of neurons for each of {self.heads} heads")
+            raise ValueError(
+                f"hidden={self.hidden}: must be an even number of neurons for each of {self.heads} heads"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +79,31 @@ class BDH:
     def apply(
         self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
     ) -> tuple[Array, None]:
-        """Logits [B, T, V] in float32 for tokens [B, T], and None, since there are no rounds to `record`.
+        """Logits [B, T, V] in float32 for tokens [B, T], and None, since there are no rounds to
+        `record`.
 
-        Computes in the dtype of `params`. segments [B, T], if given, number the documents, and a token hears its own.
+        Computes in the dtype of `params`. segments [B, T], if given, number the documents, and a
+        token hears its own.
         """
         logits, _ = self._forward(params, tokens, jnp.arange(tokens.shape[1]), segments, None)
         return logits, None
 
-    def decode(self, params: Params, tokens: Array, cache: Array, position: Array) -> tuple[Array, Array]:
-        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
+    def decode(
+        self, params: Params, tokens: Array, cache: Array, position: Array
+    ) -> tuple[Array, Array]:
+        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in
+        `cache`.
+        """
         return self._forward(params, tokens, position + jnp.arange(tokens.shape[1]), None, cache)
 
-    def apart(self, params: Params) -> Params:
+    def unstack(self, params: Params) -> Params:
         """Parameters as they are: there is one layer."""
         return params
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
-        """The state of attention before the first token: [L, B, H, N, D], however many tokens (`length`) will come."""
+        """The state of attention before the first token: [L, B, H, N, D], however many tokens
+        (`length`) will come.
+        """
         s = self.shape
         return jnp.zeros((s.layers, batch, s.heads, s.hidden // s.heads, s.width), dtype)
 
@@ -105,27 +119,36 @@ class BDH:
         if segments is not None:
             chex.assert_equal_shape([tokens, segments])
         # A token does not hear itself: it sees what the token before it would.
-        mask = attention.visible(positions - 1, positions, tokens.shape[1], segments)
-        encoder, encoder_v = (lay(params[name]["weight"], "group", None, None) for name in ("encoder", "encoder_v"))
-        decoder = lay(params["decoder"]["weight"], "group", None).reshape(s.heads, -1, s.width)
+        mask = attention.attention_mask(positions - 1, positions, tokens.shape[1], segments)
+        encoder, encoder_v = (
+            constrain(params[name]["weight"], "group", None, None)
+            for name in ("encoder", "encoder_v")
+        )
+        decoder = constrain(params["decoder"]["weight"], "group", None).reshape(
+            s.heads, -1, s.width
+        )
 
         def layer(x: Array, state: Array | None) -> tuple[Array, Array | None]:
-            active = lay(jax.nn.relu(jnp.einsum("btd,hdn->bhtn", x, encoder)), "window", "group", None, None)
+            active = constrain(
+                jax.nn.relu(jnp.einsum("btd,hdn->bhtn", x, encoder)), "window", "group", None, None
+            )
             read = attention.rotate_neighbours(active, positions, ROTARY_BASE)
             mixed, state = attention.attend_linearly(read, x, mask, state)
             gated = active * jax.nn.relu(jnp.einsum("bhtd,hdn->bhtn", normalise(mixed), encoder_v))
-            said = lay(jnp.einsum("bhtn,hnd->btd", gated, decoder), "window", None, None)
+            said = constrain(jnp.einsum("bhtn,hnd->btd", gated, decoder), "window", None, None)
             return normalise(x + normalise(said)), state
 
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x = lay(lay(params["embed"], None, "group")[tokens], "window", None, None)
+        x = constrain(constrain(params["embed"], None, "group")[tokens], "window", None, None)
         x, cache = jax.lax.scan(layer, normalise(x), cache, length=s.layers)
-        return unembed(lay(x, "window", None, None), params["unembed"]), cache
+        return unembed(constrain(x, "window", None, None), params["unembed"]), cache
 
 
 def normalise(x: Array) -> Array:
     """LayerNorm (arXiv 1607.06450) over the last axis, nothing learned, in float32."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-5)).astype(x.dtype)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-5)).astype(
+        x.dtype
+    )

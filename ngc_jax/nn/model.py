@@ -1,7 +1,7 @@
 """What training, evaluation and sampling need of a model, whatever it is made of.
 
-For: the one interface that our decoder and every baseline share. Not for: what only some have (stages, rounds): who
-needs that asks for a `Decoder`.
+For: the one interface that our decoder and every baseline share. Not for: what only some have
+(stages, rounds): who needs that asks for a `Decoder`.
 """
 
 from typing import Any, Protocol
@@ -25,16 +25,24 @@ class LanguageModel(Protocol):
     def apply(
         self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
     ) -> tuple[Array, Any]:
-        """Logits [B, T, V] in float32 for tokens [B, T]; and, where there are rounds and it is asked, their records."""
+        """Logits [B, T, V] in float32 for tokens [B, T]; and, where there are rounds and it is
+        asked, their records.
+        """
 
-    def decode(self, params: Params, tokens: Array, cache: Any, position: Array) -> tuple[Array, Any]:
-        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in `cache`."""
+    def decode(
+        self, params: Params, tokens: Array, cache: Any, position: Array
+    ) -> tuple[Array, Any]:
+        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in
+        `cache`.
+        """
 
-    def apart(self, params: Params) -> Params:
+    def unstack(self, params: Params) -> Params:
         """The same parameters laid out so that `decode` reads them soonest."""
 
     def init_cache(self, batch: int, length: int, dtype: Any = ...) -> Any:
         """What `decode` starts from, for `length` tokens."""
 
     def generated(self) -> dict[str, dict[str, int]]:
-        """Weights generated in a forward pass, {name of a stack: {synapse: how many}}; {} where all are stored."""
+        """Weights generated in a forward pass, {name of a stack: {synapse: how many}}; {} where all
+        are stored.
+        """

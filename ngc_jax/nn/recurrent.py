@@ -1,8 +1,10 @@
-"""The recurrent language model: embed, a stack of cells that hear the stream token by token, logits.
+"""The recurrent language model: embed, a stack of cells that hear the stream token by token,
+logits.
 
-For: streams. What it has heard is one state for each cell, however long that was, so that a token costs the same at any
-length. With the same functions as `Decoder`. Not for: what a cell holds (`layers.py`), the loop over tokens
-(`core/recurrence.py`), or what only the decoder has: attention, prelude and coda, gates, wirings that change.
+For: streams. What it has heard is one state for each cell, however long that was, so that a token
+costs the same at any length. With the same functions as `Decoder`. Not for: what a cell holds
+(`layers.py`), the loop over tokens (`core/recurrence.py`), or what only the decoder has: attention,
+prelude and coda, gates, wirings that change.
 
 Axes: B batch, T tokens, D width, V vocabulary, C cells.
 """
@@ -16,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core.recurrence import in_chunks
-from ngc_jax.mesh import gathered, lay
 from ngc_jax.nn.layers import Cell, RMSNorm, unembed
+from ngc_jax.nn.mesh import constrain, gathered
 from ngc_jax.nn.shape import ModelShape
 
 Array = jax.Array
@@ -39,17 +41,20 @@ class Recurrent:
             "embed": jax.random.normal(embed, (s.vocab, s.width)),
             "cells": jax.vmap(lambda k: cell(k)["params"])(jax.random.split(cells, s.core)),
             "norm": {"scale": jnp.ones(s.width)},
-            # Logits start near zero, so training starts from the uniform distribution, ln V nats per token.
+            # Logits start near zero, so training starts from the uniform distribution, ln V nats
+            # per token.
             "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
         }
 
     def apply(
         self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
     ) -> tuple[Array, None]:
-        """Logits [B, T, V] in float32 for tokens [B, T], and None, since there is nothing to `record`.
+        """Logits [B, T, V] in float32 for tokens [B, T], and None, since there is nothing to
+        `record`.
 
-        Computes in the dtype of `params`. segments [B, T], if given, number the documents: each begins with a state of
-        0. Gradients do not pass from one chunk of `shape.chunk` tokens to another.
+        Computes in the dtype of `params`. segments [B, T], if given, number the documents: each
+        begins with a state of 0. Gradients do not pass from one chunk of `shape.chunk` tokens to
+        another.
         """
         chex.assert_rank(tokens, 2)
         first = None
@@ -58,17 +63,25 @@ class Recurrent:
             first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
         return self._forward(params, tokens, first, self.init_cache(tokens.shape[0], 0))[0], None
 
-    def decode(self, params: Params, tokens: Array, cache: Array, position: Array) -> tuple[Array, Array]:
-        """Logits [B, T, V] for the tokens after those that made `cache`; their `position` does not matter."""
+    def decode(
+        self, params: Params, tokens: Array, cache: Array, position: Array
+    ) -> tuple[Array, Array]:
+        """Logits [B, T, V] for the tokens after those that made `cache`; their `position` does not
+        matter.
+        """
         return self._forward(params, tokens, None, cache)
 
-    def apart(self, params: Params) -> Params:
+    def unstack(self, params: Params) -> Params:
         """Parameters as they are: cells are few."""
         return params
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
-        """The cells' states before the first token: [C, B, D], however many tokens (`length`) will come."""
-        return jnp.zeros((self.shape.core, batch, self.shape.width), jnp.promote_types(dtype, jnp.float32))
+        """The cells' states before the first token: [C, B, D], however many tokens (`length`) will
+        come.
+        """
+        return jnp.zeros(
+            (self.shape.core, batch, self.shape.width), jnp.promote_types(dtype, jnp.float32)
+        )
 
     def generated(self) -> dict[str, dict[str, int]]:
         """Weights generated in a forward pass without chunks: each cell's once, for all tokens."""
@@ -78,12 +91,14 @@ class Recurrent:
         square, tall = s.core * s.width * s.width, s.core * s.width * s.hidden
         return {"cells": {"token": 2 * tall, "gate_up": 2 * tall, "down": tall, "out": square}}
 
-    def _forward(self, params: Params, tokens: Array, first: Array | None, states: Array) -> tuple[Array, Array]:
+    def _forward(
+        self, params: Params, tokens: Array, first: Array | None, states: Array
+    ) -> tuple[Array, Array]:
         cell = Cell(self.shape)
 
         def run(states: Array, heard: tuple[Array, Array | None]) -> tuple[Array, Array]:
             tokens, first = jax.tree.map(jnp.transpose, heard)
-            x = lay(lay(params["embed"], None, None)[tokens], "window", None, None)
+            x = constrain(constrain(params["embed"], None, None)[tokens], "window", None, None)
 
             def body(x: Array, layer: tuple[Params, Array]) -> Any:
                 weights, state = layer

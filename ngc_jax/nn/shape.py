@@ -1,13 +1,15 @@
-"""The shape of a model: its sizes as a frozen, hashable value, checked before anything is allocated.
+"""The shape of a model: its sizes as a frozen, hashable value, checked before anything is
+allocated.
 
-For: what a model *is*, and the synapse parts that follow from it. Not for: parameters (`layers.py`) or training.
+For: what a model *is*, and the synapse parts that follow from it. Not for: parameters (`layers.py`)
+or training.
 """
 
 import dataclasses
 from typing import NamedTuple
 
-from ngc_jax.core.addressed import Addressed, Rewirable
 from ngc_jax.core.rules import RULES, Rule
+from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.nn.sharing import Sharing, parse
 
@@ -22,7 +24,8 @@ class SynapsePart(NamedTuple):
     groups: int
     dim: int  # numbers of a state (r) or of a port (p)
     activation: str | None
-    wired: Addressed | Rewirable | None = None  # `addressed` under a wiring; None: the rule as it is in RULES
+    # `addressed` under a wiring; None: the rule as it is in RULES
+    wired: Addressed | Rewirable | None = None
     kinds: int = 0  # in which a group's senders start (`Rule.alike`); 0: each neuron its own
 
     @property
@@ -33,7 +36,9 @@ class SynapsePart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder or recurrent model: the fields of `config.model`, described there, and what the data give."""
+    """Sizes of a decoder or recurrent model: the fields of `config.model`, described there, and
+    what the data give.
+    """
 
     vocab: int
     context: int
@@ -74,7 +79,9 @@ class ModelShape:
 
     @property
     def stream_axes(self) -> tuple[str | None, ...]:
-        """What the axes of the stream [B, T, D] count (`mesh.py`): channels are groups' own, but in the dense model."""
+        """What the axes of the stream [B, T, D] count (`mesh.py`): channels are groups' own, but in
+        the dense model.
+        """
         return ("window", None, None if self.rule == "dense" else "group")
 
     @property
@@ -94,7 +101,9 @@ class ModelShape:
 
     @property
     def rewirable(self) -> Rewirable | None:
-        """The rule between groups where each synapse has a wiring of its own that changes in training."""
+        """The rule between groups where each synapse has a wiring of its own that changes in
+        training.
+        """
         if self.wiring not in DYNAMIC:
             return None
         copies = self.p_inter if self.wiring == "dynamic_ports" else 1
@@ -104,18 +113,25 @@ class ModelShape:
     def wired(self) -> Addressed | Rewirable | None:
         """`addressed` under the wiring there is; None where every group hears every one."""
         draw = WIRINGS.get(self.wiring)
-        return Addressed(draw(self.groups, self.channels, self.wiring_seed)) if draw else self.rewirable
+        return (
+            Addressed(draw(self.groups, self.channels, self.wiring_seed))
+            if draw
+            else self.rewirable
+        )
 
     @property
     def branch_gain(self) -> float:
-        """Scale of what a branch adds to the stream, so that 2 depth branches together add unit variance."""
+        """Scale of what a branch adds to the stream, so that 2 depth branches together add unit
+        variance.
+        """
         return (2 * self.depth) ** -0.5
 
     def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
         """The summands of a synapse from n_in to n_out neurons under this shape."""
         if self.rule == "dense":
             return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
-        full = min(n_in, n_out) // self.groups  # from here on the states of one side are one-hot: a dense block
+        # from here on the states of one side are one-hot: a dense block
+        full = min(n_in, n_out) // self.groups
         kinds = self.init_rank // self.groups
         intra, inter = [], []
         if self.p_intra > 0:
@@ -123,5 +139,9 @@ class ModelShape:
             intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None, kinds=kinds)]
         if self.has_messages:
             dim = 1 if self.wiring == "dynamic_ports" else self.p_inter
-            inter = [SynapsePart("inter", self.rule, self.groups, dim, self.message_activation, self.wired, kinds)]
+            inter = [
+                SynapsePart(
+                    "inter", self.rule, self.groups, dim, self.message_activation, self.wired, kinds
+                )
+            ]
         return (*intra, *inter)

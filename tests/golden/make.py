@@ -1,14 +1,16 @@
-"""How bdh.json and cola.json were made: the published code, run on weights that the tests can make again.
+"""How bdh.json and cola.json were made: the published code, run on weights that the tests can make
+again.
 
-For: the seeded weights and inputs, which `test_baselines.py` imports, and the script that ran the references. Not for:
-the tests' own runs, which need neither reference nor PyTorch.
+For: the seeded weights and inputs, which `test_baselines.py` imports, and the script that ran the
+references. Not for: the tests' own runs, which need neither reference nor PyTorch.
 
     git clone https://github.com/pathwaycom/bdh      # at 714bc800631e7bffc0946768f4f3c77d25a68ca4
     git clone https://github.com/alvin-zyl/CoLA      # at 91ff0d10809181c6ca430a596c18aea3590cbd24
     PYTHONPATH=bdh:CoLA python tests/golden/make.py  # with torch 2.15.0 (CPU), transformers 4.47.1
 
-The references run in evaluation mode (no dropout) with float64 parameters; what they compute in float32 whatever the
-parameters' dtype stays so (both: rotary angles; CoLA: norms and softmax). Logits are kept for some columns only.
+The references run in evaluation mode (no dropout) with float64 parameters; what they compute in
+float32 whatever the parameters' dtype stays so (both: rotary angles; CoLA: norms and softmax).
+Logits are kept for some columns only.
 """
 
 import json
@@ -19,9 +21,16 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 BDH = {"n_layer": 3, "n_embd": 32, "n_head": 4, "mlp_internal_dim_multiplier": 4, "vocab_size": 256}
-BDH_STD = {"published": 0.02, "large": 0.3}  # of all parameters: the published one, and one that weighs each term more
+# of all parameters: the published one, and one that weighs each term more
+BDH_STD = {"published": 0.02, "large": 0.3}
 BDH_COLUMNS = 32  # every 32nd logit is kept
-COLA = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "rank": 6}
+COLA = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "rank": 6,
+}
 COLA |= {"num_attention_heads": 4}
 COLA_COLUMNS = 5
 COLA_LAYER = {"in_features": 12, "out_features": 20, "rank": 5}
@@ -67,7 +76,9 @@ def cola_weights():
 
 
 def cola_layer():
-    """x [7, n_in], A [n_in, r] and B [r, n_out] of one layer, without bias as in the published configs."""
+    """x [7, n_in], A [n_in, r] and B [r, n_out] of one layer, without bias as in the published
+    configs.
+    """
     c, draw = types.SimpleNamespace(**COLA_LAYER), np.random.RandomState(3)
     shapes = (7, c.in_features), (c.in_features, c.rank), (c.rank, c.out_features)
     return tuple(draw.standard_normal(shape) for shape in shapes)
@@ -96,7 +107,11 @@ def main():
         logits, loss = model(*(torch.tensor(t) for t in tokens(BDH["vocab_size"])))
         loss.backward()
         norms = {n: float(p.grad.norm()) for n, p in model.named_parameters()}
-        runs[name] = {"logits": kept(logits, BDH_COLUMNS), "loss": loss.item(), "gradient_norms": norms}
+        runs[name] = {
+            "logits": kept(logits, BDH_COLUMNS),
+            "loss": loss.item(),
+            "gradient_norms": norms,
+        }
     header = f"github.com/pathwaycom/bdh at 714bc800, BDHConfig({BDH}), parameters of std {BDH_STD}"
     write("bdh", header, runs)
 
@@ -117,7 +132,12 @@ def main():
 
 def write(name, header, runs):
     about = f"Made by make.py beside this file: {header}. torch 2.15.0 on a CPU, evaluation mode, float64 parameters."
-    text = json.dumps({"about": about, **runs}, indent=0).replace(",\n", ", ").replace("[\n", "[").replace("\n]", "]")
+    text = (
+        json.dumps({"about": about, **runs}, indent=0)
+        .replace(",\n", ", ")
+        .replace("[\n", "[")
+        .replace("\n]", "]")
+    )
     (HERE / f"{name}.json").write_text(text + "\n")
 
 

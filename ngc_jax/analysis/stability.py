@@ -1,0 +1,330 @@
+"""All that the stability page shows of a trained model, measured on some held-out windows.
+
+For: running the measures of this package over sequences, compiled, and the headline numbers with
+their intervals. Not for: the measures themselves (`core/`, `systems.py`), pictures (`figures.py`)
+or words about them (`page.py`).
+
+Axes: B sequences, T tokens, D width, G groups, R rounds of training, K rounds followed, k
+exponents.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.analysis.bounds import gain_bound
+from ngc_jax.analysis.probes import (
+    depth_exponents,
+    round_exponents,
+    round_states,
+    silenced,
+    token_exponents,
+    traffic,
+)
+from ngc_jax.core.rules import Rule, States
+from ngc_jax.dynamics.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
+from ngc_jax.dynamics.measures import (
+    TINY,
+    boundedness,
+    contraction,
+    departure,
+    drive_ratio,
+    norm,
+    token_contraction,
+    token_moves,
+)
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.sharing import FANS, spread
+
+Array = jax.Array
+Params = dict[str, Any]
+Part = tuple[Rule, States, States]  # a summand of a synapse: its rule, pre, post
+EXPONENTS = 8  # of each spectrum
+LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs three
+LEAST_ROUNDS = 2  # a ratio of two steps needs two
+# a step that is smaller, relative to the state, is rounding error to some percent in float32
+RESOLVED = 1e-5
+STACKS = ("prelude", "core", "coda")
+
+
+class Loop(NamedTuple):
+    """What the communication loop does, by sequence."""
+
+    trained: int  # R
+    followed: int  # K, at least R
+    dropped: int  # of K, before exponents are counted
+    start: np.ndarray  # [B, k] exponents over the R rounds of training, per round
+    exponents: np.ndarray  # [B, k] exponents over rounds dropped + 1 to K, per round
+    dimension: np.ndarray  # [B] Kaplan-Yorke dimension of `exponents`
+    entropy: np.ndarray  # [B] nats per round
+    # [B, K - 1, T] factor by which the step shrinks; nan where a step is rounding error
+    contraction: np.ndarray
+    drive_ratio: np.ndarray  # [B, R, T] in [0, 1]
+    boundedness: np.ndarray  # [B, T] over the R rounds of training
+    bounded_on: np.ndarray  # [B, T] over all K
+    path: np.ndarray  # [K + 1, T, D] states of the first sequence
+
+
+class Measured(NamedTuple):
+    """All measures of one model. None, or empty, where a model has no such part."""
+
+    tokens: np.ndarray  # [B, T]
+    loop: Loop | None
+    depth: np.ndarray  # [B, k] exponents from the embedding to the last stage, per stage
+    along: np.ndarray  # [B, k] exponents along tokens, per token
+    # [B, T - 1] log d_t, how far the last stream is from that of the token before; nan: not at all
+    moves: np.ndarray
+    settling: np.ndarray  # [B] slope of `moves`, per token
+    # "messages", "drive" -> [B, T]: how far the last stream is from that without
+    departures: dict[str, np.ndarray]
+    traffic: dict[str, np.ndarray]  # stage -> [G listeners, G speakers]
+    # stage -> synapse -> the most that it stretches a difference by
+    bounds: dict[str, dict[str, float]]
+
+
+class Headline(NamedTuple):
+    """One number of a model: the mean over sequences, and its 95% interval over them."""
+
+    kind: str  # "exponent", "contraction", ...
+    where: str  # along what, over which rounds, or with what off
+    mean: float
+    low: float
+    high: float
+    unit: str
+
+
+def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Measured:
+    """Measure on tokens [B, T], following the loop over `rounds` rounds, at least those of
+    training.
+
+    Takes B >= 2 for intervals, T >= LEAST_TOKENS and rounds >= LEAST_ROUNDS; ValueError where a
+    measure wants more.
+    """
+    k = min(EXPONENTS, model.shape.width)
+    # A program for each: two in one that call LAPACK at the same time can wait for each other for
+    # ever on XLA:CPU.
+    return Measured(
+        depth=_each(partial(depth_exponents, model, k=k), params, tokens)[:, 0],
+        along=_each(partial(token_exponents, model, k=k), params, tokens)[:, 0],
+        tokens=tokens,
+        loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
+        traffic=_traffic(model, params, tokens) if model.shape.has_messages else {},
+        bounds={} if model.shape.message_activation else gain_bounds(model, params),
+        **_each(partial(_streams, model), params, tokens),
+    )
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over sequences and its 95% bootstrap interval of values [B, ...]: (mean, low, high),
+    each [...].
+    """
+    low, high = jax.jit(bootstrap_interval)(jnp.asarray(values, jnp.float32))
+    return np.mean(values, axis=0), np.asarray(low), np.asarray(high)
+
+
+def headlines(measured: Measured) -> list[Headline]:
+    """The numbers at the top of the page, those of the loop first."""
+    rows: list[tuple[str, str, np.ndarray, str]] = []
+    loop = measured.loop
+    if loop is not None:
+        trained = (
+            f"the {loop.trained} rounds of training"
+            if loop.trained > 1
+            else "the one round of training"
+        )
+        later = f"rounds {loop.dropped + 1} to {loop.followed}"
+        rows.append(("exponent", f"along rounds, {trained}", loop.start[:, 0], "per round"))
+        rows.append(("exponent", f"along rounds, {later}", loop.exponents[:, 0], "per round"))
+    rows.append(("exponent", "along depth", measured.depth[:, 0], "per stage"))
+    rows.append(("exponent", "along tokens", measured.along[:, 0], "per token"))
+    if loop is not None:
+        if loop.trained > 1:
+            early = loop.contraction[:, : loop.trained - 1]
+            rows.append(("contraction", trained, settled(early), "factor per round"))
+        rows.append(
+            (
+                "contraction",
+                f"rounds 1 to {loop.followed}",
+                settled(loop.contraction),
+                "factor per round",
+            )
+        )
+        rows.append(("drive ratio", trained, loop.drive_ratio.mean((1, 2)), "share, per round"))
+        rows.append(
+            ("boundedness", trained, loop.boundedness.mean(1), "times the size at the start")
+        )
+        on = (
+            f"rounds 1 to {loop.followed}",
+            loop.bounded_on.mean(1),
+            "times the size at the start",
+        )
+        rows.append(("boundedness", *on))
+    for what, values in measured.departures.items():
+        rows.append(
+            ("departure", f"{what} off", values.mean(1), "times the size of the state without")
+        )
+    rows.append(("token contraction", "last stage", measured.settling, "per token"))
+    if loop is not None:
+        measurable = f"directions, of {loop.exponents.shape[1]} measured"
+        rows.append(
+            ("Kaplan-Yorke dimension", f"along rounds, {later}", loop.dimension, measurable)
+        )
+        rows.append(("entropy rate", f"along rounds, {later}", loop.entropy, "nats per round"))
+    mean, low, high = interval(np.stack([values for _, _, values, _ in rows], axis=1))
+    return [
+        Headline(kind, where, float(mean[i]), float(low[i]), float(high[i]), unit)
+        for i, (kind, where, _, unit) in enumerate(rows)
+    ]
+
+
+def settled(ratios: np.ndarray) -> np.ndarray:
+    """Geometric mean of contraction [B, rounds, T] for each sequence, without what is rounding
+    error: [B].
+    """
+    logs = np.ma.masked_invalid(np.log(np.maximum(ratios, TINY)))
+    return np.exp(logs.mean(axis=(1, 2)).filled(np.nan))
+
+
+def _each(one: Callable[[Params, Array], Any], params: Params, tokens: np.ndarray) -> Any:
+    """one(params, row [1, T]) for each sequence, in turn so that memory does not grow with them:
+    [B, ...] arrays.
+    """
+    run = jax.jit(lambda params, tokens: jax.lax.map(lambda row: one(params, row[None]), tokens))
+    return jax.tree.map(np.asarray, run(params, jnp.asarray(tokens)))
+
+
+def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
+    """What the last stream of row [1, T] is like, and how far it is from that with parts of the
+    model off.
+    """
+    positions = jnp.arange(row.shape[1])
+
+    def last(params: Params) -> Array:
+        return model.stream(params, params["embed"][row], positions)[0][0]
+
+    state = last(params)
+    parts = [
+        *(["drive"] if model.shape.has_drive else []),
+        *(["messages"] if model.shape.has_messages else []),
+    ]
+    return {
+        "moves": token_moves(state),
+        "settling": token_contraction(state),
+        "departures": {part: departure(state, last(silenced(params, part))) for part in parts},
+    }
+
+
+def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Loop:
+    trained = model.shape.rounds
+    followed = max(rounds, trained)
+    dropped = followed // 4
+    exponents = partial(round_exponents, model, k=min(EXPONENTS, model.shape.width))
+    start = _each(partial(exponents, rounds=trained), params, tokens)[:, 0]
+    later = _each(partial(exponents, rounds=followed - dropped, transient=dropped), params, tokens)[
+        :, 0
+    ]
+
+    def one(params: Params, row: Array) -> dict[str, Array]:
+        states = round_states(model, params, row, followed)[:, 0]
+        _, drive = model.scales(params)
+        core = model.update(model.expand_shared(params), states[:1], jnp.arange(row.shape[-1]))
+        update = jax.vmap(lambda x: core(x[None], None)[0][0])(states[:-1])
+        step = norm(jnp.diff(states, axis=0))
+        resolved = jnp.minimum(step[1:], step[:-1]) > RESOLVED * norm(states[2:])
+        return {
+            "contraction": jnp.where(resolved, contraction(states), jnp.nan),
+            "drive_ratio": drive_ratio(drive * states[0], update)[:trained],
+            "boundedness": boundedness(states[: trained + 1]),
+            "bounded_on": boundedness(states),
+        }
+
+    path = jax.jit(lambda params, row: round_states(model, params, row, followed)[:, 0])
+    states = np.asarray(path(params, jnp.asarray(tokens[:1])))
+    return Loop(
+        trained=trained,
+        followed=followed,
+        dropped=dropped,
+        start=start,
+        exponents=later,
+        dimension=np.asarray(jax.jit(jax.vmap(kaplan_yorke_dimension))(later)),
+        entropy=np.asarray(jax.jit(jax.vmap(entropy_rate))(later)),
+        path=states,
+        **_each(one, params, tokens),
+    )
+
+
+def _traffic(model: Decoder, params: Params, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    by_sequence = _each(partial(traffic, model), params, tokens)
+    loud = {stage: np.sqrt(np.mean(np.square(loud), axis=0)) for stage, loud in by_sequence.items()}
+    # jit hands a dict back in the order of its keys, "coda 1" first: rounds before stages, as a
+    # token meets them.
+    return dict(sorted(loud.items(), key=lambda item: _place(item[0])))
+
+
+def _place(stage: str) -> tuple[int, ...]:
+    """Where a stage named "core 1, round 2" comes: its stack, round and number."""
+    stack, *numbers = stage.replace(",", "").replace("round ", "").split()
+    return STACKS.index(stack), *(int(number) for number in reversed(numbers))
+
+
+def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
+    """The most that each synapse stretches a difference by, {stage: {synapse: factor}}; for linear
+    messages only.
+    """
+    found = of_synapses(model, params, gain_bound)
+    return {
+        stage: {member: float(bound) for member, bound in of.items()} for stage, of in found.items()
+    }
+
+
+def of_synapses(
+    model: Decoder, params: Params, measure: Callable[[list[Part]], Array]
+) -> dict[str, dict[str, np.ndarray]]:
+    """measure(parts of a synapse, summed in W) of each one, {"prelude 1": {"query": array, ...},
+    ...}.
+    """
+    shape, params = model.shape, model.expand_shared(params)
+    stacks = {name: params[name] for name in STACKS if name in params}
+    if "core" in stacks:
+        stacks["core"] = stacks["core"]["stages"]
+    parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
+    rules = {f"{part.place}_{part.rule}": part.how for part in parts}
+    runs = {
+        name: jax.jit(partial(_of_members, measure, rules, shape.shared.of(name))) for name in FANS
+    }
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, stack in stacks.items():
+        # [stages, fan, ...]
+        measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in FANS}
+        for i in range(len(measured["down"])):
+            found[f"{name} {i + 1}"] = {
+                member: measured[synapse][i, place]
+                for synapse, members in FANS.items()
+                for place, member in enumerate(members)
+            }
+    return found
+
+
+def _of_members(
+    measure: Callable[[list[Part]], Array],
+    rules: dict[str, Rule],
+    senders: tuple[int, ...],
+    synapse: dict[str, Params],
+) -> Array:
+    """A stack of synapses, measured [stages, fan, ...]; `rules` by the names of their parts,
+    "inter_addressed".
+    """
+
+    def stage(states: dict[str, Params]) -> Array:
+        pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
+        post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
+        member = jax.vmap(
+            lambda pre, post: measure([(rules[name], pre[name], post[name]) for name in post])
+        )
+        return member(pre, post)
+
+    return jax.vmap(stage)(synapse)

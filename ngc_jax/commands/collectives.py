@@ -1,0 +1,334 @@
+"""What crosses the wire: `python -m ngc_jax.collectives --config=configs/defaults.py
+--mesh=group:4`.
+
+For: compiling a config's step for a mesh of devices that need not be there, and counting the bytes
+that its collectives move, beside those of the dense model of the same sizes under ordinary tensor
+parallelism (heads and hidden neurons split, the stream whole on each device). Fields are changed as
+in `launch.py`: --config.model.heads=8. Not for: time.
+
+Bytes are those that one device sends, by the usual ring algorithms, for n participants and b bytes
+of result: all-reduce 2 b (n - 1) / n, all-gather and all-to-all b (n - 1) / n, reduce-scatter b (n
+- 1), collective-permute b. They are read from the compiled program of each device, a loop's body
+counted as often as it runs, and divided by the tokens that the device takes part in computing:
+those of the batch / (mesh.data x mesh.fsdp). The program is XLA's for CPUs; for other devices it
+may split an all-reduce into a reduce-scatter and an all-gather, of the same bytes.
+"""
+
+import math
+import re
+import sys
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from ngc_jax import count
+from ngc_jax.config import make_model, model_shape, validate
+from ngc_jax.data.tasks import boundary
+from ngc_jax.data.tokens import Bytes, most_tokens
+from ngc_jax.nn import mesh as meshes
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training import match_size as budget
+from ngc_jax.training.penalty import make_penalty
+from ngc_jax.training.step import losses, make_train_step
+from ngc_jax.training.workdir import abstract_state, command
+
+KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
+
+
+def wire_bytes(hlo: str) -> dict[str, float]:
+    """Bytes that a device sends in one run of a compiled program (its text), by kind of collective;
+    see above.
+
+    Raises ValueError where that cannot be told: a loop of unknown length, or participants that are
+    not named.
+    """
+    computations, entry = _computations(hlo)
+    runs: Counter[str] = Counter({entry: 1})
+    total = dict.fromkeys(KINDS, 0.0)
+    for name in _callers_first(computations, entry):
+        for line in computations[name]:
+            found = _OPERATION.match(line)
+            if found is None:
+                continue
+            kind = found["name"].removesuffix("-start")
+            if kind in KINDS:
+                total[kind] += runs[name] * _sent(kind, found["type"], found["rest"])
+            for called in _called(line):
+                runs[called] += runs[name] * _times(found["name"], line)
+    return total
+
+
+def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
+    """The loss of one accumulated part of a batch, compiled for a mesh; nothing is allocated."""
+    model, like, batch = _abstract(
+        config, mesh, config.train.batch_size // config.train.accumulation
+    )
+    dtype = jnp.dtype(config.train.compute_dtype)
+
+    def forward(params: Any, batch: Any) -> Any:
+        return jnp.sum(losses(model, params, batch, _boundary(config), dtype)[0])
+
+    return jax.jit(meshes.with_mesh(mesh, forward)).lower(like.params, batch).compile()
+
+
+def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
+    """The train step, with `model.rounds` rounds, compiled for a mesh; nothing is allocated."""
+    model, like, batch = _abstract(config, mesh, config.train.batch_size)
+    penalty = make_penalty(model, config.stability) if isinstance(model, Decoder) else None
+    step = make_train_step(model, config.train, _boundary(config), penalty)
+    places = (meshes.shardings(like), meshes.replicated(mesh))
+    jitted = jax.jit(meshes.with_mesh(mesh, step), out_shardings=places, donate_argnums=0)
+    return jitted.lower(like, batch).compile()
+
+
+def bytes_of_state(config: ConfigDict, mesh: Mesh) -> int:
+    """Bytes of parameters and optimizer that one device holds."""
+    return meshes.bytes_per_device(_abstract(config, mesh, 1)[1])
+
+
+def _abstract(
+    config: ConfigDict, mesh: Mesh, windows: int
+) -> tuple[LanguageModel, Any, jax.ShapeDtypeStruct]:
+    """The model, and the shapes and places of its state and of a batch."""
+    model = make_model(config, most_tokens(config.data))
+    batch = jax.ShapeDtypeStruct(
+        (windows, 2, config.data.context), jnp.int32, sharding=meshes.batch_sharding(mesh)
+    )
+    return model, meshes.abstract_shardings(mesh, abstract_state(model, config)), batch
+
+
+def _boundary(config: ConfigDict) -> int | None:
+    return Bytes.mark if config.data.isolate_documents else boundary(config.data.task)
+
+
+def layers(config: ConfigDict) -> int:
+    """Stages that a token passes through, or layers of a BDH."""
+    return config.model.rounds if config.model.kind == "bdh" else model_shape(config, 1).depth
+
+
+def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
+    """The ordinary decoder of as many layers; of the same sizes, or of another width and hidden in
+    proportion.
+    """
+    dense = config.copy_and_resolve_references()
+    m = dense.model
+    m.prelude, m.core, m.coda, m.rounds = layers(config), 0, 0, 1
+    m.gates, m.init_rank = False, 0
+    dense.iteration.rounds, dense.iteration.backprop, dense.iteration.supervise_every = (
+        "fixed",
+        0,
+        0,
+    )
+    m.kind, m.rule, m.wiring, m.sharing, m.message_activation = (
+        "decoder",
+        "dense",
+        "complete",
+        "none",
+        "none",
+    )
+    if width:
+        m.width, m.hidden = width, round(m.hidden * width / m.width)
+    dense.stability.regulariser, dense.stability.jacobian = "none", 0.0
+    return dense
+
+
+class Traffic(NamedTuple):
+    """Of one model: by kind of collective, bytes that a device sends for a token; layers; and bytes
+    of memory.
+    """
+
+    forward: dict[str, float]
+    update: dict[str, float]
+    layers: int
+    state: int  # parameters and optimizer on a device
+    peak: int  # the compiled update's memory, likewise
+
+
+def traffic(config: ConfigDict, mesh: Mesh) -> Traffic:
+    """Compile a config for a mesh and count."""
+    forward, update = compile_forward(config, mesh), compile_update(config, mesh)
+    tokens = config.train.batch_size * config.data.context / (mesh.size / mesh.shape["group"])
+    part = tokens / config.train.accumulation
+    return Traffic(
+        {kind: sent / part for kind, sent in wire_bytes(forward.as_text()).items()},
+        {kind: sent / tokens for kind, sent in wire_bytes(update.as_text()).items()},
+        layers(config),
+        bytes_of_state(config, mesh),
+        count.peak_memory(update),
+    )
+
+
+def table(model: Traffic, dense: Traffic) -> str:
+    """The two side by side, and how many times as much the dense model moves."""
+    head = [
+        "bytes sent per token and device",
+        "forward",
+        "dense",
+        "ratio",
+        "update",
+        "dense",
+        "ratio",
+    ]
+    rows = [head]
+
+    def row(name: str, *pairs: tuple[float, float]) -> None:
+        cells = [name]
+        for ours, theirs in pairs:
+            cells += [f"{ours:,.1f}", f"{theirs:,.1f}", f"{theirs / ours:.2f}" if ours else ""]
+        rows.append(cells)
+
+    for kind in KINDS:
+        pairs = (
+            (model.forward[kind], dense.forward[kind]),
+            (model.update[kind], dense.update[kind]),
+        )
+        if any(map(any, pairs)):
+            row(kind, *pairs)
+    forward = (sum(model.forward.values()), sum(dense.forward.values()))
+    update = (sum(model.update.values()), sum(dense.update.values()))
+    row("in all", forward, update)
+    row("in all, per layer", *((a / model.layers, b / dense.layers) for a, b in (forward, update)))
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(head))]
+    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in rows]
+    memory = {
+        "parameters and optimizer": (model.state, dense.state),
+        "the whole update": (model.peak, dense.peak),
+    }
+    for what, (ours, theirs) in memory.items():
+        lines.append(
+            f"memory per device, {what}: {ours / 2**20:,.1f} MiB; dense {theirs / 2**20:,.1f} MiB"
+        )
+    return "\n".join(lines)
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """{"data": 1, "fsdp": 2, "group": 4} from "fsdp:2,group:4"; an axis that is not named is 1.
+    Raises UserError.
+    """
+    sizes = dict.fromkeys(meshes.MESH_AXES, 1)
+    for item in text.split(","):
+        name, _, size = item.partition(":")
+        if name not in sizes or not size.isdecimal() or int(size) < 1:
+            raise UserError(
+                f"--mesh={text}: must be some of data:N, fsdp:N, group:N with commas, for instance group:8"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def main() -> None:
+    """Print the table for the flags."""
+    own = flags.FlagValues()
+    flags.DEFINE_string(
+        "mesh", "group:4", "Axes and their sizes, such as fsdp:2,group:4.", flag_values=own
+    )
+    flags.DEFINE_integer(
+        "dense_width", 0, "Of the dense model; 0: the config's width.", flag_values=own
+    )
+    chosen = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=own)
+    try:
+        own(sys.argv)
+        config = chosen.value.copy_and_resolve_references()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{error}; wanted: --config=FILE --mesh=group:8 [--config.FIELD=VALUE ...]"
+        ) from error
+    sizes = read_mesh(own.mesh)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
+    config.mesh.update(sizes)
+    budget.resolve(config)
+    found = []
+    for model in (config, dense_of(config, own.dense_width)):
+        validate(model)
+        found.append(traffic(model, meshes.make_mesh(model.mesh)))
+    print(table(*found))
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a program, by name, and the name of the one that is run."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        begun = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
+        if begun and not line.startswith(" "):
+            lines = computations.setdefault(begun[2], [])
+            entry = begun[2] if begun[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _called(line: str) -> list[str]:
+    branches = [
+        name.strip().lstrip("%") for found in _BRANCHES.findall(line) for name in found.split(",")
+    ]
+    return _CALLED.findall(line) + branches
+
+
+def _callers_first(computations: dict[str, list[str]], entry: str) -> list[str]:
+    """Computations in an order in which each comes after all that call it."""
+    done: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name not in done:
+            for line in computations[name]:
+                for called in _called(line):
+                    visit(called)
+            done[name] = None
+
+    visit(entry)
+    return list(reversed(done))
+
+
+def _times(operation: str, line: str) -> int:
+    """How often an operation runs the computations that it calls."""
+    if operation != "while":
+        return 1
+    trips = _TRIPS.search(line)
+    if trips is None:
+        raise ValueError(f"a loop of unknown length: {line.strip()[:200]}")
+    return int(trips[1])
+
+
+def _sent(kind: str, result: str, rest: str) -> float:
+    size = sum(
+        math.prod(map(int, filter(None, shape.split(",")))) * (int(bits) / 8 if bits else 1)
+        for _, bits, shape in _ARRAY.findall(re.sub(r"/\*.*?\*/|\{[^}]*\}", "", result))
+    )
+    n = 2 if kind == "collective-permute" else _participants(rest)
+    if n == 1:
+        return 0.0
+    factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+    return size * factor.get(kind, (n - 1) / n)
+
+
+def _participants(rest: str) -> int:
+    """Devices that take part together, from replica_groups: {{0,1},{2,3}}, [2,2]<=[4],
+    mesh['a'=2,'b'=2] {'b'}.
+    """
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    raise ValueError(f"a collective that does not name its participants: {rest[:200]}")
+
+
+if __name__ == "__main__":
+    command(main)

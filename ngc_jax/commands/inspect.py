@@ -1,0 +1,75 @@
+"""What a work directory holds: `python -m ngc_jax.inspect --workdir=DIR`.
+
+For: checkpoints and whether they are sound, the parameter table with stored against generated
+weights, and the SHA-256 of a state. Changes nothing, and may run beside the training. Not for: how
+good the model is (`evaluate.py`).
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from ngc_jax import count
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.runtime.checkpoint import Checkpoints, digest
+from ngc_jax.training import optimizer as optim
+from ngc_jax.training.workdir import command, open_trained, parser
+
+
+def parameter_table(params: Any, model: LanguageModel) -> str:
+    """One line a parameter: path, shape, kind, numbers stored; and for synapses the weights
+    generated from them.
+
+    A synapse's weights stand in the line of its last part.
+    """
+    rows = [("parameter", "shape", "kind", "stored", "generated per forward")]
+    last: dict[str, int] = {}
+    made = model.generated()
+    generated: dict[int, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(key.key) for key in path]
+        synapse = next((name for name in names if name in made.get(names[0], {})), None)
+        kind = optim.kind(path)
+        if synapse and kind == "state":
+            generated.pop(last.get(names[0] + synapse, -1), None)
+            last[names[0] + synapse] = len(rows)
+            generated[len(rows)] = made[names[0]][synapse]
+        rows.append(
+            (
+                "/".join(names),
+                "x".join(map(str, leaf.shape)),
+                kind,
+                f"{math.prod(leaf.shape):,}",
+                "",
+            )
+        )
+    rows = [
+        (*row[:4], f"{generated[i]:,}") if i in generated else row for i, row in enumerate(rows)
+    ]
+    total = count.parameters(params)
+    rows.append(("total", "", "", f"{total.total:,}", f"{sum(generated.values()):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def main() -> None:
+    """Print checkpoints, the parameter table, and the digest of the state."""
+    args = parser(__doc__).parse_args()
+    trained = open_trained(args.workdir, args.step)
+    checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)
+    for step in checkpoints.steps():
+        print(f"checkpoint {step}: {checkpoints.fault(step) or 'sound'}")
+    checkpoints.close()
+    print(parameter_table(trained.params, trained.model))
+    print(f"state at step {trained.step}, sha256 {digest(trained.state)}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,72 @@
+"""Loss curves as a picture: `python -m ngc_jax.plot --out=curve.png DIR [DIR ...]`.
+
+For: reading metrics.jsonl of one run or several and drawing them. Not for: reports of studies
+(`experiments/`).
+"""
+
+import argparse
+import pathlib
+
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training.workdir import command
+
+
+def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
+    """Train loss (thin, each logged update) and held-out loss (points) over updates, one colour a
+    run.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise UserError("plotting needs matplotlib: pip install 'ngc_jax[plot]'") from error
+    figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    low, high = [], []
+    for workdir in workdirs:
+        rows = read_rows(workdir)
+        train = [
+            (row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None
+        ]
+        held_out = [
+            (row["step"], row["eval/loss"]) for row in rows if row.get("eval/loss") is not None
+        ]
+        if not train:
+            raise UserError(f"{workdir} has no rows in metrics.jsonl: give a run's work directory")
+        (line,) = axes.plot(*zip(*train, strict=True), linewidth=0.7, alpha=0.45)
+        if held_out:
+            label = f"{workdir.name}: held out {held_out[-1][1]:.3f}"
+            axes.plot(
+                *zip(*held_out, strict=True),
+                "o-",
+                color=line.get_color(),
+                markersize=4,
+                label=label,
+            )
+        low.append(min(loss for _, loss in train))
+        high.append(sorted(loss for _, loss in train)[int(0.95 * (len(train) - 1))])
+    axes.set_ylim(0.95 * min(low), 1.05 * max(high))
+    axes.set_xlabel("updates")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("points: held-out text; thin: each logged training batch", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out={out} cannot be written: {error}") from error
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("curve.png"), help="PNG, SVG or PDF"
+    )
+    arguments.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    args = arguments.parse_args()
+    draw(args.workdirs, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,80 @@
+"""How stable a trained model is, as a page: `python -m ngc_jax.stability --workdir=DIR`.
+
+For: measuring a checkpoint on held-out text and writing OUT/index.html with its figures. Changes
+nothing else. Not for: what is measured (`measures.py`) or what the page says (`page.py`).
+"""
+
+import pathlib
+
+import numpy as np
+
+from ngc_jax.analysis import figures, page
+from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
+from ngc_jax.data.batches import Examples, held_out_batches
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.evaluation import data_of
+from ngc_jax.training.workdir import command, open_trained, parser
+
+
+def held_out(examples: Examples, context: int, count: int) -> np.ndarray:
+    """What `count` examples, or all where there are fewer, evenly spread, give to read: [B,
+    context].
+
+    Raises UserError where no interval or no slope can be had from them.
+    """
+    count = min(count, len(examples))
+    if count < 2:
+        raise UserError(
+            f"the held-out data have {count} window of data.context={context}: an interval needs 2"
+        )
+    if context < LEAST_TOKENS:
+        raise UserError(
+            f"data.context={context}: measures along tokens need a run with {LEAST_TOKENS} or more"
+        )
+    batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
+    return batch[:, 0]
+
+
+def main() -> None:
+    """Write the page and print its headline numbers."""
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--out", type=pathlib.Path, help="directory of the page; default: DIR/stability"
+    )
+    arguments.add_argument(
+        "--sequences", type=int, default=16, help="held-out windows to measure on, >= 2"
+    )
+    arguments.add_argument(
+        "--rounds", type=int, default=16, help="to follow the loop for, >= 2; no fewer than trained"
+    )
+    args = arguments.parse_args()
+    if args.sequences < 2:
+        raise UserError(f"--sequences={args.sequences}: must be 2 or more, for instance 16")
+    if args.rounds < LEAST_ROUNDS:
+        raise UserError(f"--rounds={args.rounds}: must be {LEAST_ROUNDS} or more, for instance 16")
+    figures.matplotlib()
+    trained = open_trained(args.workdir, args.step)
+    config = trained.config
+    decoder = trained.decoder
+    tokens = held_out(
+        data_of(trained, args.workdir).validation, config.data.context, args.sequences
+    )
+    out = args.out or args.workdir / "stability"
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
+    except OSError as error:
+        raise page.unwritable(out, error) from error
+    measured = measure(decoder, trained.params, tokens, args.rounds)
+    about = (
+        f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured on {tokens.size:,} "
+        f"tokens of held-out text, {tokens.shape[0]} windows of {tokens.shape[1]}, evenly spread."
+    )
+    title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"
+    for row in page.write(out, measured, trained.tokenizer, title, about):
+        interval = f"{page.number(row.mean)} [{page.number(row.low)}, {page.number(row.high)}]"
+        print(f"{row.kind + ', ' + row.where:56} {interval:28} {row.unit}")
+    print(f"wrote {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    command(main)

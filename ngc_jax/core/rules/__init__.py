@@ -1,0 +1,31 @@
+"""Rules, from states to weights: the public names, and nothing else."""
+
+from ngc_jax.core.rules.signal import Rule, SignalRule, States
+from ngc_jax.core.rules.table import (
+    GATES,
+    INSIDE,
+    RULES,
+    SIGNAL_RULES,
+    activation_gain,
+    emit,
+    named,
+    signal_rule,
+    transmit,
+    weights,
+)
+
+__all__ = [
+    "GATES",
+    "INSIDE",
+    "RULES",
+    "SIGNAL_RULES",
+    "Rule",
+    "SignalRule",
+    "States",
+    "activation_gain",
+    "emit",
+    "named",
+    "signal_rule",
+    "transmit",
+    "weights",
+]

@@ -1,0 +1,131 @@
+"""From states to weights: the rules by which the states of two neurons make the weight between
+them.
+
+For: the table of rules, and the two ways to use one: `transmit` a signal, or look at its `weights`.
+Not for: what each rule is (`signal_rules.py`, `addressed.py`, `generated_rules.py`), which synapses
+a model has (`nn/layers.py`), or how often they act (`communicate.py`).
+
+Every neuron owns *states*: a `pre` state with which it sends, a `post` state with which it
+receives. A weight is an interaction of two of them, W[j, i] = mu(post[j], pre[i]). Under the
+*signal rules* W is a sum of products, so it is never formed: senders emit a low-dimensional signal
+and receivers read it, and `y == x @ W.T` holds to rounding. The *generated rules* make W whole,
+then multiply.
+
+Axes: n_in, n_out neurons on either side; h, g the sending and the receiving group, G of each; i, j
+a neuron inside its group, n = n_in / G and m = n_out / G of them; r numbers of a state; p numbers
+of one port.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.core.rules import addressed
+from ngc_jax.core.rules import generated as generated_rules
+from ngc_jax.core.rules import signal as signal_rules
+from ngc_jax.core.rules.signal import Rule, SignalRule, States
+
+Array = jax.Array
+
+# A message activation is z -> z gate(z). In this form an activated synapse is y = W(x) x with a
+# *transient* weight that the signal of the moment gates; read as a layer it is CoLA's activation
+# between two factors (arXiv 2502.10940).
+GATES: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.sigmoid,
+    "gelu": jax.scipy.stats.norm.cdf,
+    "relu": lambda z: (z > 0).astype(z.dtype),
+}
+
+RULES: dict[str, Rule] = {
+    "addressed": addressed.Addressed(),
+    "broadcast": signal_rules.Broadcast(),
+    "metric": signal_rules.Metric(),
+    "metric_diagonal": signal_rules.MetricDiagonal(),
+    "metric_scalar": signal_rules.MetricScalar(),
+    "tanh": generated_rules.Tanh(),
+    "shift": generated_rules.Shift(),
+    "riemannian": generated_rules.Riemannian(),
+    "distance": generated_rules.Distance(),
+    "within": signal_rules.Within(),
+    "block": signal_rules.Block(),
+}
+INSIDE = ("within", "block")  # rules that join neurons of one group only
+SIGNAL_RULES = tuple(name for name, rule in RULES.items() if isinstance(rule, SignalRule))
+
+
+def transmit(
+    rule: str | Rule, x: Array, pre: States, post: States, activation: str | None = None
+) -> Array:
+    """What the receivers get: y [..., n_out] for x [..., n_in]. Only a generated rule forms its
+    weights, once.
+
+    `rule` is a name, or a rule such as `Addressed(wiring)`. `activation` names an entry of `GATES`,
+    applied to the signal. Raises KeyError for an unknown rule or activation, ValueError for an
+    activation of a generated rule, which has no signal.
+    """
+    if activation is None and not isinstance(named(rule), SignalRule):
+        return x @ named(rule).weights(pre, post).T
+    return signal_rule(rule).receive(emit(rule, x, pre, activation), post)
+
+
+def emit(rule: str | Rule, x: Array, pre: States, activation: str | None = None) -> Array:
+    """The signal on its way: what senders emit, after the activation. Arguments and errors as in
+    `transmit`.
+    """
+    signal = signal_rule(rule).send(x, pre)
+    return signal if activation is None else signal * GATES[activation](signal)
+
+
+def weights(
+    rule: str | Rule,
+    pre: States,
+    post: States,
+    x: Array | None = None,
+    activation: str | None = None,
+) -> Array:
+    """The weights that `transmit` acts with: W [n_out, n_in], `y == x @ W.T` to rounding.
+
+    Without an activation W does not depend on x. With one, W(x) is the transient weight of a single
+    token, and x [n_in] must be given: ValueError if it is not, or if the rule is a generated one.
+    Raises KeyError for an unknown rule or activation.
+    """
+    if activation is None:
+        return named(rule).weights(pre, post)
+    gated = signal_rule(rule)
+    if x is None or x.ndim != 1:
+        raise ValueError(
+            f"activation={activation!r} makes the weights depend on the token: give x of shape [n_in]"
+        )
+    return gated.weights(pre, post, GATES[activation](gated.send(x, pre)))
+
+
+def named(rule: str | Rule) -> Rule:
+    """The rule of that name; a rule is itself. Raises KeyError for an unknown name."""
+    return RULES[rule] if isinstance(rule, str) else rule
+
+
+def signal_rule(rule: str | Rule) -> SignalRule:
+    """`named`, if it sends a signal. Raises KeyError for an unknown rule, ValueError for one that
+    sends none.
+    """
+    found = named(rule)
+    if not isinstance(found, SignalRule):
+        takes = ", ".join(SIGNAL_RULES)
+        raise ValueError(
+            f"rule={rule!r}: sends no signal that an activation could act on; those that do are {takes}"
+        )
+    return found
+
+
+def activation_gain(activation: str | None) -> float:
+    """1 / rms of z gate(z) for z ~ N(0, 1): the factor that restores unit variance after a message
+    activation.
+    """
+    if activation is None:
+        return 1.0
+    points, mass = np.polynomial.hermite_e.hermegauss(101)
+    with jax.ensure_compile_time_eval():
+        gate = np.asarray(GATES[activation](jnp.asarray(points, jnp.float32)))
+    return float(((points * gate) ** 2 @ mass / mass.sum()) ** -0.5)

@@ -1,0 +1,367 @@
+"""Lyapunov exponents of any map: how fast two states that are close move apart, or together, per
+step.
+
+For: `step(x, u) -> x` of any kind (a recurrent cell, a loop of rounds, an integrator of an ODE),
+with or without inputs. Not for: this project's models, which `ngc_jax/stability/systems.py` turns
+into such steps.
+
+With J_t the Jacobian of the step at x_t, tangent vectors follow Q_{t+1} R_{t+1} = J_t Q_t, and the
+exponents are the means of log |R_t[i, i]| (Benettin et al. 1980, Meccanica 15; Eckmann and Ruelle
+1985, Rev. Mod. Phys. 57, section V). J_t is never formed: k tangents are pushed forward by
+`jax.jvp`. Inputs make the exponents conditional: they then measure how two states fed the *same*
+inputs move apart. Memory does not grow with the number of steps.
+
+Axes: n numbers of a state, k exponents.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+Array = jax.Array
+Tree = Any
+Step = Callable[[Any, Any], Any]
+TALL = 16  # numbers of a state for each tangent, from which QR goes by Gram matrices
+SHIFT = 1e-6  # of a Gram matrix of unit rows: well above float32's rounding, well below 1
+
+
+def lyapunov_spectrum(
+    step: Step,
+    x0: Tree,
+    inputs: Tree = None,
+    *,
+    steps: int,
+    k: int | None = None,
+    transient: int = 0,
+    qr_every: int = 1,
+    key: Array | None = None,
+) -> Array:
+    """The k largest Lyapunov exponents of x <- step(x, u), natural logarithm per step: [k],
+    descending.
+
+    x0: the first state, a floating array of any shape or a tree of them, n numbers in all. inputs:
+    None (u is None), or a tree of arrays whose leading axis has a u for each step, transient
+    included. steps: how many are measured, after `transient` steps in which state and tangents
+    settle. k: at most n, default all n. qr_every: steps between orthonormalisations; more than 1 is
+    cheaper and overflows or loses the small exponents if it is too many. key: of the random
+    tangents that it starts with. An exponent is -inf where a direction is lost altogether.
+
+    Raises ValueError, naming the argument. Inside jit or vmap a state that stops being finite gives
+    nan in its place. `step` is traced once for each function object: define it once, not in a loop.
+    """
+    rates = local_exponents(
+        step,
+        x0,
+        inputs,
+        steps=steps,
+        blocks=1,
+        k=k,
+        transient=transient,
+        qr_every=qr_every,
+        key=key,
+    )
+    return -jnp.sort(-rates[0])
+
+
+def leading_exponent(
+    step: Step,
+    x0: Tree,
+    inputs: Tree = None,
+    *,
+    steps: int,
+    transient: int = 0,
+    key: Array | None = None,
+) -> Array:
+    """The largest exponent alone, from one tangent vector renormalised at each step: a scalar.
+
+    Costs about two forward passes. Differentiable in x0, inputs and whatever `step` closes over.
+    Arguments and errors as in `lyapunov_spectrum`.
+    """
+    return local_exponents(
+        step, x0, inputs, steps=steps, blocks=1, k=1, transient=transient, key=key
+    )[0, 0]
+
+
+def local_exponents(
+    step: Step,
+    x0: Tree,
+    inputs: Tree = None,
+    *,
+    steps: int,
+    blocks: int,
+    k: int | None = None,
+    transient: int = 0,
+    qr_every: int = 1,
+    key: Array | None = None,
+) -> Array:
+    """Finite-time exponents of successive stretches of steps / blocks steps each: [blocks, k].
+
+    Their mean over blocks is the spectrum; `bootstrap_interval` makes of them its interval. Columns
+    are in the order of the tangents, which is descending in the long run. Arguments and errors as
+    in `lyapunov_spectrum`.
+    """
+    x0 = jax.tree.map(jnp.asarray, x0)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    size = _check(step, x0, inputs, steps, blocks, k, transient, qr_every)
+    key = jax.random.key(0) if key is None else key
+    rates, sound, tangents_sound = _run(
+        step, x0, inputs, key, steps, blocks, k or size, transient, qr_every
+    )
+    if not isinstance(sound, jax.core.Tracer):
+        if sound < transient + steps:
+            raise ValueError(
+                f"x0: the state stopped being finite in step {int(sound) + 1} of {transient + steps}"
+            )
+        if not tangents_sound:
+            remedy = (
+                f"qr_every={qr_every}: take fewer, for instance 1"
+                if qr_every > 1
+                else "step: look at its Jacobian"
+            )
+            raise ValueError(f"{remedy}; the tangents stopped being finite while the state did not")
+    return rates
+
+
+@partial(jax.jit, static_argnames=("step", "steps", "blocks", "k", "transient", "qr_every"))
+def _run(
+    step: Step,
+    x0: Tree,
+    inputs: Tree,
+    key: Array,
+    steps: int,
+    blocks: int,
+    k: int,
+    transient: int,
+    qr_every: int,
+) -> tuple[Array, Array, Array]:
+    """Exponents [blocks, k]; how many steps the state stayed finite; whether the tangents did."""
+    flat, unravel = ravel_pytree(x0)
+
+    def advance(carry: tuple[Array, Array, Array, Array], _: None) -> tuple[Any, None]:
+        # i: steps made; counted here, for scanning over a range of them would store it
+        x, tangents, i, sound = carry
+        # Indexed, not scanned over: slicing off the transient would copy all inputs.
+        u = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), inputs)
+
+        after, tangents = push_forward(lambda x: ravel_pytree(step(unravel(x), u))[0], x, tangents)
+        sound = jnp.where((sound == i) & jnp.all(jnp.isfinite(after)), i + 1, sound)
+        return (after, tangents, i + 1, sound), None
+
+    def stretch(carry: Any, every: int) -> tuple[Any, Array]:
+        """`every` steps, then new tangents, orthonormal; and their log growth [k]."""
+        carry, _ = _repeat(jax.checkpoint(advance, prevent_cse=False), carry, every)
+        x, tangents, i, sound = carry
+        tangents, growth = orthonormalise(tangents)
+        return (x, tangents, i, sound), growth
+
+    def settle(carry: Any, _: None) -> tuple[Any, None]:
+        return stretch(carry, 1)[0], None
+
+    def measure(carry: Any, _: None) -> tuple[Any, None]:
+        inner, mean, count = carry
+        inner, growth = stretch(inner, qr_every)
+        rate, count = growth / qr_every, count + 1
+        # A running mean: a float32 sum of many equal terms would drift. It stays where it is once
+        # it is -inf.
+        return (inner, mean + jnp.where(jnp.isinf(mean), 0, (rate - mean) / count), count), None
+
+    def block(carry: Any, _: None) -> tuple[Any, Array]:
+        start = (carry, jnp.zeros(k, flat.dtype), jnp.zeros((), flat.dtype))
+        after, _ = jax.lax.scan(measure, start, length=steps // blocks // qr_every)
+        return after[:2]
+
+    tangents, _ = orthonormalise(jax.random.normal(key, (k, flat.size), flat.dtype))
+    zero = jnp.zeros((), jnp.int32)
+    carry, _ = jax.lax.scan(settle, (flat, tangents, zero, zero), length=transient)
+    (_, tangents, _, sound), rates = _repeat(block, carry, blocks)
+    healthy = (sound == transient + steps) & jnp.all(jnp.isfinite(tangents))
+    return jnp.where(healthy, rates, jnp.nan), sound, jnp.all(jnp.isfinite(tangents))
+
+
+def _repeat(
+    body: Callable[[Any, None], tuple[Any, Any]], carry: Any, turns: int
+) -> tuple[Any, Any]:
+    """`lax.scan` over no inputs. One turn is a plain call: a loop around it would copy all
+    tangents, 5% of the time.
+    """
+    if turns > 1:
+        return jax.lax.scan(body, carry, length=turns)
+    carry, made = body(carry, None)
+    return carry, jax.tree.map(lambda a: a[None], made)
+
+
+def push_forward(f: Callable[[Array], Array], x: Array, tangents: Array) -> tuple[Array, Array]:
+    """f(x) and J tangents for tangents [k, ...] at x [...]; f itself is computed once."""
+    if tangents.shape[0] == 1:  # without a batch axis of one, which makes products slower
+        after, tangent = jax.jvp(f, (x,), (tangents[0],))
+        return after, tangent[None]
+    after, push = jax.linearize(f, x)
+    return after, jax.vmap(push)(tangents)
+
+
+def orthonormalise(tangents: Array) -> tuple[Array, Array]:
+    """Rows [k, n] -> orthonormal rows that span the same, and log of what each had beyond those
+    before it [k].
+
+    That is QR of the transpose, with log |R[i, i]|; -inf marks a row that had nothing. Where n is
+    large the rows come out orthonormal to 1e-3 only: the factors stay exact, and what one call
+    leaves undone the next one does, so means of their logarithms over many steps are none the
+    worse.
+    """
+    k, n = tangents.shape
+    if k == 1:  # has a gradient everywhere but at zero
+        square = jnp.sum(jnp.square(tangents), axis=1)
+        size = jnp.sqrt(jnp.where(square > 0, square, 1))
+        return tangents / size[:, None], jnp.where(square > 0, jnp.log(size), -jnp.inf)
+    if n < TALL * k:
+        q, r = jnp.linalg.qr(tangents.T)
+        return q.T, jnp.log(jnp.abs(jnp.diagonal(r)))
+
+    # Cholesky of the k by k Gram matrix gives the same R by products alone. LAPACK's QR of a tall
+    # matrix takes up to 20 times as long, and would gather one that is spread over devices.
+    def again(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        rows, growth, _, passes = carry
+        gram = rows @ rows.T
+        square = jnp.diagonal(gram)
+        size = jnp.sqrt(jnp.where(square > 0, square, 1))
+        # The shift keeps the matrix positive where rows are nearly dependent; what it leaves
+        # undone, the next pass does (shifted CholeskyQR, Fukaya et al. 2020, SIAM J. Sci. Comput.
+        # 42).
+        filled = gram / jnp.outer(size, size) + jnp.diag(SHIFT + jnp.where(square > 0, 0.0, 1.0))
+        factor = jnp.linalg.cholesky(filled)
+        inverse = jax.scipy.linalg.solve_triangular(
+            factor, jnp.eye(k, dtype=rows.dtype), lower=True
+        )
+        gained = jnp.where(square > 0, jnp.log(size) + jnp.log(jnp.diagonal(factor)), -jnp.inf)
+        return (inverse / size) @ rows, growth + gained, jnp.min(jnp.diagonal(factor)), passes + 1
+
+    def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+        return (carry[2] < 0.1) & (carry[3] < 5)
+
+    start = (
+        tangents,
+        jnp.zeros(k, tangents.dtype),
+        jnp.zeros((), tangents.dtype),
+        jnp.zeros((), jnp.int32),
+    )
+    rows, growth, _, _ = jax.lax.while_loop(unfinished, again, again(start))
+    return rows, growth
+
+
+def bootstrap_interval(
+    blocks: Array, *, confidence: float = 0.95, resamples: int = 2000, key: Array | None = None
+) -> tuple[Array, Array]:
+    """Percentile interval (low, high), each [...], of the mean of `blocks` [N, ...] over its first
+    axis.
+
+    Whole blocks are drawn with replacement (the block bootstrap, Kuensch 1989, Annals of Statistics
+    17): give means of stretches long enough to be independent of each other (`local_exponents`), or
+    one value a sequence. Raises ValueError for fewer than two blocks.
+    """
+    if blocks.shape[0] < 2:
+        raise ValueError(
+            f"blocks: {blocks.shape[0]} of them; an interval needs 2 or more, better 20"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: must be between 0 and 1, for instance 0.95")
+    count = blocks.shape[0]
+    drawn = jax.random.randint(
+        jax.random.key(0) if key is None else key, (resamples, count), 0, count
+    )
+    # How often each block was drawn makes one product of all resamples.
+    times = jax.vmap(lambda row: jnp.bincount(row, length=count))(drawn).astype(blocks.dtype)
+    means = jnp.tensordot(times, blocks, 1) / count
+    tail = (1 - confidence) / 2
+    return jnp.quantile(means, tail, axis=0), jnp.quantile(means, 1 - tail, axis=0)
+
+
+def kaplan_yorke_dimension(exponents: Array) -> Array:
+    """Lyapunov dimension of the attractor, from exponents [k] in any order (Kaplan and Yorke 1979).
+
+    j + (sum of the j largest) / |next|, j the most whose sum is not negative: 0 where all contract.
+    Where the sum of all k is not negative it is at least k, and k is returned: then ask for more
+    exponents.
+    """
+    ordered = -jnp.sort(-exponents)
+    sums = jnp.cumsum(ordered)
+    j = jnp.sum(jnp.cumprod(sums >= 0))
+    below = jnp.where(j > 0, sums[jnp.maximum(j - 1, 0)], 0.0)
+    following = ordered[jnp.minimum(j, ordered.size - 1)]
+    return jnp.where(
+        j == ordered.size, j, j + below / jnp.where(following == 0, 1.0, jnp.abs(following))
+    )
+
+
+def entropy_rate(exponents: Array) -> Array:
+    """Nats that the map creates per step, at most: the sum of the positive exponents (Ruelle 1978;
+    Pesin 1977).
+    """
+    return jnp.sum(jnp.maximum(exponents, 0))
+
+
+def _check(
+    step: Step,
+    x0: Tree,
+    inputs: Tree,
+    steps: int,
+    blocks: int,
+    k: int | None,
+    transient: int,
+    qr_every: int,
+) -> int:
+    """Refuse what cannot be measured, naming the argument; returns n."""
+    leaves = jax.tree.leaves(x0)
+    size = sum(leaf.size for leaf in leaves)
+    if size == 0:
+        raise ValueError("x0: holds no numbers")
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"x0: dtype {leaf.dtype}; must be floating, for instance float32")
+        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError("x0: not finite; must be finite in all its numbers")
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("blocks", blocks, 1),
+        ("qr_every", qr_every, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value}: must be {least} or more")
+    if transient < 0:
+        raise ValueError(f"transient={transient}: must be 0 or more")
+    if k is not None and not 1 <= k <= size:
+        raise ValueError(f"k={k}: must be from 1 to {size}, the numbers of x0")
+    if steps % blocks:
+        raise ValueError(
+            f"blocks={blocks}: must divide steps={steps}, for instance {_divisor(steps, blocks)}"
+        )
+    length = steps // blocks
+    if length % qr_every:
+        best = _divisor(length, qr_every)
+        raise ValueError(
+            f"qr_every={qr_every}: must divide the {length} steps of a block, for instance {best}"
+        )
+    for leaf in jax.tree.leaves(inputs):
+        if leaf.ndim == 0 or leaf.shape[0] < transient + steps:
+            need = f"transient + steps = {transient + steps}"
+            raise ValueError(
+                f"inputs: shape {leaf.shape}; the leading axis must have {need} entries"
+            )
+    u = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), inputs)
+    after = jax.eval_shape(step, x0, u)
+    made, given = str(jax.tree.structure(after)), str(jax.tree.structure(x0))
+    if made != given:
+        raise ValueError(f"step: makes a {made} of a {given}; must keep the structure of x0")
+    for new, old in zip(jax.tree.leaves(after), leaves, strict=True):
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            made = f"{new.dtype}{list(new.shape)} of {old.dtype}{list(old.shape)}"
+            raise ValueError(f"step: makes {made}; must keep shape and dtype of x0")
+    return size
+
+
+def _divisor(number: int, near: int) -> int:
+    """The divisor of `number` that is nearest to `near`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))

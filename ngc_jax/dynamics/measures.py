@@ -1,0 +1,180 @@
+"""Measures of stability that are read from states as they pass: of rounds, of tokens, of signals.
+
+For: what is recorded of a round inside the loop, and numbers that sequences of states have. Not
+for: exponents, which need tangent vectors (`lyapunov.py`), or bounds from the weights alone
+(`bound.py`). The published method describes its stability metric in words only; these definitions
+are this project's.
+
+x_k is the state after k rounds, x_0 = e what the loop was started from. Norms are taken per token,
+over channels.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+TINY = 1e-12  # keeps a ratio finite where a state has come fully to rest
+STILL = 1e-6  # a distance, in lengths of a state, that is none but for rounding
+
+
+class Round(NamedTuple):
+    """One round, averaged over tokens. Stacked by the scan to arrays of shape [R]."""
+
+    # mean of log |x_{k+1} - x_k| / |x_k - x_{k-1}|; the first round has none and holds 0
+    log_contraction: Array
+    drive_ratio: Array  # mean of |drive e| / (|drive e| + |update|), in [0, 1]
+    growth: Array  # mean of |x_{k+1}| / |x_0|
+
+
+def norm(x: Array) -> Array:
+    """Euclidean norm over channels in float32: [..., D] -> [...]."""
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+
+def record_round(
+    start: Array, before: Array, after: Array, drive: Array, update: Array, change: Array
+) -> Round:
+    """Measure one round. All but `change` are [..., D]; `change` [...] is |x_k - x_{k-1}|, 0 in the
+    first round.
+    """
+    ratio = jnp.log(norm(after - before) + TINY) - jnp.log(change + TINY)
+    return Round(
+        log_contraction=jnp.mean(jnp.where(change > 0, ratio, 0.0)),
+        drive_ratio=jnp.mean(drive_ratio(drive, update)),
+        growth=jnp.mean(norm(after) / (norm(start) + TINY)),
+    )
+
+
+def summarise(rounds: Round) -> dict[str, Array]:
+    """Scalars for the log from recorded rounds [R].
+
+    contraction_per_round, contraction_per_round_max: geometric mean and maximum over rounds of the
+    factor by which the step of the state shrinks (below 1) or grows (above 1); absent where R < 2.
+    drive_ratio: mean share of the external drive in what is added each round. boundedness: max over
+    rounds of |x_k| / |x_0|.
+    """
+    scalars = {"drive_ratio": jnp.mean(rounds.drive_ratio), "boundedness": jnp.max(rounds.growth)}
+    if rounds.log_contraction.shape[0] > 1:
+        scalars["contraction_per_round"] = jnp.exp(jnp.mean(rounds.log_contraction[1:]))
+        scalars["contraction_per_round_max"] = jnp.exp(jnp.max(rounds.log_contraction[1:]))
+    return scalars
+
+
+def contraction(states: Array) -> Array:
+    """|x_{k+1} - x_k| / |x_k - x_{k-1}| for states [K + 1, ..., D] after 0 to K rounds: [K - 1,
+    ...], per round.
+
+    Below 1 the loop settles, above 1 its steps grow. Raises ValueError where K < 2.
+    """
+    if states.shape[0] < 3:
+        raise ValueError(f"states: {states.shape[0]} of them; a ratio of two steps needs 3 or more")
+    step = norm(jnp.diff(states.astype(jnp.float32), axis=0))
+    return step[1:] / jnp.maximum(step[:-1], TINY)
+
+
+def boundedness(states: Array) -> Array:
+    """max over k of |x_k| / |x_0| for states [K + 1, ..., D]: [...], at least 1."""
+    size = norm(states)
+    return jnp.max(size, axis=0) / jnp.maximum(size[0], TINY)
+
+
+def drive_ratio(drive: Array, update: Array) -> Array:
+    """|drive| / (|drive| + |update|) of [..., D]: [...], in [0, 1]: how much of what is added comes
+    from outside.
+    """
+    driven, updated = norm(drive), norm(update)
+    return driven / jnp.maximum(driven + updated, TINY)
+
+
+def token_moves(states: Array) -> Array:
+    """log d_t, d_t = |x_t - x_{t-1}| / mean norm, for states [..., T, D]: [..., T - 1].
+
+    How far a token's state is from that of the token before. nan where it is that one but for
+    rounding: a sequence that begins with a repeated token has such.
+    """
+    scale = jnp.mean(norm(states), axis=-1, keepdims=True)
+    moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
+    return jnp.where(moved > STILL, jnp.log(moved + TINY), jnp.nan)
+
+
+def token_contraction(states: Array) -> Array:
+    """Slope of `token_moves` over tokens, by least squares, per token: states [..., T, D] -> [...].
+
+    A negative slope says that a sequence settles as it is read. The slope, since the mean of log
+    d_{t+1} / d_t telescopes to its two ends. Raises ValueError where T < 3.
+    """
+    if states.shape[-2] < 3:
+        raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
+    moves = token_moves(states)
+    return slope(jnp.nan_to_num(moves), jnp.isfinite(moves))
+
+
+def slope(values: Array, where: Array | None = None) -> Array:
+    """Least-squares slope of values [..., T] over 0, 1, ..., T - 1, of those alone that `where`
+    names: [...].
+    """
+    weight = jnp.ones_like(values) if where is None else where.astype(values.dtype)
+    count = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1)
+    at = jnp.arange(values.shape[-1], dtype=values.dtype)
+    at = (at - jnp.sum(weight * at, axis=-1, keepdims=True) / count) * weight
+    return jnp.sum(values * at, axis=-1) / jnp.maximum(jnp.sum(jnp.square(at), axis=-1), TINY)
+
+
+def relative_change(after: Array, before: Array) -> Array:
+    """|x_{k+1} - x_k| / |x_k| of [..., D]: [...]: how far a round moves the state, in lengths of
+    the state.
+    """
+    return norm(after.astype(jnp.float32) - before.astype(jnp.float32)) / jnp.maximum(
+        norm(before), TINY
+    )
+
+
+def departure(state: Array, without: Array) -> Array:
+    """|x - x~| / |x~| of [..., D]: [...]. x~ is the same model's state with its messages, or its
+    drive, off.
+    """
+    return relative_change(state, without)
+
+
+class Transport(NamedTuple):
+    """The linear map A that best carries a signal to the next, s_{t+1} = A s_t, and what it is
+    like.
+    """
+
+    map: Array  # [S, S]
+    trace: Array  # trace(A) / S: 1 where signals persist, 0 where each is new
+    norm: Array  # largest singular value: the most that a signal grows by
+    # |s_{t+1} - A s_t| / |s_{t+1}|, root mean squares: 0 linear in the last one, 1 unforeseeable
+    residual: Array
+    # geometric over arithmetic mean of squared singular values, in [0, 1]: 1 = all directions alike
+    flatness: Array
+
+
+def transport(signals: Array, ridge: float = 1e-4) -> Transport:
+    """Fit A by least squares on signals [..., T, S], all pairs of neighbours together.
+
+    ridge: added to the signals' covariance, as a share of its mean eigenvalue, so that directions
+    that no signal uses are carried to nothing. Raises ValueError where T < 2.
+    """
+    if signals.shape[-2] < 2:
+        raise ValueError(
+            f"signals: {signals.shape[-2]} tokens; a map from one to the next needs 2 or more"
+        )
+    size = signals.shape[-1]
+    before = signals[..., :-1, :].reshape(-1, size).astype(jnp.float32)
+    after = signals[..., 1:, :].reshape(-1, size).astype(jnp.float32)
+    covariance = before.T @ before
+    covariance += (ridge * jnp.trace(covariance) / size + TINY) * jnp.eye(size)
+    carried = jnp.linalg.solve(covariance, before.T @ after).T
+    square = jnp.square(jnp.linalg.svd(carried, compute_uv=False))
+    return Transport(
+        map=carried,
+        trace=jnp.trace(carried) / size,
+        norm=jnp.sqrt(square[0]),
+        residual=jnp.sqrt(
+            jnp.sum(jnp.square(after - before @ carried.T)) / (jnp.sum(jnp.square(after)) + TINY)
+        ),
+        flatness=jnp.exp(jnp.mean(jnp.log(square + TINY))) / (jnp.mean(square) + TINY),
+    )

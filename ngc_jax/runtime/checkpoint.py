@@ -1,0 +1,226 @@
+"""Checkpoints: saved asynchronously, sealed with checksums, and read back only if the seal holds.
+
+For: the only file that touches Orbax. Checkpoint s is the state after s updates. Not for: when to
+save (`train.py`).
+
+Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind;
+but it restores a step with a flipped byte without a word. So each committed step is sealed with the
+SHA-256 of its files, and a step whose seal is missing or broken is passed over for the newest one
+that is sound.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime.files import Path, files, in_bucket, move, write_durably
+
+Tree = Any
+MANIFEST = "MANIFEST.json"
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written, on a full disk say. Those before it are untouched; the
+    next may succeed.
+    """
+
+
+class Restored(NamedTuple):
+    """A state, the step it belongs to, and what was saved beside it."""
+
+    step: int
+    state: Tree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in one directory. `read_only` never writes or moves anything there."""
+
+    def __init__(self, directory: Path, keep: int = 3, read_only: bool = False):
+        self.directory = epath.Path(
+            directory if in_bucket(directory) else os.path.abspath(directory)
+        )
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            # `save` does it: here Orbax would do it in the background
+            cleanup_tmp_directories=False,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._sealing: tuple[int, concurrent.futures.Future[None]] | None = None
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first, sound or not."""
+        return sorted(self._manager.all_steps()) if self.directory.is_dir() else []
+
+    def fault(self, step: int) -> str | None:
+        """What is wrong with a step, or None if its seal holds."""
+        home = self.directory / str(step)
+        try:
+            manifest = json.loads((home / MANIFEST).read_text())
+            found = _checksums(home)
+        except FileNotFoundError:
+            return "it is not sealed: it is being written, or the run ended meanwhile"
+        except (OSError, ValueError) as error:
+            return f"it cannot be read: {error}"
+        if not isinstance(manifest, dict):
+            return f"{MANIFEST} is no list of checksums"
+        for name in sorted(manifest.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != manifest.get(name):
+                return f"{name} does not match its checksum"
+        return None
+
+    def newest_sound(
+        self, among: Collection[int] | None = None
+    ) -> tuple[int | None, dict[int, str]]:
+        """The newest sound step, if any, and the faults of the steps after it; of all, or of those
+        in `among`.
+        """
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            if among is not None and step not in among:
+                continue
+            fault = self.fault(step)
+            if fault is None:
+                return step, faults
+            faults[step] = fault
+        return None, faults
+
+    def set_aside(self, step: int) -> Path:
+        """Move an unsound step out of the way, so that it can be saved again; returns where it lies
+        now.
+        """
+        aside = self.directory.parent / "damaged" / str(step)
+        move(self.directory / str(step), aside)
+        self.reload()
+        return aside
+
+    def reload(self) -> None:
+        """See what another process has moved."""
+        self._manager.reload()
+
+    def restore(self, step: int, abstract: Tree) -> Restored:
+        """Read a step into the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct
+        leaves).
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+        )
+        read = self._manager.restore(step, args=items)
+        return Restored(step, read["state"], read["meta"])
+
+    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
+        """Save in the background. Waits for the save before this one. Raises SaveFailed for either."""
+        self.wait()
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        if processes.first():
+            self._remove_begun()
+            # where nothing is renamed, a step has its name from the start
+            if in_bucket(self.directory):
+                _remove(self.directory / str(step))
+        with self._attempt(step):
+            self._manager.save(step, args=items, force=True)
+        self._sealing = step, self._pool.submit(self._seal, step)
+
+    def check(self) -> None:
+        """Raise SaveFailed at once for a save in the background that went wrong, if one did."""
+        if self._sealing is not None and self._sealing[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is saved and sealed. Raises SaveFailed, once for each save that
+        went wrong.
+        """
+        if self._sealing is not None:
+            (step, sealing), self._sealing = self._sealing, None
+            with self._attempt(step):
+                sealing.result()
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints after a step, which a run that goes on from there will make anew."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def close(self) -> None:
+        """Wait, then let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _attempt(self, step: int) -> Iterator[None]:
+        """Raise SaveFailed for what goes wrong with a save, and be ready for the next."""
+        try:
+            yield
+        # TensorStore has ValueError for a file that cannot be written
+        except (OSError, ValueError) as error:
+            # many cannot go on: the others may be waiting for this one in the save
+            if jax.process_count() == 1:
+                with contextlib.suppress(OSError, ValueError):
+                    self._manager.close()  # it would raise the same for every save to come
+                home = self.directory / str(step)
+                if not (home / MANIFEST).exists():
+                    _remove(home)
+                self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            cause = str(error).partition(" [tensorstore_spec")[0]
+            raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
+
+    def _seal(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if processes.first():
+            home = self.directory / str(step)
+            write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
+            # again: Orbax's threads may write on for a while after a failed save was raised
+            self._remove_begun()
+
+    def _remove_begun(self) -> None:
+        """Remove what a kill or a failed save has left, while none is under way."""
+        for begun in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            _remove(begun)
+
+
+def digest(tree: Tree) -> str:
+    """SHA-256, hex, over every array of a tree: path, dtype, shape and bytes. Equal digests are
+    equal states.
+    """
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(jax.device_get(leaf))
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def _remove(home: Path) -> None:
+    with contextlib.suppress(OSError):
+        epath.Path(home).rmtree(missing_ok=True)
+
+
+def _checksums(home: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(home)): _sha256(path)
+        for path in files(home)
+        if MANIFEST not in path.name
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

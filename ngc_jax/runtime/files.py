@@ -1,0 +1,143 @@
+"""Files and directories that are there whole or not at all, whatever is killed or runs at the same
+time.
+
+For: `write_durably` a file, a `Log` of lines, `build_directory` a cache entry; what is different in
+a bucket (gs://...), where an object is written whole or not at all, and nothing is added to one,
+renamed, or held back from the disk. Not for: checkpoints, which Orbax writes.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from etils import epath
+
+from ngc_jax.runtime.errors import UserError
+
+Path: TypeAlias = pathlib.Path | epath.Path
+
+
+def expand(path: str) -> pathlib.Path:
+    """A user's path, with ~ resolved. Raises UserError for a ~name that nobody has."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path!r} is no path here: {error}") from error
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path is a bucket's, "gs://..." say, and not a file system's."""
+    return "://" in os.fspath(path)
+
+
+def files(directory: Path) -> Iterator[Path]:
+    """All files below a directory."""
+    for path in directory.iterdir():
+        yield from files(path) if path.is_dir() else [path]
+
+
+def move(directory: Path, to: Path) -> None:
+    """Rename a directory, over one that is there. In a bucket each file is copied, and then the old
+    ones removed.
+    """
+    if in_bucket(directory):
+        for path in files(directory):
+            epath.Path(path).copy(to / path.relative_to(directory), overwrite=True)
+        epath.Path(directory).rmtree()
+        return
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(exist_ok=True)
+    os.replace(directory, to)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and have it on disk when this returns."""
+    if in_bucket(path):
+        path.write_text(text)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Log:
+    """A file that begins with a text and grows by lines. In a bucket it is written anew, whole, at
+    each `sync`.
+    """
+
+    def __init__(self, path: Path, text: str):
+        write_durably(path, text)
+        self._path, self._text, self._unwritten = path, text, b""
+        self._file = None if in_bucket(path) else open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+
+    def add(self, line: str) -> None:
+        """Add a line. A full disk is no error yet."""
+        if self._file:
+            self._unwritten += line.encode()
+            with contextlib.suppress(OSError):
+                self._write()
+        else:
+            self._text += line
+
+    def sync(self) -> None:
+        """Have all lines on disk. Raises OSError where that cannot be; they are kept for the next
+        time.
+        """
+        if self._file:
+            self._write()
+            os.fsync(self._file.fileno())
+        else:
+            write_durably(self._path, self._text)
+
+    def close(self) -> None:
+        self.sync()
+        if self._file:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._file and self._unwritten:  # a disk that fills up takes part of it
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+
+@contextlib.contextmanager
+def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to build in, renamed to `home` if the block ends well and removed if it does not.
+
+    A build that is killed leaves nothing that a later one could take for whole. Of two builds at
+    once the second to finish is dropped. Raises UserError where nothing can be written.
+    """
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        building = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir={str(home.parent)!r} cannot be written: {error}"
+        ) from error
+    try:
+        yield building
+        for path in building.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        # somebody else's build of the same thing came first: theirs stays
+        with contextlib.suppress(OSError):
+            os.rename(building, home)
+        if not home.is_dir():
+            raise UserError(
+                f"could not move a finished build to {home}: is there a file in its place?"
+            )
+    except OSError as error:
+        raise UserError(f"building {home} failed: {error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""A trace of some updates of a run, for xprof: where the time goes, on the host and on the devices.
+
+For: `train.profile`. Not for: looking at a trace (`pip install xprof; xprof --port=8791
+DIR/profile`).
+"""
+
+from typing import Any
+
+import jax
+
+from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import Path, in_bucket
+
+
+def traceable(updates: str) -> bool:
+    """Whether this names updates to trace: "first:last" with 1 <= first <= last, or "" for none."""
+    first, _, last = updates.partition(":")
+    return not updates or (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last))
+
+
+class Profile:
+    """Traces the updates that "first:last" names, with what is done between them, into a directory;
+    "" names none.
+
+    For use as a context, which ends a trace that is under way. Of many processes the first one
+    traces itself.
+    """
+
+    def __init__(self, updates: str, home: Path):
+        """Raises UserError where `home` is in a bucket."""
+        if updates and in_bucket(home):
+            raise UserError(
+                f"train.profile={updates!r}: must be '' where --workdir is in a bucket, as {home} is"
+            )
+        self._first, self._last = (
+            map(int, updates.split(":")) if updates and processes.first() else (1, 0)
+        )
+        self._home, self._tracing = home, False
+
+    def turn(self, step: int, state: Any) -> None:
+        """Begin or end the trace if it is time to, `step` updates having been started that made
+        `state`.
+        """
+        wanted = self._first - 1 <= step < self._last
+        if wanted != self._tracing:
+            jax.block_until_ready(state)
+            if wanted:
+                jax.profiler.start_trace(str(self._home))
+            else:
+                jax.profiler.stop_trace()
+            self._tracing = wanted
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.turn(self._last, None)

@@ -1,0 +1,69 @@
+"""A watch over a run that may hang: where nothing has finished for too long, say where every thread
+stands.
+
+For: a device, a file system or a partner that never answers. Not for: a run that is asked to stop
+(`preemption.py`), or code that hangs without letting other threads of Python run.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from datetime import datetime
+
+from ngc_jax.runtime.files import Path
+
+EXIT_CODE = 4
+
+
+class Watchdog:
+    """`with Watchdog(minutes, leave, report) as watchdog: ... watchdog.beat()` after whatever has
+    finished.
+
+    After `minutes` without a beat all stacks go to stderr and to the end of the file `report`, once
+    for each hang; with `leave` the process then ends with EXIT_CODE. 0 minutes: no watch.
+    """
+
+    def __init__(self, minutes: float, leave: bool, report: Path):
+        self._seconds, self._leave, self._report = 60 * minutes, leave, report
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """Something has finished."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._seconds:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        told = 0.0  # the beat after which a hang has been told of
+        while not self._over.wait(max(0.01, min(1.0, self._seconds / 4))):
+            last = self._last
+            if last != told and time.monotonic() - last > self._seconds:
+                told = last
+                self._tell()
+                if self._leave:
+                    os._exit(EXIT_CODE)
+
+    def _tell(self) -> None:
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        told = f"\n{now}: nothing has finished for {self._seconds / 60:g} minutes; where every thread stands:\n"
+        sys.stderr.write(told)
+        sys.stderr.flush()
+        faulthandler.dump_traceback(2)
+        # a full disk may be what hangs
+        with contextlib.suppress(OSError), open(self._report, "a") as file:
+            file.write(told)
+            file.flush()
+            faulthandler.dump_traceback(file)

@@ -1,0 +1,77 @@
+"""What a run costs, what it runs on, and what its numbers depend on.
+
+For: the lines that a run says of itself before it begins, and what its devices could do at most.
+Not for: counting (`count.py`).
+"""
+
+from typing import Any
+
+import flax
+import jax
+import optax
+from jax.sharding import Mesh
+
+import ngc_jax
+from ngc_jax import count
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.training.rounds import Iteration
+
+PEAKS = {  # FLOPs a second of one device in bfloat16, without sparsity, by the vendors' data sheets
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak(dtype: str, kind: str = "") -> float | None:
+    """FLOPs a second of one device of this kind (default: those here) at most; None where that is
+    not known.
+
+    It is known in bfloat16, for some kinds: what float32 comes to depends on the precision that its
+    products have.
+    """
+    kind = kind or jax.devices()[0].device_kind
+    found = (peak for name, peak in PEAKS.items() if kind.startswith(name))
+    return next(found, None) if dtype == "bfloat16" else None
+
+
+def update_flops(
+    model: LanguageModel, params: Any, batch: Any, iteration: Iteration | None
+) -> float:
+    """FLOPs of an update for parameters and a batch, which may be abstract.
+
+    By the usual convention: the backward pass is twice the forward; recomputation is not counted.
+    """
+    inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[2]), batch.dtype)
+    return (
+        iteration.flops(params, inputs)
+        if iteration
+        else 3 * count.forward_flops(model.apply, params, inputs)
+    )
+
+
+def costs(model: LanguageModel, params: Any, flops: float, compiled: Any) -> str:
+    """What the run costs, in one line: counted parameters, FLOPs of an update, and the compiled
+    update's memory.
+    """
+    stored = count.parameters(params)
+    return (
+        f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
+        f"{count.generated_weights(model):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
+        f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
+    )
+
+
+def devices(mesh: Mesh) -> str:
+    """For instance "8 x cpu (data 4, group 2)"."""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {jax.devices()[0].device_kind}" + (f" ({axes})" if axes else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {module.__name__: module.__version__ for module in (ngc_jax, jax, flax, optax)}

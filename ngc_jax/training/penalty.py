@@ -1,0 +1,68 @@
+"""Terms of the loss that ask for stability; all are off by default.
+
+For: a band on the contraction or the leading exponent of the loop, and the Jacobian penalty of deep
+equilibrium models. Not for: measuring (`watch.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngc_jax.analysis.probes import round_exponents, round_states, rounds_step
+from ngc_jax.dynamics.measures import contraction
+from ngc_jax.nn.decoder import Decoder
+
+Array = jax.Array
+Penalty = Callable[[Any, Array, Array], Array]
+REGULARISERS = ("none", "contraction", "exponent")
+
+
+def band(value: Array, low: float, high: float) -> Array:
+    """0 inside [low, high], else the square of how far outside."""
+    return jnp.square(jnp.maximum(value - high, 0) + jnp.maximum(low - value, 0))
+
+
+def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Array:
+    """Unbiased estimate of |J|_F^2 / n at x, J the step's Jacobian, n the numbers of x: one random
+    v, |v^T J|^2 / n.
+
+    Hutchinson's estimate as deep equilibrium models use it (Bai et al. 2021, arXiv 2106.14342,
+    section 4).
+    """
+    v = jax.random.normal(key, x.shape, x.dtype)
+    (pulled,) = jax.vjp(step, x)[1](v)
+    return jnp.mean(jnp.square(pulled))
+
+
+def make_penalty(model: Decoder, config: Any) -> Penalty | None:
+    """(params, tokens [B, T], key) -> scalar to add to the loss in nats per token; None where
+    nothing is asked for.
+
+    config is `config.stability`: regulariser, low, high, weight, jacobian. The values held in the
+    band are natural logarithms per round, of the contraction (mean over rounds and tokens) or the
+    leading exponent (mean over sequences), over `model.rounds` rounds, whatever number an update
+    draws (`iteration.py`).
+    """
+    if config.regulariser == "none" and not config.jacobian:
+        return None
+    rounds = model.shape.rounds
+
+    def penalty(params: Any, tokens: Array, key: Array) -> Array:
+        total = jnp.zeros(())
+        if config.regulariser == "contraction":
+            factors = contraction(round_states(model, params, tokens, rounds))
+            total += config.weight * band(
+                jnp.mean(jnp.log(factors + 1e-6)), config.low, config.high
+            )
+        if config.regulariser == "exponent":
+            exponent = jnp.mean(round_exponents(model, params, tokens, rounds=rounds))
+            total += config.weight * band(exponent, config.low, config.high)
+        if config.jacobian:
+            step, _ = rounds_step(model, params, tokens)
+            settled = round_states(model, params, tokens, rounds)[-1]
+            total += config.jacobian * jacobian_penalty(lambda x: step(x, None), settled, key)
+        return total
+
+    return penalty
