@@ -24,7 +24,6 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments.overhead import model_of
 from ngc_jax.config import base
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
@@ -32,6 +31,7 @@ from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training.loop import run
 from ngc_jax.training.step import init_state
+from ngc_jax.training.timing import model_of
 
 
 def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:

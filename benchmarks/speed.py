@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.pairs import Paired, paired
-from experiments.overhead import model_of, update_of
 from ngc_jax.config import base, validate
 from ngc_jax.training.costs import peak, update_flops
 from ngc_jax.training.match_size import cost
+from ngc_jax.training.timing import Paired, model_of, paired, update_of, zeros_of
 
 SHARE = 0.32  # of dense's parameters in matrices
 TOKENS = 20  # decoded in one timing, after one another
@@ -83,13 +82,13 @@ def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
 def flops(config: ConfigDict) -> float:
     """Of the matrix products of an update."""
     model = model_of(config)
-    batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
-    return update_flops(model, jax.eval_shape(model.init, jax.random.key(0)), batch, None)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return update_flops(model, params, jax.eval_shape(lambda: zeros_of(config)), None)
 
 
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
     """The row of each form."""
-    batch = jnp.zeros((dense.train.batch_size, 2, dense.data.context), jnp.int32)
+    batch = zeros_of(dense)
     # decoding is the same in both forms
     token = paired(decoding(ngc), decoding(dense), pairs=pairs)
     of_dense, found = update_of(dense)[0], {}

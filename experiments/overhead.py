@@ -1,24 +1,15 @@
-"""What an update costs against another model's: its time, side by side on the same machine, and its
+"""The cost of an update relative to another model's: time, measured alternately on one machine, and
 memory.
 
-For: ratios. Not for: speed in itself, which is a machine's (`launch.py` logs it).
+For: ratios. Not for: absolute speed, which depends on the machine (`launch.py` logs it).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.pairs import paired
-from ngc_jax import count
-from ngc_jax.config import make_model
-from ngc_jax.data.tokens import most_tokens
-from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.model import LanguageModel
-from ngc_jax.training.rounds import make_iteration
-from ngc_jax.training.step import init_state, make_train_step
+from ngc_jax.training.timing import paired, update_of, zeros_of
 
 
 class Overhead(NamedTuple):
@@ -30,33 +21,9 @@ class Overhead(NamedTuple):
 
 
 def overhead(reference: ConfigDict, configs: Iterable[ConfigDict]) -> Iterator[Overhead]:
-    """Compile and measure each beside the reference, of equal batches: the median of pairs, one
-    after the other.
-    """
+    """The overhead of each config over the reference, for equal batches: the median of pairs."""
     plain, least = update_of(reference)
-    batch = jnp.zeros((reference.train.batch_size, 2, reference.data.context), jnp.int32)
+    batch = zeros_of(reference)
     for config in configs:
         update, peak = update_of(config)
         yield Overhead(paired(plain, update, batch).ratio, peak / least, peak)
-
-
-def model_of(config: ConfigDict) -> LanguageModel:
-    """The model of a config, for the vocabulary that its text will have at most."""
-    return make_model(config, most_tokens(config.data))
-
-
-def update_of(config: ConfigDict) -> tuple[Any, int]:
-    """A config's update as a function of the batch alone, and its peak memory in bytes."""
-    model = model_of(config)
-    state = jax.jit(lambda: init_state(model, config.train, 0))()
-    batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
-    iteration = make_iteration(model, config) if isinstance(model, Decoder) else None
-    step = jax.jit(make_train_step(model, config.train, iteration=iteration), donate_argnums=0)
-    compiled = step.lower(state, batch).compile()
-
-    def update(batch: jax.Array) -> Any:
-        nonlocal state
-        state, scalars = compiled(state, batch)
-        return scalars
-
-    return update, count.peak_memory(compiled)

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
+from experiments.learning import effective_ranks, generated, logit_kernel, movements
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.analysis.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.data.batches import held_out_batches
 from ngc_jax.dynamics.tangent_kernel import alignment, movement
 from ngc_jax.nn.decoder import Decoder

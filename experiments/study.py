@@ -20,12 +20,12 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.blocks import Block
-from experiments.overhead import model_of
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import count
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import write_durably
 from ngc_jax.training import match_size as budget
+from ngc_jax.training.timing import model_of
 
 TUNING_SEED = 1000  # of the runs that try a learning rate; used for nothing else
 FURTHER = 2  # learning rates beyond those given that may be tried

@@ -13,8 +13,8 @@ from golden import make
 
 import ngc_jax
 from experiments.compare import MODELS
+from experiments.learning import generated
 from ngc_jax import count
-from ngc_jax.analysis.learning import generated
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.data.batches import next_token_targets
 from ngc_jax.nn.bdh import BDH, BDHShape

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngc_jax.analysis.learning import effective_ranks, generated, logit_kernel, movements
+from experiments.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.dynamics.tangent_kernel import alignment, effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder

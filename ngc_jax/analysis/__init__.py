@@ -5,7 +5,7 @@ The kernels take any `step(x, u) -> x`; the functions with a `model` take this p
 docs/stability.md.
 """
 
-from ngc_jax.analysis.bounds import contraction_bound, gain_bound
+from ngc_jax.analysis.bounds import gain_bound
 from ngc_jax.analysis.probes import (
     attention_weights_by_stage,
     depth_exponents,
@@ -25,22 +25,18 @@ from ngc_jax.dynamics.lyapunov import (
     lyapunov_spectrum,
 )
 from ngc_jax.dynamics.measures import (
-    Transport,
     boundedness,
     contraction,
     departure,
     drive_ratio,
     token_contraction,
-    transport,
 )
 
 __all__ = [
-    "Transport",
     "attention_weights_by_stage",
     "bootstrap_interval",
     "boundedness",
     "contraction",
-    "contraction_bound",
     "departure",
     "depth_exponents",
     "drive_ratio",
@@ -57,5 +53,4 @@ __all__ = [
     "token_contraction",
     "token_exponents",
     "traffic",
-    "transport",
 ]

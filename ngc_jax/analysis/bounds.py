@@ -1,5 +1,4 @@
-"""Bounds that hold before anything is run: the most that a synapse, or a loop of rounds, can
-stretch a difference.
+"""A bound that holds before anything is run: the most that a synapse can stretch a difference.
 
 For: upper bounds from states alone, by small Gram matrices (a port's p by p, a state's r by r, a
 block's n by n) and one power iteration over groups; only a generated rule's weights are formed. Not
@@ -34,22 +33,6 @@ def gain_bound(parts: Sequence[tuple[str | Rule, States, States]]) -> Array:
     single = [n[0, 0] for n in norms if n.shape == (1, 1)]
     together = _nonnegative_norm(sum(grouped[1:], grouped[0])) if grouped else jnp.zeros(())
     return (together + sum(single)) * ROUNDING
-
-
-def contraction_bound(
-    parts: Sequence[tuple[str | Rule, States, States]], *, eta: float = 1.0, lipschitz: float = 1.0
-) -> Array:
-    """At least the factor by which a round of x <- (1 - eta) x + eta phi(W x + U u + b) stretches a
-    difference.
-
-    Below 1 the loop has one fixed point for each input and every start settles there. lipschitz: of
-    phi (1 for relu and tanh, 1.1 for silu). A decoder's round has no such bound: attention is not
-    Lipschitz on all of space (Kim et al. 2021, arXiv 2006.04710). Raises ValueError for eta outside
-    (0, 1].
-    """
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta={eta}: must be above 0 and at most 1, for instance 0.5")
-    return (1 - eta) + eta * lipschitz * gain_bound(parts)
 
 
 def _product_norm(left: Array, right: Array) -> Array:

@@ -2,7 +2,7 @@
 
 For: what is recorded of a round inside the loop, and numbers that sequences of states have. Not
 for: exponents, which need tangent vectors (`lyapunov.py`), or bounds from the weights alone
-(`bound.py`). The published method describes its stability metric in words only; these definitions
+(`analysis/bounds.py`). The published method describes its stability metric in words only; these definitions
 are this project's.
 
 x_k is the state after k rounds, x_0 = e what the loop was started from. Norms are taken per token,
@@ -136,45 +136,3 @@ def departure(state: Array, without: Array) -> Array:
     drive, off.
     """
     return relative_change(state, without)
-
-
-class Transport(NamedTuple):
-    """The linear map A that best carries a signal to the next, s_{t+1} = A s_t, and what it is
-    like.
-    """
-
-    map: Array  # [S, S]
-    trace: Array  # trace(A) / S: 1 where signals persist, 0 where each is new
-    norm: Array  # largest singular value: the most that a signal grows by
-    # |s_{t+1} - A s_t| / |s_{t+1}|, root mean squares: 0 linear in the last one, 1 unforeseeable
-    residual: Array
-    # geometric over arithmetic mean of squared singular values, in [0, 1]: 1 = all directions alike
-    flatness: Array
-
-
-def transport(signals: Array, ridge: float = 1e-4) -> Transport:
-    """Fit A by least squares on signals [..., T, S], all pairs of neighbours together.
-
-    ridge: added to the signals' covariance, as a share of its mean eigenvalue, so that directions
-    that no signal uses are carried to nothing. Raises ValueError where T < 2.
-    """
-    if signals.shape[-2] < 2:
-        raise ValueError(
-            f"signals: {signals.shape[-2]} tokens; a map from one to the next needs 2 or more"
-        )
-    size = signals.shape[-1]
-    before = signals[..., :-1, :].reshape(-1, size).astype(jnp.float32)
-    after = signals[..., 1:, :].reshape(-1, size).astype(jnp.float32)
-    covariance = before.T @ before
-    covariance += (ridge * jnp.trace(covariance) / size + TINY) * jnp.eye(size)
-    carried = jnp.linalg.solve(covariance, before.T @ after).T
-    square = jnp.square(jnp.linalg.svd(carried, compute_uv=False))
-    return Transport(
-        map=carried,
-        trace=jnp.trace(carried) / size,
-        norm=jnp.sqrt(square[0]),
-        residual=jnp.sqrt(
-            jnp.sum(jnp.square(after - before @ carried.T)) / (jnp.sum(jnp.square(after)) + TINY)
-        ),
-        flatness=jnp.exp(jnp.mean(jnp.log(square + TINY))) / (jnp.mean(square) + TINY),
-    )

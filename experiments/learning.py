@@ -1,9 +1,8 @@
-"""What training did to a decoder: the ranks of its weights, how far its parameters moved, how far
-its kernel turned.
+"""What training changed in a decoder: the ranks of its weights, the distance that its parameters
+moved, the rotation of its tangent kernel.
 
-For: comparing a trained model with itself at its start, which follows from its config and seed. Not
-for: the measures of one array or one function (`core/laziness.py`), or one model's stability
-(`measures.py`).
+For: `rich_or_lazy.py`, which compares a trained model with itself at initialization. Not for: the
+measures of one array or one function (`ngc_jax/dynamics/tangent_kernel.py`).
 """
 
 from functools import reduce

@@ -1,0 +1,79 @@
+"""Times and memory of updates, and two functions timed in turn.
+
+For: ratios of one run, as `experiments/` and `benchmarks/` report them: machines are shared and
+drift, so the two are called alternately. Not for: the speed of one run (`launch.py` logs it).
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ngc_jax import count
+from ngc_jax.config import make_model
+from ngc_jax.data.tokens import most_tokens
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.training.rounds import make_iteration
+from ngc_jax.training.step import init_state, make_train_step
+
+
+class Paired(NamedTuple):
+    """Medians over pairs: time(other) / time(plain), and the seconds of one call of each."""
+
+    ratio: float
+    plain: float
+    other: float
+
+
+def paired(
+    plain: Callable[..., Any], other: Callable[..., Any], *args: Any, pairs: int = 9, calls: int = 1
+) -> Paired:
+    """Times `calls` calls of each function on `args` alternately, `pairs` times, after one call to
+    warm up.
+    """
+
+    def seconds(function: Callable[..., Any]) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            jax.block_until_ready(function(*args))
+        return (time.perf_counter() - began) / calls
+
+    for function in (plain, other):
+        jax.block_until_ready(function(*args))
+    times = [(seconds(plain), seconds(other)) for _ in range(pairs)]
+    ratio = statistics.median(b / a for a, b in times)
+    return Paired(ratio, *(statistics.median(each) for each in zip(*times, strict=True)))
+
+
+def model_of(config: ConfigDict) -> LanguageModel:
+    """The model of a config, for the largest vocabulary that its text can have."""
+    return make_model(config, most_tokens(config.data))
+
+
+def zeros_of(config: ConfigDict) -> jax.Array:
+    """A batch of a config's shape, all zeros."""
+    return jnp.zeros((config.train.batch_size, 2, config.data.context), jnp.int32)
+
+
+def update_of(config: ConfigDict) -> tuple[Callable[[Any], Any], int]:
+    """A config's compiled update as a function of the batch alone, and its peak memory in bytes.
+
+    The function returns the update's scalars and keeps the state, so that it can be called again.
+    """
+    model = model_of(config)
+    state = jax.jit(lambda: init_state(model, config.train, 0))()
+    iteration = make_iteration(model, config) if isinstance(model, Decoder) else None
+    step = jax.jit(make_train_step(model, config.train, iteration=iteration), donate_argnums=0)
+    compiled = step.lower(state, zeros_of(config)).compile()
+
+    def update(batch: Any) -> Any:
+        nonlocal state
+        state, scalars = compiled(state, batch)
+        return scalars
+
+    return update, count.peak_memory(compiled)
