@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime import multihost
 from ngc_jax.runtime.compilation_cache import keep_compiled
 from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.runtime.preemption import EXIT_CODE
@@ -26,7 +26,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/<config name>."
 )
-join = processes.define_flags()
+join = multihost.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     except (UserError, Diverged) as error:
         fail(2 if isinstance(error, UserError) else 3, error)
     except BaseException as error:
-        processes.leave(error)
+        multihost.leave(error)
         if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
             fail(1, error)
         raise

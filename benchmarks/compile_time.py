@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.training.load import abstract_state
 from ngc_jax.training.step import make_train_step
-from ngc_jax.training.workdir import abstract_state
 
 
 def seconds(**fields: int) -> float:

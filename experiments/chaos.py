@@ -26,11 +26,12 @@ import subprocess
 import sys
 import time
 
+from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import TIMES, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
-from ngc_jax.training.workdir import command, open_trained
+from ngc_jax.training.load import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 Process = subprocess.Popen[str]
@@ -41,7 +42,7 @@ FAULTS = ("kill", "stop", "damage", "fill")
 def outcome(workdir: pathlib.Path) -> tuple[str, list[dict[str, object]]]:
     """SHA-256 of the final state, and all rows without their times."""
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(workdir)]
-    return digest(open_trained(workdir).state), rows
+    return digest(load(workdir).state), rows
 
 
 def start(flags: list[str], workdir: pathlib.Path) -> Process:

@@ -23,7 +23,7 @@ from experiments.run import arguments, carry_out
 from experiments.stats import ratio
 from experiments.study import Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
-from ngc_jax.training.workdir import command
+from ngc_jax.commands.arguments import command
 
 
 def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> Study:

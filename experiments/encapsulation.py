@@ -36,7 +36,7 @@ from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.data.batches import Windows
 from ngc_jax.data.tokens import Bytes, load_data
 from ngc_jax.nn.generate import generate
-from ngc_jax.training.workdir import Trained, open_trained
+from ngc_jax.training.load import Trained, load
 
 STEPS = 600
 COMMON = {
@@ -123,7 +123,7 @@ def answered(trained: Trained) -> dict[str, float]:
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """What the text that a run was trained on lets one ask."""
-    trained = open_trained(workdir)
+    trained = load(workdir)
     return answered(trained) if trained.config.data.path else spoken(trained)
 
 
@@ -143,7 +143,7 @@ def answer(results: Results) -> list[Block]:
     trained = next(iter(results.workdirs(results.groups[0]).values()), None)
     if trained is None:
         return []
-    real = lexical(passages(open_trained(trained))[1])
+    real = lexical(passages(load(trained))[1])
     return [
         Words(
             "The held-out text itself: "

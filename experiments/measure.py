@@ -11,8 +11,8 @@ import pathlib
 import sys
 
 from experiments.study import find
+from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.files import write_durably
-from ngc_jax.training.workdir import command
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.commands.solve import examine
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.evaluation import examine
+from ngc_jax.training.load import load
 
 BITS = (20, 39, 60, 100, 1000)
 EXAMPLES = 200  # of each
@@ -57,8 +57,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of problems solved, by the number of bits."""
-    trained = open_trained(workdir)
-    return {f"exact, {n} bits": examine(trained, n, EXAMPLES)["exact"] for n in BITS}
+    trained = load(workdir)
+    return {
+        f"exact, {n} bits": examine(trained.model, trained.params, trained.config, n, EXAMPLES)[
+            "exact"
+        ]
+        for n in BITS
+    }
 
 
 STUDY = Study(

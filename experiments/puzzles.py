@@ -22,8 +22,8 @@ from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.stats import interval
 from experiments.study import Group, Results, Study
 from experiments.sweeps import Sweep, cases, seeds
-from ngc_jax.commands.solve import examine
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.evaluation import examine
+from ngc_jax.training.load import load
 
 LEVELS = {"sudoku4_in_place": (4, 8, 11), "maze_in_place": (3, 4, 5)}
 ROUNDS = (4, 8, 16, 32)
@@ -54,11 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of puzzles solved, by level and rounds."""
-    trained = open_trained(workdir)
+    trained = load(workdir)
 
     def share(difficulty: int, rounds: int) -> float:
         return examine(
-            trained, difficulty, EXAMPLES, run=lambda same: (same.looped.at(rounds), None)
+            trained.model, trained.params, trained.config, difficulty, EXAMPLES, rounds=rounds
         )["exact"]
 
     return {

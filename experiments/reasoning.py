@@ -14,9 +14,9 @@ from typing import Any
 from experiments.setting import LARGER_TASK, SMALL_DENSE, learning
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.commands.solve import examine
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.evaluation import examine
+from ngc_jax.training.load import load
 
 HOPS = (1, 4, 5, 8, 16, 32)
 EXAMPLES = 200  # of each
@@ -54,9 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The share of problems solved, by the number of hops."""
-    trained = open_trained(workdir)
+    trained = load(workdir)
     return {
-        f"exact, {n} hops": examine(trained, n, EXAMPLES, attend=COMMON["model.attend"])["exact"]
+        f"exact, {n} hops": examine(trained.model, trained.params, trained.config, n, EXAMPLES)[
+            "exact"
+        ]
         for n in HOPS
     }
 

@@ -19,7 +19,7 @@ from experiments import figures
 from experiments.blocks import Block, Heading, Listing, Table, Words, write
 from experiments.stats import adjusted, interval, paired
 from experiments.study import LOSS, Group, Results, find, groups, prepared, read_records
-from ngc_jax.training.workdir import command
+from ngc_jax.commands.arguments import command
 
 
 def blocks(results: Results) -> list[Block]:

@@ -20,9 +20,8 @@ from experiments.sweeps import cases, seeds
 from ngc_jax.data.batches import held_out_batches
 from ngc_jax.dynamics.tangent_kernel import alignment, movement
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.training.evaluation import data_of
+from ngc_jax.training.load import load
 from ngc_jax.training.step import init_state
-from ngc_jax.training.workdir import open_trained
 
 STEPS = 400
 WINDOWS = 32  # of held-out text, for the kernel
@@ -38,10 +37,10 @@ def mean_rank(model: Decoder, params: Any) -> float:
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """What learning did to one run's model."""
-    trained = open_trained(workdir)
+    trained = load(workdir)
     config, model, after = trained.config, trained.decoder, trained.state.params
     before = jax.jit(lambda: init_state(model, config.train, config.seed).params)()
-    windows = data_of(trained, workdir).validation
+    windows = trained.data().validation
     tokens = next(held_out_batches(windows, batch_size=WINDOWS, limit=WINDOWS))[0][:, 0]
     return {
         "effective rank at start": mean_rank(model, before),

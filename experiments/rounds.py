@@ -22,7 +22,7 @@ from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.mesh import single_device
 from ngc_jax.runtime.metrics import latest, read_rows
 from ngc_jax.training.evaluation import compile_eval, held_out
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.load import load
 
 STEPS = 400
 TEST_ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -57,7 +57,7 @@ WATCHED = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """Held-out loss of a trained loop, run for other numbers of rounds than it was trained for."""
-    trained = open_trained(workdir)
+    trained = load(workdir)
     config, shape = trained.config, trained.decoder.shape
     if not shape.core:
         return {}

@@ -50,12 +50,13 @@ from experiments.study import (
     prepared,
     read_records,
 )
+from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import write_durably
 from ngc_jax.runtime.metrics import duration, latest, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
 from ngc_jax.training.costs import versions
-from ngc_jax.training.workdir import command, in_use
+from ngc_jax.training.workdir import in_use
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIVERGED = 3  # launch.py's exit code

@@ -24,7 +24,7 @@ from experiments.sweeps import cases, seeds
 from ngc_jax.analysis import round_states
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.dynamics.measures import contraction, norm
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.load import load
 
 STEPS, ROUNDS = 1000, 4
 TRAINED, ASKED = (1, 2, 3, 4, 5), (3, 4, 5, 6, 7, 8)  # terms of a sum
@@ -51,7 +51,7 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """For each held-out sum: its terms, whether the answer was right, and how settled the state was
     at its "=".
     """
-    trained = open_trained(workdir)
+    trained = load(workdir)
     model, params = trained.decoder, trained.params
     text = ("\n".join(sums(6000, ASKED, seed=1, held_out=True)) + "\n").encode()
     tokens = np.asarray(Bytes().encode(text), np.int32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, digest
-from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.files import build_directory, write_durably
 
 
 def state(seed):
@@ -142,7 +143,7 @@ def test_a_failed_save_is_raised(tmp_path, monkeypatch):
     def fail(path, text):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ngc_jax.checkpoint.write_durably", fail)
+    monkeypatch.setattr("ngc_jax.runtime.checkpoint.write_durably", fail)
     checkpoints.save(1, state(1), {})
     with pytest.raises(OSError, match="disk full"):
         checkpoints.wait()
@@ -178,3 +179,37 @@ def test_files_are_written_whole(tmp_path):
     write_durably(path, json.dumps([2]))
     assert json.loads(path.read_text()) == [2]
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """What is synced, and what exists under `home` then: [(path, names in home), ...]."""
+    found, fsync = [], os.fsync
+
+    def noted(handle):
+        path = pathlib.Path(os.readlink(f"/proc/self/fd/{handle}"))
+        found.append((path, sorted(os.listdir(path)) if path.is_dir() else None))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return found
+
+
+def test_a_written_file_has_its_name_on_disk(tmp_path, syncs):
+    write_durably(tmp_path / "a.json", "1")
+    assert syncs[-1] == (tmp_path, ["a.json"]), "the directory, after the rename"
+
+
+def test_a_built_directory_has_its_name_on_disk(tmp_path, syncs):
+    with build_directory(tmp_path / "built") as building:
+        (building / "part").mkdir()
+        (building / "part" / "a").write_text("1")
+    assert syncs[-1] == (tmp_path, ["built"])
+    assert (building / "part", ["a"]) in syncs
+
+
+def test_a_sealed_checkpoint_has_its_name_on_disk(tmp_path, syncs):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1), {})
+    checkpoints.close()
+    assert (tmp_path, ["1"]) in syncs

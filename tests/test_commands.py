@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from conftest import python
 
-from ngc_jax.commands import sample
+from ngc_jax.commands import evaluate, sample
 from ngc_jax.commands.inspect import parameter_table
 from ngc_jax.nn.generate import choose, generate
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
-from ngc_jax.training import evaluation as evaluate
 from ngc_jax.training import loop as train
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.load import load
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def run(home, tiny):
 
 
 def test_greedy_sampling_is_the_likeliest_token_of_the_full_forward(run):
-    trained = open_trained(run)
+    trained = load(run)
     prompt = jnp.array([[256, 103, 114], [256, 115, 105]])
     new = generate(trained.model, trained.state.params, prompt, 20, jax.random.key(0), 0.0, 1.0)
     logits = jax.jit(trained.model.apply)(
@@ -39,7 +38,7 @@ def test_greedy_sampling_is_the_likeliest_token_of_the_full_forward(run):
 
 
 def test_sampling_follows_its_seed(run):
-    trained = open_trained(run)
+    trained = load(run)
     prompt = jnp.array([[256, 103]])
     draw = [
         generate(trained.model, trained.state.params, prompt, 30, jax.random.key(k), 1.0, 0.95)
@@ -66,7 +65,7 @@ def test_top_p_keeps_the_smallest_likely_set_and_temperature_sharpens():
 
 
 def test_the_parameter_table_adds_up(run):
-    trained = open_trained(run)
+    trained = load(run)
     table = parameter_table(trained.state.params, trained.model).splitlines()
     total = sum(leaf.size for leaf in jax.tree.leaves(trained.state.params))
     assert table[-1].split() == ["total", f"{total:,}", f"{2 * (4 * 16 * 16 + 3 * 16 * 32):,}"]
@@ -89,7 +88,7 @@ def test_the_commands_print_what_was_trained(run, tmp_path):
     inspected = python("-m", "ngc_jax.inspect", f"--workdir={run}", "--step=25")
     assert inspected.returncode == 0, inspected.stderr
     assert "checkpoint 30: sound" in inspected.stdout
-    assert f"state at step 25, sha256 {digest(open_trained(run, 25).state)}" in inspected.stdout
+    assert f"state at step 25, sha256 {digest(load(run, 25).state)}" in inspected.stdout
 
     picture = tmp_path / "curve.png"
     plotted = python("-m", "ngc_jax.plot", f"--out={picture}", run)
@@ -123,8 +122,8 @@ def test_a_loop_is_evaluated_for_other_rounds_and_until_it_settles(run, monkeypa
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        ("sample", ["--tokens=0"], "--tokens=0: must be 1 or more"),
-        ("sample", ["--top_p=2"], "--top_p=2.0: must be above 0 and at most 1"),
+        ("sample", ["--tokens=0"], "tokens=0: must be 1 or more"),
+        ("sample", ["--top_p=2"], "top_p=2.0: must be above 0 and at most 1"),
         ("inspect", ["--step=7"], "holds no checkpoint 7; there are: [20, 25, 30]"),
     ],
 )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.chaos import outcome
 from ngc_jax.config import base
-from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
@@ -103,7 +103,9 @@ def test_two_processes_lose_one_another_are_stopped_and_go_on_to_the_bit(text, c
 
 
 def test_one_who_waits_in_vain_says_for_whom():
-    script = "from ngc_jax import processes; processes.join('127.0.0.1:9', 2, 1, minutes=0.005)"
+    script = (
+        "from ngc_jax.runtime import multihost; multihost.join('127.0.0.1:9', 2, 1, minutes=0.005)"
+    )
     done = python("-c", script)
     assert done.returncode == 1
     assert (
@@ -127,7 +129,7 @@ def test_one_who_waits_in_vain_says_for_whom():
 )
 def test_flags_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        processes.join(*flags)
+        multihost.join(*flags)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +144,10 @@ def test_flags_that_make_no_sense_are_refused(flags, message):
     ],
 )
 def test_the_cluster_is_known_by_its_environment(environment, found):
-    assert processes.cluster({"JAX_PLATFORMS": "cpu", **environment}) == found
+    assert multihost.cluster({"JAX_PLATFORMS": "cpu", **environment}) == found
 
 
 def test_one_process_agrees_with_itself():
-    assert processes.exchange({"a": [1]}) == [{"a": [1]}]
-    with pytest.raises(UserError, match="no"), processes.agreed():
+    assert multihost.exchange({"a": [1]}) == [{"a": [1]}]
+    with pytest.raises(UserError, match="no"), multihost.agreed():
         raise UserError("no")

@@ -26,9 +26,9 @@ from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import TIMES, read_rows
 from ngc_jax.training import loop as train
+from ngc_jax.training.load import load
 from ngc_jax.training.rewiring import make_rewire
 from ngc_jax.training.step import init_state, losses
-from ngc_jax.training.workdir import open_trained
 
 G, N, M = 4, 3, 2
 
@@ -294,7 +294,7 @@ def test_a_run_that_lost_its_latter_part_makes_it_again_to_the_bit(tiny, tmp_pat
     for step in range(4, 13, 2):
         shutil.rmtree(tmp_path / "parts" / "checkpoints" / str(step))
     assert train.run(config, tmp_path / "parts")
-    whole, parts = (open_trained(tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (load(tmp_path / name) for name in ("whole", "parts"))
     assert digest(whole.state) == digest(parts.state)
     rows, again = (
         [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(tmp_path / name)]

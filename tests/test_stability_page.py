@@ -13,13 +13,14 @@ from conftest import WHOLE
 
 from ngc_jax.analysis import page
 from ngc_jax.analysis.stability import _loop, gain_bounds, headlines, measure, settled
+from ngc_jax.commands.arguments import command
 from ngc_jax.commands.stability import main
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.rules import weights
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training import loop as train
-from ngc_jax.training.workdir import command, open_trained
+from ngc_jax.training.load import load
 
 SECTIONS = ["numbers", "spectrum", "rounds", "tokens", "drive", "traffic", "paths", "bounds"]
 FIGURES = SECTIONS[1:-1]
@@ -122,7 +123,7 @@ def test_captions_name_units_and_limits(written, name, unit):
 
 
 def test_bounds_hold_for_the_weights(run):
-    trained = open_trained(run)
+    trained = load(run)
     params = trained.state.params
     bounds = gain_bounds(trained.model, params)
     assert list(bounds) == ["prelude 1", "core 1", "coda 1"]

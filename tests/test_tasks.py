@@ -15,6 +15,7 @@ from conftest import TINY, shaken
 from ml_collections import ConfigDict
 
 from ngc_jax.commands import solve
+from ngc_jax.commands.arguments import command
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.data import NOTHING, tasks
 from ngc_jax.data.batches import train_batches
@@ -25,8 +26,9 @@ from ngc_jax.nn.generate import generate
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training import loop as train
+from ngc_jax.training.evaluation import attending, score
+from ngc_jax.training.load import load
 from ngc_jax.training.step import predict, solved
-from ngc_jax.training.workdir import command, open_trained
 
 # ---- Solvers: difficulty, and what is given as symbols -> what is to be answered -----------------
 
@@ -455,7 +457,7 @@ def test_exact_is_what_greedy_decoding_writes(kept):
     """Right answers that are read as they grow, and what stands to the right of a problem, do not
     help.
     """
-    trained = open_trained(kept)
+    trained = load(kept)
     alike = {}  # problems whose question is as long, and whose answer is
     for problem in draw_set("dyck", 4, 4, {"test": 300}, 1)["test"]:
         alike.setdefault((len(problem.inputs), np.sum(problem.targets >= 0)), []).append(problem)
@@ -469,7 +471,5 @@ def test_exact_is_what_greedy_decoding_writes(kept):
     right = np.all(np.array([problem.targets[-answers:] for problem in problems]) == said, axis=1)
     assert 0 < right.sum() < len(problems)
     examples = [padded(problem, length + 5) for problem in problems]
-    result = solve.score(
-        solve.attending(trained, length).model, trained.params, trained.config, examples
-    )
+    result = score(attending(trained.model, length), trained.params, trained.config, examples)
     assert result["exact"] == pytest.approx(right.mean())

@@ -17,7 +17,7 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import TIMES, Progress, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
 from ngc_jax.training import loop as train
-from ngc_jax.training.workdir import open_trained
+from ngc_jax.training.load import load
 
 
 def rows_but_for_times(workdir):
@@ -25,7 +25,7 @@ def rows_but_for_times(workdir):
 
 
 def final_digest(workdir):
-    return digest(open_trained(workdir).state)
+    return digest(load(workdir).state)
 
 
 def stop_when_shown(monkeypatch, *steps):
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_the_contract_says(unbroken, tiny):
     assert checkpoints.steps() == [20, 25, 30]
     assert checkpoints.newest_sound() == (30, {})
     checkpoints.close()
-    assert int(open_trained(unbroken, 25).state.step) == 25
+    assert int(load(unbroken, 25).state.step) == 25
 
 
 def test_a_finished_run_is_left_as_it_is(unbroken, tiny, capsys):
@@ -203,7 +203,7 @@ def test_changed_text_is_refused(unbroken, tiny, tmp_path):
 
 def test_a_directory_that_is_no_runs_is_refused(tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no run's"):
+    with pytest.raises(UserError, match="holds no run"):
         train.run(tiny, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -260,7 +260,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(tiny_flags, tmp_path):
     rest = run.stdout.read()
     assert run.wait(60) == EXIT_CODE
     assert "is saved; the same command goes on from there" in rest
-    trained = open_trained(tmp_path / "run")
+    trained = load(tmp_path / "run")
     assert trained.step >= 20
     assert read_rows(tmp_path / "run")[-1]["step"] == trained.step
 

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from ngc_jax import count
+from ngc_jax.commands.arguments import command
 from ngc_jax.config import make_model, model_shape, validate
 from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Bytes, most_tokens
@@ -35,9 +36,9 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import match_size as budget
+from ngc_jax.training.load import abstract_state
 from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.step import losses, make_train_step
-from ngc_jax.training.workdir import abstract_state, command
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$")

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from ngc_jax import count
+from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.training import optimizer as optim
-from ngc_jax.training.workdir import command, open_trained, parser
+from ngc_jax.training.load import load
 
 
 def parameter_table(params: Any, model: LanguageModel) -> str:
@@ -61,8 +62,8 @@ def parameter_table(params: Any, model: LanguageModel) -> str:
 
 def main() -> None:
     """Print checkpoints, the parameter table, and the digest of the state."""
-    args = parser(__doc__).parse_args()
-    trained = open_trained(args.workdir, args.step)
+    args = read(parser(__doc__))
+    trained = load(args.workdir, args.step)
     checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)
     for step in checkpoints.steps():
         print(f"checkpoint {step}: {checkpoints.fault(step) or 'sound'}")

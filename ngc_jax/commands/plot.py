@@ -7,9 +7,9 @@ For: reading metrics.jsonl of one run or several and drawing them. Not for: repo
 import argparse
 import pathlib
 
+from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
-from ngc_jax.training.workdir import command
 
 
 def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 
 from ngc_jax.analysis import figures, page
 from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
+from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.data.batches import Examples, held_out_batches
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training.evaluation import data_of
-from ngc_jax.training.workdir import command, open_trained, parser
+from ngc_jax.training.load import load
 
 
 def held_out(examples: Examples, context: int, count: int) -> np.ndarray:
@@ -47,18 +47,16 @@ def main() -> None:
     arguments.add_argument(
         "--rounds", type=int, default=16, help="to follow the loop for, >= 2; no fewer than trained"
     )
-    args = arguments.parse_args()
+    args = read(arguments)
     if args.sequences < 2:
         raise UserError(f"--sequences={args.sequences}: must be 2 or more, for instance 16")
     if args.rounds < LEAST_ROUNDS:
         raise UserError(f"--rounds={args.rounds}: must be {LEAST_ROUNDS} or more, for instance 16")
     figures.matplotlib()
-    trained = open_trained(args.workdir, args.step)
+    trained = load(args.workdir, args.step)
     config = trained.config
     decoder = trained.decoder
-    tokens = held_out(
-        data_of(trained, args.workdir).validation, config.data.context, args.sequences
-    )
+    tokens = held_out(trained.data().validation, config.data.context, args.sequences)
     out = args.out or args.workdir / "stability"
     try:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring

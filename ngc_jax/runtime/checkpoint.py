@@ -22,8 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ngc_jax.runtime import multihost as processes
-from ngc_jax.runtime.files import Path, files, in_bucket, move, write_durably
+from ngc_jax.runtime import multihost
+from ngc_jax.runtime.files import Path, files, in_bucket, move, sync, write_durably
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
@@ -127,7 +127,7 @@ class Checkpoints:
         """Save in the background. Waits for the save before this one. Raises SaveFailed for either."""
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        if processes.first():
+        if multihost.first():
             self._remove_begun()
             # where nothing is renamed, a step has its name from the start
             if in_bucket(self.directory):
@@ -184,9 +184,11 @@ class Checkpoints:
 
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()
-        if processes.first():
+        if multihost.first():
             home = self.directory / str(step)
             write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
+            if not in_bucket(home):
+                sync(self.directory)  # where Orbax has given the step its name
             # again: Orbax's threads may write on for a while after a failed save was raised
             self._remove_begun()
 

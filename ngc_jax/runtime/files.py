@@ -7,6 +7,7 @@ renamed, or held back from the disk. Not for: checkpoints, which Orbax writes.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -52,6 +53,8 @@ def move(directory: Path, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     to.parent.mkdir(exist_ok=True)
     os.replace(directory, to)
+    sync(directory.parent)
+    sync(to.parent)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -66,9 +69,22 @@ def write_durably(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Has a file's content on disk, or a directory's entries: a renamed file is safe only then."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such sync
+            raise
+    finally:
+        os.close(handle)
 
 
 class Log:
@@ -126,13 +142,12 @@ def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
         ) from error
     try:
         yield building
-        for path in building.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        for path in (building, *building.rglob("*")):
+            sync(path)
         # somebody else's build of the same thing came first: theirs stays
         with contextlib.suppress(OSError):
             os.rename(building, home)
+            sync(home.parent)
         if not home.is_dir():
             raise UserError(
                 f"could not move a finished build to {home}: is there a file in its place?"

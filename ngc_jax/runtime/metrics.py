@@ -16,7 +16,7 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime import multihost
 from ngc_jax.runtime.files import Log, Path, in_bucket
 
 Row = dict[str, Any]
@@ -44,13 +44,13 @@ class Metrics:
     """
 
     def __init__(self, workdir: Path, start: int):
-        writes = processes.first()
+        writes = multihost.first()
         kept = (
             [row for row in read_rows(workdir) if row["step"] <= start] if start and writes else []
         )
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
         measured = {name.partition("/")[0] for row in others for name in row}
-        self.measured = set(processes.exchange(sorted(measured))[0])
+        self.measured = set(multihost.exchange(sorted(measured))[0])
         self._log = self._board = None
         if not writes:
             return

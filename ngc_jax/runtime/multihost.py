@@ -23,9 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime.errors import UserError, say
 
 CHECK = (
@@ -200,7 +199,7 @@ def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
     """
     if jax.process_count() == 1:
         return None
-    lies = NamedSharding(mesh, meshes.partition_spec("row", None))
+    lies = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
     return jax.make_array_from_callback((mesh.size, len(votes)), lies, lambda _: np.array([votes]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path, in_bucket
 
@@ -34,7 +34,7 @@ class Profile:
                 f"train.profile={updates!r}: must be '' where --workdir is in a bucket, as {home} is"
             )
         self._first, self._last = (
-            map(int, updates.split(":")) if updates and processes.first() else (1, 0)
+            map(int, updates.split(":")) if updates and multihost.first() else (1, 0)
         )
         self._home, self._tracing = home, False
 

@@ -1,43 +1,78 @@
-"""Held-out loss of a model. As a command: `python -m ngc_jax.evaluate --workdir=DIR`, over all that
-is held out.
+"""Held-out loss, problems solved and stability of a model, over as many rounds as one asks for.
 
-`--rounds=8` runs the loop for another number of rounds than the config says; `--rounds=settled`
-until a round moves no token's state by `--tolerance` of its length, for `--cap` rounds at most, and
-says how many rounds that were.
-
-For: turning held-out batches into nats per target, bits per byte or problems solved, and stability
-measures. Not for: what one batch is worth (`steps.py`), what is measured of stability
-(`stability/watch.py`), or tests by difficulty (`solve.py`).
+For: turning sums over held-out batches into nats per target, bits per byte or the share of problems
+solved. Not for: one batch (`step.py`), the stability measures (`stability_metrics.py`), or command
+lines (`commands/`).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.data.batches import Examples, held_out_batches
-from ngc_jax.data.tokens import Data, load_data
+from ngc_jax.data.problems import Problems, problem_set
+from ngc_jax.data.tasks import boundary
+from ngc_jax.data.tokens import Data, cache_directory
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path
 from ngc_jax.training.rounds import Apply, marked
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import make_eval_step
-from ngc_jax.training.workdir import Trained
 
-CAP = 64  # rounds at most where the state says how many
+# Pairs of positions in a batch at most, so that attention over long problems fits in memory.
+ATTENDED = 2**23
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """Rounds until none moves a token's state by more than `tolerance` of its length."""
+
+    tolerance: float = 0.01
+    cap: int = 64  # rounds at most
+
+
+Rounds = int | Settled | None  # rounds of the loop; None: those of training
+
+
+def at_rounds(
+    model: LanguageModel, config: Any, rounds: Rounds
+) -> tuple[LanguageModel, Apply | None]:
+    """The model that runs these rounds, and what replaces its `apply` where they differ by token.
+
+    Raises UserError where a number of rounds is asked of a model without a loop.
+    """
+    decoder = model if isinstance(model, Decoder) else None
+    if rounds is None:
+        return model, marked(decoder, config)
+    if decoder is None or not decoder.shape.core:
+        raise UserError(f"rounds={rounds}: must not be given for a model without a loop")
+    if isinstance(rounds, Settled):
+        settle = partial(decoder.settle, tolerance=rounds.tolerance, cap=rounds.cap)
+        return model, settle
+    if rounds < 1:
+        raise UserError(f"rounds={rounds}: must be 1 or more, for instance 8")
+    return decoder.at(rounds), None
+
+
+def attending(model: LanguageModel, length: int) -> LanguageModel:
+    """The same model, whose attention looks back on `length` tokens."""
+    if isinstance(model, Decoder):
+        return Decoder(dataclasses.replace(model.shape, context=length))
+    return model
 
 
 def compile_eval(
     model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
 ) -> Callable[..., Any]:
-    """The jitted evaluation of one batch for a config, on a mesh; `settle` stands for
-    `model.apply`, if it is given.
-    """
+    """The jitted evaluation of one batch on a mesh; `settle`, if given, replaces `model.apply`."""
     step = make_eval_step(model, config.train, data.tokenizer.lengths, data.boundary, settle)
     return jax.jit(meshes.with_mesh(mesh, step), out_shardings=meshes.replicated(mesh))
 
@@ -51,12 +86,12 @@ def held_out(
     limit: int = 0,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """{"loss": nats per target} on `limit` examples (0 = all); of text "bits_per_byte", of problems
-    "exact"; and where the loop runs until it settles "rounds" per target.
+    """Means over `limit` examples (0: all), by a `step` of `make_eval_step`.
 
-    Bits per byte divide by the bytes of the text, whatever the tokens are, and so compare over
-    tokenizers. Exact is the share of problems with every answer right. `between` is called before
-    each batch, and may raise to abandon all.
+    "loss" is in nats per target. Text has "bits_per_byte", which divides by the bytes of the text
+    and so compares over tokenizers. Problems have "exact", the share with every answer right. A
+    loop that runs until it settles has "rounds" per target. `between` is called before each batch,
+    and may raise to abandon all.
     """
     batches = held_out_batches(
         examples, batch_size=batch_size, limit=limit, rows=meshes.local_batch_rows(mesh, batch_size)
@@ -80,13 +115,20 @@ def compile_watch(
 ) -> Callable[[Any], dict[str, float]]:
     """The stability measures of `config.stability` on held-out data: params -> {"stability/...":
     value}.
+
+    They are means over windows, `config.stability.tokens` in all or as many as there are. Every
+    window counts equally often, also where there are fewer windows than parts of the mesh.
     """
-    parts = mesh.size // mesh.shape["group"]
+    parts, available = mesh.size // mesh.shape["group"], len(data.validation)
     wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
-    batches = held_out_batches(
-        data.validation, batch_size=wanted, limit=wanted, rows=meshes.local_batch_rows(mesh, wanted)
-    )
-    tokens = meshes.put_batch(mesh, next(iter(batches))[0][:, 0])
+    count = min(wanted, available // parts * parts)
+    chosen = np.linspace(0, available - 1, count).round().astype(int)
+    if not count:
+        count = math.lcm(available, parts)
+        chosen = np.arange(count) % available
+    rows = meshes.local_batch_rows(mesh, count)
+    batches = held_out_batches([data.validation[i] for i in chosen], batch_size=count, rows=rows)
+    tokens = meshes.put_batch(mesh, next(batches)[0][:, 0])
     # It runs seldom: at optimization level 1 it compiles several times faster.
     options = {"xla_backend_optimization_level": 1}
     watch = meshes.with_mesh(mesh, make_watch(model, config.stability))
@@ -96,20 +138,39 @@ def compile_watch(
     }
 
 
-def data_of(trained: Trained, workdir: Path) -> Data:
-    """What a run was trained on, and what was held out. Raises UserError where this is something
-    else by now.
+def score(
+    model: LanguageModel, params: Any, config: Any, problems: Examples, settle: Apply | None = None
+) -> dict[str, float]:
+    """`held_out` of problems; `settle`, if given, replaces `model.apply`."""
+    mesh = meshes.single_device()
+    evaluate = make_eval_step(model, config.train, None, boundary(config.data.task), settle)
+    rows = max(1, min(config.eval.batch_size, ATTENDED // problems[0].shape[1] ** 2))
+    return held_out(jax.jit(meshes.with_mesh(mesh, evaluate)), params, mesh, problems, rows)
+
+
+def examine(
+    model: LanguageModel,
+    params: Any,
+    config: Any,
+    difficulty: int,
+    examples: int,
+    *,
+    seed: int = 0,
+    attend: int | None = None,
+    rounds: Rounds = None,
+) -> dict[str, float]:
+    """`score` on test problems of a difficulty, as many as `examples`, drawn from a seed.
+
+    Training has not seen them (`data/problems.py`). Attention looks back on `attend` tokens, 0: on
+    all of a problem; None: as `model.attend` has it in training.
     """
-    data = load_data(trained.config.data)
-    if trained.meta["data"] != data.fingerprint:
-        raise UserError(
-            f"this is not what {workdir} was trained on: fingerprint {data.fingerprint[:16]}, trained on "
-            f"{trained.meta['data'][:16]} (another Python version, or changed files at data.path, or another ngc_jax)"
-        )
-    return data
-
-
-def as_trained(trained: Trained) -> tuple[LanguageModel, Apply | None]:
-    """What `run_for` gives for the rounds that training had, or that an example's marks ask for."""
-    decoder = trained.model if isinstance(trained.model, Decoder) else None
-    return trained.model, marked(decoder, trained.config)
+    data = config.data
+    found = problem_set(
+        data.task, difficulty, difficulty, {"test": examples}, seed, cache_directory(data)
+    )
+    problems = Problems(found.home, "test", found.longest)
+    attend = config.model.attend if attend is None else attend
+    model, settle = at_rounds(
+        attending(model, attend or max(found.longest, data.context)), config, rounds
+    )
+    return score(model, params, config, problems, settle)

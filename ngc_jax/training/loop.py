@@ -29,7 +29,7 @@ from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.runtime import multihost as processes
+from ngc_jax.runtime import multihost
 from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path
@@ -41,11 +41,12 @@ from ngc_jax.training import card
 from ngc_jax.training import match_size as budget
 from ngc_jax.training.costs import costs, devices, peak, update_flops, versions
 from ngc_jax.training.evaluation import compile_eval, compile_watch, held_out
+from ngc_jax.training.load import abstract_state
 from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rewiring import changes, compile_rewire, pruned
 from ngc_jax.training.rounds import make_iteration, marked
 from ngc_jax.training.step import TrainState, init_state, make_train_step
-from ngc_jax.training.workdir import abstract_state, claim
+from ngc_jax.training.workdir import claim
 
 # kinds of rows that are made of the state between two updates
 MEASURED = {"eval", "stability", "final"}
@@ -86,11 +87,11 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     train, data = config.train, config.data
 
     # ---- What is asked for -----------------------------------------------------------------------
-    with processes.agreed():
+    with multihost.agreed():
         validate(config)
         budget.resolve(config)
         source = load_data(data)
-    processes.same(
+    multihost.same(
         config=config.to_json(sort_keys=True), text=source.fingerprint, software=str(versions())
     )
     model = make_model(config, source.tokenizer.vocab)
@@ -114,14 +115,14 @@ def run(config: ConfigDict, workdir: Path) -> bool:
 
     def voting(state: TrainState, batch: Any, cast: Any) -> tuple[TrainState, Any]:
         after, scalars = step_function(state, batch)
-        return after, (scalars, processes.tally(cast))
+        return after, (scalars, multihost.tally(cast))
 
     jitted = jax.jit(
         meshes.with_mesh(mesh, voting),
         out_shardings=(lies, meshes.replicated(mesh)),
         donate_argnums=0,
     )
-    update = jitted.lower(like, batch, processes.ballots(mesh, False, False)).compile()
+    update = jitted.lower(like, batch, multihost.ballots(mesh, False, False)).compile()
     rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
     evaluate = compile_eval(model, config, mesh, source, marked(decoder, config))
     watch = (
@@ -137,12 +138,12 @@ def run(config: ConfigDict, workdir: Path) -> bool:
 
     def newest(among: Collection[int]) -> int | None:
         """The newest sound checkpoint of these; one that is not sound is named and set aside."""
-        sound, faults = checkpoints.newest_sound(among) if processes.first() else (None, {})
+        sound, faults = checkpoints.newest_sound(among) if multihost.first() else (None, {})
         for bad, fault in faults.items():
             progress.say(
                 f"checkpoint {bad} is passed over: {fault}; moved to {checkpoints.set_aside(bad)}"
             )
-        (sound, *_) = processes.exchange(sound)
+        (sound, *_) = multihost.exchange(sound)
         checkpoints.reload()
         return sound
 
@@ -197,7 +198,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     # ---- The loop --------------------------------------------------------------------------------
     clock, last_save = Clock(seconds), time.monotonic()
     asked_to_stop = Preemption()
-    report = workdir / ("hang.txt" if processes.first() else f"hang_{jax.process_index()}.txt")
+    report = workdir / ("hang.txt" if multihost.first() else f"hang_{jax.process_index()}.txt")
     watchdog = Watchdog(train.hang_minutes, train.hang_exit, report)
 
     def wishes() -> tuple[bool, bool]:
@@ -242,7 +243,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
 
         def between() -> None:
             watchdog.beat()
-            if any(processes.exchange(bool(asked_to_stop))):
+            if any(multihost.exchange(bool(asked_to_stop))):
                 raise Asked
 
         def hold_out(kind: str) -> dict[str, float]:
@@ -383,7 +384,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
                 break
 
             placed = meshes.put_batch(mesh, next(here.batches))
-            cast = processes.ballots(mesh, *wishes())
+            cast = multihost.ballots(mesh, *wishes())
             with jax.transfer_guard("disallow"):
                 here.state, scalars = update(here.state, placed, cast)
             settle()  # of the update before, while this one runs
@@ -405,7 +406,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     stored = count.parameters(
         jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params)
     )
-    if processes.first():
+    if multihost.first():
         card.write(workdir, config, source.summary, stored, count.generated_weights(model))
     progress.say(
         f"done: {train.steps} steps in {duration(clock.seconds())} of training; see {workdir / 'card.md'}"
