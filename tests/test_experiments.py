@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import early_warning, protocols, readme, rule_pictures, settled, stats, sums
+from experiments import early_warning, protocols, results_page, rule_pictures, settled, stats, sums
 from experiments import text_measures as measures
 from experiments.blocks import Table
 from ngc_jax import RULES
@@ -106,7 +106,7 @@ def test_divergence_is_jensen_and_shannons():
 
 
 def test_difficulty_is_held_fixed():
-    """Longer sums are wrong more often and less settled; within a length there is nothing to see."""
+    """Longer sums are wrong more often; within a length nothing separates right from wrong."""
     noise = np.random.default_rng(0)
     terms = np.repeat([3, 6], 2000)
     right = noise.uniform(size=4000) < np.where(terms == 3, 0.9, 0.1)
@@ -131,13 +131,16 @@ def test_a_comparison_solves_the_share_for_each_model():
     assert share == pytest.approx(0.25, rel=0.01)
 
 
-def test_readmes_table_is_of_the_committed_results():
-    said = readme.README.read_text()
-    assert readme.renewed(said, readme.REPORT.read_text()) == said
+def test_the_results_page_has_the_committed_results_and_their_picture():
+    report = results_page.REPORT.read_text()
+    said = results_page.PAGE.read_text()
+    assert results_page.renewed(said, report) == said
+    assert results_page.drawing(report)[:4] == results_page.PICTURE.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_readmes_table_has_the_largest_first_and_the_better_before_the_worse():
-    head = ["model", "share", readme.LOSS, *list(readme.COLUMNS)[2:4], *list(readme.COLUMNS)[5:]]
+def test_the_results_table_has_the_largest_first_and_the_better_before_the_worse():
+    columns = list(results_page.COLUMNS)
+    head = ["model", "share", results_page.LOSS, *columns[2:4], *columns[5:]]
     rows = [
         ["NGC", "0.12", "1.5 ± 0.1", "12", "13", "-0.1", "0.7"],
         ["dense", "0.32", "1.45 ± 0.1", "32", "33", "", "0.6"],
@@ -151,9 +154,9 @@ def test_readmes_table_has_the_largest_first_and_the_better_before_the_worse():
         Table(head, rows),
         Table(["model"], [["NGC"]]),
     )
-    lines = readme.table("\n\n".join(table.markdown() for table in tables)).splitlines()
+    lines = results_page.table("\n\n".join(table.markdown() for table in tables)).splitlines()
     assert lines[0].startswith(
-        "| model | share | parameters in matrices | all parameters | loss (nats per byte) | "
+        "| model | size | parameters in matrices | all parameters | loss (nats per byte) | "
     )
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| BDH",
@@ -162,4 +165,4 @@ def test_readmes_table_has_the_largest_first_and_the_better_before_the_worse():
         "| BDH",
         "| NGC",
     ]
-    assert lines[3] == "| NGC | 0.32 | 32 | 34 | 1.4 ± 0.1 | -0.05 | 1.4 |"
+    assert lines[3] == "| NGC | 32% of the parameters | 32 | 34 | 1.4 ± 0.1 | -0.05 | 1.4 |"

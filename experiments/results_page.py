@@ -1,0 +1,107 @@
+"""The table and the picture of docs/results.md, from the committed report of the comparison.
+
+    python -m experiments.results_page
+
+For: the columns that a first reader needs, the largest size first and the best model first. Not
+for: the numbers themselves, which `compare.py` computes: this file only reads them.
+"""
+
+import itertools
+import pathlib
+from typing import Any
+
+from experiments.blocks import Table
+from experiments.figures import picture
+from experiments.study import LOSS
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE, PICTURE = ROOT / "docs" / "results.md", ROOT / "docs" / "results.png"
+REPORT = ROOT / "experiments" / "results" / "small" / "report.md"
+BEGIN, END = "<!-- made by: python -m experiments.results_page -->\n", "<!-- end -->"
+COLUMNS = {  # of the report: as the page calls them
+    "model": "model",
+    "share": "size",
+    "parameters in matrices": "parameters in matrices",
+    "all parameters": "all parameters",
+    LOSS: "loss (nats per byte)",
+    "difference": "difference from dense of the same size",
+    "time of an update / dense's": "time of an update (dense_small = 1)",
+}
+COLOURS = {"NGC": "#0072b2", "NGC unlooped": "#0072b2", "dense": "#000000"}
+OTHERS = "#8a8a8a"
+
+
+def rows(report: str) -> list[dict[str, str]]:
+    """The rows of a report's table of results, the largest size first and the lowest loss first."""
+    lines = report.splitlines()
+    start = next(i for i, line in enumerate(lines) if LOSS in cells(line))
+    found = [
+        cells(line)
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    ]
+    every = [dict(zip(found[0], values, strict=True)) for values in found[2:]]
+    done = [row for row in every if row[LOSS] != "-"]
+    return sorted(done, key=lambda row: (row["share"], -number(row[LOSS])[0]), reverse=True)
+
+
+def table(report: str) -> str:
+    """The table of the page, in Markdown."""
+    named = [row | {"share": size(row["share"])} for row in rows(report)]
+    return Table([*COLUMNS.values()], [[row[name] for name in COLUMNS] for row in named]).markdown()
+
+
+def drawing(report: str) -> bytes:
+    """The loss of each model with its interval, one panel a size, as a PNG."""
+    sizes = {
+        share: [*group] for share, group in itertools.groupby(rows(report), lambda r: r["share"])
+    }
+    full = number(next(row[LOSS] for row in sizes["1:flops"] if row["model"] == "dense"))[0]
+
+    def draw(canvas: Any) -> None:
+        panels = canvas.subplots(
+            len(sizes), 1, sharex=True, height_ratios=[len(group) + 0.6 for group in sizes.values()]
+        )
+        for panel, (share, group) in zip(panels, sizes.items(), strict=True):
+            for place, row in enumerate(reversed(group)):
+                loss, interval = number(row[LOSS])
+                colour = COLOURS.get(row["model"], OTHERS)
+                panel.errorbar(loss, place, xerr=interval, fmt="o", color=colour, capsize=3)
+            panel.axvline(full, color="0.6", linestyle=":", linewidth=1)
+            panel.set(yticks=range(len(group)), ylim=(-0.8, len(group) - 0.2))
+            panel.set_yticklabels([row["model"] for row in reversed(group)])
+            panel.set_title(size(share), loc="left", fontsize=10, fontweight="bold")
+            panel.grid(axis="x", alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[-1].set_xlabel("held-out loss (nats per byte): mean and 95% interval of three seeds")
+
+    return picture("results", "", draw, width=7.0, height=7.6).png
+
+
+def size(share: str) -> str:
+    """What a model's size was matched to, in words."""
+    if share.endswith(":flops"):
+        return "equal FLOPs"
+    return f"{100 * float(share):.0f}% of the parameters"
+
+
+def number(text: str) -> tuple[float, float]:
+    """Mean and half of the interval of "1.3901 ± 0.0140"."""
+    mean, interval = text.split(" ± ")
+    return float(mean), float(interval)
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a table's line."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def renewed(page: str, report: str) -> str:
+    """The page with its table made again."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(report)}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text(), REPORT.read_text()))
+    PICTURE.write_bytes(drawing(REPORT.read_text()))
