@@ -13,13 +13,12 @@ import time
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
-import jax.numpy as jnp
 
 from ngc_jax.config import base, model_shape
+from ngc_jax.data.batches import token_batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.training.load import abstract_state
-from ngc_jax.training.step import make_train_step
+from ngc_jax.training.step import abstract_state, make_train_step
 
 
 def seconds(**fields: int) -> float:
@@ -29,8 +28,8 @@ def seconds(**fields: int) -> float:
     config = base()
     config.model.update(fields)
     model = Decoder(model_shape(config, Bytes.vocab))
-    batch = jax.ShapeDtypeStruct((config.train.batch_size, 2, config.data.context), jnp.int32)
-    like = abstract_state(model, config)
+    batch = token_batch(config.train.batch_size, config.data.context)
+    like = abstract_state(model, config.train)
     jax.clear_caches()
     began = time.perf_counter()
     jax.jit(make_train_step(model, config.train)).lower(like, batch).compile()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ngc_jax.analysis import leading_exponent, lyapunov_spectrum, rounds_step
 from ngc_jax.config import base, model_shape
+from ngc_jax.data.batches import Batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.stability_metrics import make_watch
@@ -39,7 +40,7 @@ def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
     model = Decoder(model_shape(config, 257))
     params = jax.jit(model.init)(jax.random.key(2))
     tokens = jax.random.randint(jax.random.key(3), (4, config.data.context), 0, 257)
-    step, entered = rounds_step(model, params, tokens)
+    step, entered = rounds_step(model, params, Batch(tokens))
     return {
         "recurrent, 64 x 512": (lambda x, u: jnp.tanh(x @ w), start),
         "rounds of the defaults": (step, entered),
@@ -56,11 +57,12 @@ def watching() -> float:
     update = jax.jit(make_train_step(model, config.train))
     watch = jax.jit(make_watch(model, config.stability))
     length = config.data.context
-    batch = jax.random.randint(jax.random.key(1), (config.train.batch_size, 2, length), 0, 256)
+    shape = (2, config.train.batch_size, length)
+    batch = Batch(*jax.random.randint(jax.random.key(1), shape, 0, 256))
     rows = -(-config.stability.tokens // config.data.context)
     held_out = jax.random.randint(jax.random.key(2), (rows, length), 0, 256)
     times = paired(
-        lambda: update(state, batch)[1]["train/loss"], lambda: watch(state.params, held_out)
+        lambda: update(state, batch)[1]["train/loss"], lambda: watch(state.params, Batch(held_out))
     ).ratio
     return times / config.stability.every
 

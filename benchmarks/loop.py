@@ -20,12 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base
-from ngc_jax.data.batches import train_batches
+from ngc_jax.data.batches import Batch, train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.metrics import read_rows
@@ -57,7 +56,7 @@ def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
     return config
 
 
-def batches(config: ConfigDict) -> Iterator[np.ndarray]:
+def batches(config: ConfigDict) -> Iterator[Batch]:
     """The run's input, from the start."""
     windows = load_data(config.data).train
     return train_batches(
@@ -93,13 +92,13 @@ def bare(config: ConfigDict) -> Callable[[], float]:
     adam = optax.adamw(rates, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
     chain = optax.chain(optax.clip_by_global_norm(train.clip_norm), adam)
 
-    def loss(params: Any, batch: jax.Array) -> jax.Array:
-        logits, _ = model.apply(params, batch[:, 0])
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        logits, _ = model.apply(params, batch)
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.maximum(batch[:, 1], 0)
+            logits, jnp.maximum(batch.targets, 0)
         ).mean()
 
-    def step(params: Any, memory: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
+    def step(params: Any, memory: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, memory = chain.update(grads, memory, params)
         return optax.apply_updates(params, updates), memory, value
@@ -109,7 +108,7 @@ def bare(config: ConfigDict) -> Callable[[], float]:
     fed = [jax.device_put(batch) for batch in batches(config)]
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, memory, fed[0]).compile()
 
-    def lap(part: list[jax.Array]) -> float:
+    def lap(part: list[Batch]) -> float:
         nonlocal params, memory
         began = time.perf_counter()
         for batch in part:

@@ -20,6 +20,7 @@ import numpy as np
 from ngc_jax.config import base
 from ngc_jax.core import attention
 from ngc_jax.core.rules import RULES, transmit, weights
+from ngc_jax.data.batches import Batch
 from ngc_jax.training.step import losses
 from ngc_jax.training.timing import model_of
 
@@ -57,16 +58,16 @@ def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[T
             lambda x, pre, post, name=name: x @ weights(name, pre, post).T,
             (x, pre, post),
         )
-    batch = jax.random.randint(jax.random.key(2), (4, 2, 64), 0, 256)
+    batch = Batch(*jax.random.randint(jax.random.key(2), (2, 4, 64), 0, 256))
     for form in ("weights", "signals"):
         config = base()
         config.model.form = form
         config.data.context = 64
         model = model_of(config)
 
-        def gradient(params: Tree, batch: jax.Array, model: Any = model) -> Tree:
+        def gradient(params: Tree, batch: Batch, model: Any = model) -> Tree:
             def loss(params: Tree) -> jax.Array:
-                return losses(model, params, batch, None, params["embed"].dtype)[0].mean()
+                return losses(model, params, batch, params["embed"].dtype)[0].mean()
 
             return jax.value_and_grad(loss)(params)
 

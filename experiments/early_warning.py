@@ -25,7 +25,7 @@ import optax
 
 from experiments.stats import auroc
 from ngc_jax.config import base, model_shape
-from ngc_jax.data.batches import train_batches
+from ngc_jax.data.batches import Batch, train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.early_warning import HORIZON, THRESHOLD
@@ -79,7 +79,7 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
             if isinstance(s, adam)
         )
 
-    def step(state: Any, rate: jax.Array, batch: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def step(state: Any, rate: jax.Array, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         train = types.SimpleNamespace(
             **{**config.train.to_dict(), "learning_rate": rate, "state_learning_rate": rate}
         )
@@ -91,7 +91,7 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
             optax.tree.norm(gradient) * optax.tree.norm(old) + 1e-12
         )
         size = {"alignment": cosine, "parameter_norm": optax.tree.norm(state.params)}
-        return after, {**scalars, **watch(state.params, batch[:, 0]), **size}
+        return after, {**scalars, **watch(state.params, batch), **size}
 
     keys = jnp.arange(RUNS) + RUNS * seed
     state = jax.jit(jax.vmap(lambda seed: init_state(model, config.train, seed)))(keys)

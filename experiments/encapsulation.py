@@ -33,7 +33,7 @@ from experiments.text_measures import (
     words,
 )
 from ngc_jax.analysis import attention_weights_by_stage
-from ngc_jax.data.batches import Windows
+from ngc_jax.data.batches import Batch, Windows
 from ngc_jax.data.tokens import Bytes, load_data
 from ngc_jax.nn.generate import generate
 from ngc_jax.training.load import Trained, load
@@ -89,7 +89,7 @@ def spoken(trained: Trained) -> dict[str, float]:
         trained.model, trained.state.params, jnp.asarray(prompts), LENGTH, key, temperature, top_p
     )
     look = jax.jit(attention_weights_by_stage, static_argnums=0)(
-        trained.decoder, trained.state.params, jnp.asarray(prompts)
+        trained.decoder, trained.state.params, Batch(jnp.asarray(prompts))
     )
     return {
         **lexical([trained.tokenizer.decode(row) for row in said.tolist()]),
@@ -104,7 +104,9 @@ def answered(trained: Trained) -> dict[str, float]:
     agree.
     """
     answer = jax.jit(
-        lambda params, prompts: jnp.argmax(trained.model.apply(params, prompts)[0][:, -1], axis=-1)
+        lambda params, prompts: jnp.argmax(
+            trained.model.apply(params, Batch(prompts))[0][:, -1], axis=-1
+        )
     )
     found: dict[str, float] = {}
     for terms in ASKED:

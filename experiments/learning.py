@@ -15,10 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax.analysis.stability import of_synapses
 from ngc_jax.core.rules import weights
+from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.tangent_kernel import effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.training import optimizer as optim
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -42,11 +42,9 @@ def effective_ranks(model: Decoder, params: Params) -> dict[str, dict[str, float
     }
 
 
-def movements(before: Params, after: Params) -> dict[str, float]:
-    """|after - before| / |before| of the parameters of each kind (`optim.kind`) that there is,
-    {"state": ...}.
-    """
-    kinds = flatten_dict(optim.kinds(before))
+def movements(model: LanguageModel, before: Params, after: Params) -> dict[str, float]:
+    """|after - before| / |before| of the parameters of each kind (`ParamInfo`), {"state": ...}."""
+    kinds = {path: info.kind for path, info in flatten_dict(model.param_info()).items()}
     old, new = flatten_dict(before), flatten_dict(after)
     chosen = {
         kind: [path for path, of in kinds.items() if of == kind]
@@ -59,7 +57,7 @@ def movements(before: Params, after: Params) -> dict[str, float]:
 
 
 def logit_kernel(
-    model: LanguageModel, params: Params, tokens: Array, *, projections: int = 4
+    model: LanguageModel, params: Params, batch: Batch, *, projections: int = 4
 ) -> Array:
     """The tangent kernel of the logits z over states and matrices, between windows [B, T]: an
     estimate of K [B, B].
@@ -71,15 +69,16 @@ def logit_kernel(
     Gradients are by states and matrices alone, as arXiv 2310.08513 takes them by the weights whose
     rank it sets.
     """
-    held = flatten_dict(params)
-    trained = {path: leaf for path, leaf in held.items() if optim.kind(path) in ("state", "matrix")}
+    held, info = flatten_dict(params), flatten_dict(model.param_info())
+    trained = {path: leaf for path, leaf in held.items() if info[path].weighs}
 
     def one(key: Array) -> Array:
-        signs = jax.random.rademacher(key, (tokens.shape[1], model.shape.vocab), jnp.float32)
+        signs = jax.random.rademacher(key, (batch.inputs.shape[1], model.shape.vocab), jnp.float32)
 
         def projected(trained: Params, window: Array) -> Array:
-            return jnp.vdot(signs, model.apply(unflatten_dict(held | trained), window[None])[0])
+            params = unflatten_dict(held | trained)
+            return jnp.vdot(signs, model.apply(params, Batch(window[None]))[0])
 
-        return tangent_kernel(projected, trained, tokens)
+        return tangent_kernel(projected, trained, batch.inputs)
 
     return jnp.mean(jax.lax.map(one, jax.random.split(jax.random.key(0), projections)), axis=0)

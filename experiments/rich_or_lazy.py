@@ -41,16 +41,16 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     config, model, after = trained.config, trained.decoder, trained.state.params
     before = jax.jit(lambda: init_state(model, config.train, config.seed).params)()
     windows = trained.data().validation
-    tokens = next(held_out_batches(windows, batch_size=WINDOWS, limit=WINDOWS))[0][:, 0]
+    batch, _ = next(held_out_batches(windows, batch_size=WINDOWS, limit=WINDOWS))
     return {
         "effective rank at start": mean_rank(model, before),
         "at the end": mean_rank(model, after),
-        "parameters moved": movements(before, after)[
+        "parameters moved": movements(model, before, after)[
             "matrix" if config.model.rule == "dense" else "state"
         ],
         "weights moved": float(movement(generated(model, before), generated(model, after))),
         "kernel turned": float(
-            1 - alignment(kernel(model, before, tokens), kernel(model, after, tokens))
+            1 - alignment(kernel(model, before, batch), kernel(model, after, batch))
         ),
     }
 

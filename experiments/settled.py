@@ -22,6 +22,7 @@ from experiments.study import Study
 from experiments.sums import keep, sums
 from experiments.sweeps import cases, seeds
 from ngc_jax.analysis import round_states
+from ngc_jax.data.batches import Batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.dynamics.measures import contraction, norm
 from ngc_jax.training.load import load
@@ -59,8 +60,8 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
     @jax.jit
     def measure(params: Any, inputs: jax.Array) -> dict[str, jax.Array]:
-        logits, _ = model.apply(params, inputs)
-        states = round_states(model, params, inputs, ROUNDS)
+        logits, _ = model.apply(params, Batch(inputs))
+        states = round_states(model, params, Batch(inputs), ROUNDS)
         share = jax.nn.softmax(logits)
         return {
             "foretold": jnp.argmax(logits, axis=-1),

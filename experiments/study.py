@@ -98,6 +98,7 @@ class Cost(NamedTuple):
 
     config: ConfigDict  # sizes solved
     shapes: Any  # of its parameters
+    info: Any  # their records
     matrices: int  # parameters in matrices
     parameters: int  # all of them
     flops: int  # of the products of a forward pass, per token
@@ -273,15 +274,11 @@ def config_of(study: Study, fields: Fields) -> ConfigDict:
 
 def cost_of(config: ConfigDict) -> Cost:
     """Count a config's model."""
-    shapes = jax.eval_shape(model_of(config).init, jax.random.key(0))
-    stored = count.parameters(shapes)
-    return Cost(
-        config,
-        shapes,
-        stored.matrices,
-        stored.total,
-        budget.cost(config, "flops") // config.data.context,
-    )
+    model = model_of(config)
+    shapes, info = jax.eval_shape(model.init, jax.random.key(0)), model.param_info()
+    stored = count.parameters(shapes, info)
+    flops = budget.cost(config, "flops") // config.data.context
+    return Cost(config, shapes, info, stored.matrices, stored.total, flops)
 
 
 def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> Study:

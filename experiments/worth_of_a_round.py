@@ -43,7 +43,7 @@ def answer(results: Results) -> list[Block]:
     """The fit, phi's interval, and how far off the fit is."""
     rows = []
     for group, cost in zip(results.groups, results.costs, strict=True):
-        recurrent = count.parameters({"core": cost.shapes["core"]["stages"]}).matrices
+        recurrent = count.parameters(cost.shapes["core"], cost.info["core"]).matrices
         once, rounds = cost.matrices - recurrent, cost.config.model.rounds
         rows += [(once, recurrent, rounds, loss) for loss in results.of(group, LOSS).values()]
     if len(rows) < 8:

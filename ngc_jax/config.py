@@ -12,12 +12,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
-from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES
+from ngc_jax.core.rules import GATES, RULES, SignalRule
+
+INSIDE = ("within", "block")
+SIGNAL_RULES = [n for n, r in RULES.items() if isinstance(r, SignalRule)]
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.data.tasks import TASKS, both_ways
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.mesh import check as check_mesh
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.recurrent import Recurrent
 from ngc_jax.nn.shape import DYNAMIC, ModelShape
@@ -25,9 +27,7 @@ from ngc_jax.nn.sharing import parse
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.profiler import traceable
 from ngc_jax.training.penalty import REGULARISERS
-from ngc_jax.training.rewiring import check as check_rewire
-from ngc_jax.training.rounds import check as check_iteration
-from ngc_jax.training.stability_metrics import MEASURES
+from ngc_jax.training.stability_metrics import PROBES as MEASURES
 
 OURS: dict[str, Callable[[ModelShape], LanguageModel]] = {
     "decoder": Decoder,
@@ -353,7 +353,6 @@ def validate(config: ConfigDict) -> None:
     wired = "'complete' unless model.rule is 'addressed', whose neurons alone keep a port for each partner"
     need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wired)
     need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
-    check_rewire(config, need)
     if m.wiring not in ("complete", "others"):
         fewer = f"from 1 to model.groups - 1 = {m.groups - 1}"
         need(1 <= m.channels < m.groups, "model.channels", fewer)
@@ -403,7 +402,6 @@ def validate(config: ConfigDict) -> None:
     whole = f"a divisor of model.groups={m.groups} with an even number of channels each, for instance {best}"
     need(m.heads in fits or m.kind == "recurrent", "model.heads", whole)
 
-    check_iteration(config, need)
     unit, most = 1 if m.rule == "dense" else m.groups, min(m.width, m.hidden)
     near = min(max(unit, round(m.init_rank / unit) * unit), most // unit * unit)
     ranks = f"0, or a multiple of {unit} (kinds of senders, as many in each group) up to {most}, for instance {near}"
@@ -473,4 +471,3 @@ def validate(config: ConfigDict) -> None:
         "stability.jacobian",
         "0 where the model has no loop (model.core=0)",
     )
-    check_mesh(config, need)

@@ -4,13 +4,13 @@ For: numbers that are counted from shapes and programs. Not for: measured speed.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.training import optimizer as optim
 
 Tree = Any
 
@@ -25,17 +25,13 @@ class Parameters(NamedTuple):
     embeddings: int
 
 
-def parameters(params: Tree) -> Parameters:
-    """Count a tree of arrays or shapes."""
-    sizes = [
-        (optim.kind(path), math.prod(leaf.shape))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    sizes = [(kind, size) for kind, size in sizes if kind != "wiring"]
-    matrices = sum(size for kind, size in sizes if kind in ("state", "matrix"))
-    return Parameters(
-        sum(n for _, n in sizes), matrices, sum(n for kind, n in sizes if kind == "embedding")
-    )
+def parameters(params: Tree, info: Tree) -> Parameters:
+    """Count a tree of arrays or shapes by its records (`model.param_info()`)."""
+    sizes: dict[str, int] = defaultdict(int)
+    for leaf, one in zip(jax.tree.leaves(params), jax.tree.leaves(info), strict=True):
+        sizes[one.kind] += math.prod(leaf.shape)
+    sizes.pop("wiring", None)
+    return Parameters(sum(sizes.values()), sizes["state"] + sizes["matrix"], sizes["embedding"])
 
 
 def generated_weights(model: LanguageModel) -> int:

@@ -26,12 +26,12 @@ if version("jaxlib").startswith("0.10."):
 QUICK += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
 
-from ngc_jax.config import base  # noqa: E402
+from ngc_jax.config import base
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import match_size as budget
-from ngc_jax.training.load import abstract_state
+from ngc_jax.training.step import abstract_state
 from ngc_jax.training.workdir import differences
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

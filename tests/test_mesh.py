@@ -21,8 +21,7 @@ from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training.load import abstract_state
-from ngc_jax.training.step import init_state, make_train_step
+from ngc_jax.training.step import abstract_state, init_state, make_train_step
 
 SMALL = {
     "data.context": 8,

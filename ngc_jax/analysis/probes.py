@@ -1,52 +1,54 @@
-"""Our models as dynamical systems: what a step is along rounds, along depth and along tokens, and
-its exponents.
+"""Our models as dynamical systems: what a step is along rounds, depth and tokens, and its exponents.
 
-For: turning a decoder, its parameters and some text into maps for `core/lyapunov.py`, with parts of
-it switched off if asked, and into the messages that groups send and what tokens heed. Not for: the
-kernels, or what is logged in training (`watch.py`).
+For: turning a decoder, its parameters and a batch into maps for `dynamics/lyapunov.py`; switching
+parts of it off; the messages that groups send and the attention of tokens. All of it runs the
+forward pass of training, segments and two-way attention included. Not for: the kernels, or what is
+logged in training (`training/stability_metrics.py`).
 
 Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ngc_jax.core.communicate import advance
-from ngc_jax.core.rules import GATES, States, signal_rule, transmit
+from ngc_jax.core.params import ParamInfo
+from ngc_jax.core.rules import GATES, RULES, SignalRule, States, signal_rule, transmit
+from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.lyapunov import lyapunov_spectrum, orthonormalise, push_forward
 from ngc_jax.dynamics.measures import slope
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Stage, Synapse, intercept
+from ngc_jax.nn.layers import Stage
+from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import spread
+from ngc_jax.nn.stacks import STACKS, get_stack, stages_of
+from ngc_jax.nn.synapse import Heard, intercept
 
 Array = jax.Array
 Params = dict[str, Any]
 Step = Callable[[Any, Any], Any]
+Visit = Callable[[Params, Array, Array | None], tuple[Array, Any]]
 
 
-def rounds_step(model: Decoder, params: Params, tokens: Array) -> tuple[Step, Array]:
-    """The communication loop on tokens [B, T]: (step, x_0), with x_0 = e [B, T, D] what the prelude
-    made of them.
+def rounds_step(model: Decoder, params: Params, batch: Batch) -> tuple[Step, Array]:
+    """The communication loop on a batch: (step, x_0), x_0 = e [B, T, D] what the prelude gives.
 
     step(x, None) is one round, phi(keep x + drive e + core(x)), with e held. Raises ValueError
     where there is no loop.
     """
-    if not model.shape.core:
-        raise ValueError(
-            "model: has no loop (model.core=0); its exponents go along depth or tokens"
-        )
-    positions, params = jnp.arange(tokens.shape[1]), model.expand_shared(params)
-    start, _ = model.stages(params.get("prelude"), params["embed"][tokens], positions)
-    turn = model.turn(params, start, positions)
+    params, start = model.loop_start(params, model.embed(params, batch), batch.segments)
+    turn = model.turn(params, start, batch.segments)
     return (lambda x, u: turn(x)), start
 
 
-def round_states(model: Decoder, params: Params, tokens: Array, rounds: int) -> Array:
+def round_states(model: Decoder, params: Params, batch: Batch, rounds: int) -> Array:
     """The stream after 0, 1, ..., `rounds` rounds, as many as are asked for: [K + 1, B, T, D]."""
-    step, start = rounds_step(model, params, tokens)
+    step, start = rounds_step(model, params, batch)
 
     def go_on(x: Array, _: None) -> tuple[Array, Array]:
         after = step(x, None)
@@ -56,54 +58,57 @@ def round_states(model: Decoder, params: Params, tokens: Array, rounds: int) -> 
 
 
 def round_exponents(
-    model: Decoder, params: Params, tokens: Array, *, rounds: int, transient: int = 0, k: int = 1
+    model: Decoder, params: Params, batch: Batch, *, rounds: int, transient: int = 0, k: int = 1
 ) -> Array:
     """The k largest exponents of the loop for each sequence, per round: [B, k].
 
-    The state is a whole sequence, [T, D], since attention lets a token's change reach the later
-    ones. `rounds` may be more than in training, after a `transient`.
+    The state is a whole sequence, [T, D], since attention lets a token's change reach the others.
+    `rounds` may be more than in training, after a `transient`.
     """
 
-    def one(row: Array) -> Array:
-        step, start = rounds_step(model, params, row[None])
+    def one(row: Batch) -> Array:
+        step, start = rounds_step(model, params, row)
         return lyapunov_spectrum(step, start, steps=rounds, transient=transient, k=k)
 
-    return jax.vmap(one)(tokens)
+    return _each_row(one, batch)
 
 
-def depth_exponents(model: Decoder, params: Params, tokens: Array, *, k: int = 1) -> Array:
-    """The k largest finite-time exponents from the embedding to the last stage, for each sequence,
-    per stage: [B, k].
+def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1) -> Array:
+    """The k largest finite-time exponents from embedding to last stage, per stage: [B, k].
 
     Stages, those of each round counted, differ, so this is no long-run limit but log of the k
     largest stretches along the way of tangents [T, D], divided by the depth. The drive is an input
     of the loop and held.
     """
-    positions, params = jnp.arange(tokens.shape[1]), model.expand_shared(params)
-    s = model.shape
+    params, s = model.expand_shared(params), model.shape
 
-    def one(row: Array) -> Array:
+    def one(row: Batch) -> Array:
+        at = jnp.arange(row.inputs.shape[1])
+
         def stage(x: Array, weights: Params) -> Array:
-            return Stage(s).apply({"params": weights}, x, positions)[0]
+            return Stage(s).apply({"params": weights}, x, at, row.segments)[0]
 
-        x = params["embed"][row[None]]
+        x = model.embed(params, row)
         tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
         carry = (x, tangents.reshape(k, *x.shape), jnp.zeros(k))
         if s.prelude:
             carry = _follow(stage, carry, params["prelude"])
         if s.core:
-            turn = model.turn(params, carry[0], positions)
+            turn = model.turn(params, carry[0], row.segments)
             carry = _follow(lambda x, _: turn(x), carry, jnp.arange(s.rounds))
         if s.coda:
             carry = _follow(stage, carry, params["coda"])
         return -jnp.sort(-carry[2] / s.depth)
 
-    return jax.vmap(one)(tokens)
+    return _each_row(one, batch)
 
 
-def _follow(
-    step: Step, carry: tuple[Array, Array, Array], inputs: Any
-) -> tuple[Array, Array, Array]:
+def _each_row(one: Callable[[Batch], Array], batch: Batch) -> Array:
+    """one(batch of one row) for each row, vectorised."""
+    return jax.vmap(lambda row: one(jax.tree.map(lambda a: a[None], row)))(batch)
+
+
+def _follow(step: Step, carry: tuple[Array, Array, Array], inputs: Any) -> Any:
     """Push tangents [k, ...] through step(x, u) for all u; adds their log growth to a total [k]."""
 
     def body(carry: tuple[Array, Array, Array], u: Any) -> tuple[tuple[Array, Array, Array], None]:
@@ -116,150 +121,197 @@ def _follow(
 
 
 def token_exponents(
-    model: Decoder, params: Params, tokens: Array, *, k: int = 1, source: int = 0
+    model: Decoder, params: Params, batch: Batch, *, k: int = 1, source: int = 0
 ) -> Array:
-    """How fast a change of one token's embedding fades from, or grows in, the tokens after it: [B,
-    k], per token.
+    """How fast a change of one token's embedding fades from the tokens after it: [B, k], per token.
 
     A decoder carries no state of fixed size from token to token, so this is read from responses:
     with M_t the derivative of the last stream at t by k directions of the embedding at `source`,
     the slopes over the tokens after it of log of M_t's singular values, descending. Raises
     ValueError for fewer than 3 tokens after the source.
     """
-    positions = jnp.arange(tokens.shape[1])
-    if not 0 <= source <= tokens.shape[1] - 4:
-        raise ValueError(f"source={source}: must leave 3 tokens after it, of {tokens.shape[1]}")
+    tokens = batch.inputs.shape[1]
+    if not 0 <= source <= tokens - 4:
+        raise ValueError(f"source={source}: must leave 3 tokens after it, of {tokens}")
 
-    def one(row: Array) -> Array:
-        x = params["embed"][row[None]]
+    def one(row: Batch) -> Array:
+        x = model.embed(params, row)
         directions, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.shape[-1])))
 
         def respond(direction: Array) -> Array:
             change = jnp.zeros_like(x).at[0, source].set(direction)
-            return jax.jvp(lambda x: model.stream(params, x, positions)[0], (x,), (change,))[1][0]
+            last = lambda x: model.stream(params, x, row.segments)[0]  # noqa: E731
+            return jax.jvp(last, (x,), (change,))[1][0]
 
         moved = jax.vmap(respond)(directions)[:, source + 1 :]  # [k, lag, D]
         square = jnp.linalg.eigvalsh(jnp.einsum("ktd,ltd->tkl", moved, moved))[:, ::-1]
         return slope(0.5 * jnp.log(jnp.maximum(square, 1e-30)).T)
 
-    return jax.vmap(one)(tokens)
+    return _each_row(one, batch)
 
 
-def silenced(params: Params, what: str) -> Params:
-    """The same parameters with nothing sent between groups ("messages") or no external potential
-    ("drive").
+def silenced(model: Decoder, params: Params, what: str) -> Params:
+    """The parameters with nothing sent between groups ("messages") or no potential ("drive").
 
-    What is silenced adds exactly nothing. Raises ValueError for another word, and where there is
-    nothing to silence.
+    What is silenced adds exactly nothing. Raises ValueError for another word, and where the model
+    has nothing to silence.
     """
-    touched = []
+    has = {"messages": model.shape.has_messages, "drive": model.shape.has_drive}
+    if not has.get(what):
+        there = " or ".join(repr(part) for part, true in has.items() if true) or "nothing"
+        raise ValueError(f"what={what!r}: this model can silence {there}")
+    if what == "drive":
+        still_core = params["core"] | {"drive": jnp.zeros_like(params["core"]["drive"])}
+        return {**params, "core": still_core}
 
-    def still(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = [str(getattr(key, "key", key)) for key in path]
-        inter = "post" in names and any(name.startswith("inter_") for name in names)
-        if {"messages": inter, "drive": names[-1] == "drive"}[what]:
-            touched.append(names)
-            return jnp.zeros_like(leaf)
-        return leaf
+    def still(leaf: Array, info: ParamInfo) -> Array:
+        return jnp.zeros_like(leaf) if info.part == "inter" and info.side == "post" else leaf
 
-    if what not in ("messages", "drive"):
-        raise ValueError(f"what={what!r}: must be 'messages' or 'drive'")
-    after = jax.tree_util.tree_map_with_path(still, params)
-    if not touched:
-        raise ValueError(f"what={what!r}: this model has none")
-    return after
+    return jax.tree.map(still, params, model.param_info())
 
 
-def traffic(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
-    """How loudly each group speaks to each other one, by stage: {"core 1, round 2": [G listeners, G
-    speakers], ...}.
+def silenced_channels(
+    model: Decoder,
+    params: Params,
+    groups: Collection[int] = (),
+    channels: Collection[tuple[int, int]] = (),
+) -> Params:
+    """Parameters under which `groups` send nothing to others, and `channels` carry nothing.
 
-    Root mean square, over tokens [B, T] and the listeners' neurons, of all that the stage's
-    synapses carry from a speaker to a listener by their messages; with a message activation, under
-    the gates of the moment. Raises ValueError for a model without messages.
+    channels: pairs (listener, speaker) of groups. They exist where a neuron keeps a port for each
+    partner group: rule "addressed" under a fixed wiring. Under another signal rule, groups alone
+    can be silenced, and then send nothing to themselves either. Raises ValueError, naming what
+    would work, for another model and for a group that there is not.
     """
-    s, positions = model.shape, jnp.arange(tokens.shape[1])
+    s = model.shape
+    for group in {*groups, *(g for pair in channels for g in pair)}:
+        if not 0 <= group < s.groups:
+            raise ValueError(f"group {group}: the model has groups 0 to {s.groups - 1}")
+    if s.rule == "addressed" and s.rewirable is None:
+        pairs = {*channels, *((g, h) for h in groups for g in range(s.groups) if g != h)}
+        table = getattr(s.wired, "wiring", None) or (tuple(range(s.groups)),) * s.groups
+        heard = np.array([[(g, h) not in pairs for h in row] for g, row in enumerate(table)])
+        side, loud = "post", heard[:, None, :, None]  # [G listeners, m, slots, p]
+    elif channels or not isinstance(RULES.get(s.rule), SignalRule):
+        able = "rule='addressed' under a fixed wiring" if channels else "a rule that sends signals"
+        raise ValueError(f"rule={s.rule!r}, wiring={s.wiring!r}: silencing wants {able}")
+    else:
+        side, loud = "pre", np.array([g not in groups for g in range(s.groups)])
+
+    def still(leaf: Array, info: ParamInfo) -> Array:
+        if info.part != "inter" or info.side != side or info.matrix is None:
+            return leaf
+        if side == "post":
+            return leaf * jnp.asarray(loud, leaf.dtype)
+        axis = info.axes.index("group" if "group" in info.axes else "channel")
+        mask = np.repeat(loud, leaf.shape[axis] // s.groups)
+        return leaf * mask.reshape(-1, *(1,) * (leaf.ndim - axis - 1)).astype(leaf.dtype)
+
+    return jax.tree.map(still, params, model.param_info())
+
+
+def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
+    """How loudly each group speaks to each other one, {"core 1, round 2": [listeners, speakers]}.
+
+    Root mean square, over tokens and the listeners' neurons, of all that the stage's synapses carry
+    from a speaker to a listener by their messages; with a message activation, under the gates of
+    the moment. Raises ValueError for a model without messages.
+    """
+    s = model.shape
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
 
-    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
-        heard: list[Array] = []
-        with intercept(lambda synapse, x, y: heard.append(_loudness(synapse, x, s.groups))):
-            x = Stage(s).apply({"params": weights}, x, positions, route=route)[0]
-        return x, jnp.sqrt(jnp.mean(jnp.stack(heard), axis=0))
-
-    return {name: loud for name, _, loud in walk(model, params, tokens, visit)}
-
-
-def attention_weights_by_stage(model: Decoder, params: Params, tokens: Array) -> dict[str, Array]:
-    """How much each token heeds each other one, by stage: {"core 1, round 2": [B, H heads, T, T
-    heeded], ...}.
-    """
-    positions = jnp.arange(tokens.shape[1])
+    def loudness(heard: dict[str, list[tuple[int, Array]]]) -> Array:
+        """The mean over synapses, each the mean over its members."""
+        means = [sum(n * x for n, x in of) / sum(n for n, _ in of) for of in heard.values()]
+        return jnp.sqrt(jnp.mean(jnp.stack(means), axis=0))
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
-        stage = Stage(model.shape)
-        (x, _), seen = stage.apply(
-            {"params": weights}, x, positions, route=route, mutable="intermediates"
+        heard: dict[str, list[tuple[int, Array]]] = defaultdict(list)
+
+        def listen(one: Heard) -> None:
+            heard[str(one.synapse.name)].append((len(one.members), _loudness(one, s.groups)))
+
+        with intercept(listen):
+            x = Stage(s).apply({"params": weights}, x, _at(x), batch.segments, route=route)[0]
+        return x, loudness(heard)
+
+    return {name: loud for name, _, loud in walk(model, params, batch, visit)}
+
+
+def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
+    """How much each token attends to each other, {"core 1, round 2": [B, H heads, T, T keys]}."""
+
+    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
+        (x, _), seen = Stage(model.shape).apply(
+            {"params": weights}, x, _at(x), batch.segments, route=route, mutable="intermediates"
         )
         return x, seen["intermediates"]["attention"][0]
 
-    return {name: shares for name, _, shares in walk(model, params, tokens, visit)}
+    return {name: weights for name, _, weights in walk(model, params, batch, visit)}
 
 
-def walk(
-    model: Decoder,
-    params: Params,
-    tokens: Array,
-    visit: Callable[[Params, Array, Array | None], tuple[Array, Any]],
-) -> list[tuple[str, int, Any]]:
-    """Take tokens [B, T] through a decoder one stage at a time, visit(weights, x, route) -> (x,
-    found), by rounds.
+def activations(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
+    """The stream [B, T, D] after the embedding and after each stage, by name."""
 
-    What was found at each stage, with its name, "core 1, round 2", and its number among the stages
-    that are stored.
+    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
+        x = Stage(model.shape).apply({"params": weights}, x, _at(x), batch.segments, route=route)[0]
+        return x, x
+
+    after = {name: x for name, _, x in walk(model, params, batch, visit)}
+    return {"embedding": model.embed(params, batch), **after}
+
+
+def walk(model: Decoder, params: Params, batch: Batch, visit: Visit) -> list[tuple[str, int, Any]]:
+    """Takes a batch through a decoder one stage at a time, visit(weights, x, route) -> (x, found).
+
+    Returns what was found at each stage, in order, with the stage's name, "core 1, round 2", and
+    its number among the stages that are stored.
     """
     s, params = model.shape, model.expand_shared(params)
     passed: list[tuple[str, int, Any]] = []
+    first = dict(zip(STACKS, (0, s.prelude, s.prelude + s.core), strict=True))
 
-    def stages(
-        name: str, stack: Params, first: int, count: int, x: Array, route: Array | None = None
-    ) -> Array:
-        for i in range(count):
-            x, found = visit(jax.tree.map(lambda p, i=i: p[i], stack), x, route)
-            passed.append((name.format(i + 1), first + i, found))
+    def stages(stack: str, x: Array, turn: str = "", route: Array | None = None) -> Array:
+        found = get_stack(params, stack)
+        for i, weights in enumerate(stages_of(found) if found is not None else ()):
+            x, seen = visit(weights, x, route)
+            passed.append((f"{stack} {i + 1}{turn}", first[stack] + i, seen))
         return x
 
-    x: Array = params["embed"][tokens]
-    if s.prelude:
-        x = stages("prelude {}", params["prelude"], 0, s.prelude, x)
+    x = stages("prelude", model.embed(params, batch))
     if s.core:
         start, route, (keep, drive) = x, model.route(x), model.scales(params)
         for turn in range(s.rounds):
-            after = stages(
-                f"core {{}}, round {turn + 1}",
-                params["core"]["stages"],
-                s.prelude,
-                s.core,
-                x,
-                route,
-            )
+            after = stages("core", x, f", round {turn + 1}", route)
             x = advance(x, after - x, drive * start, keep, s.state_activation)
-    if s.coda:
-        stages("coda {}", params["coda"], s.prelude + s.core, s.coda, x)
+    stages("coda", x)
     return passed
 
 
-def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
-    """Mean square of what each group hears from each in one synapse, over its fan: [G listeners, G
-    speakers].
-    """
+def stage_names(shape: ModelShape) -> list[str]:
+    """The names of the stages that a token passes, in order: "core 1, round 2"."""
+    turns = {"core": [f", round {turn + 1}" for turn in range(shape.rounds)]}
+    return [
+        f"{stack} {i + 1}{turn}"
+        for stack in STACKS
+        for turn in turns.get(stack, [""])
+        for i in range(getattr(shape, stack))
+    ]
+
+
+def _at(x: Array) -> Array:
+    return jnp.arange(x.shape[1])
+
+
+def _loudness(heard: Heard, groups: int) -> Array:
+    """Mean square of what each group hears from each in one call of a synapse: [G, G speakers]."""
+    synapse, x = heard.synapse, heard.x
     (part,) = (part for part in synapse.parts if part.place == "inter")
-    states = synapse.variables["params"][f"inter_{part.rule}"]
+    states = synapse.variables["params"][part.name]
     tokens = x.reshape(-1, groups, x.shape[-1] // groups)
-    # [speaker, token, G, n]: one group speaks, the others are still
-    alone = jnp.eye(groups)[:, None, :, None] * tokens
-    alone = alone.reshape(groups, -1, x.shape[-1])
+    # [speaker, token, G, n]: one group speaks, the others are still.
+    alone = (jnp.eye(groups)[:, None, :, None] * tokens).reshape(groups, -1, x.shape[-1])
 
     def one(pre: States, post: States) -> Array:
         if part.activation is None:
@@ -271,4 +323,6 @@ def _loudness(synapse: Synapse, x: Array, groups: int) -> Array:
         got = got.reshape(*got.shape[:2], groups, -1)
         return jnp.mean(jnp.square(got), axis=(1, 3)).T
 
-    return jnp.mean(jax.vmap(one)(spread(synapse.senders, states["pre"]), states["post"]), axis=0)
+    chosen = jnp.array(heard.members)
+    both = (spread(synapse.senders, states["pre"]), states["post"])
+    return jnp.mean(jax.vmap(one)(*jax.tree.map(lambda p: p[chosen], both)), axis=0)

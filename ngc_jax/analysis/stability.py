@@ -22,10 +22,12 @@ from ngc_jax.analysis.probes import (
     round_exponents,
     round_states,
     silenced,
+    stage_names,
     token_exponents,
     traffic,
 )
 from ngc_jax.core.rules import Rule, States
+from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
 from ngc_jax.dynamics.measures import (
     TINY,
@@ -39,6 +41,7 @@ from ngc_jax.dynamics.measures import (
 )
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.sharing import FANS, spread
+from ngc_jax.nn.stacks import get_stack, stack_rows
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -48,7 +51,6 @@ LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs thre
 LEAST_ROUNDS = 2  # a ratio of two steps needs two
 # a step that is smaller, relative to the state, is rounding error to some percent in float32
 RESOLVED = 1e-5
-STACKS = ("prelude", "core", "coda")
 
 
 class Loop(NamedTuple):
@@ -97,8 +99,8 @@ class Headline(NamedTuple):
     unit: str
 
 
-def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Measured:
-    """Measure on tokens [B, T], following the loop over `rounds` rounds, at least those of
+def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measured:
+    """Measure on a batch, following the loop over `rounds` rounds, at least those of
     training.
 
     Takes B >= 2 for intervals, T >= LEAST_TOKENS and rounds >= LEAST_ROUNDS; ValueError where a
@@ -108,13 +110,13 @@ def measure(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> 
     # A program for each: two in one that call LAPACK at the same time can wait for each other for
     # ever on XLA:CPU.
     return Measured(
-        depth=_each(partial(depth_exponents, model, k=k), params, tokens)[:, 0],
-        along=_each(partial(token_exponents, model, k=k), params, tokens)[:, 0],
-        tokens=tokens,
-        loop=_loop(model, params, tokens, rounds) if model.shape.core else None,
-        traffic=_traffic(model, params, tokens) if model.shape.has_messages else {},
+        depth=_each(partial(depth_exponents, model, k=k), params, batch)[:, 0],
+        along=_each(partial(token_exponents, model, k=k), params, batch)[:, 0],
+        tokens=np.asarray(batch.inputs),
+        loop=_loop(model, params, batch, rounds) if model.shape.core else None,
+        traffic=_traffic(model, params, batch) if model.shape.has_messages else {},
         bounds={} if model.shape.message_activation else gain_bounds(model, params),
-        **_each(partial(_streams, model), params, tokens),
+        **_each(partial(_streams, model), params, batch),
     )
 
 
@@ -189,49 +191,44 @@ def settled(ratios: np.ndarray) -> np.ndarray:
     return np.exp(logs.mean(axis=(1, 2)).filled(np.nan))
 
 
-def _each(one: Callable[[Params, Array], Any], params: Params, tokens: np.ndarray) -> Any:
-    """one(params, row [1, T]) for each sequence, in turn so that memory does not grow with them:
-    [B, ...] arrays.
-    """
-    run = jax.jit(lambda params, tokens: jax.lax.map(lambda row: one(params, row[None]), tokens))
-    return jax.tree.map(np.asarray, run(params, jnp.asarray(tokens)))
+def _each(one: Callable[[Params, Batch], Any], params: Params, batch: Batch) -> Any:
+    """one(params, batch of one row) for each row in turn: [B, ...] arrays, memory that of one."""
+
+    def rows(params: Params, batch: Batch) -> Any:
+        single = lambda row: jax.tree.map(lambda a: a[None], row)  # noqa: E731
+        return jax.lax.map(lambda row: one(params, single(row)), batch)
+
+    return jax.tree.map(np.asarray, jax.jit(rows)(params, jax.tree.map(jnp.asarray, batch)))
 
 
-def _streams(model: Decoder, params: Params, row: Array) -> dict[str, Any]:
-    """What the last stream of row [1, T] is like, and how far it is from that with parts of the
-    model off.
-    """
-    positions = jnp.arange(row.shape[1])
+def _streams(model: Decoder, params: Params, row: Batch) -> dict[str, Any]:
+    """What the last stream of one row is like, and how far it is from that with parts off."""
 
     def last(params: Params) -> Array:
-        return model.stream(params, params["embed"][row], positions)[0][0]
+        return model.stream(params, model.embed(params, row), row.segments)[0][0]
 
-    state = last(params)
-    parts = [
-        *(["drive"] if model.shape.has_drive else []),
-        *(["messages"] if model.shape.has_messages else []),
-    ]
+    state, shape = last(params), model.shape
+    parts = ["drive"] * shape.has_drive + ["messages"] * shape.has_messages
+    off = {part: last(silenced(model, params, part)) for part in parts}
     return {
         "moves": token_moves(state),
         "settling": token_contraction(state),
-        "departures": {part: departure(state, last(silenced(params, part))) for part in parts},
+        "departures": {part: departure(state, without) for part, without in off.items()},
     }
 
 
-def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Loop:
+def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
     trained = model.shape.rounds
     followed = max(rounds, trained)
     dropped = followed // 4
     exponents = partial(round_exponents, model, k=min(EXPONENTS, model.shape.width))
-    start = _each(partial(exponents, rounds=trained), params, tokens)[:, 0]
-    later = _each(partial(exponents, rounds=followed - dropped, transient=dropped), params, tokens)[
-        :, 0
-    ]
+    later = partial(exponents, rounds=followed - dropped, transient=dropped)
+    spectrum = _each(later, params, batch)[:, 0]
 
-    def one(params: Params, row: Array) -> dict[str, Array]:
+    def one(params: Params, row: Batch) -> dict[str, Array]:
         states = round_states(model, params, row, followed)[:, 0]
         _, drive = model.scales(params)
-        core = model.update(model.expand_shared(params), states[:1], jnp.arange(row.shape[-1]))
+        core = model.update(model.expand_shared(params), states[:1], row.segments)
         update = jax.vmap(lambda x: core(x[None], None)[0][0])(states[:-1])
         step = norm(jnp.diff(states, axis=0))
         resolved = jnp.minimum(step[1:], step[:-1]) > RESOLVED * norm(states[2:])
@@ -243,32 +240,27 @@ def _loop(model: Decoder, params: Params, tokens: np.ndarray, rounds: int) -> Lo
         }
 
     path = jax.jit(lambda params, row: round_states(model, params, row, followed)[:, 0])
-    states = np.asarray(path(params, jnp.asarray(tokens[:1])))
+    first = jax.tree.map(lambda a: jnp.asarray(a[:1]), batch)
     return Loop(
         trained=trained,
         followed=followed,
         dropped=dropped,
-        start=start,
-        exponents=later,
-        dimension=np.asarray(jax.jit(jax.vmap(kaplan_yorke_dimension))(later)),
-        entropy=np.asarray(jax.jit(jax.vmap(entropy_rate))(later)),
-        path=states,
-        **_each(one, params, tokens),
+        start=_each(partial(exponents, rounds=trained), params, batch)[:, 0],
+        exponents=spectrum,
+        dimension=np.asarray(jax.jit(jax.vmap(kaplan_yorke_dimension))(spectrum)),
+        entropy=np.asarray(jax.jit(jax.vmap(entropy_rate))(spectrum)),
+        path=np.asarray(path(params, first)),
+        **_each(one, params, batch),
     )
 
 
-def _traffic(model: Decoder, params: Params, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    by_sequence = _each(partial(traffic, model), params, tokens)
-    loud = {stage: np.sqrt(np.mean(np.square(loud), axis=0)) for stage, loud in by_sequence.items()}
-    # jit hands a dict back in the order of its keys, "coda 1" first: rounds before stages, as a
-    # token meets them.
-    return dict(sorted(loud.items(), key=lambda item: _place(item[0])))
-
-
-def _place(stage: str) -> tuple[int, ...]:
-    """Where a stage named "core 1, round 2" comes: its stack, round and number."""
-    stack, *numbers = stage.replace(",", "").replace("round ", "").split()
-    return STACKS.index(stack), *(int(number) for number in reversed(numbers))
+def _traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, np.ndarray]:
+    by_sequence = _each(partial(traffic, model), params, batch)
+    # jit returns a dict in the order of its keys, "coda 1" first: put stages in a token's order.
+    return {
+        stage: np.sqrt(np.mean(np.square(by_sequence[stage]), axis=0))
+        for stage in stage_names(model.shape)
+    }
 
 
 def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
@@ -284,20 +276,16 @@ def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
 def of_synapses(
     model: Decoder, params: Params, measure: Callable[[list[Part]], Array]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """measure(parts of a synapse, summed in W) of each one, {"prelude 1": {"query": array, ...},
-    ...}.
-    """
+    """measure(parts summed in W) of each synapse, {"prelude 1": {"query": array, ...}, ...}."""
     shape, params = model.shape, model.expand_shared(params)
-    stacks = {name: params[name] for name in STACKS if name in params}
-    if "core" in stacks:
-        stacks["core"] = stacks["core"]["stages"]
     parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
-    rules = {f"{part.place}_{part.rule}": part.how for part in parts}
+    rules = {part.name: part.how for part in parts}
     runs = {
         name: jax.jit(partial(_of_members, measure, rules, shape.shared.of(name))) for name in FANS
     }
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, stack in stacks.items():
+    for name in stack_rows(shape):
+        stack = get_stack(params, name)
         # [stages, fan, ...]
         measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in FANS}
         for i in range(len(measured["down"])):
@@ -315,16 +303,12 @@ def _of_members(
     senders: tuple[int, ...],
     synapse: dict[str, Params],
 ) -> Array:
-    """A stack of synapses, measured [stages, fan, ...]; `rules` by the names of their parts,
-    "inter_addressed".
-    """
+    """A stack of synapses, measured [stages, fan, ...]; `rules` by the names of their parts."""
 
     def stage(states: dict[str, Params]) -> Array:
         pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
         post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
-        member = jax.vmap(
-            lambda pre, post: measure([(rules[name], pre[name], post[name]) for name in post])
-        )
-        return member(pre, post)
+        one = lambda pre, post: measure([(rules[k], pre[k], post[k]) for k in post])  # noqa: E731
+        return jax.vmap(one)(pre, post)
 
     return jax.vmap(stage)(synapse)

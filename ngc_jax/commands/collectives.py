@@ -29,16 +29,16 @@ from ml_collections import ConfigDict, config_flags
 from ngc_jax import count
 from ngc_jax.commands.arguments import command
 from ngc_jax.config import make_model, model_shape, validate
-from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokens import Bytes, most_tokens
+from ngc_jax.data.batches import token_batch
+from ngc_jax.data.tokens import most_tokens, segmented
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import match_size as budget
-from ngc_jax.training.load import abstract_state
 from ngc_jax.training.penalty import make_penalty
-from ngc_jax.training.step import losses, make_train_step
+from ngc_jax.training.rounds import mark_of
+from ngc_jax.training.step import abstract_state, losses, make_train_step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$")
@@ -79,7 +79,7 @@ def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
     dtype = jnp.dtype(config.train.compute_dtype)
 
     def forward(params: Any, batch: Any) -> Any:
-        return jnp.sum(losses(model, params, batch, _boundary(config), dtype)[0])
+        return jnp.sum(losses(model, params, batch, dtype)[0])
 
     return jax.jit(meshes.with_mesh(mesh, forward)).lower(like.params, batch).compile()
 
@@ -88,7 +88,7 @@ def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
     """The train step, with `model.rounds` rounds, compiled for a mesh; nothing is allocated."""
     model, like, batch = _abstract(config, mesh, config.train.batch_size)
     penalty = make_penalty(model, config.stability) if isinstance(model, Decoder) else None
-    step = make_train_step(model, config.train, _boundary(config), penalty)
+    step = make_train_step(model, config.train, penalty)
     places = (meshes.shardings(like), meshes.replicated(mesh))
     jitted = jax.jit(meshes.with_mesh(mesh, step), out_shardings=places, donate_argnums=0)
     return jitted.lower(like, batch).compile()
@@ -99,19 +99,12 @@ def bytes_of_state(config: ConfigDict, mesh: Mesh) -> int:
     return meshes.bytes_per_device(_abstract(config, mesh, 1)[1])
 
 
-def _abstract(
-    config: ConfigDict, mesh: Mesh, windows: int
-) -> tuple[LanguageModel, Any, jax.ShapeDtypeStruct]:
+def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageModel, Any, Any]:
     """The model, and the shapes and places of its state and of a batch."""
     model = make_model(config, most_tokens(config.data))
-    batch = jax.ShapeDtypeStruct(
-        (windows, 2, config.data.context), jnp.int32, sharding=meshes.batch_sharding(mesh)
-    )
-    return model, meshes.abstract_shardings(mesh, abstract_state(model, config)), batch
-
-
-def _boundary(config: ConfigDict) -> int | None:
-    return Bytes.mark if config.data.isolate_documents else boundary(config.data.task)
+    segments = segmented(config.data, mark_of(config))
+    batch = token_batch(windows, config.data.context, segments)
+    return model, abstract_state(model, config.train, mesh), meshes.abstract_batch(mesh, batch)
 
 
 def layers(config: ConfigDict) -> int:

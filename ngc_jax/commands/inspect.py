@@ -8,47 +8,34 @@ good the model is (`evaluate.py`).
 import math
 from typing import Any
 
-import jax
+from flax.traverse_util import flatten_dict
 
 from ngc_jax import count
 from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
-from ngc_jax.training import optimizer as optim
 from ngc_jax.training.load import load
 
 
 def parameter_table(params: Any, model: LanguageModel) -> str:
-    """One line a parameter: path, shape, kind, numbers stored; and for synapses the weights
-    generated from them.
+    """One line a parameter: path, shape, kind, numbers stored, and weights generated from them.
 
     A synapse's weights stand in the line of its last part.
     """
     rows = [("parameter", "shape", "kind", "stored", "generated per forward")]
-    last: dict[str, int] = {}
-    made = model.generated()
-    generated: dict[int, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [str(key.key) for key in path]
-        synapse = next((name for name in names if name in made.get(names[0], {})), None)
-        kind = optim.kind(path)
-        if synapse and kind == "state":
-            generated.pop(last.get(names[0] + synapse, -1), None)
-            last[names[0] + synapse] = len(rows)
-            generated[len(rows)] = made[names[0]][synapse]
-        rows.append(
-            (
-                "/".join(names),
-                "x".join(map(str, leaf.shape)),
-                kind,
-                f"{math.prod(leaf.shape):,}",
-                "",
-            )
-        )
+    info, made = flatten_dict(model.param_info()), model.generated()
+    last: dict[tuple[str, str], int] = {}  # the last line of each synapse in each stack
+    for path, leaf in flatten_dict(params).items():
+        for synapse in made.get(path[0], {}).keys() & set(path):
+            if info[path].kind == "state":
+                last[path[0], synapse] = len(rows)
+        size, shape = f"{math.prod(leaf.shape):,}", "x".join(map(str, leaf.shape))
+        rows.append(("/".join(path), shape, info[path].kind, size, ""))
+    generated = {line: made[stack][synapse] for (stack, synapse), line in last.items()}
     rows = [
         (*row[:4], f"{generated[i]:,}") if i in generated else row for i, row in enumerate(rows)
     ]
-    total = count.parameters(params)
+    total = count.parameters(params, model.param_info())
     rows.append(("total", "", "", f"{total.total:,}", f"{sum(generated.values()):,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(

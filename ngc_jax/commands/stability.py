@@ -6,19 +6,16 @@ nothing else. Not for: what is measured (`measures.py`) or what the page says (`
 
 import pathlib
 
-import numpy as np
-
 from ngc_jax.analysis import figures, page
 from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
 from ngc_jax.commands.arguments import command, parser, read
-from ngc_jax.data.batches import Examples, held_out_batches
+from ngc_jax.data.batches import Batch, Examples, held_out_batches
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.load import load
 
 
-def held_out(examples: Examples, context: int, count: int) -> np.ndarray:
-    """What `count` examples, or all where there are fewer, evenly spread, give to read: [B,
-    context].
+def held_out(examples: Examples, context: int, count: int) -> Batch:
+    """A batch of `count` held-out examples, or all where there are fewer, evenly spread.
 
     Raises UserError where no interval or no slope can be had from them.
     """
@@ -32,7 +29,7 @@ def held_out(examples: Examples, context: int, count: int) -> np.ndarray:
             f"data.context={context}: measures along tokens need a run with {LEAST_TOKENS} or more"
         )
     batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
-    return batch[:, 0]
+    return batch
 
 
 def main() -> None:
@@ -56,16 +53,16 @@ def main() -> None:
     trained = load(args.workdir, args.step)
     config = trained.config
     decoder = trained.decoder
-    tokens = held_out(trained.data().validation, config.data.context, args.sequences)
+    batch = held_out(trained.data().validation, config.data.context, args.sequences)
     out = args.out or args.workdir / "stability"
     try:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
     except OSError as error:
         raise page.unwritable(out, error) from error
-    measured = measure(decoder, trained.params, tokens, args.rounds)
+    measured = measure(decoder, trained.params, batch, args.rounds)
     about = (
-        f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured on {tokens.size:,} "
-        f"tokens of held-out text, {tokens.shape[0]} windows of {tokens.shape[1]}, evenly spread."
+        f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured on {batch.inputs.size:,} "
+        f"tokens of held-out text, {len(batch.inputs)} windows of {batch.inputs.shape[1]}, evenly spread."
     )
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"
     for row in page.write(out, measured, trained.tokenizer, title, about):

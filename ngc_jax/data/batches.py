@@ -1,57 +1,88 @@
 """The global batch as a pure function of (seed, step).
 
-For: cutting a token stream into windows, shuffling examples anew each epoch, and reading the rows
-of a step's batch that a process needs. There is no iterator state: a run that goes on from step s
-asks for batch s, on any number of processes. Not for: where tokens and problems come from
-(`tokens.py`, `problems.py`), where batches go or whose rows are which (`mesh.py`).
-
-An example is [2, context] int32: what is read, and what is asked at each position, NOTHING where
-nothing is.
+For: what a batch is; cutting a token stream into windows, shuffling examples anew each epoch, and
+reading the rows of a step's batch that a process needs. There is no iterator state: a run that goes
+on from step s asks for batch s, on any number of processes. Not for: where tokens and problems come
+from (`tokens.py`, `problems.py`), or where batches go (`nn/mesh.py`).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import flax.struct
 import grain
+import jax
 import numpy as np
 
 from ngc_jax.data import NOTHING
 
 
+@flax.struct.dataclass
+class Batch:
+    """What a model reads and what is asked of it. An example is the same without the axis B.
+
+    inputs: what the model's `embed` reads, for a language model tokens int32 [B, T]. targets: int32
+    [B, T], NOTHING where nothing is asked. segments: int32 [B, T], documents numbered, where a
+    token sees its own alone; None: it sees all.
+    """
+
+    inputs: Any
+    targets: Any = None
+    segments: Any = None
+
+
 class Examples(Protocol):
-    """What batches are made of: a sequence of arrays [2, context] int32, inputs and targets."""
+    """What batches are made of: a sequence of examples, whose arrays are NumPy's."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> Batch: ...
 
 
 class Windows:
-    """A token stream as windows of `context` tokens, next to one another, and the targets of
-    `foretold`.
+    """A token stream as windows of `context` tokens next to one another, each with its targets.
+
+    `mark` begins a document. It cannot be foreseen and is no text, so it is read but no target. A
+    token sees nothing across the last `boundary` token, if one is given.
     """
 
-    def __init__(self, tokens: np.ndarray, context: int, mark: int = NOTHING):
-        self.tokens, self.context, self.mark = tokens, context, mark
+    def __init__(
+        self, tokens: np.ndarray, context: int, mark: int = NOTHING, boundary: int | None = None
+    ):
+        self.tokens, self.context, self.mark, self.boundary = tokens, context, mark, boundary
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Batch:
         start = index * self.context
-        return next_token_targets(
-            self.tokens[start : start + self.context + 1].astype(np.int32), self.mark
-        )
+        tokens = self.tokens[start : start + self.context + 1].astype(np.int32)
+        segments = segments_of(tokens[:-1], self.boundary)
+        return Batch(tokens[:-1], next_token_targets(tokens, self.mark), segments)
 
 
 def next_token_targets(tokens: np.ndarray, mark: int = NOTHING) -> np.ndarray:
-    """Tokens [..., T + 1] as examples [..., 2, T]: the target of each token is the one after it.
-
-    `mark` begins a document: it cannot be foreseen and is no text, so it is read, but never a
-    target.
-    """
+    """The target of each of tokens [..., T + 1] but the last: the one after it, unless a mark."""
     targets = tokens[..., 1:]
-    return np.stack([tokens[..., :-1], np.where(targets == mark, NOTHING, targets)], axis=-2)
+    return np.where(targets == mark, NOTHING, targets)
+
+
+def segments_of(tokens: np.ndarray, boundary: int | None) -> np.ndarray | None:
+    """Documents of tokens [..., T], numbered: how many boundaries there are up to each token."""
+    if boundary is None:
+        return None
+    return np.cumsum(tokens == boundary, axis=-1, dtype=np.int32)
+
+
+def token_batch(rows: int, context: int, segmented: bool = False) -> Batch:
+    """The shapes of a batch of tokens, for what is compiled before there are data."""
+    shape = jax.ShapeDtypeStruct((rows, context), np.int32)
+    return Batch(shape, shape, shape if segmented else None)
+
+
+def batch_like(examples: Examples, rows: int) -> Batch:
+    """The shapes of a batch of so many of these examples."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape), a.dtype), examples[0])
 
 
 def train_batches(
@@ -62,8 +93,8 @@ def train_batches(
     start: int,
     stop: int,
     rows: Sequence[int] | None = None,
-) -> Iterator[np.ndarray]:
-    """These rows (None: all), [rows, 2, context], of the global batches of steps start .. stop - 1.
+) -> Iterator[Batch]:
+    """These rows (None: all) of the global batches of steps start .. stop - 1.
 
     Global row r of step s is example number s * batch_size + r of an endless sequence of epochs,
     each of them a permutation of all examples drawn from (seed, epoch). Rows are read ahead on a
@@ -72,8 +103,8 @@ def train_batches(
     epochs = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     wanted = range(batch_size) if rows is None else rows
 
-    def batch(step: int) -> np.ndarray:
-        return np.stack([epochs[step * batch_size + int(row)] for row in wanted])
+    def batch(step: int) -> Batch:
+        return _stack([epochs[step * batch_size + int(row)] for row in wanted])
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(ahead))
@@ -81,18 +112,21 @@ def train_batches(
 
 def held_out_batches(
     examples: Examples, *, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Examples for evaluation, in order: pairs (batch [rows, 2, context], real [rows] bool).
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Examples for evaluation, in order: pairs (batch, real [rows] bool).
 
     `limit` > 0 takes that many, evenly spaced over them. The last batch is filled up with rows that
     are not real. `rows` of each batch (None: all).
     """
     count = min(limit, len(examples)) if limit else len(examples)
-    chosen = (
-        np.linspace(0, len(examples) - 1, count).round().astype(int) if limit else np.arange(count)
-    )
+    every = np.linspace(0, len(examples) - 1, count).round().astype(int)
+    chosen = every if limit else np.arange(count)
     wanted = np.arange(batch_size) if rows is None else np.asarray(rows)
     for first in range(0, count, batch_size):
         index = first + wanted
         real = index < count
-        yield np.stack([examples[chosen[i]] for i in np.minimum(index, count - 1)]), real
+        yield _stack([examples[chosen[i]] for i in np.minimum(index, count - 1)]), real
+
+
+def _stack(examples: Sequence[Batch]) -> Batch:
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *examples)

@@ -13,12 +13,14 @@ an easy one, of which there are few, may come more than once.
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ngc_jax.data import NOTHING, grids, stored, tasks
+from ngc_jax.data.batches import Batch, segments_of
 from ngc_jax.data.tasks import Problem
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
@@ -28,24 +30,23 @@ PATIENCE = 10_000  # problems drawn in vain, one after another, that say that th
 
 
 class Problems:
-    """A part of a set, as examples [2, length] int32: inputs and targets, filled up on the right
-    with 0 and NOTHING.
+    """A part of a set, as examples of `length` tokens, padded on the right with 0 and NOTHING.
 
     What stands to the right of a problem changes none of its answers: a causal model does not see
-    it, and one that looks both ways sees nothing across `tasks.boundary`.
+    it, and one that looks both ways sees nothing across `boundary`, a token (None: it does).
     """
 
-    def __init__(self, home: pathlib.Path, part: str, length: int):
-        self.source, self.length = stored.read(home, part), length
+    def __init__(self, home: pathlib.Path, part: str, length: int, boundary: int | None = None):
+        self.source, self.length, self.boundary = stored.read(home, part), length, boundary
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Batch:
         problem = self.source[int(index)]["problem"]
-        example = np.array([[0], [NOTHING]], np.int32).repeat(self.length, axis=1)
-        example[:, : problem.shape[1]] = problem
-        return example
+        inputs, targets = np.array([[0], [NOTHING]], np.int32).repeat(self.length, axis=1)
+        inputs[: problem.shape[1]], targets[: problem.shape[1]] = problem
+        return Batch(inputs, targets, segments_of(inputs, self.boundary))
 
 
 class ProblemSet(NamedTuple):
@@ -68,9 +69,7 @@ def part_of(problem: Problem) -> str:
 def draw_set(
     task: str, low: int, high: int, counts: Mapping[str, int], seed: int
 ) -> dict[str, list[Problem]]:
-    """So many problems for each part, of difficulties low .. high at random. Raises UserError if
-    there are none.
-    """
+    """So many problems for each part, of random difficulties. Raises UserError if there are none."""
     rng = np.random.default_rng([seed, low, high])
     drawn: dict[str, list[Problem]] = {part: [] for part in counts}
     vain = 0
@@ -84,8 +83,8 @@ def draw_set(
         if vain == PATIENCE:
             missing = [part for part, count in counts.items() if len(drawn[part]) < count]
             raise UserError(
-                f"data.task={task!r} has too few problems of difficulty {low} to {high} to have one for "
-                f"{' and '.join(missing)}: give harder ones, for instance {high + 3} (data.high)"
+                f"data.task={task!r} has too few problems of difficulty {low} to {high} to have one "
+                f"for {' and '.join(missing)}: give harder ones, for instance {high + 3} (data.high)"
             )
     return drawn
 
@@ -95,9 +94,9 @@ def problem_set(
 ) -> ProblemSet:
     """The set that `draw_set` draws, from the cache if it was drawn before. Raises UserError."""
     # What draws is part of the name, so that no set of an older program is taken for this one's.
-    drawers = [
-        pathlib.Path(str(file)).read_text() for file in (__file__, grids.__file__, tasks.__file__)
-    ]
+    writer = sys.modules[tasks.TASKS[task].write.__module__]
+    files = [str(module.__file__) for module in (sys.modules[__name__], grids, tasks, writer)]
+    drawers = [pathlib.Path(file).read_text() for file in files]
     recipe = json.dumps([task, low, high, dict(counts), seed, np.__version__, drawers])
     home = cache / f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not home.is_dir():
@@ -106,11 +105,12 @@ def problem_set(
     meta = json.loads((home / "set.json").read_text())
     parts = ", ".join(f"{count} {part}" for part, count in counts.items())
     unit = tasks.TASKS[task].unit
-    summary = f"{task} of {low} to {high} {unit}, seed {seed}: {parts} problems of up to {meta['longest']} tokens"
-    fingerprint = meta["fingerprint"]
-    return ProblemSet(
-        home, fingerprint, meta["longest"], f"{summary}, fingerprint {fingerprint[:16]}"
+    fingerprint, longest = meta["fingerprint"], meta["longest"]
+    summary = (
+        f"{task} of {low} to {high} {unit}, seed {seed}: {parts} problems of up to {longest} "
+        f"tokens, fingerprint {fingerprint[:16]}"
     )
+    return ProblemSet(home, fingerprint, longest, summary)
 
 
 def _write(task: str, drawn: Mapping[str, list[Problem]], home: pathlib.Path) -> None:

@@ -107,45 +107,48 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Examples
     validation: Examples
-    # the token across which attention does not see: one that begins a document, or ends a problem
-    boundary: int | None
     fingerprint: str  # equal fingerprints are equal data
     summary: str
 
 
 def most_tokens(config: Any) -> int:
-    """The vocabulary of `config.data`'s tokenizer at most: a BPE learned on little text has fewer."""
+    """The vocabulary of `config.data` at most: a BPE learned on little text has fewer tokens."""
     if config.task:
         return len(TASKS[config.task].symbols)
     return Bytes.vocab if config.tokenizer == "bytes" else int(config.vocab_size)
 
 
-def load_data(config: Any) -> Data:
-    """The data that `config.data` asks for, from the cache if they were made before. Raises
-    UserError.
+def segmented(config: Any, mark: int | None = None) -> bool:
+    """Whether the batches of `load_data(config, mark)` have segments."""
+    return mark is not None or config.isolate_documents or boundary(config.task) is not None
+
+
+def load_data(config: Any, mark: int | None = None) -> Data:
+    """The data that `config.data` asks for, from the cache if they were made before.
+
+    Examples have segments where documents are isolated, where a task is read both ways, and where
+    `mark` is given: a token sees nothing across the last mark. Raises UserError.
     """
-    return _problems(config) if config.task else _text(config)
+    return _problems(config, mark) if config.task else _text(config, mark)
 
 
-def _problems(config: Any) -> Data:
+def _problems(config: Any, mark: int | None) -> Data:
     held_out = max(1, round(config.validation_fraction * config.problems))
     counts = {"train": config.problems, "validation": held_out}
-    found = problem_set(
-        config.task, config.low, config.high, counts, config.problem_seed, cache_directory(config)
-    )
+    cache = cache_directory(config)
+    found = problem_set(config.task, config.low, config.high, counts, config.problem_seed, cache)
     if found.longest > config.context:
         raise UserError(
-            f"data.context={config.context}: must be {found.longest} or more, the tokens of the longest problem of "
-            f"data.task={config.task!r} up to data.high={config.high}"
+            f"data.context={config.context}: must be {found.longest} or more, the tokens of the "
+            f"longest problem of data.task={config.task!r} up to data.high={config.high}"
         )
-    train, validation = (Problems(found.home, part, config.context) for part in counts)
-    tokenizer = Symbols(TASKS[config.task].symbols)
-    return Data(
-        tokenizer, train, validation, boundary(config.task), found.fingerprint, found.summary
-    )
+    ends = boundary(config.task) if mark is None else mark
+    train, held = (Problems(found.home, part, config.context, ends) for part in counts)
+    symbols = Symbols(TASKS[config.task].symbols)
+    return Data(symbols, train, held, found.fingerprint, found.summary)
 
 
-def _text(config: Any) -> Data:
+def _text(config: Any, mark: int | None) -> Data:
     """The fingerprint is the corpus's, with a learned tokenizer's own."""
     cache = cache_directory(config)
     corpus = open_corpus(config, cache)
@@ -157,31 +160,25 @@ def _text(config: Any) -> Data:
             _tokenise(config, corpus, building)
     meta = json.loads((home / "meta.json").read_text())
     tokenizer = load_tokenizer(home)
+    ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
     def windows(split: str) -> Windows:
         count = meta["tokens"][split]
         if count < config.context + 1:
             smaller = f", or data.context of at most {count - 1}" if count > 1 else ""
             raise UserError(
-                f"the {split} text has {count} tokens, fewer than a window of data.context={config.context} and its "
-                f"target: give more text{smaller}"
+                f"the {split} text has {count} tokens, fewer than a window of "
+                f"data.context={config.context} and its target: give more text{smaller}"
             )
-        return Windows(
-            np.memmap(home / f"{split}.bin", meta["dtype"], mode="r"),
-            config.context,
-            tokenizer.mark,
-        )
+        tokens = np.memmap(home / f"{split}.bin", meta["dtype"], mode="r")
+        return Windows(tokens, config.context, tokenizer.mark, ends)
 
-    summary = (
-        corpus.summary
-        + "; "
-        + ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
-    )
+    sizes = ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
     fingerprint = corpus.fingerprint
     if isinstance(tokenizer, BPE):
         fingerprint = hashlib.sha256((fingerprint + tokenizer.serialised).encode()).hexdigest()
-    boundary = tokenizer.mark if config.isolate_documents else None
-    return Data(tokenizer, windows("train"), windows("validation"), boundary, fingerprint, summary)
+    summary = f"{corpus.summary}; {sizes}"
+    return Data(tokenizer, windows("train"), windows("validation"), fingerprint, summary)
 
 
 def _whole(home: pathlib.Path) -> bool:

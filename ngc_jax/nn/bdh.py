@@ -28,6 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
+from ngc_jax.core.params import ParamInfo
+from ngc_jax.data.batches import Batch
+from ngc_jax.nn.decoder import end_info
 from ngc_jax.nn.layers import unembed
 from ngc_jax.nn.mesh import constrain
 
@@ -76,25 +79,35 @@ class BDH:
             "unembed": STD * jax.random.normal(unembed, (s.width, s.vocab)),
         }
 
-    def apply(
-        self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
-    ) -> tuple[Array, None]:
-        """Logits [B, T, V] in float32 for tokens [B, T], and None, since there are no rounds to
-        `record`.
+    def param_info(self) -> Params:
+        """The record of each parameter, as a tree parallel to them: heads may be split."""
+        inward = {"weight": ParamInfo("matrix", ("channel", None, None), matrix=-2)}
+        outward = {"weight": ParamInfo("matrix", ("channel", None), matrix=-2)}
+        return {"encoder": inward, "encoder_v": inward, "decoder": outward, **end_info()}
 
-        Computes in the dtype of `params`. segments [B, T], if given, number the documents, and a
-        token hears its own.
+    def embed(self, params: Params, batch: Batch) -> Array:
+        """The stream [B, T, D] of a batch's tokens, batch.inputs [B, T]."""
+        chex.assert_rank(batch.inputs, 2)
+        table = constrain(params["embed"], None, "group")
+        return constrain(table[batch.inputs], "window", None, None)
+
+    def apply(self, params: Params, batch: Batch, record: bool = False) -> tuple[Array, None]:
+        """Logits [B, T, V] in float32, and None, since there are no rounds to `record`.
+
+        Computes in the dtype of `params`. A token hears those of its own segment before it.
         """
-        logits, _ = self._forward(params, tokens, jnp.arange(tokens.shape[1]), segments, None)
+        x, segments = self.embed(params, batch), batch.segments
+        if segments is not None:
+            chex.assert_equal_shape([batch.inputs, segments])
+        logits, _ = self._forward(params, x, jnp.arange(x.shape[1]), segments, None)
         return logits, None
 
     def decode(
         self, params: Params, tokens: Array, cache: Array, position: Array
     ) -> tuple[Array, Array]:
-        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in
-        `cache`.
-        """
-        return self._forward(params, tokens, position + jnp.arange(tokens.shape[1]), None, cache)
+        """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`."""
+        x = self.embed(params, Batch(tokens))
+        return self._forward(params, x, position + jnp.arange(tokens.shape[1]), None, cache)
 
     def unstack(self, params: Params) -> Params:
         """Parameters as they are: there is one layer."""
@@ -112,14 +125,11 @@ class BDH:
         return {}
 
     def _forward(
-        self, params: Params, tokens: Array, positions: Array, segments: Array | None, cache: Any
+        self, params: Params, x: Array, positions: Array, segments: Array | None, cache: Any
     ) -> tuple[Array, Any]:
         s = self.shape
-        chex.assert_rank([tokens, positions], [2, 1])
-        if segments is not None:
-            chex.assert_equal_shape([tokens, segments])
         # A token does not hear itself: it sees what the token before it would.
-        mask = attention.attention_mask(positions - 1, positions, tokens.shape[1], segments)
+        mask = attention.attention_mask(positions - 1, positions, x.shape[1], segments)
         encoder, encoder_v = (
             constrain(params[name]["weight"], "group", None, None)
             for name in ("encoder", "encoder_v")
@@ -140,7 +150,6 @@ class BDH:
 
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x = constrain(constrain(params["embed"], None, "group")[tokens], "window", None, None)
         x, cache = jax.lax.scan(layer, normalise(x), cache, length=s.layers)
         return unembed(constrain(x, "window", None, None), params["unembed"]), cache
 

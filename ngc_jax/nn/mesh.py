@@ -15,11 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ngc_jax.core.rules import RULES
-from ngc_jax.training.optimizer import kind
+from ngc_jax.core.params import ParamInfo
 
 Array = jax.Array
 Tree = Any
@@ -29,14 +27,12 @@ MESH_AXES = ("data", "fsdp", "group")  # the last varies fastest: neighbouring d
 SPLIT: dict[str, tuple[str, ...]] = {  # what an axis counts -> the mesh axes that it is split over
     "window": ("data", "fsdp"),  # sequences of a batch
     "row": ("data", "fsdp", "group"),  # tokens of a batch, where each is read by itself
-    # groups, and what is made of whole ones: channels of the stream, hidden neurons, heads
-    "group": ("group",),
+    "group": ("group",),  # groups
+    "channel": ("group",),  # what whole groups have: channels, hidden neurons, heads
     "vocab": ("group",),  # entries of the vocabulary
     "stored": ("fsdp",),  # the longest axis of a parameter that is not split yet
 }
-_FAN = 2  # a stage's states are [stage, fan, ...]
-# on an axis that a loop walks along: it stays whole
-_STACKS = {"prelude", "stages", "coda", "senders", "cells"}
+OVER_GROUPS = ("vocab", "group", "channel")  # axes of a parameter, best first
 
 
 def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -107,146 +103,92 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it: scalars."""
+    """The sharding of what every device holds whole, such as scalars."""
     return NamedSharding(mesh, partition_spec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split: batches."""
+    """The sharding of a batch: its first axis is split."""
     return NamedSharding(mesh, partition_spec("window"))
 
 
 def local_batch_rows(mesh: Mesh, size: int) -> list[int]:
-    """Which of the `size` rows of a batch this process's devices hold, however the mesh has ordered
-    the devices.
-    """
+    """Which of the `size` rows of a batch this process's devices hold, in any order of devices."""
     held = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return sorted({row for index in held if index for row in range(size)[index[0]]})
 
 
-def put_batch(mesh: Mesh, local: np.ndarray) -> jax.Array:
-    """The global array of which `local` are the rows that this process holds, in order
-    (`local_batch_rows`).
-    """
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), local)
+def put_batch(mesh: Mesh, local: Tree) -> Tree:
+    """The global arrays of which `local` holds this process's rows (`local_batch_rows`)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
 
 
-def abstract_shardings(mesh: Mesh, tree: Tree) -> Tree:
-    """The shapes of a run's state, or of its parameters alone, with where each array lies: for jit
-    and for restoring.
+def abstract_batch(mesh: Mesh, batch: Tree) -> Tree:
+    """The shapes of a batch with their shardings."""
+    return jax.tree.map(lambda a: abstract(a, batch_sharding(mesh)), batch)
 
-    A parameter's moments in the optimizer lie where it does.
-    """
 
-    def where(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        lies = NamedSharding(mesh, partition_spec(*axes_of(path, leaf.shape, mesh)))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
+def abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array with its sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(where, tree)
+
+def abstract_param(mesh: Mesh, leaf: Any, info: ParamInfo) -> jax.ShapeDtypeStruct:
+    """The shape of a parameter, or of a moment of it, with its sharding: for jit and restoring."""
+    spec = partition_spec(*param_axes(info, leaf.shape, mesh))
+    return abstract(leaf, NamedSharding(mesh, spec))
 
 
 def shardings(placed: Tree) -> Tree:
-    """Where each array of `abstract_shardings` lies."""
+    """Where each array of a tree of shapes lies."""
     return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
-def gathered(stage: Tree) -> Tree:
-    """Parameters of one stage as they are used: what lies apart only to be kept is brought
-    together, groups are not.
+def gathered(stage: Tree, info: Tree) -> Tree:
+    """Parameters of one stage as they are used: split over groups, but not as they are stored.
 
-    Said of states, before weights are made of them: else it is the weights that would be brought
-    together.
+    States are gathered, before weights are made of them; else the weights would be.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return stage
 
-    def used(path: tuple[Any, ...], leaf: Array) -> Array:
-        _, *axes = axes_of(path, (1, *leaf.shape), jax.sharding.get_abstract_mesh())
+    def used(leaf: Array, info: ParamInfo) -> Array:
+        axes = param_axes(info, leaf.shape, mesh)
         return constrain(leaf, *(None if axis == "stored" else axis for axis in axes))
 
-    return jax.tree_util.tree_map_with_path(used, stage)
+    return jax.tree.map(used, stage, info)
 
 
 def bytes_per_device(placed: Tree) -> int:
-    """Bytes that one device holds of `abstract_shardings`."""
-    parts = [
-        (leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(placed)
-    ]
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    parts = [(a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(placed)]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
-def axes_of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Axes:
-    """What the axes of an array of the state count, by its tree path, as far as a mesh splits them.
+def param_axes(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Axes:
+    """What the axes of a parameter count, as far as a mesh splits them; scales lie whole.
 
-    Scales (a number a channel) and scalars are whole everywhere.
+    One axis at most is split over groups, and the longest other one is "stored" apart; never
+    "stage", along which a loop walks.
     """
     axes: list[str | None] = [None] * len(shape)
-    names = [str(getattr(key, "key", key)) for key in path]
-    if kind(path) == "scale":
+    if info.kind == "scale":
         return tuple(axes)
-    for axis, counts in _split_over_group(names):
+    wanted = [(info.axes.index(name), name) for name in OVER_GROUPS if name in info.axes]
+    for axis, counts in wanted:
         parts = _num_shards(mesh.shape, counts)
         if parts > 1 and shape[axis] % parts == 0:
             axes[axis] = counts
             break
-    first = 1 if _STACKS & set(names) else 0
-    left = [axis for axis in range(first, len(shape)) if not axes[axis]]
-    left = [axis for axis in left if shape[axis] % _num_shards(mesh.shape, "stored") == 0]
+    stored = _num_shards(mesh.shape, "stored")
+    left = [i for i, name in enumerate(info.axes) if name != "stage" and not axes[i]]
+    left = [i for i in left if shape[i] % stored == 0]
     if left:
         axes[max(left, key=lambda axis: shape[axis])] = "stored"
     return tuple(axes)
 
 
-def _split_over_group(names: list[str]) -> list[tuple[int, str]]:
-    """The axes of a parameter that may be split over "group", and what they count, best first."""
-    last = names[-1]
-    if last == "embed":  # [V, D]: looking up a token's channels crosses nothing
-        return [(1, "group")]
-    if last == "unembed":  # [D, V]: see `nn/layers.py`
-        return [(1, "vocab"), (0, "group")]
-    # [stage, fan, 1, n_out, n_in]: by heads or hidden neurons, whichever side has them
-    if "dense_block" in names:
-        return [(_FAN + 1 if {"query_key_value", "gate_up"} & set(names) else _FAN + 2, "group")]
-    if {"encoder", "encoder_v", "decoder"} & set(names):  # of BDH: heads first
-        return [(0, "group")]
-    part = next((name for name in names if name.partition("_")[2] in RULES), "")
-    if last in ("pre", "post", "state") or (
-        last == "map" and RULES[part.partition("_")[2]].grouped
-    ):
-        return [(_FAN, "group")]
-    return []  # what all neurons share
-
-
 def _num_shards(sizes: Any, axis: str) -> int:
     return math.prod(sizes.get(name, 1) for name in SPLIT[axis])
-
-
-def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
-    """The part of `config.validate` that is about `config.mesh`; need(holds, field, what it must
-    be) refuses.
-    """
-    mesh, m, t, devices = config.mesh, config.model, config.train, jax.device_count()
-    here = jax.local_device_count()
-    common = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0 and m.heads % n == 0)
-    of_heads = (
-        f"a divisor of model.heads={m.heads} and of the {here} devices of a process: {common}"
-    )
-    need(
-        mesh.group >= 1 and m.heads % mesh.group == 0 and here % mesh.group == 0,
-        "mesh.group",
-        of_heads,
-    )
-    parts = devices // mesh.group
-    divisors = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
-    of_parts = f"a divisor of the {devices} devices here / mesh.group={mesh.group}: {divisors}"
-    need(mesh.fsdp >= 1 and parts % mesh.fsdp == 0, "mesh.fsdp", of_parts)
-    rest = parts // mesh.fsdp
-    left = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group}), {rest}, or -1"
-    need(mesh.data in (-1, rest), "mesh.data", left)
-    unit = t.accumulation * parts
-    near = -(-t.batch_size // unit) * unit
-    multiple = (
-        f"a multiple of train.accumulation={t.accumulation} x {parts} parts (mesh.data x mesh.fsdp)"
-    )
-    need(t.batch_size % unit == 0, "train.batch_size", f"{multiple}, for instance {near}")
-    near = -(-config.eval.batch_size // parts) * parts
-    of_parts = f"a multiple of {parts} parts (mesh.data x mesh.fsdp), for instance {near}"
-    need(config.eval.batch_size % parts == 0, "eval.batch_size", of_parts)

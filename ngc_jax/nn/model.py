@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import jax
 
+from ngc_jax.data.batches import Batch
+
 Array = jax.Array
 Params = dict[str, Any]
 
 
 class LanguageModel(Protocol):
-    """Functions of one shape; holds no arrays. Axes: B batch, T tokens, V vocabulary."""
+    """Functions of one shape; holds no arrays. Axes: B batch, T tokens, D width, V vocabulary."""
 
     @property
     def shape(self) -> Any:
@@ -22,19 +24,19 @@ class LanguageModel(Protocol):
     def init(self, key: Array) -> Params:
         """Parameters, float32."""
 
-    def apply(
-        self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
-    ) -> tuple[Array, Any]:
-        """Logits [B, T, V] in float32 for tokens [B, T]; and, where there are rounds and it is
-        asked, their records.
-        """
+    def param_info(self) -> Params:
+        """The record (`core/params.py`) of each parameter, as a tree parallel to them."""
+
+    def embed(self, params: Params, batch: Batch) -> Array:
+        """The stream [B, T, D] of what a batch gives to read."""
+
+    def apply(self, params: Params, batch: Batch, record: bool = False) -> tuple[Array, Any]:
+        """Logits [B, T, V] in float32; and the records of rounds, where there are any and asked."""
 
     def decode(
         self, params: Params, tokens: Array, cache: Any, position: Array
     ) -> tuple[Array, Any]:
-        """Logits [B, T, V] for tokens that stand at `position` and after, with what came before in
-        `cache`.
-        """
+        """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`."""
 
     def unstack(self, params: Params) -> Params:
         """The same parameters laid out so that `decode` reads them soonest."""
@@ -43,6 +45,4 @@ class LanguageModel(Protocol):
         """What `decode` starts from, for `length` tokens."""
 
     def generated(self) -> dict[str, dict[str, int]]:
-        """Weights generated in a forward pass, {name of a stack: {synapse: how many}}; {} where all
-        are stored.
-        """
+        """Weights generated in a forward pass, {stack: {synapse: count}}; {}: all are stored."""

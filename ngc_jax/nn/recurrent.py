@@ -1,15 +1,16 @@
 """The recurrent language model: embed, a stack of cells that hear the stream token by token,
 logits.
 
-For: streams. What it has heard is one state for each cell, however long that was, so that a token
-costs the same at any length. With the same functions as `Decoder`. Not for: what a cell holds
-(`layers.py`), the loop over tokens (`core/recurrence.py`), or what only the decoder has: attention,
-prelude and coda, gates, wirings that change.
+For: streams. What a cell has heard is one state, however long that was, so a token costs the same
+at any length. The functions are those of `model.py`. Not for: what a cell holds (`layers.py`), the
+loop over tokens (`core/recurrence.py`), or what only the decoder has: attention, prelude and coda,
+gates, wirings that change.
 
 Axes: B batch, T tokens, D width, V vocabulary, C cells.
 """
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,23 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.recurrence import in_chunks
+from ngc_jax.data.batches import Batch
+from ngc_jax.nn.decoder import end_info
 from ngc_jax.nn.layers import Cell, RMSNorm, unembed
 from ngc_jax.nn.mesh import constrain, gathered
+from ngc_jax.nn.params import describe, stacked
 from ngc_jax.nn.shape import ModelShape
 
 Array = jax.Array
 Params = dict[str, Any]
+
+
+@functools.cache
+def cell_info(shape: ModelShape) -> Params:
+    """The records of one cell's parameters."""
+    return describe(Cell(shape), jnp.zeros((1, 1, shape.width)), jnp.zeros((1, shape.width)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,52 +47,54 @@ class Recurrent:
         """Parameters, float32. Cells lie behind one another on a leading axis."""
         s = self.shape
         embed, cells, unembed = jax.random.split(key, 3)
-        cell = partial(Cell(s).init, x=jnp.zeros((1, 1, s.width)), state=jnp.zeros((1, s.width)))
+        x, state = jnp.zeros((1, 1, s.width)), jnp.zeros((1, s.width))
+        cell = partial(Cell(s).init, x=x, state=state)
         return {
             "embed": jax.random.normal(embed, (s.vocab, s.width)),
             "cells": jax.vmap(lambda k: cell(k)["params"])(jax.random.split(cells, s.core)),
             "norm": {"scale": jnp.ones(s.width)},
-            # Logits start near zero, so training starts from the uniform distribution, ln V nats
-            # per token.
+            # Logits start near zero: training starts from the uniform distribution, ln V nats.
             "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
         }
 
-    def apply(
-        self, params: Params, tokens: Array, segments: Array | None = None, record: bool = False
-    ) -> tuple[Array, None]:
-        """Logits [B, T, V] in float32 for tokens [B, T], and None, since there is nothing to
-        `record`.
+    def param_info(self) -> Params:
+        """The record of each parameter, as a tree parallel to them."""
+        cells, norm = stacked(cell_info(self.shape), "stage"), ParamInfo("scale", (None,))
+        return {"cells": cells, "norm": {"scale": norm}, **end_info()}
 
-        Computes in the dtype of `params`. segments [B, T], if given, number the documents: each
-        begins with a state of 0. Gradients do not pass from one chunk of `shape.chunk` tokens to
-        another.
+    def embed(self, params: Params, batch: Batch) -> Array:
+        """The stream [B, T, D] of a batch's tokens, batch.inputs [B, T]."""
+        chex.assert_rank(batch.inputs, 2)
+        return constrain(constrain(params["embed"], None, None)[batch.inputs], "window", None, None)
+
+    def apply(self, params: Params, batch: Batch, record: bool = False) -> tuple[Array, None]:
+        """Logits [B, T, V] in float32, and None, since there is nothing to `record`.
+
+        Computes in the dtype of `params`. Each document (`batch.segments`) begins with a state of
+        0. Gradients do not pass from one chunk of `shape.chunk` tokens to another.
         """
-        chex.assert_rank(tokens, 2)
-        first = None
+        segments, first = batch.segments, None
         if segments is not None:
-            chex.assert_equal_shape([tokens, segments])
+            chex.assert_equal_shape([batch.inputs, segments])
             first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-        return self._forward(params, tokens, first, self.init_cache(tokens.shape[0], 0))[0], None
+        rows = batch.inputs.shape[0]
+        states = self.init_cache(rows, 0)
+        return self._forward(params, self.embed(params, batch), first, states)[0], None
 
     def decode(
         self, params: Params, tokens: Array, cache: Array, position: Array
     ) -> tuple[Array, Array]:
-        """Logits [B, T, V] for the tokens after those that made `cache`; their `position` does not
-        matter.
-        """
-        return self._forward(params, tokens, None, cache)
+        """Logits [B, T, V] for the tokens after those that made `cache`, at any `position`."""
+        return self._forward(params, self.embed(params, Batch(tokens)), None, cache)
 
     def unstack(self, params: Params) -> Params:
         """Parameters as they are: cells are few."""
         return params
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
-        """The cells' states before the first token: [C, B, D], however many tokens (`length`) will
-        come.
-        """
-        return jnp.zeros(
-            (self.shape.core, batch, self.shape.width), jnp.promote_types(dtype, jnp.float32)
-        )
+        """The cells' states before the first token: [C, B, D], for any `length`."""
+        shape = (self.shape.core, batch, self.shape.width)
+        return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
 
     def generated(self) -> dict[str, dict[str, int]]:
         """Weights generated in a forward pass without chunks: each cell's once, for all tokens."""
@@ -92,17 +105,16 @@ class Recurrent:
         return {"cells": {"token": 2 * tall, "gate_up": 2 * tall, "down": tall, "out": square}}
 
     def _forward(
-        self, params: Params, tokens: Array, first: Array | None, states: Array
+        self, params: Params, x: Array, first: Array | None, states: Array
     ) -> tuple[Array, Array]:
-        cell = Cell(self.shape)
+        cell, info = Cell(self.shape), cell_info(self.shape)
 
         def run(states: Array, heard: tuple[Array, Array | None]) -> tuple[Array, Array]:
-            tokens, first = jax.tree.map(jnp.transpose, heard)
-            x = constrain(constrain(params["embed"], None, None)[tokens], "window", None, None)
+            x, first = jax.tree.map(lambda a: a.swapaxes(0, 1), heard)
 
             def body(x: Array, layer: tuple[Params, Array]) -> Any:
                 weights, state = layer
-                return cell.apply({"params": gathered(weights)}, x, state, first)
+                return cell.apply({"params": gathered(weights, info)}, x, state, first)
 
             if self.shape.remat == "stages":
                 body = jax.checkpoint(body, prevent_cse=False)
@@ -110,6 +122,6 @@ class Recurrent:
             x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
             return states, unembed(x, params["unembed"]).swapaxes(0, 1)
 
-        heard = jax.tree.map(jnp.transpose, (tokens, first))  # chunks are cut along the first axis
+        heard = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, first))  # chunks are cut along axis 0
         states, logits = in_chunks(run, states, heard, self.shape.chunk)
         return logits.swapaxes(0, 1), states

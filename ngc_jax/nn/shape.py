@@ -1,76 +1,106 @@
-"""The shape of a model: its sizes as a frozen, hashable value, checked before anything is
-allocated.
+"""The shape of a model: its sizes as a frozen, hashable value.
 
-For: what a model *is*, and the synapse parts that follow from it. Not for: parameters (`layers.py`)
-or training.
+For: what a model *is*, and the synapse parts that follow from it. Not for: parameters
+(`layers.py`), which values are refused (`settings.py`), or training.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
-from ngc_jax.core.rules import RULES, Rule
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.wiring import WIRINGS
 from ngc_jax.nn.sharing import Sharing, parse
+from ngc_jax.nn.synapse import SynapsePart
 
 DYNAMIC = ("dynamic", "dynamic_ports")  # wirings that change: whole channels, or single ports
 
 
-class SynapsePart(NamedTuple):
-    """One summand of a synapse."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Connectivity:
+    """How neurons are joined, whatever their number: the fields of `config.model` of these names.
 
-    place: str  # "intra", "inter", or "dense" for the baseline
-    rule: str  # a name of RULES
-    groups: int
-    dim: int  # numbers of a state (r) or of a port (p)
-    activation: str | None
-    # `addressed` under a wiring; None: the rule as it is in RULES
-    wired: Addressed | Rewirable | None = None
-    kinds: int = 0  # in which a group's senders start (`Rule.alike`); 0: each neuron its own
-
-    @property
-    def how(self) -> Rule:
-        """The rule that the part acts by."""
-        return self.wired or RULES[self.rule]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder or recurrent model: the fields of `config.model`, described there, and
-    what the data give.
+    rule: between groups; "none", or "dense" for an ordinary matrix. p_intra: numbers of a state
+    within its group, 0 for no such part; from the group's size on a dense block. p_inter: numbers
+    of a port or state between groups.
     """
 
-    vocab: int
-    context: int
-    causal: bool  # whether a token sees none after it
-    rule: str
-    width: int
-    hidden: int
-    groups: int
-    heads: int
-    p_intra: int
-    p_inter: int
-    message_activation: str | None
-    wiring: str
-    channels: int
-    wiring_seed: int
-    sharing: str
-    init_rank: int
-    exchange_activation: str | None
-    gates: bool
-    qk_norm: bool
-    qk_gain: float  # where the learned scale of normalised queries starts
-    prelude: int
-    core: int
-    rounds: int
-    drive: bool
-    route: str
-    state_activation: str | None  # of the state after a round
-    keep: float  # of the state, from one round to the next, at the start of training
-    coda: int
-    form: str
-    remat: str
-    chunk: int
+    rule: str = "addressed"
+    groups: int = 8
+    p_intra: int = 128
+    p_inter: int = 3
+    message_activation: str | None = None
+    wiring: str = "complete"
+    channels: int = 4
+    wiring_seed: int = 0
+    init_rank: int = 0
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether groups send each other anything."""
+        return self.rule not in ("dense", "none")
+
+    @property
+    def rewirable(self) -> Rewirable | None:
+        """The rule between groups where each synapse has a wiring that changes in training."""
+        if self.wiring not in DYNAMIC:
+            return None
+        copies = self.p_inter if self.wiring == "dynamic_ports" else 1
+        return Rewirable(self.channels * copies, copies)
+
+    @property
+    def wired(self) -> Addressed | Rewirable | None:
+        """`addressed` under the wiring there is; None where every group hears every one."""
+        draw = WIRINGS.get(self.wiring)
+        fixed = draw and draw(self.groups, self.channels, self.wiring_seed)
+        return Addressed(fixed) if fixed else self.rewirable
+
+    def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
+        """The summands of a synapse from n_in to n_out neurons."""
+        if self.rule == "dense":
+            return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
+        # From this size on the states of one side are one-hot: a dense block.
+        full = min(n_in, n_out) // self.groups
+        kinds = self.init_rank // self.groups
+        intra, inter = [], []
+        if self.p_intra > 0:
+            rule = "block" if self.p_intra >= full else "within"
+            intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None, kinds=kinds)]
+        if self.has_messages:
+            dim = 1 if self.wiring == "dynamic_ports" else self.p_inter
+            how = (dim, self.message_activation, self.wired, kinds)
+            inter = [SynapsePart("inter", self.rule, self.groups, *how)]
+        return (*intra, *inter)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape(Connectivity):
+    """Sizes of a decoder or recurrent model: the fields of `config.model`, and what the data give.
+
+    docs/settings.md says what each field is; the defaults are those of `config.model`.
+    """
+
+    vocab: int = 257
+    context: int = 128  # tokens that attention looks back on
+    causal: bool = True  # whether a token sees none after it
+    width: int = 128
+    hidden: int = 384
+    heads: int = 4
+    sharing: str = "none"
+    exchange_activation: str | None = "silu"
+    gates: bool = False
+    qk_norm: bool = True
+    qk_gain: float = 1.0
+    prelude: int = 1
+    core: int = 1
+    rounds: int = 2
+    drive: bool = True
+    route: str = "state"
+    state_activation: str | None = None
+    keep: float = 0.9
+    coda: int = 1
+    form: str = "weights"
+    remat: str = "rounds"
+    chunk: int = 0
 
     @property
     def depth(self) -> int:
@@ -79,15 +109,8 @@ class ModelShape:
 
     @property
     def stream_axes(self) -> tuple[str | None, ...]:
-        """What the axes of the stream [B, T, D] count (`mesh.py`): channels are groups' own, but in
-        the dense model.
-        """
+        """What the axes of the stream [B, T, D] count; a dense model's channels are no groups'."""
         return ("window", None, None if self.rule == "dense" else "group")
-
-    @property
-    def has_messages(self) -> bool:
-        """Whether groups send each other anything."""
-        return self.rule not in ("dense", "none")
 
     @property
     def has_drive(self) -> bool:
@@ -100,48 +123,11 @@ class ModelShape:
         return parse(self.sharing, self.prelude + self.core + self.coda)
 
     @property
-    def rewirable(self) -> Rewirable | None:
-        """The rule between groups where each synapse has a wiring of its own that changes in
-        training.
-        """
-        if self.wiring not in DYNAMIC:
-            return None
-        copies = self.p_inter if self.wiring == "dynamic_ports" else 1
-        return Rewirable(self.channels * copies, copies)
-
-    @property
-    def wired(self) -> Addressed | Rewirable | None:
-        """`addressed` under the wiring there is; None where every group hears every one."""
-        draw = WIRINGS.get(self.wiring)
-        return (
-            Addressed(draw(self.groups, self.channels, self.wiring_seed))
-            if draw
-            else self.rewirable
-        )
-
-    @property
     def branch_gain(self) -> float:
-        """Scale of what a branch adds to the stream, so that 2 depth branches together add unit
-        variance.
-        """
+        """Scale of a branch, so that the 2 depth branches together add unit variance."""
         return (2 * self.depth) ** -0.5
 
-    def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
-        """The summands of a synapse from n_in to n_out neurons under this shape."""
-        if self.rule == "dense":
-            return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
-        # from here on the states of one side are one-hot: a dense block
-        full = min(n_in, n_out) // self.groups
-        kinds = self.init_rank // self.groups
-        intra, inter = [], []
-        if self.p_intra > 0:
-            rule = "block" if self.p_intra >= full else "within"
-            intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None, kinds=kinds)]
-        if self.has_messages:
-            dim = 1 if self.wiring == "dynamic_ports" else self.p_inter
-            inter = [
-                SynapsePart(
-                    "inter", self.rule, self.groups, dim, self.message_activation, self.wired, kinds
-                )
-            ]
-        return (*intra, *inter)
+    @property
+    def connectivity(self) -> dict[str, Any]:
+        """The fields of `Connectivity`."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(Connectivity)}

@@ -46,19 +46,16 @@ def update_flops(
 
     By the usual convention: the backward pass is twice the forward; recomputation is not counted.
     """
-    inputs = jax.ShapeDtypeStruct((batch.shape[0], batch.shape[2]), batch.dtype)
-    return (
-        iteration.flops(params, inputs)
-        if iteration
-        else 3 * count.forward_flops(model.apply, params, inputs)
-    )
+    if iteration:
+        return iteration.flops(params, batch)
+    return 3 * count.forward_flops(model.apply, params, batch)
 
 
 def costs(model: LanguageModel, params: Any, flops: float, compiled: Any) -> str:
     """What the run costs, in one line: counted parameters, FLOPs of an update, and the compiled
     update's memory.
     """
-    stored = count.parameters(params)
+    stored = count.parameters(params, model.param_info())
     return (
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
         f"{count.generated_weights(model):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "

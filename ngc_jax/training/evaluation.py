@@ -23,7 +23,7 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training.rounds import Apply, marked
+from ngc_jax.training.rounds import Apply, mark_of, marked
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import make_eval_step
 
@@ -51,7 +51,7 @@ def at_rounds(
     """
     decoder = model if isinstance(model, Decoder) else None
     if rounds is None:
-        return model, marked(decoder, config)
+        return model, marked(model, config)
     if decoder is None or not decoder.shape.core:
         raise UserError(f"rounds={rounds}: must not be given for a model without a loop")
     if isinstance(rounds, Settled):
@@ -73,7 +73,7 @@ def compile_eval(
     model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
 ) -> Callable[..., Any]:
     """The jitted evaluation of one batch on a mesh; `settle`, if given, replaces `model.apply`."""
-    step = make_eval_step(model, config.train, data.tokenizer.lengths, data.boundary, settle)
+    step = make_eval_step(model, config.train, data.tokenizer.lengths, settle)
     return jax.jit(meshes.with_mesh(mesh, step), out_shardings=meshes.replicated(mesh))
 
 
@@ -128,13 +128,13 @@ def compile_watch(
         chosen = np.arange(count) % available
     rows = meshes.local_batch_rows(mesh, count)
     batches = held_out_batches([data.validation[i] for i in chosen], batch_size=count, rows=rows)
-    tokens = meshes.put_batch(mesh, next(batches)[0][:, 0])
+    batch = meshes.put_batch(mesh, next(batches)[0])
     # It runs seldom: at optimization level 1 it compiles several times faster.
     options = {"xla_backend_optimization_level": 1}
     watch = meshes.with_mesh(mesh, make_watch(model, config.stability))
     step = jax.jit(watch, out_shardings=meshes.replicated(mesh), compiler_options=options)
     return lambda params: {
-        name: float(value) for name, value in jax.device_get(step(params, tokens)).items()
+        name: float(value) for name, value in jax.device_get(step(params, batch)).items()
     }
 
 
@@ -143,8 +143,8 @@ def score(
 ) -> dict[str, float]:
     """`held_out` of problems; `settle`, if given, replaces `model.apply`."""
     mesh = meshes.single_device()
-    evaluate = make_eval_step(model, config.train, None, boundary(config.data.task), settle)
-    rows = max(1, min(config.eval.batch_size, ATTENDED // problems[0].shape[1] ** 2))
+    evaluate = make_eval_step(model, config.train, None, settle)
+    rows = max(1, min(config.eval.batch_size, ATTENDED // len(problems[0].targets) ** 2))
     return held_out(jax.jit(meshes.with_mesh(mesh, evaluate)), params, mesh, problems, rows)
 
 
@@ -168,7 +168,9 @@ def examine(
     found = problem_set(
         data.task, difficulty, difficulty, {"test": examples}, seed, cache_directory(data)
     )
-    problems = Problems(found.home, "test", found.longest)
+    mark = mark_of(config)
+    ends = boundary(data.task) if mark is None else mark
+    problems = Problems(found.home, "test", found.longest, ends)
     attend = config.model.attend if attend is None else attend
     model, settle = at_rounds(
         attending(model, attend or max(found.longest, data.context)), config, rounds

@@ -23,7 +23,8 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rewiring import pruned
-from ngc_jax.training.step import TrainState, init_state
+from ngc_jax.training.rounds import mark_of
+from ngc_jax.training.step import TrainState, abstract_state
 from ngc_jax.training.workdir import read_config
 
 
@@ -54,7 +55,7 @@ class Trained:
 
         Raises UserError where this is something else by now.
         """
-        data = load_data(self.config.data)
+        data = load_data(self.config.data, mark_of(self.config))
         if self.meta["data"] != data.fingerprint:
             raise UserError(
                 f"this is not what {self.workdir} was trained on: fingerprint "
@@ -128,16 +129,11 @@ def load(workdir: Path, step: int | None = None) -> Trained:
         fault = checkpoints.fault(wanted)
         if fault is not None:
             raise UserError(f"checkpoint {wanted} in {workdir} is not sound: {fault}")
-        read = checkpoints.restore(wanted, jax.tree.map(_here, abstract_state(model, config)))
+        read = checkpoints.restore(wanted, jax.tree.map(_here, abstract_state(model, config.train)))
     finally:
         checkpoints.close()
     model, params = pruned(model, read.state.params, config, wanted)
     return Trained(workdir, config, model, params, tokenizer, wanted, read.state, read.meta)
-
-
-def abstract_state(model: LanguageModel, config: ConfigDict) -> TrainState:
-    """Shapes and dtypes of a run's state; nothing is allocated."""
-    return jax.eval_shape(lambda: init_state(model, config.train, 0))
 
 
 def _here(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -20,12 +20,11 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.config import make_model, validate
-from ngc_jax.data.batches import train_batches
+from ngc_jax.data.batches import batch_like, train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
@@ -41,11 +40,10 @@ from ngc_jax.training import card
 from ngc_jax.training import match_size as budget
 from ngc_jax.training.costs import costs, devices, peak, update_flops, versions
 from ngc_jax.training.evaluation import compile_eval, compile_watch, held_out
-from ngc_jax.training.load import abstract_state
 from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rewiring import changes, compile_rewire, pruned
-from ngc_jax.training.rounds import make_iteration, marked
-from ngc_jax.training.step import TrainState, init_state, make_train_step
+from ngc_jax.training.rounds import make_iteration, mark_of, marked
+from ngc_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 from ngc_jax.training.workdir import claim
 
 # kinds of rows that are made of the state between two updates
@@ -90,7 +88,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     with multihost.agreed():
         validate(config)
         budget.resolve(config)
-        source = load_data(data)
+        source = load_data(data, mark_of(config))
     multihost.same(
         config=config.to_json(sort_keys=True), text=source.fingerprint, software=str(versions())
     )
@@ -101,15 +99,13 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     print(f"data: {source.summary}")
 
     # ---- Compile, before anything is allocated ---------------------------------------------------
-    like = meshes.abstract_shardings(mesh, abstract_state(model, config))
-    batch = jax.ShapeDtypeStruct(
-        (train.batch_size, 2, data.context), jnp.int32, sharding=meshes.batch_sharding(mesh)
-    )
+    like = abstract_state(model, train, mesh)
+    batch = meshes.abstract_batch(mesh, batch_like(source.train, train.batch_size))
     # no other model has stages that could be watched
     decoder = model if isinstance(model, Decoder) else None
     penalty = make_penalty(decoder, config.stability) if decoder else None
-    iteration = make_iteration(decoder, config) if decoder else None
-    step_function = make_train_step(model, train, source.boundary, penalty, iteration)
+    iteration = make_iteration(model, config)
+    step_function = make_train_step(model, train, penalty, iteration, config.seed)
     began = time.monotonic()
     lies = meshes.shardings(like)
 
@@ -123,8 +119,8 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         donate_argnums=0,
     )
     update = jitted.lower(like, batch, multihost.ballots(mesh, False, False)).compile()
-    rewire = compile_rewire(model, config, mesh, source.boundary, like, batch)
-    evaluate = compile_eval(model, config, mesh, source, marked(decoder, config))
+    rewire = compile_rewire(model, config, mesh, like, batch)
+    evaluate = compile_eval(model, config, mesh, source, marked(model, config))
     watch = (
         compile_watch(decoder, config, mesh, source) if decoder and config.stability.every else None
     )
@@ -403,9 +399,9 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         kept = f"step {step} is saved" if step else "before the first update"
         progress.say(f"asked to stop: {kept}; the same command goes on from there")
         return False
-    stored = count.parameters(
-        jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params)
-    )
+    # Without the slots that a changing wiring has left empty.
+    ended = jax.eval_shape(lambda params: pruned(model, params, config, step)[1], like.params)
+    stored = count.parameters(ended, model.param_info())
     if multihost.first():
         card.write(workdir, config, source.summary, stored, count.generated_weights(model))
     progress.say(

@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.config import OURS, make_model
+from ngc_jax.data.batches import token_batch
 from ngc_jax.runtime.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -96,10 +96,11 @@ def cost(config: ConfigDict, what: str = "parameters") -> int:
 
     FLOPs are those of the form (weights or signals) that takes fewer, for the two are one function.
     """
-    params = jax.eval_shape(make_model(config, VOCAB).init, jax.random.key(0))
+    model = make_model(config, VOCAB)
+    params = jax.eval_shape(model.init, jax.random.key(0))
     if what == "parameters":
-        return count.parameters(params).matrices
-    window = jax.ShapeDtypeStruct((1, config.data.context), jnp.int32)
+        return count.parameters(params, model.param_info()).matrices
+    window = token_batch(1, config.data.context)
 
     def flops(form: str) -> int:
         formed = config.copy_and_resolve_references()

@@ -1,13 +1,15 @@
-"""The optimizer: what each parameter is to it (a state, a matrix, the rest), its schedule, and its
-optax chain.
+"""The optimizer: its schedule, its optax chain, and learning rates by kind of parameter.
 
 For: everything between a gradient and an update. Not for: gradients, or the guard against bad ones
-(`steps.py`).
+(`step.py`).
 
 Learning rates are applied to the chain's output as a function of the run's own step, not of
 counters inside the optimizer, so that a skipped update cannot shift the schedule.
+
+`info` is always a tree of records (`core/params.py`) parallel to the parameters that are trained.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,39 +17,14 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from ngc_jax.core.rules import RULES
+from ngc_jax.core.params import ParamInfo
 
 Array = jax.Array
 Tree = Any
-_GROUPED = [name for name, rule in RULES.items() if rule.grouped]
-
-
-def kind(path: tuple[Any, ...]) -> str:
-    """What the leaf at a tree path is: "state", "matrix", "embedding", "scale" (norms, leak,
-    drive), or "wiring".
-
-    A wiring says who hears whom; it is no parameter, and no optimizer sees it.
-    """
-    names = [str(getattr(key, "key", key)) for key in path]
-    if names[-1] == "hears":
-        return "wiring"
-    # whatever a rule keeps there: what neurons share goes with their states
-    if "pre" in names or "post" in names:
-        return "state"
-    if names[-1] == "weight":
-        return "matrix"
-    return "embedding" if names[-1] in ("embed", "unembed") else "scale"
-
-
-def kinds(params: Tree) -> Tree:
-    """The kind of each parameter, as a tree."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: kind(path), params)
 
 
 def schedule(config: Any, step: Array) -> Array:
-    """Share of the peak learning rate at a step (0 = first update): warm-up, then "cosine" or
-    "wsd".
-    """
+    """Share of the peak learning rate at a step (0 = first update): warm-up, "cosine" or "wsd"."""
     t = config
     done = step.astype(jnp.float32) - t.warmup_steps
     left = t.steps - t.warmup_steps
@@ -60,76 +37,86 @@ def schedule(config: Any, step: Array) -> Array:
     return jnp.minimum(warm, 1.0) * (t.final_fraction + (1 - t.final_fraction) * shape)
 
 
-def optimizer(config: Any) -> optax.GradientTransformation:
-    """Gradient -> direction, before the learning rate: clip, AdamW or Muon, decoupled decay of
-    matrices and states.
+def make_optimizer(config: Any, info: Tree) -> optax.GradientTransformation:
+    """Gradient -> direction, before the learning rate: clip, AdamW or Muon, decoupled decay.
 
-    Norm scales, leak, drive and embeddings are not decayed.
+    Matrices and states are decayed; norm scales, leak, drive and embeddings are not.
     """
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
     if config.optimizer == "muon":
-        muon = optax.chain(scale_by_muon(weight_dimension_numbers=_matrix_axes), _match_adam_rms())
+        axes = lambda params: _beside(_matrix_axes, params, info)  # noqa: E731
+        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_adam_rms())
         chosen = {"state": muon, "matrix": muon, "embedding": adam, "scale": adam}
-        direction = optax.partition(chosen, _directions)
+        direction = optax.partition(chosen, jax.tree.map(_label, info))
     else:
         direction = adam
+    decayed = jax.tree.map(lambda one: one.weighs, info)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
-        optax.add_decayed_weights(
-            config.weight_decay,
-            mask=lambda p: jax.tree.map(lambda k: k in ("state", "matrix"), kinds(p)),
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
 
-def apply(config: Any, params: Tree, direction: Tree, step: Array) -> Tree:
-    """New parameters: each kind at its own learning rate."""
+def apply(config: Any, params: Tree, direction: Tree, step: Array, info: Tree) -> Tree:
+    """New parameters: states at their learning rate, all others at theirs."""
     share = schedule(config, step)
 
-    def move(path: tuple[Any, ...], p: Array, d: Array) -> Array:
-        peak = config.state_learning_rate if kind(path) == "state" else config.learning_rate
+    def move(p: Array, d: Array, info: ParamInfo) -> Array:
+        state = info.kind == "state"
+        peak = config.state_learning_rate if state else config.learning_rate
         return p - peak * share * d
 
-    return jax.tree_util.tree_map_with_path(move, params, direction)
+    return jax.tree.map(move, params, direction, info)
 
 
-def _directions(params: Tree) -> Tree:
-    """Kinds as they are for Muon: of what a rule keeps, biases and gains are no matrices and go
-    with the scales.
+def map_moments(function: Callable[..., Any], memory: Tree, *beside: Tree) -> Tree:
+    """function(moment, *beside) for whatever the optimizer keeps for each parameter.
+
+    `beside` are trees parallel to the parameters, whose leaves may be of any kind. What is no
+    parameter's (counters) is left as it is.
     """
-
-    def label(path: tuple[Any, ...], p: Array) -> str:
-        is_matrix = path[-1].key in ("pre", "post", "state", "map")
-        return "scale" if kind(path) == "state" and not is_matrix else kind(path)
-
-    return jax.tree_util.tree_map_with_path(label, params)
+    return map_like_params(lambda node: _beside(function, node, *beside), memory, beside[0])
 
 
-def _matrix_axes(params: Tree) -> Tree:
-    """Which axes of a parameter make a matrix for Muon; stages, fan and groups are a batch of them.
+def map_like_params(function: Callable[[Tree], Tree], memory: Tree, params: Tree) -> Tree:
+    """function(tree) for each tree in the optimizer's memory that is parallel to the parameters."""
 
-    States are [stage, fan, group, neuron, partner, port], with as many trailing axes as the rule
-    has; of maps and of other matrices it is the last two axes.
-    """
+    def parallel(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() == params.keys()
 
-    def axes(path: tuple[Any, ...], p: Array) -> MuonDimensionNumbers:
-        if path[-1].key in ("map", "weight"):
-            return MuonDimensionNumbers((p.ndim - 2,), (p.ndim - 1,))
-        first = 3 if any(key.key.partition("_")[2] in _GROUPED for key in path) else 2
-        return MuonDimensionNumbers((first,), tuple(range(first + 1, p.ndim)))
+    def visit(node: Any) -> Any:
+        return function(node) if parallel(node) else node
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree.map(visit, memory, is_leaf=parallel)
+
+
+def _beside(function: Callable[..., Any], node: Tree, *beside: Tree) -> Tree:
+    """function(leaf, *beside) for the leaves of a tree that optax may have masked in part."""
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+    each = lambda leaf, *more: leaf if masked(leaf) else function(leaf, *more)  # noqa: E731
+    return jax.tree.map(each, node, *beside, is_leaf=masked)
+
+
+def _label(info: ParamInfo) -> str:
+    """The kind to Muon: of a rule's states, biases and gains are no matrices, but scales."""
+    return "scale" if info.kind == "state" and info.matrix is None else info.kind
+
+
+def _matrix_axes(_: Array, info: ParamInfo) -> MuonDimensionNumbers:
+    """The axes that make a matrix; those before them (stages, fan, groups) are a batch of them."""
+    ndim = len(info.axes)
+    first = ndim + (info.matrix or -1)
+    return MuonDimensionNumbers((first,), tuple(range(first + 1, ndim)))
 
 
 def _match_adam_rms() -> optax.GradientTransformation:
-    """Scale Muon's orthogonal directions to AdamW's usual size, 0.2 per entry (arXiv 2502.16982,
+    """Scales Muon's orthogonal directions to AdamW's usual size, 0.2 per entry (arXiv 2502.16982,
     section 2.2).
     """
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
-        return jax.tree.map(
-            lambda u: u * (0.2 / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-12)), updates
-        ), state
+        scale = lambda u: u * (0.2 / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-12))  # noqa: E731
+        return jax.tree.map(scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

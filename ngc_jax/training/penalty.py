@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from ngc_jax.analysis.probes import round_exponents, round_states, rounds_step
+from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.measures import contraction
 from ngc_jax.nn.decoder import Decoder
 
 Array = jax.Array
-Penalty = Callable[[Any, Array, Array], Array]
+Penalty = Callable[[Any, Batch, Array], Array]
 REGULARISERS = ("none", "contraction", "exponent")
 
 
@@ -37,7 +38,7 @@ def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Ar
 
 
 def make_penalty(model: Decoder, config: Any) -> Penalty | None:
-    """(params, tokens [B, T], key) -> scalar to add to the loss in nats per token; None where
+    """(params, batch, key) -> scalar to add to the loss in nats per token; None where
     nothing is asked for.
 
     config is `config.stability`: regulariser, low, high, weight, jacobian. The values held in the
@@ -49,19 +50,19 @@ def make_penalty(model: Decoder, config: Any) -> Penalty | None:
         return None
     rounds = model.shape.rounds
 
-    def penalty(params: Any, tokens: Array, key: Array) -> Array:
+    def penalty(params: Any, batch: Batch, key: Array) -> Array:
         total = jnp.zeros(())
         if config.regulariser == "contraction":
-            factors = contraction(round_states(model, params, tokens, rounds))
+            factors = contraction(round_states(model, params, batch, rounds))
             total += config.weight * band(
                 jnp.mean(jnp.log(factors + 1e-6)), config.low, config.high
             )
         if config.regulariser == "exponent":
-            exponent = jnp.mean(round_exponents(model, params, tokens, rounds=rounds))
+            exponent = jnp.mean(round_exponents(model, params, batch, rounds=rounds))
             total += config.weight * band(exponent, config.low, config.high)
         if config.jacobian:
-            step, _ = rounds_step(model, params, tokens)
-            settled = round_states(model, params, tokens, rounds)[-1]
+            step, _ = rounds_step(model, params, batch)
+            settled = round_states(model, params, batch, rounds)[-1]
             total += config.jacobian * jacobian_penalty(lambda x: step(x, None), settled, key)
         return total
 

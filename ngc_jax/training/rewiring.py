@@ -1,51 +1,58 @@
-"""Rewiring a model while it trains: edges between groups given up and tried anew, between two
-updates.
+"""Rewiring a model while it trains: edges between groups given up and tried anew between updates.
 
 For: `model.wiring="dynamic"` and "dynamic_ports", as `config.rewire` asks. Not for: what an edge is
-worth and which are chosen (`core/rewiring.py`), or when `train.py` calls this.
+worth and which are chosen (`core/rewiring.py`), or when the loop calls this.
 
 Every synapse has a wiring of its own, one for all that share its send states. All is done in one
-layout: each listener has a slot for every edge that there could be, [..., G, n, E, p], where an
-edge that is not there has post = 0 and a pre drawn anew, so that the model is the same function and
-its ordinary gradient says what the edge would be good for.
+layout: each listener has a slot for every edge that there could be, [..., G, n, E, p]. An edge that
+is not there has post = 0 and a pre drawn anew. So the model is the same function, and its ordinary
+gradient says what the edge would be good for.
 
-Axes, before those of `core/rewiring.py`: A stages and F fan members, by sets that share where
-states are sent.
+Axes, before those of `core/rewiring.py`: A stages and F fan members, by sets that share send
+states.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+import optax
 from jax.sharding import Mesh
 
 from ngc_jax.analysis.probes import walk
 from ngc_jax.core import rewiring
+from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rewiring import Schedule
 from ngc_jax.core.rules import emit
-from ngc_jax.core.rules.signal import normal
+from ngc_jax.core.rules.base import normal
 from ngc_jax.core.wiring import carry, slots_of
+from ngc_jax.data.batches import Batch
 from ngc_jax.nn import mesh as meshes
+from ngc_jax.nn import stacks
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Stage, Synapse, intercept
+from ngc_jax.nn.layers import Stage
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.nn.shape import DYNAMIC
 from ngc_jax.nn.sharing import FANS, spread
+from ngc_jax.nn.synapse import Heard, intercept
+from ngc_jax.training.optimizer import map_like_params
 from ngc_jax.training.step import TrainState, losses
 
 Array = jax.Array
 Tree = Any
-Path = tuple[str, ...]
-Rewire = Callable[[TrainState, Array, Array, Array], tuple[TrainState, dict[str, Array]]]
-PRE, HEARS, POST = (
-    ("inter_addressed", "pre", "state"),
-    ("inter_addressed", "pre", "hears"),
-    ("inter_addressed", "post"),
-)
+Rewire = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]
+PART = "inter_addressed"  # the summand of a synapse that is rewired
+
+
+class Ports(NamedTuple):
+    """The rewirable states of one synapse in all stages: by sets of A and F; `post` by members."""
+
+    pre: Array  # [A, F, G, n, slots, p]
+    hears: Array  # [A, F, G, slots]
+    post: Array  # [A, F, G, m, slots, p]
 
 
 def changes(config: Any) -> Schedule:
@@ -57,146 +64,107 @@ def changes(config: Any) -> Schedule:
     return Schedule(first, last, begin, r.every, (end - begin) // r.every, r.exchange)
 
 
-def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
-    """The part of `config.validate` that is about `config.rewire`; need(holds, field, what it must
-    be) refuses.
-    """
-    r, m = config.rewire, config.model
-    if m.wiring not in DYNAMIC:
-        return
-    fewer = f"from 1 to model.channels = {m.channels}, those at the start"
-    need(1 <= r.channels <= m.channels, "rewire.channels", fewer)
-    need(0 <= r.begin < 1, "rewire.begin", "at least 0 and below 1, for instance 0.1")
-    later = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
-    need(r.begin < r.end <= 1, "rewire.end", later)
-    span = round(r.end * config.train.steps) - round(r.begin * config.train.steps)
-    need(
-        1 <= r.every <= span,
-        "rewire.every",
-        f"from 1 to the {span} updates between rewire.begin and rewire.end",
-    )
-    need(0 <= r.exchange <= 1, "rewire.exchange", "from 0 to 1, for instance 0.3")
-    need(
-        r.regrow in rewiring.REGROW,
-        "rewire.regrow",
-        "one of " + ", ".join(map(repr, rewiring.REGROW)),
-    )
-
-
-def make_rewire(model: Decoder, config: Any, boundary: int | None = None) -> Rewire:
-    """(state, batch [B, 2, T], keep, grow) -> the state with that many edges a group, and what to
-    log of it.
+def make_rewire(model: Decoder, config: Any) -> Rewire:
+    """(state, batch, keep, grow) -> the state with that many edges a group, and what to log of it.
 
     `keep` edges stay by magnitude, `grow` are added by `config.rewire.regrow`. An edge that stays
-    keeps its states and the optimizer's moments to the bit. One that is new begins with post = 0,
-    so that the model's function changes by what was given up alone, and with moments of 0. Scores
-    are taken on one part of the batch where it is accumulated.
+    keeps its states and the optimizer's moments to the bit. A new one begins with post = 0, so that
+    the model's function changes by what was given up alone, and with moments of 0. Scores are taken
+    on one part of the batch where it is accumulated.
     """
     s = model.shape
     rule = s.rewirable
     assert rule is not None
     edges = (s.groups - 1) * rule.copies
-    # each edge that there could be has a slot
-    wide = Decoder(dataclasses.replace(s, channels=s.groups - 1))
+    wide = Decoder(dataclasses.replace(s, channels=s.groups - 1))  # a slot for each possible edge
 
-    def loss(posts: dict[Path, Array], laid: dict[Path, Array], batch: Array) -> Array:
-        dtype = jnp.dtype(config.train.compute_dtype)
-        nats, counts = losses(wide, unflatten_dict(laid | posts), batch, boundary, dtype)
-        return jnp.sum(nats * counts) / jnp.sum(counts)
-
-    def promises(laid: dict[Path, Array], batch: Array, key: Array) -> dict[str, Array]:
+    def promises(params: Tree, batch: Batch, key: Array) -> dict[str, Array]:
         """What each edge promises, for each stage and fan member: {synapse: [A, F, G, E]}."""
+        laid = _ports(model, params)
         if config.rewire.regrow == "gradient":
-            slopes = jax.grad(loss)(
-                {path: p for path, p in laid.items() if path[-2:] == POST}, laid, batch
-            )
-            return {
-                synapse: rewiring.slope(_joined(model, slopes, synapse, POST)) for synapse in FANS
-            }
+
+            def loss(posts: dict[str, Array]) -> Array:
+                given = {name: laid[name]._replace(post=post) for name, post in posts.items()}
+                dtype = jnp.dtype(config.train.compute_dtype)
+                nats, counts = losses(wide, _with_ports(model, params, given), batch, dtype)
+                return jnp.sum(nats * counts) / jnp.sum(counts)
+
+            slopes = jax.grad(loss)({name: ports.post for name, ports in laid.items()})
+            return {name: rewiring.slope(slopes[name]) for name in FANS}
         if config.rewire.regrow == "correlation":
-            return _correlations(wide, unflatten_dict(laid), batch[:, 0])
-        posts = {synapse: _joined(model, laid, synapse, POST) for synapse in FANS}
+            return _correlations(wide, params, batch)
         keys = dict(zip(FANS, jax.random.split(key, len(FANS)), strict=True))
-        return {
-            name: jax.random.uniform(keys[name], (*post.shape[:3], edges))
-            for name, post in posts.items()
-        }
+        shape = {name: (*ports.post.shape[:3], edges) for name, ports in laid.items()}
+        return {name: jax.random.uniform(keys[name], shape[name]) for name in FANS}
 
     def rewire(
-        state: TrainState, batch: Array, keep: Array, grow: Array
+        state: TrainState, batch: Batch, keep: Array, grow: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        fresh_key, random_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(s.wiring_seed), state.step)
-        )
-        laid = flatten_dict(state.params)
+        start = jax.random.fold_in(jax.random.key(s.wiring_seed), state.step)
+        fresh_key, random_key = jax.random.split(start)
+        laid = _ports(model, state.params)
         origins: dict[str, Array] = {}  # the slot that each edge has today, or -1: [A, F, G, E]
-        for i, synapse in enumerate(FANS):
-            pre, hears, post = (_joined(model, laid, synapse, part) for part in (PRE, HEARS, POST))
+        for i, (synapse, (pre, hears, post)) in enumerate(laid.items()):
             used = jnp.any(pre != 0, axis=(-3, -1))
             origin = origins[synapse] = slots_of(jnp.where(used, hears, -1), edges)
-            drawn = normal(
-                jax.random.fold_in(fresh_key, i),
-                (*pre.shape[:-2], edges, pre.shape[-1]),
-                pre.shape[-3],
+            wanted = (*pre.shape[:-2], edges, pre.shape[-1])
+            drawn = normal(jax.random.fold_in(fresh_key, i), wanted, pre.shape[-3])
+            laid[synapse] = Ports(
+                jnp.where(origin[..., None, :, None] < 0, drawn, carry(pre, origin)),
+                jnp.broadcast_to(jnp.arange(edges), origin.shape),
+                carry(post, _by_member(model, synapse, origin)),
             )
-            all_pre = jnp.where(origin[..., None, :, None] < 0, drawn, carry(pre, origin))
-            laid |= _parted(model, laid, synapse, PRE, all_pre)
-            laid |= _parted(
-                model, laid, synapse, HEARS, jnp.broadcast_to(jnp.arange(edges), origin.shape)
-            )
-            laid |= _parted(
-                model, laid, synapse, POST, carry(post, _by_member(model, synapse, origin))
-            )
-        promise = promises(laid, batch[:: config.train.accumulation], random_key)
+        part = jax.tree.map(lambda a: a[:: config.train.accumulation], batch)
+        promise = promises(_with_ports(model, state.params, laid), part, random_key)
 
-        # for each array of states, the slot that each new slot goes on from, or -1
-        moves: dict[Path, Array] = {}
-        fresh: dict[Path, Array] = {}  # pre states of edges that are new
-        wiring: dict[Path, Array] = {}
+        slots: dict[str, Array] = {}  # the slot that each new slot goes on from, or -1
+        fresh: dict[str, Array] = {}  # pre states of edges that are new
+        wiring: dict[str, Array] = {}
         added = held = jnp.zeros((), jnp.int32)
-        for synapse in FANS:
-            pre, post = (_joined(model, laid, synapse, part) for part in (PRE, POST))
+        for synapse, ports in laid.items():
             origin = origins[synapse]
-            strength = rewiring.magnitude(_by_member(model, synapse, pre), post)
+            strength = rewiring.magnitude(_by_member(model, synapse, ports.pre), ports.post)
             strength = jnp.where(origin < 0, -1, _by_set(model, synapse, strength))
-            heard, used = rewiring.choose(
-                strength, _by_set(model, synapse, promise[synapse]), keep, grow, rule.slots
-            )
+            promised = _by_set(model, synapse, promise[synapse])
+            heard, used = rewiring.choose(strength, promised, keep, grow, rule.slots)
             slot = jnp.where(used, jnp.take_along_axis(origin, heard, axis=-1), -1)
             new = used & (slot < 0)
             added, held = added + jnp.sum(new), held + jnp.sum(used)
-            moves |= _parted(model, laid, synapse, PRE, slot)
-            moves |= _parted(model, laid, synapse, POST, _by_member(model, synapse, slot))
-            fresh |= _parted(model, laid, synapse, PRE, carry(pre, jnp.where(new, heard, -1)))
-            wiring |= _parted(model, laid, synapse, HEARS, heard)
+            slots[synapse], wiring[synapse] = slot, heard
+            fresh[synapse] = carry(ports.pre, jnp.where(new, heard, -1))
 
-        def move(path: tuple[Any, ...], leaf: Array) -> Array:
-            """States, and whatever the optimizer keeps for them, to their new slots."""
-            names = tuple(str(key.key) for key in path if hasattr(key, "key"))
-            for tail, slot in moves.items():
-                if names[-len(tail) :] == tail:
-                    return carry(leaf, slot)
-            return leaf
+        def moved(tree: Tree) -> Tree:
+            """States, or whatever the optimizer keeps for them, in their new slots."""
+            changed = {}
+            for synapse, ports in _ports(model, tree).items():
+                if isinstance(ports.pre, optax.MaskedNode):  # optax keeps nothing for states here
+                    return tree
+                post = carry(ports.post, _by_member(model, synapse, slots[synapse]))
+                changed[synapse] = Ports(carry(ports.pre, slots[synapse]), ports.hears, post)
+            return _with_ports(model, tree, changed)
 
-        params, memory = jax.tree_util.tree_map_with_path(move, (state.params, state.optimizer))
-        flat = flatten_dict(params)
-        params = unflatten_dict(
-            flat | {path: flat[path] + pre for path, pre in fresh.items()} | wiring
-        )
+        params = moved(state.params)
+        renewed = {
+            name: Ports(one.pre + fresh[name], wiring[name], one.post)
+            for name, one in _ports(model, params).items()
+        }
         row = {"wiring/density": (keep + grow) / edges, "wiring/exchanged": added / held}
-        return dataclasses.replace(state, params=params, optimizer=memory), row
+        memory = map_like_params(moved, state.optimizer, params)
+        after = dataclasses.replace(
+            state, params=_with_ports(model, params, renewed), optimizer=memory
+        )
+        return after, row
 
     return rewire
 
 
 def compile_rewire(
-    model: LanguageModel, config: Any, mesh: Mesh, boundary: int | None, like: Tree, batch: Any
-) -> Callable[[TrainState, Array, int], tuple[TrainState, dict[str, float]]] | None:
-    """`make_rewire`, compiled for a state and a batch like these: (state, batch, step) -> the state
-    and a row to log.
+    model: LanguageModel, config: Any, mesh: Mesh, like: Tree, batch: Any
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, float]]] | None:
+    """`make_rewire`, compiled for a state and a batch like these.
 
-    How many edges there are at a step is what `changes(config)` says. None where the wiring stands
-    still.
+    (state, batch, step) -> the state and a row to log. How many edges there are at a step is what
+    `changes(config)` says. None where the wiring stands still.
     """
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return None
@@ -204,14 +172,14 @@ def compile_rewire(
     plan, number = changes(config), jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     # It runs seldom: at optimization level 1 it compiles several times faster.
     jitted = jax.jit(
-        meshes.with_mesh(mesh, make_rewire(model, config, boundary)),
+        meshes.with_mesh(mesh, make_rewire(model, config)),
         out_shardings=(meshes.shardings(like), whole),
         donate_argnums=0,
         compiler_options={"xla_backend_optimization_level": 1},
     )
     compiled = jitted.lower(like, batch, number, number).compile()
 
-    def rewire(state: TrainState, placed: Array, step: int) -> tuple[TrainState, dict[str, float]]:
+    def rewire(state: TrainState, placed: Batch, step: int) -> tuple[TrainState, dict[str, float]]:
         grow = plan.exchanged(step)
         state, row = compiled(state, placed, np.int32(plan.edges(step) - grow), np.int32(grow))
         return state, {name: float(value) for name, value in jax.device_get(row).items()}
@@ -222,107 +190,92 @@ def compile_rewire(
 def pruned(
     model: LanguageModel, params: Tree, config: Any, step: int
 ) -> tuple[LanguageModel, Tree]:
-    """The model after `step` updates without the slots that are empty by then: the same function
-    for fewer products.
+    """The model after `step` updates without its empty slots: the same function, fewer products.
 
-    Any model, also one whose wiring does not change: that is handed back as it is.
+    A model whose wiring does not change is returned as it is.
     """
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return model, params
     copies = model.shape.rewirable.copies
     channels = -(-changes(config).edges(step) // copies)
 
-    def cut(path: Path, leaf: Array) -> Array:
-        if path[-3:] == HEARS:
+    def cut(leaf: Array, info: ParamInfo) -> Array:
+        if info.kind == "wiring":
             return leaf[..., : channels * copies]
-        return leaf[..., : channels * copies, :] if path[-3:] == PRE or path[-2:] == POST else leaf
+        return leaf[..., : channels * copies, :] if info.part == "inter" else leaf
 
-    cut_down = unflatten_dict(
-        {path: cut(path, leaf) for path, leaf in flatten_dict(params).items()}
-    )
-    return Decoder(dataclasses.replace(model.shape, channels=channels)), cut_down
+    fewer = Decoder(dataclasses.replace(model.shape, channels=channels))
+    return fewer, jax.tree.map(cut, params, model.param_info())
 
 
-def _correlations(model: Decoder, network: Tree, tokens: Array) -> dict[str, Array]:
-    """`rewiring.correlation` in every synapse for tokens [B, T], over rounds its mean: {synapse:
-    [A, F, G, E]}.
-    """
+def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array]:
+    """`rewiring.correlation` in every synapse, over rounds its mean: {synapse: [A, F, G, E]}."""
     groups = model.shape.groups
 
-    def listen(synapse: Synapse, x: Array, y: Array) -> Array:
-        (part,) = (part for part in synapse.parts if part.place == "inter")
-        pre = spread(synapse.senders, synapse.variables["params"]["inter_addressed"]["pre"])
-        heard = jnp.moveaxis(
-            y.reshape(-1, len(synapse.senders), groups, y.shape[-1] // groups), 1, 0
-        )
+    def score(heard: Heard) -> Array:
+        """Of the members of one call: [members, G, E]."""
+        (part,) = (part for part in heard.synapse.parts if part.place == "inter")
+        states = heard.synapse.variables["params"][part.name]["pre"]
+        chosen = np.array(heard.members)
+        pre = jax.tree.map(lambda p: p[chosen], spread(heard.synapse.senders, states))
+        x = heard.x.reshape(-1, heard.x.shape[-1])
+        y = heard.y.reshape(-1, len(chosen), groups, heard.y.shape[-1] // groups)
 
-        def one(pre: Tree, heard: Array) -> Array:
-            return rewiring.correlation(
-                emit(part.how, x.reshape(-1, x.shape[-1]), pre, part.activation), heard
-            )
+        def one(pre: Tree, y: Array) -> Array:
+            return rewiring.correlation(emit(part.how, x, pre, part.activation), y)
 
-        return jax.vmap(one)(pre, heard)
+        return jax.vmap(one)(pre, jnp.moveaxis(y, 1, 0))
 
     def visit(weights: Tree, x: Array, route: Array | None) -> tuple[Array, dict[str, Array]]:
-        scores: dict[str, Array] = {}
-        with intercept(
-            lambda synapse, x, y: scores.update({str(synapse.name): listen(synapse, x, y)})
-        ):
-            x = Stage(model.shape).apply(
-                {"params": weights}, x, jnp.arange(tokens.shape[1]), route=route
-            )[0]
-        return x, scores
+        scores: dict[str, list[Array]] = defaultdict(list)  # calls come in the order of members
+        with intercept(lambda heard: scores[str(heard.synapse.name)].append(score(heard))):
+            at = jnp.arange(x.shape[1])
+            x = Stage(model.shape).apply({"params": weights}, x, at, batch.segments, route=route)[0]
+        return x, {name: jnp.concatenate(of) for name, of in scores.items()}
 
-    found: dict[str, dict[int, list[Array]]] = {synapse: {} for synapse in FANS}
-    for _, stage, scores in walk(model, network, tokens, visit):
-        for synapse, score in scores.items():
-            found[synapse].setdefault(stage, []).append(score)
+    found: dict[str, dict[int, list[Array]]] = {synapse: defaultdict(list) for synapse in FANS}
+    for _, stage, scores in walk(model, params, batch, visit):
+        for synapse, of in scores.items():
+            found[synapse][stage].append(of)
     return {
         name: jnp.stack([sum(runs) / len(runs) for runs in stages.values()])
         for name, stages in found.items()
     }
 
 
-def _stacks(model: Decoder) -> dict[Path, slice]:
-    """Where the parameters of each stack of stages are, and which of all stages they are."""
-    return {
-        ("core", "stages") if name == "core" else (name,): rows
-        for name, rows in model.rows().items()
-    }
+def _ports(model: Decoder, params: Tree) -> dict[str, Ports]:
+    """The rewirable states of each synapse, from parameters or what is kept beside each of them."""
+    own, senders = stacks.join_stages(model.shape, params)
+    found = {}
+    for synapse in FANS:
+        pre = (senders[synapse] if synapse in senders else own[synapse])[PART]["pre"]
+        found[synapse] = Ports(pre["state"], pre.get("hears"), own[synapse][PART]["post"])
+    return found
 
 
-def _joined(model: Decoder, flat: dict[Path, Array], synapse: str, part: Path) -> Array:
-    """One part of a synapse in all stages, from flat parameters: [A, F, ...], or by sets of A where
-    these share it.
-    """
-    shared = ("senders", synapse, *part)
-    if shared in flat:
-        return flat[shared]
-    return jnp.concatenate([flat[*stack, synapse, *part] for stack in _stacks(model)])
-
-
-def _parted(
-    model: Decoder, flat: dict[Path, Array], synapse: str, part: Path, joined: Array
-) -> dict[Path, Array]:
-    """What `_joined` undoes: the entries of flat parameters that hold `joined`."""
-    shared = ("senders", synapse, *part)
-    if shared in flat:
-        return {shared: joined}
-    return {(*stack, synapse, *part): joined[rows] for stack, rows in _stacks(model).items()}
+def _with_ports(model: Decoder, params: Tree, ports: dict[str, Ports]) -> Tree:
+    """Parameters, or what is kept beside them, with these states; undoes `_ports`."""
+    own, senders = stacks.join_stages(model.shape, params)
+    own, senders = dict(own), dict(senders)
+    for synapse, (state, hears, post) in ports.items():
+        pre = {"state": state} if hears is None else {"state": state, "hears": hears}
+        own[synapse] = own[synapse] | {PART: own[synapse][PART] | {"post": post}}
+        home = senders if synapse in senders else own
+        home[synapse] = home[synapse] | {PART: home[synapse][PART] | {"pre": pre}}
+    return stacks.split_stages(model.shape, params, own, senders)
 
 
 def _by_member(model: Decoder, synapse: str, by_set: Array) -> Array:
     """What each set has, for each stage and fan member."""
     shared = model.shape.shared
-    return spread(
-        shared.in_depth(synapse), jax.vmap(lambda a: spread(shared.of(synapse), a))(by_set)
-    )
+    members = jax.vmap(lambda a: spread(shared.of(synapse), a))(by_set)
+    return spread(shared.in_depth(synapse), members)
 
 
 def _by_set(model: Decoder, synapse: str, by_member: Array) -> Array:
-    """Sums over the stages and fan members of each set, whose edges are one: `_by_member`
-    transposed.
-    """
-    stages, members = model.shape.shared.in_depth(synapse), model.shape.shared.of(synapse)
-    empty = jnp.zeros((max(stages) + 1, max(members) + 1, *by_member.shape[2:]), by_member.dtype)
+    """Sums over the members of each set, whose edges are one: `_by_member` transposed."""
+    shared = model.shape.shared
+    stages, members = shared.in_depth(synapse), shared.of(synapse)
+    sizes = (max(stages) + 1, max(members) + 1, *by_member.shape[2:])
+    empty = jnp.zeros(sizes, by_member.dtype)
     return empty.at[jnp.array(stages)[:, None], jnp.array(members)].add(by_member)

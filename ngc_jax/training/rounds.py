@@ -21,12 +21,12 @@ from scipy import special
 
 from ngc_jax.core.communicate import undisturbed
 from ngc_jax.count import forward_flops
-from ngc_jax.data.tasks import both_ways
+from ngc_jax.data.batches import Batch
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import LanguageModel
 
 Array = jax.Array
-# (params, tokens [B, T], segments) -> logits [..., B, T, V], and what else
-Apply = Callable[..., tuple[Array, Any]]
+Apply = Callable[..., tuple[Array, Any]]  # (params, batch) -> logits [..., B, T, V]; and more
 DRAWS = ("fixed", "uniform", "lognormal_poisson", "marked")
 SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502.05171
 
@@ -73,21 +73,19 @@ class Iteration:
         )
 
     def apply(self, rounds: Array, key: Array | None = None) -> Apply:
-        """`model.apply` for training with these rounds, [] or one for each example, [B]; `key` is
-        of the noise.
+        """`model.apply` for training with these rounds, [] or [B] for each example.
 
-        It returns logits [S, B, T, V] and the weights [S, B] of the S read-outs, which sum to one
-        for each example.
+        `key` is of the noise. It returns logits [S, B, T, V] and the weights [S, B] of the S
+        read-outs, which sum to one for each example.
         """
 
-        def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
+        def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
             own = rounds
             if self.mark is not None:
-                own, segments = marks(tokens, self.mark, self.low, self.most)
+                own = count_marks(batch.inputs, self.mark, self.low, self.most)
             logits, made = self.model.iterate(
                 params,
-                tokens,
-                segments,
+                batch,
                 rounds=own,
                 backprop=self.backprop,
                 most=self.most,
@@ -95,75 +93,77 @@ class Iteration:
                 disturb=noise(self.noise, key) if self.noise else undisturbed,
             )
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
-            # nothing to judge before round 1
+            # Before round 1 there is nothing to judge.
             weights = jnp.where(last, 1.0, jnp.where(made > 0, self.weight, 0.0))
             return logits, weights / jnp.sum(weights, axis=0)
 
         return apply
 
-    def flops(self, params: Any, tokens: Any) -> float:
-        """FLOPs of the matrix products of an update, mean over the draw, for tokens [B, T].
+    def flops(self, params: Any, batch: Any) -> float:
+        """FLOPs of the matrix products of an update, mean over the draw, for a batch.
 
         By the usual convention the backward pass is twice the forward pass of what has gradients,
         and recomputation is not counted. The last `backprop` rounds count in full, since they are
         computed also where an example rests.
         """
-        one, two = (forward_flops(self.model.at(rounds).apply, params, tokens) for rounds in (1, 2))
+        one, two = (forward_flops(self.model.at(rounds).apply, params, batch) for rounds in (1, 2))
         # The program's loop of rounds before the last ones is of unknown length, and its body is
         # counted once.
         inside = (two - one) * (self.backprop < self.most)
-        counted = forward_flops(self.apply(jnp.int32(self.most), jax.random.key(0)), params, tokens)
+        apply = self.apply(jnp.int32(self.most), jax.random.key(0))
         before = np.maximum(np.arange(self.low, self.most + 1) - self.backprop, 0) @ self.shares
+        counted = forward_flops(apply, params, batch)
         return 3 * (counted - inside) + float(before) * (two - one)
 
 
 def noise(size: float, key: Array | None) -> Callable[[Array, Array], Array]:
-    """What adds a normal number to each number of a state after a round, `size` times its token's
-    root mean square.
-    """
+    """Adds normal numbers to a state after a round, `size` times its token's root mean square."""
     assert key is not None
 
     def disturb(x: Array, left: Array) -> Array:
         length = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))
-        return x + size * length * jax.random.normal(
-            jax.random.fold_in(key, left), x.shape, x.dtype
-        )
+        drawn = jax.random.normal(jax.random.fold_in(key, left), x.shape, x.dtype)
+        return x + size * length * drawn
 
     return disturb
 
 
-def marks(tokens: Array, mark: int, low: int, high: int) -> tuple[Array, Array]:
-    """How often a token occurs in each example of tokens [B, T], low to high: [B]; and how often up
-    to each: [B, T].
+def mark_of(config: Any) -> int | None:
+    """The token whose occurrences are an example's rounds, if a config asks for that.
 
-    The second serves as segments: marks are said to the loop, and no token looks back across one.
-    So many marks are to a model what few are.
+    Marks speak to the loop, so no token sees back across one: `load_data` takes the mark, too. So
+    many marks are to a model what few are.
     """
-    return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high), jnp.cumsum(tokens == mark, axis=1)
+    return int(config.iteration.mark) if config.iteration.rounds == "marked" else None
 
 
-def marked(model: Decoder | None, config: Any) -> Apply | None:
-    """What stands for `model.apply` where each example has as many rounds as marks; None where no
-    config asks for it.
+def count_marks(tokens: Array, mark: int, low: int, high: int) -> Array:
+    """How often a token occurs in each example of tokens [B, T], low to high: [B]."""
+    return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high)
+
+
+def marked(model: LanguageModel, config: Any) -> Apply | None:
+    """What stands for `model.apply` where each example has as many rounds as marks, else None.
 
     More than iteration.high too: that bounds training. It returns logits, and rounds [B, T].
     """
-    i = config.iteration
-    if model is None or i.rounds != "marked":
+    mark, low = mark_of(config), config.iteration.low
+    if not isinstance(model, Decoder) or mark is None:
         return None
 
-    def apply(params: Any, tokens: Array, segments: Array | None = None) -> tuple[Array, Array]:
-        rounds, segments = marks(tokens, i.mark, i.low, tokens.shape[1])
-        logits, _ = model.iterate(params, tokens, segments, rounds=rounds, backprop=1)
+    def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
+        tokens = batch.inputs
+        rounds = count_marks(tokens, mark, low, tokens.shape[1])
+        logits, _ = model.iterate(params, batch, rounds=rounds, backprop=1)
         return logits[-1], jnp.broadcast_to(rounds[:, None], tokens.shape)
 
     return apply
 
 
-def make_iteration(model: Decoder, config: Any) -> Iteration | None:
-    """What a run's config asks for; None where each update has `model.rounds` rounds, as
-    `model.apply` does.
-    """
+def make_iteration(model: LanguageModel, config: Any) -> Iteration | None:
+    """What a config asks for; None where each update runs the model as `model.apply` does."""
+    if not isinstance(model, Decoder):
+        return None
     i = config.iteration
     low, high, shares = i.low, i.high, np.ones(1)
     if i.rounds == "fixed":
@@ -177,54 +177,5 @@ def make_iteration(model: Decoder, config: Any) -> Iteration | None:
     backprop, every = i.backprop or high, i.supervise_every
     if i.rounds == "fixed" and backprop == high and not every and not i.noise:
         return None
-    mark, weight = i.mark if i.rounds == "marked" else None, i.supervise_weight
-    return Iteration(
-        model, low, tuple(shares.tolist()), backprop, every, weight, config.seed, i.noise, mark
-    )
-
-
-def check(config: Any, need: Callable[[bool, str, str], None]) -> None:
-    """The part of `config.validate` that is about `config.iteration`; need(holds, field, what it
-    must be) refuses.
-    """
-    i, m = config.iteration, config.model
-    need(i.rounds in DRAWS, "iteration.rounds", "one of " + ", ".join(map(repr, DRAWS)))
-    loop = m.kind == "decoder" and m.core > 0
-    for field, value, none in (
-        ("iteration.rounds", i.rounds, "fixed"),
-        ("iteration.backprop", i.backprop, 0),
-        ("iteration.supervise_every", i.supervise_every, 0),
-        ("iteration.noise", i.noise, 0),
-        ("model.route", m.route, "state"),
-        ("model.state_activation", m.state_activation, "none"),
-    ):
-        need(
-            loop or value == none, field, f"{none!r} where the model has no loop (model.kind, core)"
-        )
-    unmarked = i.rounds != "marked" or not both_ways(config.data.task)
-    need(
-        unmarked,
-        "iteration.rounds",
-        f"another where data.task={config.data.task!r} is seen both ways, across marks",
-    )
-    most, of = m.rounds, f"model.rounds={m.rounds}"
-    if i.rounds != "fixed":
-        most, of = i.high, f"iteration.high={i.high}"
-        need(i.low >= 1, "iteration.low", "1 or more")
-        need(
-            i.low <= i.high,
-            "iteration.low",
-            f"at most iteration.high={i.high}, for instance {max(1, i.high // 2)}",
-        )
-    need(i.noise >= 0, "iteration.noise", "0 or more, for instance 0.1")
-    need(i.mark >= 0, "iteration.mark", "a token: 0 or more")
-    need(i.mean > 1, "iteration.mean", "above 1, for instance 4.0")
-    need(0 <= i.backprop <= most, "iteration.backprop", f"from 1 to {of}, or 0 for all rounds")
-    driven = "0 where model.drive=False: rounds without a gradient would leave all before the loop untrained"
-    need(m.drive or i.backprop in (0, most), "iteration.backprop", driven)
-    judged = max(i.backprop or most, 1)
-    within = (
-        f"0, or below the {judged} rounds that gradients go through, for instance {judged // 2}"
-    )
-    need(0 <= i.supervise_every < judged, "iteration.supervise_every", within)
-    need(i.supervise_weight > 0, "iteration.supervise_weight", "above 0, for instance 1.0")
+    drawn = (low, tuple(shares.tolist()), backprop, every, i.supervise_weight)
+    return Iteration(model, *drawn, config.seed, i.noise, mark_of(config))

@@ -1,59 +1,94 @@
-"""What is measured of a model's stability while it trains, on a little held-out text, as
-`config.stability` chooses.
+"""What is measured of a model's stability while it trains, on a little held-out data.
 
-For: the numbers of one row of the log. Not for: pages and spectra of a finished model (`page.py`),
-what is added to the loss (`regulariser.py`), or warnings (`monitor.py`).
+For: the numbers of one row of the log, as `config.stability` chooses; `PROBES` takes more. Not for:
+pages and spectra of a finished model (`analysis/`), what is added to the loss (`penalty.py`), or
+warnings (`early_warning.py`).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ngc_jax.analysis.probes import depth_exponents, round_exponents, silenced
-from ngc_jax.dynamics.measures import departure, summarise, token_contraction
+from ngc_jax.data.batches import Batch
+from ngc_jax.dynamics.measures import Round, departure, summarise, token_contraction
 from ngc_jax.nn.decoder import Decoder
 
 Array = jax.Array
-MEASURES = ("rounds", "tokens", "departure", "exponents")
+Measures = dict[str, Array]
 
 
-def make_watch(model: Decoder, config: Any) -> Callable[[Any, Array], dict[str, Array]]:
-    """The measures of `config.measures`: (params, tokens [B, T]) -> {"stability/...": scalar}, in
-    float32.
+class Seen(NamedTuple):
+    """What a probe looks at: a model on a batch, and its last stream, computed once for all."""
 
-    "rounds": contraction, drive ratio and boundedness of the loop. "tokens": contraction_per_token,
-    the slope over the last stream. "departure": how far messages, and the drive, move the last
-    stream. "exponents": the leading one per stage, and per round, followed for `config.rounds`
-    rounds. Each is a mean over sequences; what a model does not have (a loop, messages) is left
-    out.
+    model: Decoder
+    params: Any
+    batch: Batch
+    config: Any  # config.stability
+    stream: Array  # [B, T, D] after the last stage
+    records: Round | None  # of the rounds, where there is a loop
+
+
+def rounds(seen: Seen) -> Measures:
+    """Contraction, drive ratio and boundedness of the loop."""
+    return {} if seen.records is None else summarise(seen.records)
+
+
+def tokens(seen: Seen) -> Measures:
+    """contraction_per_token, the slope over the last stream; absent for fewer than 3 tokens."""
+    if seen.stream.shape[1] < 3:
+        return {}
+    return {"contraction_per_token": jnp.mean(token_contraction(seen.stream))}
+
+
+def departures(seen: Seen) -> Measures:
+    """How far messages, and the drive, move the last stream."""
+    model, found = seen.model, {}
+    shape = model.shape
+    for what in ["messages"] * shape.has_messages + ["drive"] * shape.has_drive:
+        without = _last_stream(model, silenced(model, seen.params, what), seen.batch)[0]
+        found[f"departure_{what}"] = jnp.mean(departure(seen.stream, without))
+    return found
+
+
+def exponents(seen: Seen) -> Measures:
+    """The leading exponent per stage, and per round, followed for `config.rounds` rounds."""
+    where = (seen.model, seen.params, seen.batch)
+    found = {"exponent_per_stage": jnp.mean(depth_exponents(*where))}
+    if seen.model.shape.core:
+        leading = round_exponents(*where, rounds=seen.config.rounds)
+        found["exponent_per_round"] = jnp.mean(leading)
+    return found
+
+
+# What `config.stability.measures` may name. A probe of your own: PROBES["mine"] = function.
+PROBES: dict[str, Callable[[Seen], Measures]] = {
+    "rounds": rounds,
+    "tokens": tokens,
+    "departure": departures,
+    "exponents": exponents,
+}
+
+
+def make_watch(model: Decoder, config: Any) -> Callable[[Any, Batch], Measures]:
+    """The probes of `config.measures`: (params, batch) -> {"stability/...": scalar}, in float32.
+
+    Each is a mean over sequences; what a model does not have (a loop, messages) is left out.
     """
-    s, measures = model.shape, config.measures.split(",")
 
-    def last_stream(params: Any, tokens: Array) -> Any:
-        return model.stream(
-            params, params["embed"][tokens], jnp.arange(tokens.shape[1]), record=s.core > 0
-        )
-
-    def watch(params: Any, tokens: Array) -> dict[str, Array]:
-        found: dict[str, Array] = {}
-        x, _, records = last_stream(params, tokens)
-        if "rounds" in measures and records is not None:
-            found |= summarise(records)
-        if "tokens" in measures and tokens.shape[1] >= 3:
-            found["contraction_per_token"] = jnp.mean(token_contraction(x))
-        if "departure" in measures:
-            kinds = ["messages"] * s.has_messages + ["drive"] * s.has_drive
-            for what in kinds:
-                without = last_stream(silenced(params, what), tokens)[0]
-                found[f"departure_{what}"] = jnp.mean(departure(x, without))
-        if "exponents" in measures:
-            found["exponent_per_stage"] = jnp.mean(depth_exponents(model, params, tokens))
-            if s.core:
-                found["exponent_per_round"] = jnp.mean(
-                    round_exponents(model, params, tokens, rounds=config.rounds)
-                )
+    def watch(params: Any, batch: Batch) -> Measures:
+        seen = Seen(model, params, batch, config, *_last_stream(model, params, batch))
+        found: Measures = {}
+        for name in config.measures.split(","):
+            found |= PROBES[name](seen)
         return {f"stability/{name}": value for name, value in found.items()}
 
     return watch
+
+
+def _last_stream(model: Decoder, params: Any, batch: Batch) -> tuple[Array, Round | None]:
+    x = model.embed(params, batch)
+    stream, _, records = model.stream(params, x, batch.segments, record=model.shape.core > 0)
+    return stream, records

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.config import make_model
-from ngc_jax.data.tokens import most_tokens
-from ngc_jax.nn.decoder import Decoder
+from ngc_jax.data.batches import Batch, token_batch
+from ngc_jax.data.tokens import most_tokens, segmented
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.training.rounds import make_iteration
+from ngc_jax.training.rounds import make_iteration, mark_of
 from ngc_jax.training.step import init_state, make_train_step
 
 
@@ -55,9 +55,11 @@ def model_of(config: ConfigDict) -> LanguageModel:
     return make_model(config, most_tokens(config.data))
 
 
-def zeros_of(config: ConfigDict) -> jax.Array:
+def zeros_of(config: ConfigDict) -> Batch:
     """A batch of a config's shape, all zeros."""
-    return jnp.zeros((config.train.batch_size, 2, config.data.context), jnp.int32)
+    segments = segmented(config.data, mark_of(config))
+    shapes = token_batch(config.train.batch_size, config.data.context, segments)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def update_of(config: ConfigDict) -> tuple[Callable[[Any], Any], int]:
@@ -67,7 +69,7 @@ def update_of(config: ConfigDict) -> tuple[Callable[[Any], Any], int]:
     """
     model = model_of(config)
     state = jax.jit(lambda: init_state(model, config.train, 0))()
-    iteration = make_iteration(model, config) if isinstance(model, Decoder) else None
+    iteration = make_iteration(model, config)
     step = jax.jit(make_train_step(model, config.train, iteration=iteration), donate_argnums=0)
     compiled = step.lower(state, zeros_of(config)).compile()
 

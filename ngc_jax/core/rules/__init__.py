@@ -1,11 +1,9 @@
 """Rules, from states to weights: the public names, and nothing else."""
 
-from ngc_jax.core.rules.signal import Rule, SignalRule, States
+from ngc_jax.core.rules.base import Rule, SignalRule, States
 from ngc_jax.core.rules.table import (
     GATES,
-    INSIDE,
     RULES,
-    SIGNAL_RULES,
     activation_gain,
     emit,
     named,
@@ -16,9 +14,7 @@ from ngc_jax.core.rules.table import (
 
 __all__ = [
     "GATES",
-    "INSIDE",
     "RULES",
-    "SIGNAL_RULES",
     "Rule",
     "SignalRule",
     "States",

@@ -1,8 +1,7 @@
-"""The addressed rule: neurons keep a port for each partner group, under a wiring that is fixed, or
-that is data.
+"""The addressed rule: neurons keep a port for each partner group; its wiring is fixed, or is data.
 
 For: the states of a synapse under the wirings of `wiring.py` and `rewiring.py`. Not for: the other
-signal rules, and what a rule must answer (`signal_rules.py`; the axes are those of `rules.py`).
+signal rules, and what a rule must answer (`base.py`; the axes are those of `table.py`).
 """
 
 import dataclasses
@@ -12,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core.rules.signal import Axes, SignalRule, States, merge, normal, read, split
+from ngc_jax.core.rules.base import Axes, SignalRule, States, normal, product_norm
+from ngc_jax.core.rules.signal import merge, read, split
 from ngc_jax.core.wiring import Wiring, carry, slots_of
 
 Array = jax.Array
@@ -55,21 +55,34 @@ class Addressed(SignalRule):
         by_reader = jnp.moveaxis(signal, -2 if self.wiring is None else -3, 0)
         return merge(read(numbers(by_reader), numbers(post)))
 
-    def complete(self, pre: States, post: States) -> tuple[States, States]:
-        """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule that make the weights
-        of this wiring's.
+    @property
+    def by_speakers(self) -> SignalRule:
+        return Addressed()
 
-        A speaker then holds its own states, with zeros for the channels that are not there, and can
-        send on its own: for groups on different devices, where `send` above would move all of x.
+    def to_speakers(self, pre: States, post: States) -> tuple[States, States]:
+        """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule, for these weights.
+
+        A speaker then holds its own states, with zeros for the channels that are not there. So it
+        can send on its own where groups are on different devices; `send` would move all of x.
         """
-        # [G, G, k]
-        heard = np.array(self.wiring)[:, None] == np.arange(len(self.wiring or ()))[:, None]
-        slot, there = np.argmax(heard, -1)[:, None, :, None], np.any(heard, -1)[:, None, :, None]
-
+        if self.wiring is None:
+            return pre, post
+        heard = np.array(self.wiring)[:, None] == np.arange(len(self.wiring))[:, None]  # [G, G, k]
+        slot = np.argmax(heard, -1)[:, None, :, None]
+        there = np.any(heard, -1)[:, None, :, None]
         pre, post = (
             jnp.take_along_axis(s, slot, axis=-2) * there.astype(s.dtype) for s in (pre, post)
         )
         return pre.swapaxes(-4, -2), post
+
+    def block_norms(self, pre: States, post: States) -> Array:
+        # Of R[g, :, h, :] S[h, :, g, :]^T for each pair; under a wiring, of each channel.
+        read, sent = (jnp.swapaxes(states, 1, 2) for states in (post, pre))
+        if self.wiring is None:
+            return product_norm(read, jnp.swapaxes(sent, 0, 1))
+        empty = jnp.zeros((len(pre), len(pre)), pre.dtype)
+        listeners = np.arange(len(pre))[:, None]
+        return empty.at[listeners, np.array(self.wiring)].set(product_norm(read, sent))
 
     def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         sent = pre if gate is None else pre * gate[:, None]
@@ -124,9 +137,13 @@ class Rewirable(SignalRule):
 
     def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
         sent = pre["state"] if gate is None else pre["state"] * gate[:, None]
-        return Addressed().weights(*self.complete({**pre, "state": sent}, post))
+        return Addressed().weights(*self.to_speakers({**pre, "state": sent}, post))
 
-    def complete(self, pre: States, post: States) -> tuple[Array, Array]:
+    @property
+    def by_speakers(self) -> SignalRule:
+        return Addressed()
+
+    def to_speakers(self, pre: States, post: States) -> tuple[Array, Array]:
         """The same weights as states of the complete `Addressed`, 0 where there is no edge."""
         groups = len(post)
         ports = self._speakers(pre["hears"]) * self.copies + pre["hears"] % self.copies
@@ -136,6 +153,9 @@ class Rewirable(SignalRule):
             for states in (pre["state"], post)
         )
         return jnp.einsum("gihp->higp", pre), post
+
+    def block_norms(self, pre: States, post: States) -> Array:
+        return Addressed().block_norms(*self.to_speakers(pre, post))
 
     def _speakers(self, hears: Array) -> Array:
         groups = hears.shape[0]

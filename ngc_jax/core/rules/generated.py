@@ -3,7 +3,7 @@ act.
 
 For: `tanh`, `shift`, `riemannian` and `distance`, which save parameters and no FLOPs: W is made
 once in a call, for a share of the product's cost that falls with the number of tokens. Not for:
-rules that never form W (`signal_rules.py`), or using a rule by its name (`rules.py`, whose axes
+rules that never form W (`signal.py`), or using a rule by its name (`table.py`, whose axes
 these are).
 
 States start as N(0, 1), which fixes what the nonlinearity sees; W is multiplied by n_in^(-1/2), so
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.rules.signal import Rule, States, normal
+from ngc_jax.core.rules.base import Rule, States, normal
 
 Array = jax.Array
 SHIFTS = (0, 2, 4)  # of `shift`; the first is the product as it is

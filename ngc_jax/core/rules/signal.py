@@ -1,106 +1,30 @@
 """The signal rules: a weight is a sum of products, so neurons send a few numbers and groups read
 them.
 
-For: what every rule answers (`Rule`, `SignalRule`), and the rules under which no weight need ever
-be formed: `broadcast`, `metric` and its two small forms, `within`, `block`. Not for: `addressed`
-with its wirings (`addressed.py`), rules that make W whole (`generated_rules.py`), or using a rule
-by its name (`rules.py`, whose axes these are).
+For: the rules under which no weight need ever be formed: `broadcast`, `metric` and its two small
+forms, `within`, `block`. Not for: `addressed` with its wirings (`addressed.py`), rules that form W
+(`generated.py`), or using a rule by its name (`table.py`, whose axes these are).
 """
 
-import abc
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from ngc_jax.core.rules.base import (
+    Axes,
+    SignalRule,
+    States,
+    in_kinds,
+    matrix_norm,
+    normal,
+    product_norm,
+    top_eigenvalue,
+)
+
 Array = jax.Array
-# of a signal, behind those of x: "group", or None for what is no group's own
-Axes = tuple[str | None, ...]
-States = Any  # an array; a dict of them; or () where a state is one-hot and needs no storage
-# tokens, below which a product's time is that of reading states, so that these are best read as
-# they lie
-FEW = 8
-
-
-class Rule(abc.ABC):
-    """What every rule answers: pure functions. A rule holds no arrays.
-
-    A side's states are one array, numbers that each belong to one neuron; or, where a rule has
-    more, a dict with them as "state", matrices between numbers as "map", and whatever else the
-    neurons share. W is 0 where all of post is.
-    """
-
-    # whether the first axis of "state" is the group and the second the neuron, or the first the
-    # neuron
-    grouped = True
-    # the entries of post that W is proportional to, together; (): post, an array
-    amplitude: tuple[str, ...] = ()
-
-    @abc.abstractmethod
-    def init(
-        self, key: Array, groups: int, n_in: int, n_out: int, dim: int
-    ) -> tuple[States, States]:
-        """States (pre, post), float32, under which unit-variance x gives unit-variance y; `dim` is
-        r or p.
-        """
-
-    def scaled(self, post: States, factor: Array | float) -> States:
-        """The post states that make `factor` times the weights."""
-        if not self.amplitude:
-            return post * factor
-        return {
-            name: leaf * factor if name in self.amplitude else leaf for name, leaf in post.items()
-        }
-
-    def rescale(self, pre: States, post: States) -> States:
-        """The post states that make, with these pre states, weights of mean square 1 / n_in."""
-        w = self.weights(pre, post)
-        return self.scaled(post, jax.lax.rsqrt(w.shape[1] * jnp.mean(jnp.square(w))))
-
-    def alike(self, pre: States, post: States, kind: Array) -> tuple[States, States]:
-        """The states with the senders of a group in kinds that send alike: i as kind[i] did, for
-        kind [n] of integers.
-
-        A kind's columns of W are equal, so W has a rank of at most the number of kinds for each
-        group. W is rescale again. Source: ours, for the question of arXiv 2310.08513, what the rank
-        of initial weights does to learning.
-        """
-        state = pre["state"] if isinstance(pre, dict) else pre
-        by_group = state.reshape(-1, len(kind), *state.shape[1 + self.grouped :])
-        tied = in_kinds(by_group, kind, axis=1).reshape(state.shape)
-        pre = pre | {"state": tied} if isinstance(pre, dict) else tied
-        return pre, self.rescale(pre, post)
-
-    @abc.abstractmethod
-    def weights(self, pre: States, post: States) -> Array:
-        """W [n_out, n_in]."""
-
-
-class SignalRule(Rule):
-    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T.
-
-    `spoken` and `heard` say which axis of a signal belongs to the group that sends, and which to
-    the group that reads: where groups are on different devices (`mesh.py`), a signal crosses from
-    the one to the other.
-    """
-
-    spoken: ClassVar[Axes]
-    heard: ClassVar[Axes]
-
-    @abc.abstractmethod
-    def send(self, x: Array, pre: States) -> Array:
-        """x [..., n_in] -> signal."""
-
-    @abc.abstractmethod
-    def receive(self, signal: Array, post: States) -> Array:
-        """Signal -> y [..., n_out]."""
-
-    @abc.abstractmethod
-    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
-        """W [n_out, n_in]; `gate`, of one token's signal shape, multiplies the signal where it
-        passes.
-        """
+FEW = 8  # tokens below which a product takes as long as reading its states: read them as they lie
 
 
 class Broadcast(SignalRule):
@@ -130,6 +54,9 @@ class Broadcast(SignalRule):
     @staticmethod
     def weights(pre: States, post: States, gate: Array | None = None) -> Array:
         return (post if gate is None else post * gate) @ pre.T
+
+    def block_norms(self, pre: States, post: States) -> Array:
+        return product_norm(post, pre)[None, None]
 
 
 class Metric(SignalRule):
@@ -182,6 +109,15 @@ class Metric(SignalRule):
         full = jnp.einsum("gjhp,hip->gjhi", read, pre if gate is None else pre * gate[:, None])
         return full.reshape(full.shape[0] * full.shape[1], -1)
 
+    def block_norms(self, pre: States, post: States) -> Array:
+        # |R[g] M[g, h] S[h]^T|^2 is the top eigenvalue of M[g, h]^T R[g]^T R[g] M[g, h] S[h]^T S[h].
+        maps, r = post["map"], pre.shape[-1]
+        if maps.ndim < 4:  # diagonal [G, G, r], or scalar [G, G]
+            maps = maps.reshape(*maps.shape, *[1] * (4 - maps.ndim)) * jnp.eye(r, dtype=maps.dtype)
+        read, sent = (jnp.einsum("gip,giq->gpq", states, states) for states in (post["state"], pre))
+        seen = jnp.einsum("ghpq,gps,ghst->ghqt", maps, read, maps)
+        return jnp.sqrt(top_eigenvalue(seen @ sent))
+
 
 class MetricDiagonal(Metric):
     """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with a factor for each number of
@@ -212,6 +148,7 @@ class Within(SignalRule):
     rank G p.
     """
 
+    inside = True
     spoken: ClassVar[Axes] = ("group", None)
     heard: ClassVar[Axes] = ("group", None)
 
@@ -234,6 +171,9 @@ class Within(SignalRule):
         heard = post if gate is None else post * gate[:, None]
         return _block_diagonal(jnp.einsum("gjp,gip->gji", heard, pre))
 
+    def block_norms(self, pre: States, post: States) -> Array:
+        return jnp.diag(product_norm(post, pre))
+
 
 class Block(SignalRule):
     """W[gj, gi] = R[g, j, i]: a post state holds one number for each member of its group (`Within`
@@ -244,6 +184,7 @@ class Block(SignalRule):
     dense layer, our first baseline.
     """
 
+    inside = True
     spoken: ClassVar[Axes] = ("group",)
     heard: ClassVar[Axes] = ("group",)
 
@@ -267,19 +208,8 @@ class Block(SignalRule):
         heard = post if gate is None else post * split(gate, post.shape[0])[:, None]
         return _block_diagonal(heard)
 
-
-def normal(key: Array, shape: tuple[int, ...], fan_in: float) -> Array:
-    """Float32 numbers of mean 0 and variance 1 / fan_in."""
-    return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
-
-
-def in_kinds(states: Array, kind: Array, axis: int) -> Array:
-    """States in which neuron i along `axis` has those of neuron kind[i], each number of a state as
-    loud as it was.
-    """
-    tied = jnp.take(states, kind, axis)
-    before, after = (jnp.linalg.norm(s, axis=axis, keepdims=True) for s in (states, tied))
-    return tied * (before / after)
+    def block_norms(self, pre: States, post: States) -> Array:
+        return jnp.diag(matrix_norm(post))
 
 
 def split(x: Array, groups: int) -> Array:

@@ -2,7 +2,7 @@
 them.
 
 For: the table of rules, and the two ways to use one: `transmit` a signal, or look at its `weights`.
-Not for: what each rule is (`signal_rules.py`, `addressed.py`, `generated_rules.py`), which synapses
+Not for: what each rule is (`signal.py`, `addressed.py`, `generated.py`), which synapses
 a model has (`nn/layers.py`), or how often they act (`communicate.py`).
 
 Every neuron owns *states*: a `pre` state with which it sends, a `post` state with which it
@@ -22,10 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core.rules import addressed
-from ngc_jax.core.rules import generated as generated_rules
-from ngc_jax.core.rules import signal as signal_rules
-from ngc_jax.core.rules.signal import Rule, SignalRule, States
+from ngc_jax.core.rules import addressed, generated, signal
+from ngc_jax.core.rules.base import Rule, SignalRule, States
 
 Array = jax.Array
 
@@ -40,19 +38,17 @@ GATES: dict[str, Callable[[Array], Array]] = {
 
 RULES: dict[str, Rule] = {
     "addressed": addressed.Addressed(),
-    "broadcast": signal_rules.Broadcast(),
-    "metric": signal_rules.Metric(),
-    "metric_diagonal": signal_rules.MetricDiagonal(),
-    "metric_scalar": signal_rules.MetricScalar(),
-    "tanh": generated_rules.Tanh(),
-    "shift": generated_rules.Shift(),
-    "riemannian": generated_rules.Riemannian(),
-    "distance": generated_rules.Distance(),
-    "within": signal_rules.Within(),
-    "block": signal_rules.Block(),
+    "broadcast": signal.Broadcast(),
+    "metric": signal.Metric(),
+    "metric_diagonal": signal.MetricDiagonal(),
+    "metric_scalar": signal.MetricScalar(),
+    "tanh": generated.Tanh(),
+    "shift": generated.Shift(),
+    "riemannian": generated.Riemannian(),
+    "distance": generated.Distance(),
+    "within": signal.Within(),
+    "block": signal.Block(),
 }
-INSIDE = ("within", "block")  # rules that join neurons of one group only
-SIGNAL_RULES = tuple(name for name, rule in RULES.items() if isinstance(rule, SignalRule))
 
 
 def transmit(
@@ -112,7 +108,7 @@ def signal_rule(rule: str | Rule) -> SignalRule:
     """
     found = named(rule)
     if not isinstance(found, SignalRule):
-        takes = ", ".join(SIGNAL_RULES)
+        takes = ", ".join(name for name, one in RULES.items() if isinstance(one, SignalRule))
         raise ValueError(
             f"rule={rule!r}: sends no signal that an activation could act on; those that do are {takes}"
         )
