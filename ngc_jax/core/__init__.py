@@ -1,3 +1,1 @@
-"""The mathematics of the method: pure functions on arrays. Nothing here knows of Flax, training or
-configuration.
-"""
+"""The mathematics of the method: pure functions that know no Flax, training or config."""

@@ -1,5 +1,4 @@
-"""Attention across tokens: rotary positions, attention with or without a cache, and attention
-without softmax.
+"""Attention across tokens: rotary positions; with or without a cache; without softmax.
 
 For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`,
 `nn/bdh.py`).
@@ -18,9 +17,7 @@ Cache = dict[str, Array]  # "key", "value": [B, S, H, d]
 
 
 def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864): x [B, T, H, d], d even; positions
-    [T].
-    """
+    """Rotary positions (RoFormer, arXiv 2104.09864) on x [B, T, H, d], d even; positions [T]."""
     half = x.shape[-1] // 2
     angle = positions[:, None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [T, d/2]
     cos = jnp.concatenate([jnp.cos(angle)] * 2, axis=-1)[:, None]
@@ -57,8 +54,7 @@ def update_cache(cache: Cache, key: Array, value: Array, position: Array) -> Cac
 
 
 def attention_weights(query: Array, key: Array, mask: Array) -> Array:
-    """How much each query heeds each key, softmax(q k / sqrt(d)) under the mask: [B, T, H, d] ->
-    [B, H, T, S] float32.
+    """softmax(q k / sqrt(d)) under the mask: q, k [B, T, H, d] -> [B, H, T, S] float32.
 
     Written out, with `mix`, because `jax.nn.dot_product_attention` takes 4 times as long for the
     gradient on a CPU.
@@ -77,8 +73,7 @@ def mix(share: Array, value: Array) -> Array:
 
 
 def fused(query: Array) -> bool:
-    """Whether cuDNN has attention in one kernel (flash, arXiv 2205.14135) for queries [B, T, H, d]
-    on this machine.
+    """Whether cuDNN has attention in one kernel (arXiv 2205.14135) for queries [B, T, H, d] here.
 
     That is in half precision, on NVIDIA's GPUs from Ampere on, for d up to 128 in eights. It has no
     forward-mode derivative, so it is not for what is measured of stability, which is in float32.
@@ -93,8 +88,7 @@ def fused(query: Array) -> bool:
 
 
 def attend_fused(query: Array, key: Array, value: Array, causal: bool = True) -> Array:
-    """`mix` of `attention_weights` where each token sees all, or if `causal` all up to itself, if
-    `fused`.
+    """`mix` of `attention_weights` where each token sees all, or if `causal` all before it.
 
     [B, T, H, d] each -> [B, T, H d].
 
@@ -128,12 +122,12 @@ def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
 def attend_linearly(
     read: Array, value: Array, mask: Array, state: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """sum over s of (read_t . read_s) value_s under the mask: read [B, H, T, N], value [B, T, D] ->
-    [B, H, T, D].
+    """sum over s of (read_t . read_s) value_s under the mask: [B, H, T, D].
 
-    Query and key are one and the same, there is no softmax and no scale, and all heads hear the
-    same value. `state` [B, H, N, D], if given, is the sum of read_s value_s over the tokens before
-    these, all of which are heard; it is returned with these tokens added, so its size never grows.
+    read [B, H, T, N], value [B, T, D]. Query and key are one and the same, there is no softmax and
+    no scale, and all heads hear the same value. `state` [B, H, N, D], if given, is the sum of
+    read_s value_s over the tokens before these, all of which are heard; it is returned with these
+    tokens added, so its size never grows.
     """
     score = jnp.where(mask, jnp.einsum("bhtn,bhsn->bhts", read, read), 0)
     mixed = jnp.einsum("bhts,bsd->bhtd", score, value)

@@ -1,9 +1,9 @@
 """The communication loop: groups exchange signals for some rounds, with the same states in each.
 
-For: one round and its scan, whatever the update is (a stack of attention and exchange stages, a
+For: one round and its scan, whatever the update is (a stack of attention and MLP stages, a
 synapse alone); and loops of a number of rounds that is an array, or that the state decides. Not
 for: the update itself, or what a stage is (`nn/layers.py`); how many rounds an update of training
-has (`iteration.py`).
+has (`training/rounds.py`).
 """
 
 from collections.abc import Callable
@@ -29,9 +29,7 @@ STATE_ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
 def advance(
     x: Array, added: Array, driven: Array, keep: Array, activation: str | None = None
 ) -> Array:
-    """The state after a round, phi(keep x + drive e + update(x)), from what is `added`, update(x),
-    and drive e.
-    """
+    """The state after a round, phi(keep x + drive e + update(x))."""
     return STATE_ACTIVATIONS[activation](keep * x + driven + added)
 
 
@@ -138,8 +136,7 @@ def communicate_per_example(
 def communicate_until_settled(
     turn: Turn, start: Array, tolerance: Array | float, cap: int
 ) -> tuple[Array, Array]:
-    """Run x <- turn(x) from x_0 = `start` [..., D] until no token's state moves, for `cap` rounds
-    at most.
+    """Runs x <- turn(x) from `start` [..., D] until no state moves, `cap` rounds at most.
 
     A token's state rests in a round that would move it by less than `tolerance` of its length
     (`relative_change`); it moves again when a round would, for instance since another token has

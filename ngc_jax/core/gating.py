@@ -3,7 +3,7 @@
 For: our reading of structured neuron encapsulation (arXiv 2502.07124), whose abstract alone gives
 no formulas: a module is a group, and what modules say is summed with coefficients that depend on
 the input and sum to one. Not for: what the coefficients are read from (`nn/layers.py`), or gates
-within a signal (`rules.py`).
+within a signal (`rules/table.py`).
 
 Axes: G groups, n neurons of one.
 """
@@ -15,8 +15,7 @@ Array = jax.Array
 
 
 def encapsulate(said: Array, logits: Array) -> Array:
-    """What groups say, said [..., G n], each group's times G a_g with a = softmax(logits [..., G]),
-    in float32.
+    """said [..., G n], each group's times G a_g, a = softmax(logits [..., G]) in float32.
 
     The factor G makes equal shares change nothing. Whatever reads the result linearly, W, gives G
     sum_g a_g W[:, g] said_g: the sum of what each module, W[:, g] said_g, gives by itself, with

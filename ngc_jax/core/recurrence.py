@@ -1,5 +1,4 @@
-"""Communication along tokens: a state that hears one token after another, for streams of any
-length.
+"""Communication along tokens: a state that hears one token after another, at any length.
 
 For: the loop over tokens, with some rounds for each, and its parts for truncated back-propagation
 through time. Not for: what a round does (`nn/layers.py`, `Cell`), or rounds with all tokens at once
@@ -20,8 +19,7 @@ Tree = Any
 
 
 def time_scales(neurons: int, groups: int, longest: float) -> np.ndarray:
-    """Tokens that neurons remember for at start: [groups * neurons of one], from 1 to `longest` in
-    each group.
+    """Tokens that neurons remember for at start: [neurons], 1 to `longest` in each group.
 
     Spread evenly in their logarithm, since what a stream will need is not known before (chrono
     initialisation, Tallec and Ollivier 2018, arXiv 1804.11188, draws them; here every group has
@@ -39,8 +37,7 @@ def along_tokens(
     rounds: int = 1,
     remat: bool = True,
 ) -> tuple[Array, Array]:
-    """Run h <- turn(h, what the token says) for `rounds` rounds at each token, from h = `state` [B,
-    n].
+    """Runs h <- turn(h, what the token says), `rounds` times a token, from `state` [B, n].
 
     said: a tree of arrays [T, B, ...]. first [T, B], bool, if given: where a document begins, which
     finds h = 0. With `remat` a token's insides are recomputed for the gradient, so that training

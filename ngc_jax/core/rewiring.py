@@ -1,5 +1,4 @@
-"""Wirings that change while a model trains: how many edges there are when, which are given up,
-which are tried.
+"""Wirings that change in training: how many edges when, which are given up, which are tried.
 
 For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not
 for: the rule whose edges these are (`addressed.Rewirable`), or doing it to a model in training
@@ -48,9 +47,7 @@ class Schedule:
         return round(self.last + (self.first - self.last) * (1 - self._passed(step)) ** 3)
 
     def exchanged(self, step: int) -> int:
-        """How many of them a rewiring at `step` gives to the most promising instead of the
-        strongest; one stays.
-        """
+        """Edges that a rewiring at `step` gives to the most promising; one at least stays."""
         share = self.exchange / 2 * (1 + math.cos(math.pi * self._passed(step)))
         return min(round(share * self.edges(step)), self.edges(step) - 1)
 
@@ -60,10 +57,10 @@ class Schedule:
 
 
 def magnitude(pre: Array, post: Array) -> Array:
-    """Frobenius norm of the weights that each edge makes: pre [..., G, n, E, p], post [..., G, m,
-    E, p] -> [..., G, E].
+    """Frobenius norm of the weights that each edge makes: [..., G, E].
 
-    |R S^T| by the two Gram matrices of p by p. States alone would not do: a factor can go from one to the other.
+    pre [..., G, n, E, p], post [..., G, m, E, p]. By two Gram matrices of p by p. States alone
+    would not do: a factor can go from one to the other.
     """
     read, sent = (jnp.einsum("...giep,...gieq->...gepq", states, states) for states in (post, pre))
     return jnp.sqrt(jnp.maximum(jnp.sum(read * sent, axis=(-2, -1)), 0))
@@ -79,8 +76,7 @@ def slope(gradient: Array) -> Array:
 
 
 def correlation(signal: Array, heard: Array) -> Array:
-    """How much what an edge carries goes with what its listeners receive: [T, G, E, p], [T, G, m]
-    -> [G, E].
+    """How much an edge's signal [T, G, E, p] goes with what is received [T, G, m]: [G, E].
 
     The mean over numbers and neurons of |Pearson's correlation over tokens|: what fires together
     wires together. Our reading of G2GNet's rule (arXiv 2508.14140), which regrows by the
@@ -94,8 +90,7 @@ def correlation(signal: Array, heard: Array) -> Array:
 def choose(
     strength: Array, promise: Array, keep: Array, grow: Array, slots: int
 ) -> tuple[Array, Array]:
-    """Which edges there are from now on: for scores [..., E], edges [..., slots] and which slots
-    are used, bool.
+    """The edges from now on: [..., slots], and which slots are used, bool, by scores [..., E].
 
     The `keep` strongest stay, and of those that were not there the `grow` most promising are added.
     Where these are too few, the most promising of those just given up come back: not before, since
@@ -114,9 +109,7 @@ def choose(
 
 
 def _rank(score: Array) -> Array:
-    """0 for the highest of the last axis, 1 for the next; of equals, the first. (No sort: those
-    compile slowly.)
-    """
+    """0 for the highest of the last axis, 1 for the next. (Not a sort: those compile slowly.)"""
     mine, other = score[..., :, None], score[..., None, :]
     earlier = jnp.tri(score.shape[-1], k=-1, dtype=bool)
     return jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1)

@@ -1,7 +1,7 @@
 """Who hears whom: wirings between groups, as tables of partners.
 
 For: fixed topologies, drawn once before training, and moving states from one table to another. Not
-for: what passes along a channel (`rules.py`), or which edges are to change while a model trains
+for: what passes along a channel (`rules/`), or which edges are to change while a model trains
 (`rewiring.py`).
 
 A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g
@@ -89,16 +89,13 @@ REWIRED = 0.2
 
 
 def slots_of(hears: Array, edges: int) -> Array:
-    """A table turned round: for hears [..., k], the edge in each slot, the slot of each edge [...,
-    edges] or -1.
-    """
+    """For hears [..., k], the edge in each slot: the slot of each edge [..., edges], or -1."""
     found = hears[..., None, :] == jnp.arange(edges)[:, None]
     return jnp.where(jnp.any(found, axis=-1), jnp.argmax(found, axis=-1), -1)
 
 
 def carry(states: Array, slots: Array) -> Array:
-    """States [..., G, n, k, p] moved to other slots: slot s of [..., G, n, k', p] has what
-    slots[..., g, s] had.
+    """States [..., G, n, k, p] moved: slot s of [..., G, n, k', p] gets that of slots[..., g, s].
 
     Where slots [..., G, k'] is -1 there is 0. Bits are kept: nothing is multiplied.
     """

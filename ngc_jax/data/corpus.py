@@ -1,5 +1,4 @@
-"""Where text comes from: this interpreter's own library source, a user's files, or a prepared TFDS
-set.
+"""Where text comes from: this Python's library source, a user's files, or a prepared TFDS set.
 
 For: finding documents, splitting them, and keeping them as a TFDS dataset (`stored.py`). Not for:
 tokens or batches.
@@ -42,9 +41,7 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
-    """The corpus that `config.data` asks for. Raises UserError for one that is missing, empty, or
-    not readable.
-    """
+    """The corpus that `config.data` names. Raises UserError if it is missing or unreadable."""
     if config.path and config.tfds_name:
         raise UserError(
             f"data.path={config.path!r} and data.tfds_name={config.tfds_name!r} are both set: give one of them"
@@ -59,8 +56,7 @@ def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
 
 
 def stdlib_documents() -> Documents:
-    """The source of this interpreter's standard library, without duplicates: about 10 MB, a third
-    of it prose.
+    """The source of this Python's standard library without duplicates: about 10 MB.
 
     A file's split follows from the hash of its path (1 in 20 is held out), so it stays in its split
     from one patch release to the next.
@@ -80,8 +76,7 @@ def stdlib_documents() -> Documents:
 
 
 def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
-    """A user's text. One file: its tail is held out. A folder: every text file, split by the hash
-    of its path.
+    """A user's text: of one file the tail is held out, of a folder a share of its files.
 
     Files with a NUL byte (not text), hidden files and duplicates are left out. All of it is held in
     memory while it is prepared; a text of many gigabytes is better given as a TFDS set. Raises
@@ -184,9 +179,7 @@ class _Stored:
 
 
 def _prepared(config: Any) -> Corpus:
-    """A TFDS set that has been prepared before, by name. Splits and the text's key are fields of
-    `config.data`.
-    """
+    """A prepared TFDS set by name; splits and the text's key are fields of `config.data`."""
     import tensorflow_datasets as tfds
 
     asked = f"data.tfds_name={config.tfds_name!r}"

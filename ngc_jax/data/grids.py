@@ -17,8 +17,7 @@ WALL, OPEN, START, GOAL, PATH = range(5)
 
 
 def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A maze of size x size rooms, size >= 2, and the same with its path marked: two grids of 2
-    size - 1 squared.
+    """A maze of size x size rooms, size >= 2, and the same with its path: grids of 2 size - 1.
 
     Rooms stand at even places, walls or doors between them, and the wall around all is left out.
     Any two rooms are joined by one way: doors are cut by a random depth-first walk. Start and goal

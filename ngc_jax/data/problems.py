@@ -1,5 +1,4 @@
-"""Sets of problems: drawn once from a seed, kept as a TFDS dataset, and what is asked of a model in
-tests held apart.
+"""Sets of problems: drawn once from a seed, kept as a TFDS set, with tests held apart.
 
 For: how many problems of which difficulty a set has, and which of its parts a problem may be in.
 Not for: what a problem is (`tasks.py`).

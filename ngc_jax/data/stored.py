@@ -17,9 +17,7 @@ def write(
     splits: Mapping[str, Iterable[tuple[str, Any]]],
     home: pathlib.Path,
 ) -> None:
-    """Write examples, pairs (key, {feature: value}), of each split. TFDS orders them by hash of
-    their key.
-    """
+    """Writes examples (key, {feature: value}) of each split; TFDS orders them by key hash."""
     import tensorflow_datasets as tfds
 
     with tfds.core.registered.skip_registration():  # one process may keep several sets

@@ -80,9 +80,7 @@ def both_ways(name: str) -> bool:
 
 
 def boundary(name: str) -> int | None:
-    """The token behind a problem that such a model reads, which sees nothing across it; None for
-    any other task.
-    """
+    """The token that ends a problem and that nothing sees across; None for a causal task."""
     return TASKS[name].symbols.index("=") if both_ways(name) else None
 
 
@@ -110,8 +108,7 @@ def modular(rng: Generator, terms: int) -> Written:
 
 
 def hops(rng: Generator, count: int) -> Written:
-    """`count` hops, written as so many ">", from each letter: one hop leads to the letter after its
-    last occurrence.
+    """`count` hops from each letter; one leads to the letter after its last occurrence.
 
     A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; where one of the hops finds
     none nothing is asked. Letters are never twice in a row, which would be a hop onto itself. There
@@ -143,9 +140,7 @@ def addition(rng: Generator, digits: int) -> Written:
 
 
 def listops(rng: Generator, depth: int) -> Written:
-    """The value of nested lists of 2 to 4 arguments; one of each is the next list, a quarter of the
-    rest short ones.
-    """
+    """The value of nested lists of 2 to 4 arguments; one of each is the next list."""
 
     def write(depth: int) -> tuple[list[str], int]:
         if depth == 0:

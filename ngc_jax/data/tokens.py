@@ -40,9 +40,7 @@ class Bytes:
 
 
 class BPE:
-    """Byte-level byte pair encoding (the `tokenizers` library), trained on the corpus's own train
-    split.
-    """
+    """Byte-level byte pair encoding (library `tokenizers`), trained on the train split."""
 
     def __init__(self, serialised: str):
         from tokenizers import Tokenizer
@@ -84,9 +82,7 @@ class BPE:
 
 
 class Symbols:
-    """The alphabet of a task. Its problems are made of tokens, so there is nothing to encode, and
-    no documents.
-    """
+    """The alphabet of a task: its problems are tokens, so nothing is encoded."""
 
     mark = NOTHING
     lengths = None
@@ -182,9 +178,7 @@ def _text(config: Any, mark: int | None) -> Data:
 
 
 def _whole(home: pathlib.Path) -> bool:
-    """Whether a token cache is there, and as long as it says (a full disk or a power cut may have
-    shortened it).
-    """
+    """Whether a token cache is there and as long as it says."""
     try:
         meta = json.loads((home / "meta.json").read_text())
         size = np.dtype(meta["dtype"]).itemsize
@@ -197,9 +191,7 @@ def _whole(home: pathlib.Path) -> bool:
 
 
 def load_tokenizer(home: Path) -> Tokenizer:
-    """The tokenizer kept in a token cache or a work directory: in its tokenizer.json, or bytes if
-    there is none.
-    """
+    """The tokenizer in a directory's tokenizer.json, or bytes if there is none."""
     file = home / "tokenizer.json"
     if not file.is_file():
         return Bytes()
@@ -247,9 +239,7 @@ def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in byte-level BPE (the map that GPT-2
-    introduced).
-    """
+    """Byte -> the printable character that stands for it in byte-level BPE, as in GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

@@ -1,5 +1,4 @@
-"""Lyapunov exponents of any map: how fast two states that are close move apart, or together, per
-step.
+"""Lyapunov exponents of any map: how fast two close states move apart per step.
 
 For: `step(x, u) -> x` of any kind (a recurrent cell, a loop of rounds, an integrator of an ODE),
 with or without inputs. Not for: this project's models, which `ngc_jax/stability/systems.py` turns
@@ -40,8 +39,7 @@ def lyapunov_spectrum(
     qr_every: int = 1,
     key: Array | None = None,
 ) -> Array:
-    """The k largest Lyapunov exponents of x <- step(x, u), natural logarithm per step: [k],
-    descending.
+    """The k largest Lyapunov exponents of x <- step(x, u), nats per step: [k], descending.
 
     x0: the first state, a floating array of any shape or a tree of them, n numbers in all. inputs:
     None (u is None), or a tree of arrays whose leading axis has a u for each step, transient
@@ -185,9 +183,7 @@ def _run(
 def _repeat(
     body: Callable[[Any, None], tuple[Any, Any]], carry: Any, turns: int
 ) -> tuple[Any, Any]:
-    """`lax.scan` over no inputs. One turn is a plain call: a loop around it would copy all
-    tangents, 5% of the time.
-    """
+    """`lax.scan` over no inputs; one turn is a plain call, since a loop copies all tangents."""
     if turns > 1:
         return jax.lax.scan(body, carry, length=turns)
     carry, made = body(carry, None)
@@ -204,8 +200,7 @@ def push_forward(f: Callable[[Array], Array], x: Array, tangents: Array) -> tupl
 
 
 def orthonormalise(tangents: Array) -> tuple[Array, Array]:
-    """Rows [k, n] -> orthonormal rows that span the same, and log of what each had beyond those
-    before it [k].
+    """Rows [k, n] -> orthonormal rows of the same span, and the log of what each added [k].
 
     That is QR of the transpose, with log |R[i, i]|; -inf marks a row that had nothing. Where n is
     large the rows come out orthonormal to 1e-3 only: the factors stay exact, and what one call
@@ -255,8 +250,7 @@ def orthonormalise(tangents: Array) -> tuple[Array, Array]:
 def bootstrap_interval(
     blocks: Array, *, confidence: float = 0.95, resamples: int = 2000, key: Array | None = None
 ) -> tuple[Array, Array]:
-    """Percentile interval (low, high), each [...], of the mean of `blocks` [N, ...] over its first
-    axis.
+    """Percentile interval (low, high) of the mean of `blocks` [N, ...] over its first axis.
 
     Whole blocks are drawn with replacement (the block bootstrap, Kuensch 1989, Annals of Statistics
     17): give means of stretches long enough to be independent of each other (`local_exponents`), or
@@ -297,9 +291,7 @@ def kaplan_yorke_dimension(exponents: Array) -> Array:
 
 
 def entropy_rate(exponents: Array) -> Array:
-    """Nats that the map creates per step, at most: the sum of the positive exponents (Ruelle 1978;
-    Pesin 1977).
-    """
+    """The sum of the positive exponents, nats per step (Ruelle 1978; Pesin 1977)."""
     return jnp.sum(jnp.maximum(exponents, 0))
 
 

@@ -36,9 +36,7 @@ def norm(x: Array) -> Array:
 def record_round(
     start: Array, before: Array, after: Array, drive: Array, update: Array, change: Array
 ) -> Round:
-    """Measure one round. All but `change` are [..., D]; `change` [...] is |x_k - x_{k-1}|, 0 in the
-    first round.
-    """
+    """Measures one round on [..., D]; `change` [...] is |x_k - x_{k-1}|, at first 0."""
     ratio = jnp.log(norm(after - before) + TINY) - jnp.log(change + TINY)
     return Round(
         log_contraction=jnp.mean(jnp.where(change > 0, ratio, 0.0)),
@@ -63,8 +61,7 @@ def summarise(rounds: Round) -> dict[str, Array]:
 
 
 def contraction(states: Array) -> Array:
-    """|x_{k+1} - x_k| / |x_k - x_{k-1}| for states [K + 1, ..., D] after 0 to K rounds: [K - 1,
-    ...], per round.
+    """|x_{k+1} - x_k| / |x_k - x_{k-1}| for states [K + 1, ..., D]: [K - 1, ...], per round.
 
     Below 1 the loop settles, above 1 its steps grow. Raises ValueError where K < 2.
     """
@@ -81,9 +78,7 @@ def boundedness(states: Array) -> Array:
 
 
 def drive_ratio(drive: Array, update: Array) -> Array:
-    """|drive| / (|drive| + |update|) of [..., D]: [...], in [0, 1]: how much of what is added comes
-    from outside.
-    """
+    """|drive| / (|drive| + |update|) of [..., D]: [...], in [0, 1]: the share from outside."""
     driven, updated = norm(drive), norm(update)
     return driven / jnp.maximum(driven + updated, TINY)
 
@@ -112,9 +107,7 @@ def token_contraction(states: Array) -> Array:
 
 
 def slope(values: Array, where: Array | None = None) -> Array:
-    """Least-squares slope of values [..., T] over 0, 1, ..., T - 1, of those alone that `where`
-    names: [...].
-    """
+    """Least-squares slope of values [..., T] over their index, of those in `where` alone: [...]."""
     weight = jnp.ones_like(values) if where is None else where.astype(values.dtype)
     count = jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1)
     at = jnp.arange(values.shape[-1], dtype=values.dtype)
@@ -123,16 +116,12 @@ def slope(values: Array, where: Array | None = None) -> Array:
 
 
 def relative_change(after: Array, before: Array) -> Array:
-    """|x_{k+1} - x_k| / |x_k| of [..., D]: [...]: how far a round moves the state, in lengths of
-    the state.
-    """
+    """|x_{k+1} - x_k| / |x_k| of [..., D]: [...]."""
     return norm(after.astype(jnp.float32) - before.astype(jnp.float32)) / jnp.maximum(
         norm(before), TINY
     )
 
 
 def departure(state: Array, without: Array) -> Array:
-    """|x - x~| / |x~| of [..., D]: [...]. x~ is the same model's state with its messages, or its
-    drive, off.
-    """
+    """|x - x~| / |x~| of [..., D]: [...], x~ the state without messages, or without drive."""
     return relative_change(state, without)

@@ -2,7 +2,7 @@
 
 For: the effective rank of a matrix, how far a tree of parameters moved, the tangent kernel of any
 function and how far it turned, after arXiv 2310.08513. Not for: which function of a model is looked
-at (`stability/learning.py`), or the ranks that weights start with (`Rule.alike`).
+at (`experiments/learning.py`), or the ranks that weights start with (`Rule.alike`).
 """
 
 from collections.abc import Callable
@@ -18,8 +18,7 @@ Tree = Any
 
 
 def effective_rank(matrix: Array) -> Array:
-    """exp(-sum p log p), p the singular values over their sum: 1 to min(m, n) for [..., m, n], 0
-    for a matrix of zeros.
+    """exp(-sum p log p), p the normalised singular values: 1 to min(m, n) for [..., m, n].
 
     Source: Roy and Vetterli, "The effective rank: A measure of effective dimensionality", EUSIPCO
     2007.
@@ -39,8 +38,7 @@ def movement(before: Tree, after: Tree) -> Array:
 def tangent_kernel(
     function: Callable[[Tree, Array], Array], params: Tree, inputs: Array, block: int = 32
 ) -> Array:
-    """K [N, N] for inputs [N, ...]: K[a, b] = <dy_a, dy_b>, d the gradient at `params` of y_a =
-    function(params, a).
+    """K [N, N], K[a, b] = <dy_a, dy_b>, d the gradient of y_a = function(params, a).
 
     `block` gradients are held at a time, never the whole Jacobian; each block takes one pass over
     all inputs, which makes N + N^2 / block gradients. Source: Jacot et al. 2018, arXiv 1806.07572.

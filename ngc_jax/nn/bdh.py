@@ -1,5 +1,4 @@
-"""BDH, the Dragon Hatchling (arXiv 2509.26507), in its published GPU form: the nearest relative, as
-a baseline.
+"""BDH, the Dragon Hatchling (arXiv 2509.26507), in its published GPU form: a baseline.
 
 For: the published function exactly, with the same functions as `Decoder`. Not for: what only ours
 has (groups, synapse rules, rounds), nor the published dropout of 0.1 on the neurons, for nothing
@@ -114,9 +113,7 @@ class BDH:
         return params
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
-        """The state of attention before the first token: [L, B, H, N, D], however many tokens
-        (`length`) will come.
-        """
+        """Attention's state before the first token: [L, B, H, N, D], for any `length`."""
         s = self.shape
         return jnp.zeros((s.layers, batch, s.heads, s.hidden // s.heads, s.width), dtype)
 

@@ -1,5 +1,4 @@
-"""The decoder language model: embed, prelude stages, core stages in rounds of communication, coda
-stages, logits.
+"""The decoder: embed, prelude stages, core stages in rounds, coda stages, logits.
 
 For: the order of things and the loops. Not for: what a stage holds (`layers.py`), sizes
 (`shape.py`), or how parameters lie (`stacks.py`). A model of another kind is a file beside this one

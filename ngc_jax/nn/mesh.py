@@ -36,9 +36,7 @@ OVER_GROUPS = ("vocab", "group", "channel")  # axes of a parameter, best first
 
 
 def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh for `config.mesh` on these devices, by default all there are; -1 along "data" is
-    what is left.
-    """
+    """The mesh for `config.mesh` on these devices (default: all); data=-1 is what is left."""
     devices = jax.devices() if devices is None else devices
     data = len(devices) // (config.fsdp * config.group) if config.data == -1 else config.data
     shape = (data, config.fsdp, config.group)
@@ -53,9 +51,7 @@ def single_device() -> Mesh:
 
 
 def partition_spec(*axes: str | None) -> PartitionSpec:
-    """Where an array lies whose axes count this (None: whole). Raises ValueError where two want the
-    same devices.
-    """
+    """The spec of an array by what its axes count. Raises ValueError where two collide."""
     wanted = [SPLIT[axis] if axis else None for axis in axes]
     used = [name for names in wanted if names for name in names]
     if len(set(used)) < len(used):
@@ -66,9 +62,7 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
 
 
 def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as it is computed on a mesh: for `jax.jit`, so that `constrain` knows the mesh
-    while it is traced.
-    """
+    """The function for `jax.jit` on a mesh, which `constrain` knows while it is traced."""
 
     def placed(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -78,9 +72,7 @@ def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def num_shards(axis: str) -> int:
-    """Into how many parts an axis that counts this is split on the mesh of the moment; 1 where
-    there is none.
-    """
+    """Parts into which an axis that counts this is split on the current mesh; 1 without one."""
     return _num_shards(jax.sharding.get_abstract_mesh().shape, axis)
 
 

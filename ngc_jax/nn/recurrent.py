@@ -1,5 +1,4 @@
-"""The recurrent language model: embed, a stack of cells that hear the stream token by token,
-logits.
+"""The recurrent model: embed, a stack of cells that hear the stream token by token, logits.
 
 For: streams. What a cell has heard is one state, however long that was, so a token costs the same
 at any length. The functions are those of `model.py`. Not for: what a cell holds (`layers.py`), the

@@ -1,5 +1,4 @@
-"""Which synapses share their send states: the topologies of the method, as presets or as a
-partition of one's own.
+"""Which synapses share their send states: presets, or a partition of one's own.
 
 For: reading `config.model.sharing`. Not for: holding the shared states (`layers.py` inside a stage,
 `decoder.py` across stages), nor for the states with which a neuron receives, which are never

@@ -2,7 +2,7 @@
 likely".
 
 For: the statistic, its memory and its threshold, as pure functions that run inside the update. Not
-for: what is done about it (`train.py` says it once, and names it when a run breaks down).
+for: what is done about it (`loop.py` says it once, and names it when a run breaks down).
 
 The statistic is the relative update |change of the parameters| / |parameters|, both over all of
 them, as a moving geometric mean. `experiments/early_warning.py` chose it among ten that a step can

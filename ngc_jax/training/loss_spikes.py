@@ -2,7 +2,7 @@
 not made.
 
 For: the running mean and deviation, and the verdict, as pure functions that run inside the update.
-Not for: what is done about it (`steps.py` skips the update, `train.py` goes back after many).
+Not for: what is done about it (`step.py` skips the update, `loop.py` goes back after many).
 
 After the SkipStep optimizers of OLMo-core, which look at the last 128 updates, from the 64th on,
 and skip what lies more than 6 deviations above; ours is a moving mean, which two numbers carry, and

@@ -1,7 +1,7 @@
 """Terms of the loss that ask for stability; all are off by default.
 
 For: a band on the contraction or the leading exponent of the loop, and the Jacobian penalty of deep
-equilibrium models. Not for: measuring (`watch.py`).
+equilibrium models. Not for: measuring (`stability_metrics.py`).
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def make_penalty(model: Decoder, config: Any) -> Penalty | None:
     config is `config.stability`: regulariser, low, high, weight, jacobian. The values held in the
     band are natural logarithms per round, of the contraction (mean over rounds and tokens) or the
     leading exponent (mean over sequences), over `model.rounds` rounds, whatever number an update
-    draws (`iteration.py`).
+    draws (`rounds.py`).
     """
     if config.regulariser == "none" and not config.jacobian:
         return None

@@ -3,7 +3,7 @@ when it is judged.
 
 For: reading `config.iteration`, the draw of an update's rounds, the weights of its read-outs, and
 what it costs. Not for: the loop itself (`core/communicate.py`), or rounds of a trained model
-(`evaluate.py`).
+(`evaluation.py`).
 
 What is drawn follows from seed and update alone, so that a run that goes on draws what it would
 have drawn.

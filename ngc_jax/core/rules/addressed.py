@@ -20,8 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Addressed(SignalRule):
-    """W[gj, hi] = sum_p R[g, j, h, p] S[h, i, g, p]: a neuron keeps a port of p numbers for each
-    partner group.
+    """W[gj, hi] = sum_p R[g, j, h, p] S[h, i, g, p]: a port of p numbers for each partner group.
 
     pre S [G, n, G, p], post R [G, m, G, p]. p G (n_in + n_out) parameters, twice that in FLOPs per
     token, rank up to min(n_in, n_out, G^2 p). Alone, it is the block form known as Monarch (arXiv
@@ -98,8 +97,7 @@ class Addressed(SignalRule):
 
 @dataclasses.dataclass(frozen=True)
 class Rewirable(SignalRule):
-    """`Addressed` under a wiring that is data, so that each synapse has its own and it may change
-    in training.
+    """`Addressed` under a wiring that is data: each synapse has its own, which may change.
 
     The edges that can lead to a group g are numbered e = 0 .. (G - 1) copies - 1, and e comes from
     the group g + 1 + e // copies (mod G), so never from g itself. With copies = 1 an edge is a
@@ -168,7 +166,5 @@ def numbers(ports: Array) -> Array:
 
 
 def _overheard(said: Array, speakers: Array | np.ndarray, pre: Array) -> Array:
-    """Signals [..., G, k, p] of x [G, ..., n] from the speakers [G, k] of each group, with states
-    kept by listeners.
-    """
+    """Signals [..., G, k, p] of x [G, ..., n] from speakers [G, k], by the listeners' states."""
     return jnp.einsum("gs...i,gisp->...gsp", said[speakers], pre)

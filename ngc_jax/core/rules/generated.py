@@ -1,5 +1,4 @@
-"""The generated rules: a nonlinear interaction of two states, so that W must be made before it can
-act.
+"""The generated rules: a nonlinear interaction of two states, so W is made before it acts.
 
 For: `tanh`, `shift`, `riemannian` and `distance`, which save parameters and no FLOPs: W is made
 once in a call, for a share of the product's cost that falls with the number of tokens. Not for:
@@ -26,9 +25,7 @@ FEATURES = 4  # of `tanh`, for each number of a state
 
 
 class GeneratedRule(Rule):
-    """A rule that makes W whole. `draw` gives states of the right kind, `init` the same with the
-    right gains.
-    """
+    """A rule that makes W whole. `draw` gives states, `init` these with the right gains."""
 
     grouped = False
     amplitude: tuple[str, ...] = ("gain",)
@@ -47,8 +44,7 @@ class GeneratedRule(Rule):
 
 
 class Tanh(GeneratedRule):
-    """W = n_in^(-1/2) tanh(R P + b) diag(a) tanh(S P' + b')^T: states are first widened to f = 4 r
-    features.
+    """W = n_in^(-1/2) tanh(R P + b) diag(a) tanh(S P' + b')^T: states widened to f features.
 
     pre {"state": S [n_in, r], "map": P' [r, f], "bias": b' [f]}, post {"state": R [n_out, r],
     "map": P [r, f], "bias": b [f], "gain": a [f]}. r (n_in + n_out) + 8 r^2 + 12 r parameters.
@@ -82,8 +78,7 @@ class Tanh(GeneratedRule):
 
 
 class Shift(GeneratedRule):
-    """W[j, i] = n_in^(-1/2) (c_0 q_0 + c_2 tanh(q_2) + c_4 tanh(q_4)), q_k[j, i] = r^(-1/2) R[j] .
-    roll_k(S[i]).
+    """W = n_in^(-1/2) (c_0 q_0 + c_2 tanh(q_2) + c_4 tanh(q_4)), products with shifted states.
 
     roll_k moves the numbers of a state k places round. pre S [n_in, r], post {"state": R [n_out,
     r], "gain": c [3]}, at start in the proportion 0.5 : 1 : -1; with equal signs the shifts of a
@@ -110,8 +105,7 @@ class Shift(GeneratedRule):
 
 
 class Riemannian(GeneratedRule):
-    """W[j, i] = n_in^(-1/2) (c + v . sum_{k<6} tanh(A_k S[i] + b_k + A_k roll_k(R[j]))), with h
-    hidden features.
+    """W = n_in^(-1/2) (c + v . sum_{k<6} tanh(A_k S[i] + b_k + A_k roll_k(R[j]))).
 
     h is r, or r + 1 where r is odd. pre S [n_in, r], post {"state": R [n_out, r], "map": A [6, h,
     r], "bias": b [6, h], "gain": v [h], "offset": c []}. r (n_in + n_out) + 6 h r + 7 h + 1
@@ -184,8 +178,7 @@ class Distance(GeneratedRule):
 def _sum_over_features(
     function: Callable[[Array], Array], heard: Array, sent: Array, gain: Array
 ) -> Array:
-    """sum_f gain[f] function(heard[f, j] + sent[f, i]) for heard [f, n_out], sent [f, n_in]:
-    [n_out, n_in].
+    """sum_f gain[f] function(heard[f, j] + sent[f, i]): [n_out, n_in].
 
     One feature at a time, each computed again for the gradient: else memory would grow by n_in
     n_out for each.

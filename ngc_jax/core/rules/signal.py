@@ -1,5 +1,4 @@
-"""The signal rules: a weight is a sum of products, so neurons send a few numbers and groups read
-them.
+"""The signal rules: W is a sum of products, so neurons send a few numbers and groups read them.
 
 For: the rules under which no weight need ever be formed: `broadcast`, `metric` and its two small
 forms, `within`, `block`. Not for: `addressed` with its wirings (`addressed.py`), rules that form W
@@ -60,8 +59,7 @@ class Broadcast(SignalRule):
 
 
 class Metric(SignalRule):
-    """W[gj, hi] = R[g, j] . M[g, h] S[h, i]: states are compared by a map of each pair of groups'
-    own.
+    """W[gj, hi] = R[g, j] . M[g, h] S[h, i]: a map for each pair of groups compares states.
 
     pre S [G, n, r], post {"state": R [G, m, r], "map": M [G, G, r, r]}. r (n_in + n_out) + G^2 r^2
     parameters, twice that in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours. M is
@@ -120,8 +118,7 @@ class Metric(SignalRule):
 
 
 class MetricDiagonal(Metric):
-    """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with a factor for each number of
-    a pair.
+    """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with diagonal maps.
 
     post {"state": R [G, m, r], "map": M [G, G, r]}. r (n_in + n_out) + G^2 r parameters, twice that
     in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours.
@@ -131,8 +128,7 @@ class MetricDiagonal(Metric):
 
 
 class MetricScalar(Metric):
-    """W[gj, hi] = M[g, h] R[g, j] . S[h, i]: `Metric` with one factor for each pair, a graph of
-    groups.
+    """W[gj, hi] = M[g, h] R[g, j] . S[h, i]: `Metric` with one number a pair, a graph.
 
     post {"state": R [G, m, r], "map": M [G, G]}. r (n_in + n_out) + G^2 parameters; 2 r (n_in +
     n_out) + 2 r G^2 FLOPs per token; rank up to min(n_in, n_out, G r). Source: ours.
@@ -176,8 +172,7 @@ class Within(SignalRule):
 
 
 class Block(SignalRule):
-    """W[gj, gi] = R[g, j, i]: a post state holds one number for each member of its group (`Within`
-    at p = n).
+    """W[gj, gi] = R[g, j, i]: a post state holds a number for each member of its group.
 
     The send state is then one-hot and not stored: pre is (), post R [G, m, n]. n_in n_out / G
     parameters, twice that in FLOPs per token, full rank inside a group. With one group it is the
@@ -213,9 +208,7 @@ class Block(SignalRule):
 
 
 def split(x: Array, groups: int) -> Array:
-    """[..., G n] -> [G, ..., n]: groups in front, where XLA:CPU multiplies a batch of matrices
-    twice as fast.
-    """
+    """[..., G n] -> [G, ..., n]: XLA:CPU multiplies a batch twice as fast with groups first."""
     return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
 
 
@@ -225,8 +218,7 @@ def merge(y: Array) -> Array:
 
 
 def read(signal: Array, post: Array) -> Array:
-    """What a group's neurons hear of its signal: [G, ..., p] and post states [G, m, p] -> [G, ...,
-    m].
+    """What neurons hear of their group's signal [G, ..., p], post [G, m, p]: [G, ..., m].
 
     XLA:CPU multiplies by a right factor with the summed axis first, and moves one that lies
     otherwise.

@@ -1,5 +1,4 @@
-"""From states to weights: the rules by which the states of two neurons make the weight between
-them.
+"""From states to weights: the table of rules, and using a rule by its name.
 
 For: the table of rules, and the two ways to use one: `transmit` a signal, or look at its `weights`.
 Not for: what each rule is (`signal.py`, `addressed.py`, `generated.py`), which synapses
@@ -54,8 +53,7 @@ RULES: dict[str, Rule] = {
 def transmit(
     rule: str | Rule, x: Array, pre: States, post: States, activation: str | None = None
 ) -> Array:
-    """What the receivers get: y [..., n_out] for x [..., n_in]. Only a generated rule forms its
-    weights, once.
+    """What the receivers get: y [..., n_out] for x [..., n_in]. No signal rule forms its weights.
 
     `rule` is a name, or a rule such as `Addressed(wiring)`. `activation` names an entry of `GATES`,
     applied to the signal. Raises KeyError for an unknown rule or activation, ValueError for an
@@ -67,9 +65,7 @@ def transmit(
 
 
 def emit(rule: str | Rule, x: Array, pre: States, activation: str | None = None) -> Array:
-    """The signal on its way: what senders emit, after the activation. Arguments and errors as in
-    `transmit`.
-    """
+    """The signal after the activation. Arguments and errors as in `transmit`."""
     signal = signal_rule(rule).send(x, pre)
     return signal if activation is None else signal * GATES[activation](signal)
 
@@ -103,9 +99,7 @@ def named(rule: str | Rule) -> Rule:
 
 
 def signal_rule(rule: str | Rule) -> SignalRule:
-    """`named`, if it sends a signal. Raises KeyError for an unknown rule, ValueError for one that
-    sends none.
-    """
+    """`named`, if it sends a signal. Raises KeyError, or ValueError for a rule without one."""
     found = named(rule)
     if not isinstance(found, SignalRule):
         takes = ", ".join(name for name, one in RULES.items() if isinstance(one, SignalRule))
@@ -116,9 +110,7 @@ def signal_rule(rule: str | Rule) -> SignalRule:
 
 
 def activation_gain(activation: str | None) -> float:
-    """1 / rms of z gate(z) for z ~ N(0, 1): the factor that restores unit variance after a message
-    activation.
-    """
+    """1 / rms of z gate(z) for z ~ N(0, 1): restores unit variance after an activation."""
     if activation is None:
         return 1.0
     points, mass = np.polynomial.hermite_e.hermegauss(101)
