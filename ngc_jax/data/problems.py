@@ -11,8 +11,8 @@ an easy one, of which there are few, may come more than once.
 
 import hashlib
 import json
+import linecache
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -93,9 +93,9 @@ def problem_set(
 ) -> ProblemSet:
     """The set that `draw_set` draws, from the cache if it was drawn before. Raises UserError."""
     # What draws is part of the name, so that no set of an older program is taken for this one's.
-    writer = sys.modules[tasks.TASKS[task].write.__module__]
-    files = [str(module.__file__) for module in (sys.modules[__name__], grids, tasks, writer)]
-    drawers = [pathlib.Path(file).read_text() for file in files]
+    writer: Any = tasks.TASKS[task].write  # of any file, also one that is no module
+    files = [__file__, str(grids.__file__), str(tasks.__file__), writer.__code__.co_filename]
+    drawers = ["".join(linecache.getlines(file)) for file in files]
     recipe = json.dumps([task, low, high, dict(counts), seed, np.__version__, drawers])
     home = cache / f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not home.is_dir():
