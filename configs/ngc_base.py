@@ -1,10 +1,10 @@
-"""120 M parameters (53 M in matrices, 67 M in embeddings) that make 283 M weights, for an
-accelerator or a pod slice.
+"""An NGC language model for an accelerator or a pod slice.
 
     python launch.py --config=configs/ngc_base.py
 
-Wants English Wikipedia prepared by TFDS as ArrayRecord (another set: --config.data.tfds_name=...).
-Its step is compiled in the tests; it has not been trained yet, so there is no result to quote.
+120 M parameters (53 M in matrices, 67 M in embeddings) generate 283 M weights. It needs English
+Wikipedia, prepared by TFDS as ArrayRecord (another set: --config.data.tfds_name=...). The tests
+compile its step. It has not been trained yet, so there is no result to quote.
 """
 
 from ngc_jax.config import base
