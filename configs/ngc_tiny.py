@@ -1,6 +1,6 @@
 """A complete run of about a minute on two cores, for CI and first tries. It learns little.
 
-    python launch.py --config=configs/ngc_tiny.py
+python launch.py --config=configs/ngc_tiny.py
 """
 
 from ngc_jax.config import base
