@@ -17,7 +17,8 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.compilation_cache import keep_compiled
 from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.runtime.preemption import EXIT_CODE
-from ngc_jax.training.loop import Diverged, run
+from ngc_jax.training.loop import run
+from ngc_jax.training.run import Diverged
 from ngc_jax.training.workdir import hold, workdir_of
 
 CONFIG = config_flags.DEFINE_config_file(

@@ -20,6 +20,8 @@ from ngc_jax.runtime.metrics import Progress, read_rows
 from ngc_jax.runtime.watchdog import EXIT_CODE, Watchdog
 from ngc_jax.training import loop as train
 from ngc_jax.training import loss_spikes as spikes
+from ngc_jax.training import run as run_module
+from ngc_jax.training.run import Diverged
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +159,14 @@ def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(
 
 def test_trouble_is_rewound_and_its_batches_passed_over(brief, tmp_path, monkeypatch, capsys):
     """Batches that ask nothing have no finite loss."""
-    batches, bad = train.train_batches, {11, 12, 13, 19, 20, 21}
+    batches, bad = run_module.train_batches, {11, 12, 13, 19, 20, 21}
 
     def troubled(examples, *, start, **options):
         for i, batch in enumerate(batches(examples, start=start, **options), start):
-            yield (
-                np.stack([batch[:, 0], np.full_like(batch[:, 1], NOTHING)], axis=1)
-                if i in bad
-                else batch
-            )
+            nothing = np.full_like(batch.targets, NOTHING)
+            yield batch.replace(targets=nothing) if i in bad else batch
 
-    monkeypatch.setattr(train, "train_batches", troubled)
+    monkeypatch.setattr(run_module, "train_batches", troubled)
     brief.train.max_bad_steps = 3
     once, stopped = tmp_path / "once", tmp_path / "stopped"
     assert train.run(brief, once)
@@ -192,7 +191,7 @@ def test_trouble_is_rewound_and_its_batches_passed_over(brief, tmp_path, monkeyp
     assert train.run(brief, stopped)
     assert outcome(stopped) == outcome(once)
     brief.train.max_rewinds = 1
-    with pytest.raises(train.Diverged, match="rewound 1 times; last sound checkpoint: 15"):
+    with pytest.raises(Diverged, match="rewound 1 times; last sound checkpoint: 15"):
         train.run(brief, tmp_path / "twice")
 
 
@@ -202,17 +201,14 @@ def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(
     """Batches that ask for a byte which the text has not; the warm-up is shortened. A trace changes
     nothing.
     """
-    batches, bad = train.train_batches, {8, 11, 12, 13}
+    batches, bad = run_module.train_batches, {8, 11, 12, 13}
 
     def troubled(examples, *, start, **options):
         for i, batch in enumerate(batches(examples, start=start, **options), start):
-            yield (
-                np.stack([batch[:, 0], np.full_like(batch[:, 1], 255)], axis=1)
-                if i in bad
-                else batch
-            )
+            absent = np.full_like(batch.targets, 255)
+            yield batch.replace(targets=absent) if i in bad else batch
 
-    monkeypatch.setattr(train, "train_batches", troubled)
+    monkeypatch.setattr(run_module, "train_batches", troubled)
     monkeypatch.setattr(spikes, "WARMUP", 5)
     brief.train.spike, brief.train.max_bad_steps = 1.0, 3
     once, stopped = tmp_path / "once", tmp_path / "stopped"

@@ -18,6 +18,7 @@ from ngc_jax.runtime.metrics import TIMES, Progress, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
 from ngc_jax.training import loop as train
 from ngc_jax.training.load import load
+from ngc_jax.training.run import Diverged
 
 
 def rows_but_for_times(workdir):
@@ -133,7 +134,7 @@ def test_breaking_down_stops_and_says_what_to_try(tiny, tmp_path):
     tiny.train.learning_rate = tiny.train.state_learning_rate = 1e30
     tiny.train.max_bad_steps = 4
     with pytest.raises(
-        train.Diverged, match=r"4 updates in a row .*; rewound 0 times; .* None; .*; try a smaller"
+        Diverged, match=r"4 updates in a row .*; rewound 0 times; .* None; .*; try a smaller"
     ):
         train.run(tiny, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run") if row.get("train/bad_in_a_row")]

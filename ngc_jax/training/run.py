@@ -1,0 +1,324 @@
+"""A run between two updates: where it stands, and what is done there.
+
+For: `Run`, whose methods log, measure, save and rewind. Not for: their order (`loop.py`), or what
+an update is (`step.py`).
+
+A run counts the updates made. Update s reads batch s - 1 + passed at learning rate s - 1; row s and
+checkpoint s are made after it. Rows are on disk before the checkpoint of their step. So no row
+before a checkpoint is missing, except that of an abandoned evaluation, which is then made first;
+rows after it are dropped and made again. `passed` counts the batches that rewinding left out, as
+Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, 5.1) did by hand.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ngc_jax.data.batches import train_batches
+from ngc_jax.data.tokens import Data
+from ngc_jax.nn import mesh as meshes
+from ngc_jax.runtime import multihost
+from ngc_jax.runtime.checkpoint import Checkpoints
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import Path
+from ngc_jax.runtime.metrics import Clock, Metrics, Progress
+from ngc_jax.runtime.preemption import Asked, Preemption
+from ngc_jax.runtime.watchdog import Watchdog
+from ngc_jax.training.costs import peak, versions
+from ngc_jax.training.evaluation import held_out
+from ngc_jax.training.step import TrainState
+
+MEASURED = {"eval", "stability", "final"}  # kinds of rows made of the state between two updates
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were skipped, as not finite or as spikes, and rewinding did not
+    help.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a run computes, compiled for its mesh."""
+
+    init: Callable[[], TrainState]
+    update: Callable[..., Any]  # (state, batch, ballots) -> state, (scalars, votes)
+    rewire: Callable[..., Any] | None  # (state, batch, step) -> state, row
+    evaluate: Callable[..., Any]  # see `evaluation.held_out`
+    watch: Callable[[Any], dict[str, float]] | None  # params -> the row of stability measures
+    state: TrainState  # shapes, dtypes and shardings of the state
+    flops: float  # of an update
+
+
+class Run:
+    """One start of a run: the state after `step` updates, its files and its clock.
+
+    Raises UserError where the newest checkpoint was made with other data.
+    """
+
+    step: int  # updates made
+    state: TrainState  # after them
+    batches: Iterator[Any]  # of the updates to come
+    metrics: Metrics
+    unmeasured: Collection[str]  # kinds of rows that were not made of this state yet
+    rewinds: int  # times gone back
+    passed: int  # batches left out by that
+    saved: int  # the last step that was saved
+    logged: int  # the last update whose scalars were read
+    late: tuple[int, Any] | None  # the update whose scalars are still on the device
+    votes: tuple[bool, ...]  # of all processes, when the last update that was read began
+    broken: int  # updates skipped in a row, up to `logged`
+    warned: int  # the update at which the standing warning of divergence began; 0: none stands
+
+    def __init__(self, config: ConfigDict, workdir: Path, data: Data, mesh: Mesh, do: Programs):
+        self.config, self.workdir, self.data, self.mesh, self.do = config, workdir, data, mesh, do
+        train = config.train
+        self.peak = peak(train.compute_dtype)
+        self.progress = Progress(train.steps)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        self.asked_to_stop = Preemption()
+        hang = "hang.txt" if multihost.first() else f"hang_{jax.process_index()}.txt"
+        self.watchdog = Watchdog(train.hang_minutes, train.hang_exit, workdir / hang)
+        self.clock = Clock(self._start())
+        self.last_save = time.monotonic()
+
+    # ---- Where it stands -------------------------------------------------------------------------
+
+    def _start(self) -> float:
+        """Begins at the newest sound checkpoint, or at step 0. Returns earlier training seconds."""
+        start = self._newest_sound(self.checkpoints.steps())
+        if start is None:
+            self._stand_at(0, self.do.init())
+            print(f"starting from step 0 in {self.workdir}")
+            return 0.0
+        step, state, meta = self.checkpoints.restore(start, self.do.state)
+        fingerprint, made_with = self.data.fingerprint, meta["versions"]
+        if meta["data"] != fingerprint:
+            raise UserError(
+                f"the text has changed since checkpoint {step} of --workdir={self.workdir}: "
+                f"fingerprint {fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for "
+                "the library source: the same Python; for a task: the same ngc_jax), or another "
+                "--workdir"
+            )
+        self._stand_at(step, state, meta.get("rewinds", 0), meta.get("passed", 0))
+        print(f"going on from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
+        if made_with != versions():
+            print(
+                f"it was made with {made_with}, this is {versions()}: results are equal up to "
+                "rounding, not to the bit"
+            )
+        return float(meta["seconds"])
+
+    def _stand_at(self, step: int, state: TrainState, rewinds: int = 0, passed: int = 0) -> None:
+        """Stands after `step` updates, with the batches and rows that follow them."""
+        jax.block_until_ready(state)
+        size, steps = self.config.train.batch_size, self.config.train.steps
+        self.metrics = Metrics(self.workdir, step)
+        self.batches = train_batches(
+            self.data.train,
+            batch_size=size,
+            seed=self.config.seed,
+            start=step + passed,
+            stop=steps + passed,
+            rows=meshes.local_batch_rows(self.mesh, size),
+        )
+        self.step, self.state, self.rewinds, self.passed = step, state, rewinds, passed
+        # What was due after this step and was abandoned has yet to be made.
+        self.unmeasured = MEASURED - self.metrics.measured
+        self.saved = self.logged = step
+        self.late, self.votes, self.broken, self.warned = None, (False, False), 0, 0
+
+    def _newest_sound(self, among: Collection[int]) -> int | None:
+        """The newest sound checkpoint of these; unsound ones are named and set aside."""
+        sound, faults = self.checkpoints.newest_sound(among) if multihost.first() else (None, {})
+        for bad, fault in faults.items():
+            aside = self.checkpoints.set_aside(bad)
+            self.progress.say(f"checkpoint {bad} is passed over: {fault}; moved to {aside}")
+        (sound, *_) = multihost.exchange(sound)
+        self.checkpoints.reload()
+        return sound
+
+    # ---- What decides ----------------------------------------------------------------------------
+
+    @property
+    def last(self) -> bool:
+        """Whether all updates are made."""
+        return self.step == self.config.train.steps
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this process was asked to stop, and whether the clock asks it to save."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        return bool(self.asked_to_stop), minutes > self.config.checkpoint.every_minutes
+
+    def agreed_wishes(self) -> tuple[bool, ...]:
+        """The wishes of any process, all of which get the same answer at the same update."""
+        return self.wishes() if jax.process_count() == 1 else self.votes
+
+    def due(self) -> list[str]:
+        """Kinds of rows to make of this state."""
+        every = {"eval": self.config.eval.every, "stability": self.config.stability.every}
+        kinds = ["eval", "stability"] if self.do.watch else ["eval"]
+        due = [kind for kind in kinds if self.step and (self.last or self.step % every[kind] == 0)]
+        return [kind for kind in due + ["final"] * self.last if kind in self.unmeasured]
+
+    # ---- What is done ----------------------------------------------------------------------------
+
+    def advance(self, outputs: Any) -> None:
+        """Notes an update that has been started; its scalars are logged later."""
+        self.step, self.unmeasured = self.step + 1, MEASURED
+        self.late = self.step, outputs
+
+    def log(self) -> None:
+        """Reads the scalars of the newest update not read yet, and writes its row.
+
+        Where updates were skipped up to `train.max_bad_steps` in a row, nothing further is read.
+        """
+        train = self.config.train
+        if self.late is None or self.broken >= train.max_bad_steps:
+            return
+        (at, outputs), self.late = self.late, None
+        scalars, votes = jax.device_get(outputs)
+        self.votes = tuple(map(bool, votes))
+        row = {name: value.item() for name, value in scalars.items()}
+        self.watchdog.beat()
+        self.logged, self.broken = at, row["train/bad_in_a_row"]
+        if self.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
+            per_step = self.clock.lap(at)
+            tokens = train.batch_size * self.config.data.context
+            speed = {"tokens_per_second": tokens / per_step}
+            if self.peak:
+                speed["mfu"] = self.do.flops / per_step / (self.peak * self.mesh.size)
+            self.metrics.write({"step": at, **row, **speed, "seconds": self.clock.seconds()})
+            self.progress.show(at, row["train/loss"], speed, per_step)
+        likely = row["stability/warning"] > 0
+        if likely and not self.warned:
+            self.progress.say(
+                f"step {at}: divergence likely: the parameters change by "
+                f"{row['stability/relative_update']:.1%} in an update; a smaller learning rate is "
+                "safer"
+            )
+        self.warned = (self.warned or at) if likely or (self.broken and self.warned) else 0
+        if self.broken:
+            loss, norm = row["train/loss"], row["train/grad_norm"]
+            fault = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+            self.progress.say(
+                f"step {at}: loss {loss}, gradient norm {norm}, {fault}: update skipped"
+            )
+
+    def measure(self, kinds: Iterable[str]) -> bool:
+        """Writes the rows of these kinds. False: asked to stop meanwhile, and abandoned."""
+        with self.clock, contextlib.suppress(Asked):
+            for kind in kinds:
+                self._between()
+                watch = self.do.watch if kind == "stability" else None
+                row = watch(self.state.params) if watch else self._hold_out(kind)
+                self.metrics.write({"step": self.step, **row})
+            return True
+        return False
+
+    def _between(self) -> None:
+        self.watchdog.beat()
+        if any(multihost.exchange(bool(self.asked_to_stop))):
+            raise Asked
+
+    def _hold_out(self, kind: str) -> dict[str, float]:
+        settings, final = self.config.eval, kind == "final"
+        result = held_out(
+            self.do.evaluate,
+            self.state.params,
+            self.mesh,
+            self.data.validation,
+            settings.batch_size,
+            0 if final else settings.windows,
+            self._between,
+        )
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
+        part = "all held-out" if final else "held-out"
+        self.progress.say(f"step {self.step}: {part} {shown}")
+        return {f"{kind}/{name}": value for name, value in result.items()}
+
+    def save(self, ending: bool) -> None:
+        """Saves this state in the background; before the run ends, waits until it is on disk."""
+        with self.clock, self.saving():
+            self.checkpoints.wait()  # for the save before this one
+        with self.clock, self.saving(ending):
+            self.metrics.sync()
+            meta = {
+                "seconds": self.clock.seconds(),
+                "data": self.data.fingerprint,
+                "versions": versions(),
+                "rewinds": self.rewinds,
+                "passed": self.passed,
+            }
+            self.checkpoints.save(self.step, self.state, meta)
+            if ending:
+                self.checkpoints.wait()
+        self.saved, self.last_save, self.votes = self.step, time.monotonic(), (False, False)
+        self.watchdog.beat()
+
+    @contextlib.contextmanager
+    def saving(self, ending: bool = False) -> Iterator[None]:
+        """Reports a save that fails, and lets training go on.
+
+        Raises OSError where the run ends here, or where there are many processes.
+        """
+        try:
+            yield
+        except OSError as error:
+            sound, _ = self.checkpoints.newest_sound()
+            kept = f"the last sound checkpoint, {sound}, is kept"
+            if ending or jax.process_count() > 1:
+                raise OSError(
+                    f"{error}; {kept}; make room and give the same command again"
+                ) from error
+            every = self.config.checkpoint
+            again = (self.step // every.every_steps + 1) * every.every_steps
+            soon = f"next try after step {again}, or in {every.every_minutes:g} minutes"
+            self.progress.say(f"NOT SAVED: {error}; training goes on; {kept}; {soon}")
+
+    def rewind(self) -> None:
+        """Goes back to a checkpoint from before the trouble, and on with the batches after it.
+
+        Raises Diverged where there is none, or `train.max_rewinds` are made.
+        """
+        train, every = self.config.train, self.config.checkpoint.every_steps
+        with self.saving():
+            self.checkpoints.wait()
+        jax.block_until_ready(self.state)
+        before = [at for at in self.checkpoints.steps() if at <= self.logged - self.broken]
+        # Not one that a signal or the clock made: also a run that was never stopped must find it.
+        planned = [at for at in before if at % every == 0]
+        sound = self._newest_sound(planned or before)
+        if sound is None or self.rewinds == train.max_rewinds:
+            warning = f"the warning stood from step {self.warned} on"
+            raise Diverged(
+                f"stopped at step {self.logged}: {self.broken} updates in a row were skipped, not "
+                f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: {sound}; "
+                f"{warning if self.warned else 'no warning came before it'}; try a smaller "
+                f"train.learning_rate={train.learning_rate:g} or "
+                f"train.state_learning_rate={train.state_learning_rate:g}, or more "
+                f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
+            )
+        logged, rewinds = self.logged, self.rewinds + 1
+        left_out = logged - sound
+        self.progress.say(
+            f"step {logged}: rewound to checkpoint {sound}, {rewinds} of at most "
+            f"{train.max_rewinds} times; the {left_out} batches since then are passed over"
+        )
+        self.checkpoints.drop_after(sound)
+        self.metrics.close()
+        del self.state  # its memory is needed
+        step, state, _ = self.checkpoints.restore(sound, self.do.state)
+        self._stand_at(step, state, rewinds, self.passed + left_out)
+        row = {"train/rewinds": rewinds, "train/passed": self.passed, "train/rewound_from": logged}
+        # A row of the update to come: a run that goes on from `sound` redoes it.
+        self.metrics.write({"step": sound + 1, **row})
+        self.clock.start(sound)
+        self.watchdog.beat()
