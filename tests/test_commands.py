@@ -8,6 +8,7 @@ from conftest import python
 
 from ngc_jax.commands import evaluate, sample
 from ngc_jax.commands.inspect import parameter_table
+from ngc_jax.data.batches import Batch
 from ngc_jax.nn.generate import choose, generate
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
@@ -32,7 +33,7 @@ def test_greedy_sampling_is_the_likeliest_token_of_the_full_forward(run):
     prompt = jnp.array([[256, 103, 114], [256, 115, 105]])
     new = generate(trained.model, trained.state.params, prompt, 20, jax.random.key(0), 0.0, 1.0)
     logits = jax.jit(trained.model.apply)(
-        trained.state.params, jnp.concatenate([prompt, new], axis=1)
+        trained.state.params, Batch(jnp.concatenate([prompt, new], axis=1))
     )[0]
     np.testing.assert_array_equal(new, jnp.argmax(logits[:, 2:-1], axis=-1))
 

@@ -24,7 +24,7 @@ def watched(windows: int, tokens: int) -> float:
     model = make_model(config, Bytes.vocab)
     stream = np.random.default_rng(0).integers(0, 256, 16 * windows + 1, np.uint8)
     text = Windows(stream, config.data.context, Bytes.mark)
-    data = Data(Bytes(), text, text, None, "", "")
+    data = Data(Bytes(), text, text, "", "")
     watch = compile_watch(model, config, meshes.make_mesh(config.mesh), data)
     return watch(shaken(jax.jit(model.init)(jax.random.key(0))))["stability/contraction_per_token"]
 
@@ -59,7 +59,7 @@ def test_examining_attends_as_training_did(parity):
 
 
 def test_rounds_are_those_of_training_or_those_asked_for(parity):
-    model, params, config = parity
+    model, _, config = parity
     assert at_rounds(model, config, None) == (model, None)
     assert at_rounds(model, config, 5)[0].shape.rounds == 5
     few = examine(*parity, 8, 40, rounds=Settled(tolerance=1e9))
