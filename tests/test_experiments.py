@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import early_warning, protocols, results_page, rule_pictures, settled, stats, sums
+from experiments import (
+    early_warning,
+    method_drawing,
+    protocols,
+    results_page,
+    rule_pictures,
+    settled,
+    stats,
+    sums,
+)
 from experiments import text_measures as measures
 from experiments.blocks import Table
 from ngc_jax import RULES
@@ -123,6 +132,14 @@ def test_each_rule_has_its_section_and_its_picture(tmp_path):
         assert 10_000 < (ROOT / "docs" / "rules" / f"{rule}.png").stat().st_size < 60_000
     rule_pictures.draw("broadcast", tmp_path / "broadcast.png")
     assert (tmp_path / "broadcast.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_method_is_drawn_as_readme_shows_it(tmp_path):
+    assert "(docs/method.png)" in (ROOT / "README.md").read_text()
+    method_drawing.draw(tmp_path / "method.png")
+    size = slice(16, 24)  # width and height in a PNG's header
+    drawn, shown = (home / "method.png" for home in (tmp_path, ROOT / "docs"))
+    assert drawn.read_bytes()[size] == shown.read_bytes()[size]
 
 
 def test_a_comparison_solves_the_share_for_each_model():
