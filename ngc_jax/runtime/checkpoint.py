@@ -1,12 +1,12 @@
-"""Checkpoints: saved asynchronously, sealed with checksums, and read back only if the seal holds.
+"""Checkpoints: saved in the background, sealed with checksums, and read only if the seal holds.
 
 For: the only file that touches Orbax. Checkpoint s is the state after s updates. Not for: when to
-save (`train.py`).
+save (`training/loop.py`).
 
-Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind;
-but it restores a step with a flipped byte without a word. So each committed step is sealed with the
-SHA-256 of its files, and a step whose seal is missing or broken is passed over for the newest one
-that is sound.
+Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind.
+But it restores a step with a flipped byte in silence. So each committed step is sealed with the
+SHA-256 of its files, and a step whose seal is missing or broken is passed over for the newest sound
+one.
 """
 
 import concurrent.futures
@@ -30,13 +30,11 @@ MANIFEST = "MANIFEST.json"
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written, on a full disk say. Those before it are untouched; the
-    next may succeed.
-    """
+    """A checkpoint could not be written, on a full disk say; those before it are untouched."""
 
 
 class Restored(NamedTuple):
-    """A state, the step it belongs to, and what was saved beside it."""
+    """A state, its step, and what was saved beside it."""
 
     step: int
     state: Tree
@@ -47,13 +45,11 @@ class Checkpoints:
     """The checkpoints in one directory. `read_only` never writes or moves anything there."""
 
     def __init__(self, directory: Path, keep: int = 3, read_only: bool = False):
-        self.directory = epath.Path(
-            directory if in_bucket(directory) else os.path.abspath(directory)
-        )
+        path = directory if in_bucket(directory) else os.path.abspath(directory)
+        self.directory = epath.Path(path)
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            # `save` does it: here Orbax would do it in the background
-            cleanup_tmp_directories=False,
+            cleanup_tmp_directories=False,  # Orbax would do it in the background; `save` does it
             create=not read_only,
             read_only=read_only,
         )
@@ -87,36 +83,29 @@ class Checkpoints:
     def newest_sound(
         self, among: Collection[int] | None = None
     ) -> tuple[int | None, dict[int, str]]:
-        """The newest sound step, if any, and the faults of the steps after it; of all, or of those
-        in `among`.
-        """
+        """The newest sound step, if any, of these or of all, and the faults of the steps after."""
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
-            if among is not None and step not in among:
-                continue
-            fault = self.fault(step)
-            if fault is None:
-                return step, faults
-            faults[step] = fault
+            if among is None or step in among:
+                fault = self.fault(step)
+                if fault is None:
+                    return step, faults
+                faults[step] = fault
         return None, faults
 
     def set_aside(self, step: int) -> Path:
-        """Move an unsound step out of the way, so that it can be saved again; returns where it lies
-        now.
-        """
+        """Moves an unsound step aside, so that it can be saved again. Returns its new place."""
         aside = self.directory.parent / "damaged" / str(step)
         move(self.directory / str(step), aside)
         self.reload()
         return aside
 
     def reload(self) -> None:
-        """See what another process has moved."""
+        """Sees what another process has moved."""
         self._manager.reload()
 
     def restore(self, step: int, abstract: Tree) -> Restored:
-        """Read a step into the shapes, dtypes and shardings of `abstract` (jax.ShapeDtypeStruct
-        leaves).
-        """
+        """A step, read into the shapes, dtypes and shardings of `abstract`."""
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
         )
@@ -124,40 +113,37 @@ class Checkpoints:
         return Restored(step, read["state"], read["meta"])
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Save in the background. Waits for the save before this one. Raises SaveFailed for either."""
+        """Saves in the background, after the save before this one. Raises SaveFailed for both."""
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         if multihost.first():
             self._remove_begun()
-            # where nothing is renamed, a step has its name from the start
-            if in_bucket(self.directory):
+            if in_bucket(self.directory):  # where a step has its name from the start
                 _remove(self.directory / str(step))
         with self._attempt(step):
             self._manager.save(step, args=items, force=True)
         self._sealing = step, self._pool.submit(self._seal, step)
 
     def check(self) -> None:
-        """Raise SaveFailed at once for a save in the background that went wrong, if one did."""
+        """Raises SaveFailed at once for a save in the background that has failed, if one did."""
         if self._sealing is not None and self._sealing[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when everything is saved and sealed. Raises SaveFailed, once for each save that
-        went wrong.
-        """
+        """Returns when all is saved and sealed. Raises SaveFailed, once for each failed save."""
         if self._sealing is not None:
             (step, sealing), self._sealing = self._sealing, None
             with self._attempt(step):
                 sealing.result()
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints after a step, which a run that goes on from there will make anew."""
+        """Removes the checkpoints after a step; a run that continues from it makes them anew."""
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
 
     def close(self) -> None:
-        """Wait, then let go of the directory."""
+        """Waits, then lets go of the directory."""
         try:
             self.wait()
         finally:
@@ -166,12 +152,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _attempt(self, step: int) -> Iterator[None]:
-        """Raise SaveFailed for what goes wrong with a save, and be ready for the next."""
+        """Raises SaveFailed for a save that fails, and makes ready for the next."""
         try:
             yield
-        # TensorStore has ValueError for a file that cannot be written
-        except (OSError, ValueError) as error:
-            # many cannot go on: the others may be waiting for this one in the save
+        except (OSError, ValueError) as error:  # TensorStore's for a file that cannot be written
+            # Many processes cannot go on: the others may be waiting for this one in the save.
             if jax.process_count() == 1:
                 with contextlib.suppress(OSError, ValueError):
                     self._manager.close()  # it would raise the same for every save to come
@@ -189,19 +174,17 @@ class Checkpoints:
             write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
             if not in_bucket(home):
                 sync(self.directory)  # where Orbax has given the step its name
-            # again: Orbax's threads may write on for a while after a failed save was raised
+            # Again: Orbax's threads may write on for a while after a failed save was raised.
             self._remove_begun()
 
     def _remove_begun(self) -> None:
-        """Remove what a kill or a failed save has left, while none is under way."""
+        """Removes what a kill or a failed save has left, while none is under way."""
         for begun in self.directory.glob("*.orbax-checkpoint-tmp*"):
             _remove(begun)
 
 
 def digest(tree: Tree) -> str:
-    """SHA-256, hex, over every array of a tree: path, dtype, shape and bytes. Equal digests are
-    equal states.
-    """
+    """SHA-256, hex, over path, dtype, shape and bytes of every array of a tree."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(jax.device_get(leaf))

@@ -11,14 +11,13 @@ HOME = "~/.cache/ngc_jax/compiled"
 
 
 def keep_compiled() -> None:
-    """Keep what this process compiles, and use what an earlier one has kept; jax must have its
-    devices by now.
+    """Keeps what this process compiles, and uses what an earlier one kept; jax has its devices.
 
     Under JAX_COMPILATION_CACHE_DIR, if that is set, and then on any device. Else on accelerators
-    alone, in `HOME`: XLA's CPU backend forgets the order of collectives in a program that it reads,
-    so that several devices in one process wait for each other for ever, and its machine code may
-    not suit the next host that reads it (jax issue 38445). On a GPU the algorithms that were found
-    fastest are kept as well; another start might have found others.
+    alone, in `HOME`. XLA's CPU backend forgets the order of collectives in a program that it reads,
+    so that several devices in one process wait for each other for ever; and its machine code may
+    not suit the next host (jax issue 38445). On a GPU the algorithms that were found fastest are
+    kept as well; another start might have found others.
     """
     asked = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if asked is None and jax.default_backend() != "cpu":

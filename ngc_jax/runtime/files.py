@@ -1,9 +1,8 @@
-"""Files and directories that are there whole or not at all, whatever is killed or runs at the same
-time.
+"""Files and directories that exist whole or not at all, whatever is killed or runs meanwhile.
 
-For: `write_durably` a file, a `Log` of lines, `build_directory` a cache entry; what is different in
-a bucket (gs://...), where an object is written whole or not at all, and nothing is added to one,
-renamed, or held back from the disk. Not for: checkpoints, which Orbax writes.
+For: `write_durably` a file, a `Log` of lines, `build_directory` a cache entry. In a bucket (gs://)
+an object is written whole or not at all; nothing is added to one, renamed, or held back from the
+disk. Not for: checkpoints, which Orbax writes.
 """
 
 import contextlib
@@ -23,15 +22,15 @@ Path: TypeAlias = pathlib.Path | epath.Path
 
 
 def expand(path: str) -> pathlib.Path:
-    """A user's path, with ~ resolved. Raises UserError for a ~name that nobody has."""
+    """A user's path, with ~ expanded. Raises UserError for the ~name of no user."""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{path!r} is no path here: {error}") from error
+        raise UserError(f"{path!r} is not a path here: {error}") from error
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether a path is a bucket's, "gs://..." say, and not a file system's."""
+    """Whether a path is a bucket's, such as "gs://...", and not a file system's."""
     return "://" in os.fspath(path)
 
 
@@ -42,9 +41,7 @@ def files(directory: Path) -> Iterator[Path]:
 
 
 def move(directory: Path, to: Path) -> None:
-    """Rename a directory, over one that is there. In a bucket each file is copied, and then the old
-    ones removed.
-    """
+    """Renames a directory, over an existing one. In a bucket, copies and then removes its files."""
     if in_bucket(directory):
         for path in files(directory):
             epath.Path(path).copy(to / path.relative_to(directory), overwrite=True)
@@ -58,7 +55,7 @@ def move(directory: Path, to: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and have it on disk when this returns."""
+    """Writes a file whole or not at all; it and its name are on disk when this returns."""
     if in_bucket(path):
         path.write_text(text)
         return
@@ -76,7 +73,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has a file's content on disk, or a directory's entries: a renamed file is safe only then."""
+    """Puts a file's content, or a directory's entries, on disk: a rename is safe only then."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -88,9 +85,7 @@ def sync(path: Path) -> None:
 
 
 class Log:
-    """A file that begins with a text and grows by lines. In a bucket it is written anew, whole, at
-    each `sync`.
-    """
+    """A file that begins with a text and grows by lines. In a bucket each `sync` rewrites it."""
 
     def __init__(self, path: Path, text: str):
         write_durably(path, text)
@@ -98,7 +93,7 @@ class Log:
         self._file = None if in_bucket(path) else open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
 
     def add(self, line: str) -> None:
-        """Add a line. A full disk is no error yet."""
+        """Adds a line. A full disk raises no error yet."""
         if self._file:
             self._unwritten += line.encode()
             with contextlib.suppress(OSError):
@@ -107,9 +102,7 @@ class Log:
             self._text += line
 
     def sync(self) -> None:
-        """Have all lines on disk. Raises OSError where that cannot be; they are kept for the next
-        time.
-        """
+        """Puts all lines on disk. Raises OSError where that cannot be; they are kept."""
         if self._file:
             self._write()
             os.fsync(self._file.fileno())
@@ -122,13 +115,13 @@ class Log:
             self._file.close()
 
     def _write(self) -> None:
-        while self._file and self._unwritten:  # a disk that fills up takes part of it
+        while self._file and self._unwritten:  # a disk that fills up takes a part
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 @contextlib.contextmanager
 def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to build in, renamed to `home` if the block ends well and removed if it does not.
+    """A directory to build in, renamed to `home` if the block succeeds and removed if it fails.
 
     A build that is killed leaves nothing that a later one could take for whole. Of two builds at
     once the second to finish is dropped. Raises UserError where nothing can be written.
@@ -144,14 +137,11 @@ def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
         yield building
         for path in (building, *building.rglob("*")):
             sync(path)
-        # somebody else's build of the same thing came first: theirs stays
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another build of the same thing came first and stays
             os.rename(building, home)
             sync(home.parent)
         if not home.is_dir():
-            raise UserError(
-                f"could not move a finished build to {home}: is there a file in its place?"
-            )
+            raise UserError(f"cannot move a finished build to {home}: is a file in its place?")
     except OSError as error:
         raise UserError(f"building {home} failed: {error}") from error
     finally:

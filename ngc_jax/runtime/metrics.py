@@ -1,8 +1,7 @@
-"""What a run says of itself: rows in metrics.jsonl (the truth), a view of them for TensorBoard, and
-the live line.
+"""What a run reports: rows in metrics.jsonl, a view of them for TensorBoard, and the live line.
 
-For: writing and reading rows. Not for: computing them. A row is {"step": s, name: value, ...}: its
-values belong to update s, so a run that goes on from checkpoint s keeps the rows up to s and writes
+For: writing and reading rows. Not for: computing them. A row is {"step": s, name: value, ...}; its
+values belong to update s. A run that continues from checkpoint s keeps the rows up to s and writes
 the later ones anew.
 """
 
@@ -20,12 +19,11 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.files import Log, Path, in_bucket
 
 Row = dict[str, Any]
-# the only values that two runs of one config do not share
-TIMES = ("seconds", "tokens_per_second", "mfu")
+TIMES = ("seconds", "tokens_per_second", "mfu")  # the only values that repeating a run changes
 
 
 def read_rows(workdir: Path) -> list[Row]:
-    """All whole rows; a last line that was cut off by a kill is left out."""
+    """All whole rows; a last line that a kill cut off is left out."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -37,17 +35,16 @@ def latest(rows: Iterable[Row]) -> Row:
 
 
 class Metrics:
-    """Appends rows. Opening it drops the rows after `start`, the step that the run goes on from.
+    """Appends rows. Opening it drops the rows after `start`, the step that the run continues from.
 
-    `measured`: what the rows of `start` hold already besides its update: "eval", "stability",
-    "final", "wiring". Of many processes the first one writes, and all must open it.
+    `measured`: what the rows of `start` hold besides its update: "eval", "stability", "final",
+    "wiring". Of many processes the first one writes, and all must open it.
     """
 
     def __init__(self, workdir: Path, start: int):
         writes = multihost.first()
-        kept = (
-            [row for row in read_rows(workdir) if row["step"] <= start] if start and writes else []
-        )
+        rows = read_rows(workdir) if start and writes else []
+        kept = [row for row in rows if row["step"] <= start]
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
         measured = {name.partition("/")[0] for row in others for name in row}
         self.measured = set(multihost.exchange(sorted(measured))[0])
@@ -61,14 +58,11 @@ class Metrics:
                 self._board.write(row)
 
     def write(self, row: Row) -> None:
-        """Add a row. What is not finite becomes null, as JSON has no such numbers. A full disk is
-        no error yet.
-        """
+        """Adds a row, null for numbers that are not finite. A full disk raises no error yet."""
         if not self._log:
             return
-        row = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
+        finite = lambda v: not isinstance(v, float) or math.isfinite(v)  # noqa: E731
+        row = {name: value if finite(value) else None for name, value in row.items()}
         self._log.add(json.dumps(row) + "\n")
         if self._board:
             try:
@@ -77,8 +71,7 @@ class Metrics:
                 self._board = None  # it is only a view, made anew when the run goes on
 
     def sync(self) -> None:
-        """Have all rows on disk. Called before a checkpoint, so that a checkpoint never lacks the
-        rows before it.
+        """Puts all rows on disk, before a checkpoint, which so never lacks the rows before it.
 
         Raises OSError where that cannot be; the rows are kept for the next time.
         """
@@ -94,13 +87,10 @@ class Metrics:
 
 
 class _Board:
-    """TensorBoard event files, rewritten from the rows each time a run goes on: they are only a
-    view.
-    """
+    """TensorBoard event files, a view of the rows: rewritten each time a run continues."""
 
     def __init__(self, directory: Path):
-        # With this name importable TensorBoard leaves TensorFlow alone, which it would else load
-        # where it is installed.
+        # With this name importable TensorBoard does not load TensorFlow, where that is installed.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -112,29 +102,22 @@ class _Board:
         try:
             return None if in_bucket(directory) else cls(directory)
         except ImportError:
-            return None  # the extra is not installed; metrics.jsonl has everything
+            return None  # the extra is not installed; metrics.jsonl holds everything
 
     def write(self, row: Row) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [
-            Summary.Value(tag=k, simple_value=v)
-            for k, v in row.items()
-            if k != "step" and v is not None
-        ]
-        self._writer.add_event(
-            Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
-        )
+        shown = {k: v for k, v in row.items() if k != "step" and v is not None}
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in shown.items()])
+        self._writer.add_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
 
     def close(self) -> None:
         self._writer.close()
 
 
 class Clock:
-    """Seconds spent training: what runs inside `with clock:` does not count. `before` are those of
-    earlier starts.
-    """
+    """Seconds of training, `before` of them in earlier starts; `with clock:` is not counted."""
 
     def __init__(self, before: float):
         self._before, self._since = before, time.monotonic()
@@ -144,7 +127,7 @@ class Clock:
         return self._before + time.monotonic() - self._since
 
     def start(self, step: int) -> None:
-        """Begin the first lap."""
+        """Begins the first lap."""
         self._mark = (step, self.seconds())
 
     def lap(self, step: int) -> float:
@@ -163,13 +146,13 @@ class Clock:
 
 
 class Progress:
-    """One live line on a terminal; plain lines elsewhere."""
+    """A live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int):
         self.steps, self.live = steps, sys.stdout.isatty()
 
     def show(self, step: int, loss: float, speed: Row, seconds_per_step: float) -> None:
-        """`speed`: "tokens_per_second", and "mfu" where the devices' peak is known."""
+        """Shows an update; `speed` has "tokens_per_second", and "mfu" where a peak is known."""
         left = duration(seconds_per_step * (self.steps - step))
         mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -177,7 +160,7 @@ class Progress:
         print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         print(f"\r\x1b[K{text}" if self.live else text, flush=True)
 
 

@@ -1,12 +1,12 @@
 """Many processes that train one model together: how they find each other, agree, and end.
 
-For: joining by flags or by what the cluster says, one process's word for all, and decisions that
-all take at the same update. Not for: which part of an array or a batch is whose (`mesh.py`).
+For: joining by flags or by what the cluster says, one answer for all processes, and decisions that
+all take at the same update. Not for: which part of an array or a batch is whose (`nn/mesh.py`).
 
-Every process runs the same program and must come to the same exchanges in the same order; so
-whatever differs between them (a signal, a clock, a file, an error) is exchanged before it decides
-anything. Devices must be at rest for an exchange: on CPUs two programs that communicate at once
-take each other's messages. One process alone passes through all of this without a wait.
+Every process runs the same program and comes to the same exchanges in the same order. So whatever
+differs between them (a signal, a clock, a file, an error) is exchanged before it decides anything.
+Devices are at rest during an exchange: on CPUs two programs that communicate at once take each
+other's messages. One process alone passes through all of this without a wait.
 """
 
 import contextlib
@@ -28,21 +28,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ngc_jax.runtime.errors import UserError, say
 
 CHECK = (
-    "check that the same command was started on every host, that each can reach the coordinator's port, and that "
-    "no process of an earlier start still runs"
+    "check that the same command was started on every host, that each can reach the coordinator's "
+    "port, and that no process of an earlier start still runs"
 )
+REMEDY = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to train alone"
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
-    """What has started this process as one of several: "TPU", "SLURM", "Kubernetes"; None where it
-    is alone.
+    """What has started this process as one of several: "TPU", "SLURM" or "Kubernetes", else None.
 
-    A TPU host may be one of a slice of hosts: which, jax asks the machine.
+    A TPU host may be one of a slice of hosts; which one, jax asks the machine.
     """
-    tpu = importlib.util.find_spec("libtpu") and (
-        glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    )
-    if tpu and "tpu" in environment.get("JAX_PLATFORMS", "tpu"):
+    devices = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    tpu = "tpu" in environment.get("JAX_PLATFORMS", "tpu")
+    if tpu and devices and importlib.util.find_spec("libtpu"):
         return "TPU"
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         return "SLURM"
@@ -52,7 +51,7 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def define_flags() -> Callable[[], None]:
-    """Define a command's flags for `join`; what is returned calls it with their values."""
+    """Defines a command's flags for `join`, and returns the call of it with their values."""
     coordinator = flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, where the cluster does not tell."
     )
@@ -78,19 +77,20 @@ def join(
     minutes: float = 5,
     lost: int = 100,
 ) -> None:
-    """Find the other processes of this run; before anything asks jax for devices.
+    """Finds the other processes of this run; called before anything asks jax for devices.
 
     `coordinator` is HOST:PORT of process 0. All three None: what `cluster` says, or alone;
-    `processes` 1: alone. Raises UserError for flags that make no sense and where jax cannot find
-    the others; ends the process with a message where they have not come after so many minutes. From
-    then on one that gives no sign of life for `lost` seconds ends all the others, and all but the
-    first are silent on stdout.
+    `processes` 1: alone. Where the others have not come after so many minutes, the process ends
+    with a message. From then on a process that gives no sign of life for `lost` seconds ends all
+    others, and all but the first are silent on stdout. Raises UserError for flags that contradict
+    each other, and where jax cannot find the others.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
-    if processes == 1 or (len(missing) == len(given) and not cluster(os.environ)):
+    by_cluster = len(missing) == len(given)
+    if processes == 1 or (by_cluster and not cluster(os.environ)):
         return
-    if missing and len(missing) < len(given):
+    if missing and not by_cluster:
         raise UserError(
             f"{', '.join(missing)} must be given too: all of {', '.join(given)}, or none of them"
         )
@@ -98,22 +98,20 @@ def join(
         raise UserError(f"--process={process}: must be from 0 to --processes - 1 = {processes - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(
-            f"--coordinator={coordinator!r}: must be HOST:PORT of process 0, for instance host0:1234"
+            f"--coordinator={coordinator!r}: must be HOST:PORT of process 0, for instance "
+            "host0:1234"
         )
-    found = (
-        f"{cluster(os.environ)} says"
-        if missing
-        else f"process {process} of {processes}, coordinator {coordinator}"
-    )
+    found = f"process {process} of {processes}, coordinator {coordinator}"
+    if by_cluster:
+        found = f"{cluster(os.environ)} says"
 
     def give_up() -> None:
-        waited = f"the processes of this run did not come together within --join_minutes={minutes:g} ({found})"
-        missed = (
-            "one or more of the others"
-            if process == 0
-            else f"process 0 at {coordinator}, or another,"
+        others = {None: "one of them", 0: "one or more of the others"}
+        missed = others.get(process, f"process 0 at {coordinator}, or another,")
+        _end(
+            "the processes of this run did not come together within "
+            f"--join_minutes={minutes:g} ({found}): {missed} is missing; {CHECK}"
         )
-        _end(f"{waited}: {missed if process is not None else 'one of them'} is missing; {CHECK}")
 
     print(
         f"waiting for all processes of this run ({found}), at most {minutes:g} minutes", flush=True
@@ -122,20 +120,19 @@ def join(
     deadline.daemon = True
     deadline.start()
     try:
-        # it would take SIGTERM from `preemption.py`
+        # It would take SIGTERM from `preemption.py`.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
-            cluster_detection_method=None if missing else "deactivate",
+            cluster_detection_method=None if by_cluster else "deactivate",
             heartbeat_timeout_seconds=lost,
             initialization_timeout=round(60 * minutes) + 60,
         )
     except (ValueError, RuntimeError) as error:
-        remedy = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to train alone"
         raise UserError(
-            f"the processes of this run cannot find each other ({found}): {error}; {remedy}"
+            f"the processes of this run cannot find each other ({found}): {error}; {REMEDY}"
         ) from error
     finally:
         deadline.cancel()
@@ -144,7 +141,7 @@ def join(
 
 
 def first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
 
@@ -162,9 +159,7 @@ def exchange(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """What one process refuses, all refuse: a UserError raised in here by any of them is raised in
-    each.
-    """
+    """A block in which a UserError of any process is raised in all of them."""
     refused = None
     try:
         yield
@@ -178,29 +173,29 @@ def agreed() -> Iterator[None]:
 
 
 def same(**values: str) -> None:
-    """Raise UserError in each process where not all have the same values."""
+    """Raises UserError in each process where not all have the same values."""
     everyone = exchange(values)
     for name in values:
-        others = [
-            process for process, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]
-        ]
-        if others:
-            raise UserError(
-                f"process {others[0]} has another {name} than process 0: give all of them the same"
-            )
+        for process, theirs in enumerate(everyone):
+            if theirs[name] != everyone[0][name]:
+                raise UserError(
+                    f"process {process} has another {name} than process 0: give all of them the "
+                    "same"
+                )
 
 
 def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
-    """This process's votes, a row for each of its devices, [devices, votes] bool, to be counted by
-    a jitted function.
+    """This process's votes, a row for each of its devices: [devices, votes] bool.
 
-    So a question rides on work that all do anyway, and nobody waits for the answer. None where
-    there is one process.
+    A jitted function counts them by `tally`. So a question rides on work that all do anyway, and
+    nobody waits for the answer. None where there is one process.
     """
     if jax.process_count() == 1:
         return None
-    lies = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
-    return jax.make_array_from_callback((mesh.size, len(votes)), lies, lambda _: np.array([votes]))
+    by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
+    return jax.make_array_from_callback(
+        (mesh.size, len(votes)), by_device, lambda _: np.array([votes])
+    )
 
 
 def tally(cast: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -209,15 +204,15 @@ def tally(cast: jax.Array | None) -> tuple[jax.Array, ...]:
 
 
 def leave(error: BaseException) -> None:
-    """End this process at once for an error that the others do not share, so that they end as well;
-    alone, return.
+    """Ends this process at once for an error that the others do not share, so that they end too.
 
-    The usual way out would wait for them, and they would wait for this one.
+    The usual way out would wait for them, and they would wait for this one. One process alone
+    returns.
     """
     if jax.distributed.is_initialized():
-        place = f"process {jax.process_index()} of {jax.process_count()}"
         _end(
-            f"{place} failed, or lost another one, whose message then says more: {error or type(error).__name__}"
+            f"process {jax.process_index()} of {jax.process_count()} failed, or lost another one, "
+            f"whose message then says more: {error or type(error).__name__}"
         )
 
 

@@ -1,31 +1,33 @@
-"""Being asked to stop: SIGTERM (a scheduler) and the first Ctrl-C set a flag that the loop reads
-between updates and between the batches of an evaluation.
+"""Being asked to stop: SIGTERM (a scheduler) and the first Ctrl-C set a flag.
 
-For: one process. Not for: stopping many at the same update (`processes.py`), or hangs
-(`watchdog.py`).
+For: one process, which reads the flag between updates and between batches of an evaluation. Not
+for: stopping many at the same update (`multihost.py`), or hangs (`watchdog.py`).
 """
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# "try again later" (sysexits.h): a scheduler can tell it from success (0) and failure
-EXIT_CODE = 75
+EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failure
 
 
 class Asked(Exception):
-    """Raised in the midst of something long, to abandon it."""
+    """Raised in the middle of something long, to abandon it."""
 
 
 class Preemption:
-    """`with Preemption() as asked: ... if asked: save and leave`. A second Ctrl-C interrupts at
-    once.
+    """`with Preemption() as asked: ... if asked: save and leave`.
+
+    A second Ctrl-C interrupts at once. Signals reach the main thread alone: in another one the flag
+    is never set.
     """
 
     def __enter__(self) -> "Preemption":
         self._asked = False
         self._before: dict[int, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT) if main else ():
             self._before[number] = signal.signal(number, self._ask)
         return self
 

@@ -1,7 +1,6 @@
-"""A trace of some updates of a run, for xprof: where the time goes, on the host and on the devices.
+"""A trace of some updates of a run: where time goes, on the host and on the devices.
 
-For: `train.profile`. Not for: looking at a trace (`pip install xprof; xprof --port=8791
-DIR/profile`).
+For: `train.profile`. Not for: reading a trace (`pip install xprof; xprof --port=8791 DIR/profile`).
 """
 
 from typing import Any
@@ -20,28 +19,24 @@ def traceable(updates: str) -> bool:
 
 
 class Profile:
-    """Traces the updates that "first:last" names, with what is done between them, into a directory;
-    "" names none.
+    """Traces the updates "first:last", and what is done between them, into a directory.
 
-    For use as a context, which ends a trace that is under way. Of many processes the first one
-    traces itself.
+    "" traces none. As a context it ends a trace that is under way. Of many processes only the first
+    is traced.
     """
 
     def __init__(self, updates: str, home: Path):
         """Raises UserError where `home` is in a bucket."""
         if updates and in_bucket(home):
             raise UserError(
-                f"train.profile={updates!r}: must be '' where --workdir is in a bucket, as {home} is"
+                f"train.profile={updates!r}: must be '' where {home} is in a bucket"
             )
-        self._first, self._last = (
-            map(int, updates.split(":")) if updates and multihost.first() else (1, 0)
-        )
+        traced = updates if updates and multihost.first() else "1:0"
+        self._first, self._last = map(int, traced.split(":"))
         self._home, self._tracing = home, False
 
     def turn(self, step: int, state: Any) -> None:
-        """Begin or end the trace if it is time to, `step` updates having been started that made
-        `state`.
-        """
+        """Begins or ends the trace where it is due after `step` updates, which made `state`."""
         wanted = self._first - 1 <= step < self._last
         if wanted != self._tracing:
             jax.block_until_ready(state)

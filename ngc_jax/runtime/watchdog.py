@@ -1,5 +1,4 @@
-"""A watch over a run that may hang: where nothing has finished for too long, say where every thread
-stands.
+"""A watch over a run that may hang: where nothing finishes for too long, it prints all stacks.
 
 For: a device, a file system or a partner that never answers. Not for: a run that is asked to stop
 (`preemption.py`), or code that hangs without letting other threads of Python run.
@@ -19,11 +18,10 @@ EXIT_CODE = 4
 
 
 class Watchdog:
-    """`with Watchdog(minutes, leave, report) as watchdog: ... watchdog.beat()` after whatever has
-    finished.
+    """`with Watchdog(minutes, leave, report) as watchdog: ... watchdog.beat()` after each thing.
 
     After `minutes` without a beat all stacks go to stderr and to the end of the file `report`, once
-    for each hang; with `leave` the process then ends with EXIT_CODE. 0 minutes: no watch.
+    for each hang. With `leave` the process then ends with EXIT_CODE. 0 minutes: no watch.
     """
 
     def __init__(self, minutes: float, leave: bool, report: Path):
@@ -32,7 +30,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Something has finished."""
+        """Notes that something has finished."""
         self._last = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -47,7 +45,7 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        told = 0.0  # the beat after which a hang has been told of
+        told = 0.0  # the beat after which a hang was reported
         while not self._over.wait(max(0.01, min(1.0, self._seconds / 4))):
             last = self._last
             if last != told and time.monotonic() - last > self._seconds:
@@ -58,11 +56,12 @@ class Watchdog:
 
     def _tell(self) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        told = f"\n{now}: nothing has finished for {self._seconds / 60:g} minutes; where every thread stands:\n"
+        minutes = f"{self._seconds / 60:g}"
+        told = f"\n{now}: nothing has finished for {minutes} minutes; where every thread stands:\n"
         sys.stderr.write(told)
         sys.stderr.flush()
         faulthandler.dump_traceback(2)
-        # a full disk may be what hangs
+        # A full disk may be what hangs.
         with contextlib.suppress(OSError), open(self._report, "a") as file:
             file.write(told)
             file.flush()
