@@ -1,7 +1,8 @@
 """The rules: signal and weights agree, with a NumPy loop and with each other; initial scale;
-gradients; size.
+gradients; size; what is refused.
 """
 
+import functools
 import itertools
 from functools import partial
 
@@ -13,15 +14,48 @@ import pytest
 from conftest import shaken
 
 import ngc_jax
-from ngc_jax.core.rules import GATES, INSIDE, RULES, SIGNAL_RULES, activation_gain
+from ngc_jax.core.rules import GATES, RULES, SignalRule, activation_gain, emit
+from ngc_jax.core.rules.addressed import Addressed, Rewirable
+from ngc_jax.core.wiring import WIRINGS
 
 G, N_IN, N_OUT, DIM = 4, 24, 16, 3
-GENERATED = [rule for rule in RULES if rule not in SIGNAL_RULES]
+SIGNAL_RULES = [name for name, rule in RULES.items() if isinstance(rule, SignalRule)]
+GENERATED = [name for name in RULES if name not in SIGNAL_RULES]
+X = jax.random.normal(jax.random.key(1), (5, 7, N_IN))
 
 
-def states(rule, key=0, groups=G, n_in=N_IN, n_out=N_OUT, dim=DIM):
-    init = partial(RULES[rule].init, groups=groups, n_in=n_in, n_out=n_out, dim=dim)
-    return jax.jit(init)(jax.random.key(key))
+@functools.cache
+def begun():
+    """{rule: (pre, post, W)} at the start. All rules in one program, which compiles soonest."""
+
+    def draw(key):
+        drawn = {name: rule.init(key, G, N_IN, N_OUT, DIM) for name, rule in RULES.items()}
+        return {name: (*states, ngc_jax.weights(name, *states)) for name, states in drawn.items()}
+
+    return jax.jit(draw)(jax.random.key(0))
+
+
+def states(rule):
+    """(pre, post) away from the special values of their start."""
+    return shaken(begun()[rule][:2])
+
+
+@functools.cache
+def made():
+    """What each rule makes of `states`: W; y of X; W of half the scale; W of post states of 0."""
+
+    def run(states, x):
+        return {
+            name: (
+                ngc_jax.weights(name, pre, post),
+                ngc_jax.transmit(name, x, pre, post),
+                ngc_jax.weights(name, pre, RULES[name].scaled(post, 0.5)),
+                ngc_jax.weights(name, pre, jax.tree.map(jnp.zeros_like, post)),
+            )
+            for name, (pre, post) in states.items()
+        }
+
+    return jax.jit(run)({name: states(name) for name in RULES}, X)
 
 
 def loop_weight(rule, pre, post, j, i):
@@ -63,8 +97,7 @@ def loop_weight(rule, pre, post, j, i):
     if rule == "riemannian":
         total = post["offset"]
         for k, f in itertools.product(range(6), range(post["gain"].size)):
-            A = post["map"][k, f]
-            inside = sum(A[r] * (pre[i, r] + R[(r - k) % DIM]) for r in numbers)
+            inside = post["map"][k, f] @ (pre[i] + [R[(r - k) % DIM] for r in numbers])
             total = total + post["gain"][f] * np.tanh(inside + post["bias"][k, f])
         return scale * total
     d = [abs(pre[i, h] - R[h]) for h in numbers]
@@ -75,30 +108,40 @@ def loop_weight(rule, pre, post, j, i):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_transmit_and_weights_are_the_numpy_loop(rule):
-    pre, post = shaken(states(rule))
-    x = jax.random.normal(jax.random.key(1), (5, 7, N_IN))
-    wide = jax.tree.map(lambda p: np.asarray(p, np.float64), (pre, post))
+    wide = jax.tree.map(lambda p: np.asarray(p, np.float64), states(rule))
     expected = np.array(
         [[loop_weight(rule, *wide, j, i) for i in range(N_IN)] for j in range(N_OUT)]
     )
-    np.testing.assert_allclose(
-        jax.jit(partial(ngc_jax.weights, rule))(pre, post), expected, atol=2e-6
-    )
-    y = ngc_jax.transmit(rule, x, pre, post)
-    np.testing.assert_allclose(y, np.asarray(x) @ expected.T, atol=5e-6)
-    np.testing.assert_allclose(jax.jit(partial(ngc_jax.transmit, rule))(x, pre, post), y, atol=5e-6)
+    formed, y = made()[rule][:2]
+    np.testing.assert_allclose(formed, expected, atol=2e-6)
+    np.testing.assert_allclose(y, np.asarray(X) @ expected.T, atol=5e-6)
 
 
-@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("rule", ["addressed", "shift"])
+def test_one_operation_at_a_time_gives_the_same(rule):
+    formed, y = made()[rule][:2]
+    np.testing.assert_allclose(ngc_jax.transmit(rule, X, *states(rule)), y, atol=5e-6)
+    np.testing.assert_allclose(ngc_jax.weights(rule, *states(rule)), formed, atol=2e-6)
+
+
 @pytest.mark.parametrize("rule", SIGNAL_RULES)
-def test_activated_signal_is_a_transient_weight(rule, activation):
-    pre, post = shaken(states(rule))
-    for x in jax.random.normal(jax.random.key(2), (4, N_IN)):
-        transient = ngc_jax.weights(rule, pre, post, x, activation)
-        y = ngc_jax.transmit(rule, x, pre, post, activation)
-        np.testing.assert_allclose(y, transient @ x, atol=2e-6)
-    other = ngc_jax.weights(rule, pre, post, -x, activation)
-    assert not np.allclose(transient, other), "the weight must depend on the token"
+def test_activated_signal_is_a_transient_weight(rule):
+    @jax.jit
+    def run(pre, post, x):
+        """{activation: (W(x), y)} for each x [N_IN]."""
+
+        def one(gate, x):
+            formed = ngc_jax.weights(rule, pre, post, x, gate)
+            return formed, ngc_jax.transmit(rule, x, pre, post, gate)
+
+        return {gate: jax.vmap(partial(one, gate))(x) for gate in GATES}
+
+    x = jax.random.normal(jax.random.key(2), (4, N_IN))
+    for gate, (transient, y) in run(*states(rule), jnp.concatenate([x, -x])).items():
+        np.testing.assert_allclose(
+            y[:4], np.einsum("tji,ti->tj", transient[:4], x), atol=2e-6, err_msg=gate
+        )
+        assert not np.allclose(transient[:4], transient[4:]), "W must depend on the token"
 
 
 def test_gates_are_the_named_activations():
@@ -108,21 +151,24 @@ def test_gates_are_the_named_activations():
     np.testing.assert_allclose(z * GATES["gelu"](z), jax.nn.gelu(z, approximate=False), atol=1e-6)
 
 
-# A block is not activated in a model: its signal is x itself.
-ACTIVATED = [(rule, "silu") for rule in SIGNAL_RULES if rule not in ("broadcast", "block")]
-
-
-@pytest.mark.parametrize(
-    ("rule", "activation"),
-    [*((rule, None) for rule in RULES), *(("broadcast", gate) for gate in GATES), *ACTIVATED],
-)
-def test_unit_variance_at_start(rule, activation):
+@pytest.mark.parametrize("rule", RULES)
+def test_unit_variance_at_start(rule):
     n_in, n_out, dim = 512, 768, 32 if rule in SIGNAL_RULES else 4
-    pre, post = states(rule, groups=8, n_in=n_in, n_out=n_out, dim=dim)
-    x = jax.random.normal(jax.random.key(3), (2000, n_in))
-    post = RULES[rule].scaled(post, activation_gain(activation))
-    y = jax.jit(partial(ngc_jax.transmit, rule, activation=activation))(x, pre, post)
-    assert np.var(y) == pytest.approx(1, abs=0.1)
+    gates = [] if rule in GENERATED else [*GATES] if rule == "broadcast" else ["silu"]
+    if rule == "block":  # it is not activated in a model: its signal is x itself
+        gates = []
+
+    @jax.jit
+    def variances(key, x):
+        pre, post = RULES[rule].init(key, 8, n_in, n_out, dim)
+        found = {}
+        for gate in [None, *gates]:
+            scaled = RULES[rule].scaled(post, activation_gain(gate))
+            found[str(gate)] = jnp.var(ngc_jax.transmit(rule, x, pre, scaled, gate))
+        return found
+
+    found = variances(jax.random.key(0), jax.random.normal(jax.random.key(3), (2000, n_in)))
+    assert found == pytest.approx(dict.fromkeys(found, 1), abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +199,15 @@ def test_senders_in_kinds_make_weights_of_that_rank_and_the_usual_variance(rule,
 
 def test_senders_in_kinds_speak_as_loudly():
     rule = RULES["broadcast"]
-    pre, post = rule.alike(*states("broadcast", n_in=128, n_out=256, dim=16), jnp.arange(16) % 2)
+
+    @jax.jit
+    def variance(key, x):
+        pre, post = rule.alike(*rule.init(key, 8, 128, 256, 16), jnp.arange(16) % 2)
+        post = rule.scaled(post, activation_gain("silu"))
+        return jnp.var(ngc_jax.transmit("broadcast", x, pre, post, "silu"))
+
     x = jax.random.normal(jax.random.key(3), (2000, 128))
-    y = jax.jit(partial(ngc_jax.transmit, "broadcast", activation="silu"))(
-        x, pre, rule.scaled(post, activation_gain("silu"))
-    )
-    assert np.var(y) == pytest.approx(1, abs=0.15)
+    assert variance(jax.random.key(0), x) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("rule", GENERATED)
@@ -175,26 +224,23 @@ def test_generated_weights_start_with_the_variance_they_should_have(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_scaled_states_make_scaled_weights_and_zero_states_none(rule):
-    pre, post = shaken(states(rule))
-    half = ngc_jax.weights(rule, pre, RULES[rule].scaled(post, 0.5))
-    np.testing.assert_allclose(half, 0.5 * ngc_jax.weights(rule, pre, post), atol=1e-6)
-    assert not np.any(ngc_jax.weights(rule, pre, jax.tree.map(jnp.zeros_like, post)))
+    formed, _, half, none = made()[rule]
+    np.testing.assert_allclose(half, 0.5 * formed, atol=1e-6)
+    assert not np.any(none)
 
 
-@pytest.mark.parametrize(
-    ("rule", "activation"),
-    [*((rule, None) for rule in RULES), *((rule, "silu") for rule in SIGNAL_RULES)],
-)
-def test_gradients_agree_with_finite_differences(rule, activation):
-    pre, post = shaken(states(rule))
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_agree_with_finite_differences(rule):
+    pre, post = states(rule)
     x = jax.random.normal(jax.random.key(4), (3, N_IN))
+    gates = [None, "silu"] if rule in SIGNAL_RULES else [None]
 
     @jax.jit
-    def loss(x, pre, post):
-        return jnp.sum(jnp.sin(ngc_jax.transmit(rule, x, pre, post, activation)))
+    def losses(x, pre, post):
+        return [jnp.sum(jnp.sin(ngc_jax.transmit(rule, x, pre, post, gate))) for gate in gates]
 
     jax.test_util.check_grads(
-        loss, (x, pre, post), order=1, modes=["fwd", "rev"], atol=2e-2, rtol=2e-2
+        losses, (x, pre, post), order=1, modes=["fwd", "rev"], atol=2e-2, rtol=2e-2
     )
 
 
@@ -221,23 +267,34 @@ RANK |= {rule: min(N_OUT, G * DIM) for rule in RULES if rule.startswith("metric"
 
 @pytest.mark.parametrize("rule", RULES)
 def test_parameters_and_rank_are_what_the_docstrings_say(rule):
-    pre, post = shaken(states(rule))
-    assert sum(leaf.size for leaf in jax.tree.leaves((pre, post))) == PARAMETERS[rule]
-    assert np.linalg.matrix_rank(ngc_jax.weights(rule, pre, post), rtol=1e-5) == RANK[rule]
+    assert sum(leaf.size for leaf in jax.tree.leaves(states(rule))) == PARAMETERS[rule]
+    assert np.linalg.matrix_rank(made()[rule][0], rtol=1e-5) == RANK[rule]
 
 
 def test_addressed_has_full_rank_with_one_number_a_port():
-    assert np.linalg.matrix_rank(ngc_jax.weights("addressed", *states("addressed", dim=1))) == min(
-        N_IN, N_OUT
-    )
+    pre, post = RULES["addressed"].init(jax.random.key(0), G, N_IN, N_OUT, 1)
+    assert np.linalg.matrix_rank(ngc_jax.weights("addressed", pre, post)) == min(N_IN, N_OUT)
 
 
-def test_bad_arguments_say_what_is_wrong():
+def test_rules_between_groups_join_all_neurons():
+    for name, rule in RULES.items():
+        assert rule.inside or np.all(begun()[name][2] != 0), name
+
+
+# ---- Refusals ----
+
+
+def test_unknown_names_list_those_that_there_are():
     pre, post = states("broadcast")
-    with pytest.raises(KeyError, match="nonsense"):
+    with pytest.raises(KeyError, match=r"rule='nonsense': must be one of addressed, broadcast, m"):
         ngc_jax.transmit("nonsense", jnp.ones(N_IN), pre, post)
+    with pytest.raises(KeyError, match=r"activation='sliu': must be one of silu, gelu, relu"):
+        ngc_jax.transmit("broadcast", jnp.ones(N_IN), pre, post, "sliu")
+
+
+def test_a_transient_weight_is_one_tokens():
     with pytest.raises(ValueError, match=r"activation='silu'.*\[n_in\]"):
-        ngc_jax.weights("broadcast", pre, post, activation="silu")
+        ngc_jax.weights("broadcast", *states("broadcast"), activation="silu")
 
 
 @pytest.mark.parametrize("rule", GENERATED)
@@ -250,6 +307,43 @@ def test_a_generated_rule_refuses_an_activation(rule):
         ngc_jax.weights(rule, pre, post, jnp.ones(N_IN), "silu")
 
 
-def test_rules_between_groups_join_all_neurons():
-    for rule in set(RULES) - set(INSIDE):
-        assert np.all(ngc_jax.weights(rule, *states(rule)) != 0), rule
+RING = Addressed(WIRINGS["ring"](G, 2, 0))
+GROUPED = {name: rule for name, rule in RULES.items() if rule.grouped}
+GROUPED |= {"ring": RING, "rewirable": Rewirable(2)}
+
+
+@pytest.mark.parametrize("rule", GROUPED)
+def test_groups_that_do_not_divide_the_neurons_are_refused(rule):
+    wanted = r"groups=4: must divide n_in=10 and n_out=15, for instance groups=1"
+    with pytest.raises(ValueError, match=wanted):
+        GROUPED[rule].init(jax.random.key(0), 4, 10, 15, 2)
+    with pytest.raises(ValueError, match=r"groups=5: .* n_in=12 and n_out=20, .* groups=4"):
+        GROUPED[rule].init(jax.random.key(0), 5, 12, 20, 2)
+    with pytest.raises(ValueError, match=r"groups=0: .* groups=1"):
+        GROUPED[rule].init(jax.random.key(0), 0, 10, 15, 2)
+
+
+def test_a_wiring_is_one_of_so_many_groups():
+    with pytest.raises(ValueError, match="groups=8: the wiring is one of 4 groups"):
+        RING.init(jax.random.key(0), 8, 24, 16, 2)
+
+
+@pytest.mark.parametrize("size", [G, N_OUT, N_IN + G, None])
+@pytest.mark.parametrize("rule", [*RULES, "ring", "rewirable"])
+def test_an_input_of_another_size_is_refused(rule, size):
+    """One number a group, above all, which a product of groups would broadcast."""
+    how = GROUPED.get(rule, rule)
+    pre, post = states(rule) if rule in RULES else how.init(jax.random.key(0), G, N_IN, N_OUT, 2)
+    shape = () if size is None else (3, size)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    named = rf"x: shape \{[*shape]}; must be \[..., {N_IN}\]"
+    with pytest.raises(ValueError, match=named):
+        jax.eval_shape(partial(ngc_jax.transmit, how), x, pre, post)
+    if rule in GENERATED:
+        return
+    if rule != "block":  # whose pre says nothing: its signal is x itself
+        with pytest.raises(ValueError, match=named):
+            jax.eval_shape(partial(emit, how), x, pre)
+    if size is not None:
+        with pytest.raises(ValueError, match=named.replace("3, ", "")):
+            ngc_jax.weights(how, pre, post, jnp.ones(size), "silu")

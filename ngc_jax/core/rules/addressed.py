@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core.rules.base import Axes, SignalRule, States, normal, product_norm
+from ngc_jax.core.rules.base import Axes, SignalRule, States, normal, per_group, product_norm
 from ngc_jax.core.rules.signal import merge, read, split
 from ngc_jax.core.wiring import Wiring, carry, slots_of
 
@@ -39,10 +39,13 @@ class Addressed(SignalRule):
     def init(
         self, key: Array, groups: int, n_in: int, n_out: int, dim: int
     ) -> tuple[States, States]:
+        n, m = per_group(groups, n_in, n_out)
+        if self.wiring and len(self.wiring) != groups:
+            raise ValueError(f"groups={groups}: the wiring is one of {len(self.wiring)} groups")
         send, receive = jax.random.split(key)
         partners = len(self.wiring[0]) if self.wiring else groups
-        pre = normal(send, (groups, n_in // groups, partners, dim), n_in // groups)
-        return pre, normal(receive, (groups, n_out // groups, partners, dim), partners * dim)
+        pre = normal(send, (groups, n, partners, dim), n)
+        return pre, normal(receive, (groups, m, partners, dim), partners * dim)
 
     def send(self, x: Array, pre: States) -> Array:
         said = split(x, pre.shape[0])
@@ -116,15 +119,13 @@ class Rewirable(SignalRule):
     def init(
         self, key: Array, groups: int, n_in: int, n_out: int, dim: int
     ) -> tuple[States, States]:
+        n, m = per_group(groups, n_in, n_out)
         send, receive, wire = jax.random.split(key, 3)
         # Equally many for each listener, drawn by ordering all edges at random.
         order = jnp.argsort(jax.random.uniform(wire, (groups, (groups - 1) * self.copies)), axis=1)
         hears = jnp.sort(order[:, : self.slots], axis=1).astype(jnp.int32)
-        pre = {
-            "state": normal(send, (groups, n_in // groups, self.slots, dim), n_in // groups),
-            "hears": hears,
-        }
-        return pre, normal(receive, (groups, n_out // groups, self.slots, dim), self.slots * dim)
+        pre = {"state": normal(send, (groups, n, self.slots, dim), n), "hears": hears}
+        return pre, normal(receive, (groups, m, self.slots, dim), self.slots * dim)
 
     def send(self, x: Array, pre: States) -> Array:
         state = pre["state"]

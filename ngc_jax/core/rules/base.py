@@ -6,6 +6,7 @@ for: the rules themselves (`signal.py`, `addressed.py`, `generated.py`), or usin
 """
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -36,12 +37,20 @@ class Rule(abc.ABC):
     ) -> tuple[States, States]:
         """States (pre, post), float32, under which unit-variance x gives unit-variance y.
 
-        `dim` is the numbers of a state (r) or of a port (p).
+        `dim` is the numbers of a state (r) or of a port (p). Raises ValueError, as `per_group`
+        does, where the rule has groups and they do not divide the neurons.
         """
 
     @abc.abstractmethod
     def weights(self, pre: States, post: States) -> Array:
         """W [n_out, n_in]."""
+
+    def inputs(self, pre: States, post: States = ()) -> int | None:
+        """n_in, which x must have, by the states; None where they do not say."""
+        if isinstance(pre, tuple):
+            return None
+        shape = (pre["state"] if isinstance(pre, dict) else pre).shape
+        return math.prod(shape[: 1 + self.grouped])
 
     def info(self, pre: States, post: States) -> tuple[Any, Any]:
         """Records (`ParamInfo`) of states, or of their shapes, as trees parallel to them."""
@@ -106,6 +115,20 @@ class SignalRule(Rule):
     def to_speakers(self, pre: States, post: States) -> tuple[States, States]:
         """States of `by_speakers` that make the weights of these."""
         return pre, post
+
+
+def per_group(groups: int, n_in: int, n_out: int) -> tuple[int, int]:
+    """(n, m), the neurons of one group on either side.
+
+    Raises ValueError where groups do not divide n_in and n_out.
+    """
+    if groups < 1 or n_in % groups or n_out % groups:
+        works = (g for g in range(max(groups, 1), 0, -1) if math.gcd(n_in, n_out) % g == 0)
+        raise ValueError(
+            f"groups={groups}: must divide n_in={n_in} and n_out={n_out}, "
+            f"for instance groups={next(works)}"
+        )
+    return n_in // groups, n_out // groups
 
 
 def normal(key: Array, shape: tuple[int, ...], fan_in: float) -> Array:

@@ -18,6 +18,7 @@ from ngc_jax.core.rules.base import (
     in_kinds,
     matrix_norm,
     normal,
+    per_group,
     product_norm,
     top_eigenvalue,
 )
@@ -76,6 +77,7 @@ class Metric(SignalRule):
     def init(
         cls, key: Array, groups: int, n_in: int, n_out: int, dim: int
     ) -> tuple[States, States]:
+        n, m = per_group(groups, n_in, n_out)
         send, between, receive = jax.random.split(key, 3)
         sizes = {"g": groups, "h": groups, "p": dim, "q": dim}
         drawn = normal(between, tuple(sizes[axis] for axis in cls.pairs), 1)
@@ -83,11 +85,8 @@ class Metric(SignalRule):
         # group reads.
         summed = tuple(place for place, axis in enumerate(cls.pairs) if axis in "hq")
         length = jnp.sqrt(jnp.sum(jnp.square(drawn), summed, keepdims=True))
-        post = {
-            "state": normal(receive, (groups, n_out // groups, dim), dim),
-            "map": drawn / length,
-        }
-        return normal(send, (groups, n_in // groups, dim), n_in // groups), post
+        post = {"state": normal(receive, (groups, m, dim), dim), "map": drawn / length}
+        return normal(send, (groups, n, dim), n), post
 
     @staticmethod
     def send(x: Array, pre: States) -> Array:
@@ -108,7 +107,7 @@ class Metric(SignalRule):
         return full.reshape(full.shape[0] * full.shape[1], -1)
 
     def block_norms(self, pre: States, post: States) -> Array:
-        # |R[g] M[g, h] S[h]^T|^2 is the top eigenvalue of M[g, h]^T R[g]^T R[g] M[g, h] S[h]^T S[h].
+        # |R[g] M[g, h] S[h]^T|^2 is the top eigenvalue of M^T R^T R M S^T S, for each g, h.
         maps, r = post["map"], pre.shape[-1]
         if maps.ndim < 4:  # diagonal [G, G, r], or scalar [G, G]
             maps = maps.reshape(*maps.shape, *[1] * (4 - maps.ndim)) * jnp.eye(r, dtype=maps.dtype)
@@ -150,9 +149,9 @@ class Within(SignalRule):
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+        n, m = per_group(groups, n_in, n_out)
         send, receive = jax.random.split(key)
-        pre = normal(send, (groups, n_in // groups, dim), n_in // groups)
-        return pre, normal(receive, (groups, n_out // groups, dim), dim)
+        return normal(send, (groups, n, dim), n), normal(receive, (groups, m, dim), dim)
 
     @staticmethod
     def send(x: Array, pre: States) -> Array:
@@ -185,7 +184,11 @@ class Block(SignalRule):
 
     @staticmethod
     def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
-        return (), normal(key, (groups, n_out // groups, n_in // groups), n_in // groups)
+        n, m = per_group(groups, n_in, n_out)
+        return (), normal(key, (groups, m, n), n)
+
+    def inputs(self, pre: States, post: States = ()) -> int | None:
+        return None if isinstance(post, tuple) else post.shape[0] * post.shape[2]
 
     def alike(self, pre: States, post: States, kind: Array) -> tuple[States, States]:
         return pre, self.rescale(pre, in_kinds(post, kind, axis=2))

@@ -16,6 +16,7 @@ of one port.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,9 @@ def transmit(
 
     `rule` is a name, or a rule such as `Addressed(wiring)`. `activation` names an entry of `GATES`,
     applied to the signal. Raises KeyError for an unknown rule or activation, ValueError for an
-    activation of a generated rule, which has no signal.
+    activation of a generated rule, which has no signal, and for x without n_in numbers.
     """
+    _check_input(named(rule), x, pre, post)
     if activation is None and not isinstance(named(rule), SignalRule):
         return x @ named(rule).weights(pre, post).T
     return signal_rule(rule).receive(emit(rule, x, pre, activation), post)
@@ -66,8 +68,9 @@ def transmit(
 
 def emit(rule: str | Rule, x: Array, pre: States, activation: str | None = None) -> Array:
     """The signal after the activation. Arguments and errors as in `transmit`."""
+    _check_input(named(rule), x, pre, ())
     signal = signal_rule(rule).send(x, pre)
-    return signal if activation is None else signal * GATES[activation](signal)
+    return signal if activation is None else signal * gate(activation)(signal)
 
 
 def weights(
@@ -88,14 +91,33 @@ def weights(
     gated = signal_rule(rule)
     if x is None or x.ndim != 1:
         raise ValueError(
-            f"activation={activation!r} makes the weights depend on the token: give x of shape [n_in]"
+            f"activation={activation!r}: the weights depend on the token: give x of shape [n_in]"
         )
-    return gated.weights(pre, post, GATES[activation](gated.send(x, pre)))
+    _check_input(gated, x, pre, post)
+    return gated.weights(pre, post, gate(activation)(gated.send(x, pre)))
 
 
 def named(rule: str | Rule) -> Rule:
-    """The rule of that name; a rule is itself. Raises KeyError for an unknown name."""
-    return RULES[rule] if isinstance(rule, str) else rule
+    """The rule of that name; a rule is itself. Raises KeyError, with all names, for another one."""
+    return _entry("rule", rule, RULES) if isinstance(rule, str) else rule
+
+
+def gate(activation: str) -> Callable[[Array], Array]:
+    """The gate of that name. Raises KeyError, with all names, for another one."""
+    return _entry("activation", activation, GATES)
+
+
+def _entry(field: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise KeyError(f"{field}={name!r}: must be one of {', '.join(table)}")
+    return table[name]
+
+
+def _check_input(rule: Rule, x: Array, pre: States, post: States) -> None:
+    """Refuses x that the states are not for: a product would broadcast one number a group."""
+    n_in = rule.inputs(pre, post)
+    if n_in is not None and x.shape[-1:] != (n_in,):
+        raise ValueError(f"x: shape {[*x.shape]}; must be [..., {n_in}], a number for each sender")
 
 
 def signal_rule(rule: str | Rule) -> SignalRule:
@@ -104,7 +126,7 @@ def signal_rule(rule: str | Rule) -> SignalRule:
     if not isinstance(found, SignalRule):
         takes = ", ".join(name for name, one in RULES.items() if isinstance(one, SignalRule))
         raise ValueError(
-            f"rule={rule!r}: sends no signal that an activation could act on; those that do are {takes}"
+            f"rule={rule!r}: sends no signal for an activation to act on; those that do: {takes}"
         )
     return found
 
@@ -115,5 +137,5 @@ def activation_gain(activation: str | None) -> float:
         return 1.0
     points, mass = np.polynomial.hermite_e.hermegauss(101)
     with jax.ensure_compile_time_eval():
-        gate = np.asarray(GATES[activation](jnp.asarray(points, jnp.float32)))
-    return float(((points * gate) ** 2 @ mass / mass.sum()) ** -0.5)
+        opened = np.asarray(gate(activation)(jnp.asarray(points, jnp.float32)))
+    return float(((points * opened) ** 2 @ mass / mass.sum()) ** -0.5)
