@@ -10,6 +10,7 @@ from conftest import TINY
 
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.communicate import communicate
+from ngc_jax.data.batches import token_batch
 from ngc_jax.dynamics.measures import summarise
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.step import losses
@@ -106,18 +107,12 @@ def test_training_memory_grows_by_the_carried_state_alone(form):
         config.model.width, config.model.hidden, config.model.groups = width, 192, 8
         model = Decoder(model_shape(config, 257))
         params = jax.eval_shape(model.init, jax.random.key(0))
-        tokens = jax.ShapeDtypeStruct((batch, 2, context), jnp.int32)
 
-        def loss(params, tokens):
-            return losses(model, params, tokens, None, jnp.float32)[0].mean()
+        def loss(params, batch):
+            return losses(model, params, batch, jnp.float32)[0].mean()
 
-        return (
-            jax.jit(jax.grad(loss))
-            .lower(params, tokens)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        compiled = jax.jit(jax.grad(loss)).lower(params, token_batch(batch, context)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     carried = batch * context * width * 4
     eight, sixteen, thirty_two = (temporary(rounds) for rounds in (8, 16, 32))

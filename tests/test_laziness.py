@@ -9,9 +9,10 @@ import pytest
 
 from experiments.learning import effective_ranks, generated, logit_kernel, movements
 from ngc_jax.config import base, model_shape, validate
+from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.tangent_kernel import alignment, effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Synapse
+from ngc_jax.nn.synapse import Synapse
 
 
 def build(**fields):
@@ -73,15 +74,18 @@ def test_a_dense_model_starts_with_the_rank_that_was_asked_for(dense):
 
 
 def test_movement_is_relative_and_by_kind():
-    before = {
-        "embed": np.ones(4),
-        "prelude": {"down": {"inter_x": {"pre": np.ones(3), "post": np.zeros(1)}}},
-    }
-    after = {
-        "embed": np.ones(4),
-        "prelude": {"down": {"inter_x": {"pre": np.ones(3), "post": np.full(1, 3.0)}}},
-    }
-    assert movements(before, after) == pytest.approx({"embedding": 0, "state": np.sqrt(3)})
+    model = build(p_intra=0)
+    before = {**jax.eval_shape(model.init, jax.random.key(0))}
+    before = jax.tree.map(lambda leaf: np.zeros(leaf.shape), before)
+    before["embed"] += 1
+    before["prelude"]["down"]["inter_addressed"]["pre"] += 1
+    after = jax.tree.map(np.copy, before)
+    after["prelude"]["down"]["inter_addressed"]["post"][0, 0, 0, 0, 0, 0] = 3
+    before["norm"]["scale"] += 2
+    after["norm"]["scale"] += 3
+    sent = before["prelude"]["down"]["inter_addressed"]["pre"].size
+    wanted = {"embedding": 0, "state": 3 / np.sqrt(sent), "scale": 1 / 2}
+    assert movements(model, before, after) == pytest.approx(wanted)
     assert movement({"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([3.0, 5.0])}) == pytest.approx(
         0.2
     )
@@ -118,20 +122,19 @@ def test_projections_estimate_the_kernel_of_all_logits(dense):
     J^T.
     """
     model, params = dense
-    tokens = jax.random.randint(jax.random.key(3), (3, 4), 0, 5)
+    batch = Batch(jax.random.randint(jax.random.key(3), (3, 4), 0, 5))
     stages = params["prelude"]
     synapses = {
         name: stages[name] for name in ("query_key_value", "attention_out", "gate_up", "down")
     }
 
-    @jax.jit
-    def jacobian(synapses):
-        return jax.jacrev(lambda s: model.apply({**params, "prelude": stages | s}, tokens)[0])(
-            synapses
-        )
+    def logits(synapses):
+        return model.apply({**params, "prelude": stages | synapses}, batch)[0]
 
-    rows = [np.asarray(leaf).reshape(3, 4 * 5, -1) for leaf in jax.tree.leaves(jacobian(synapses))]
+    found, jacobian = jax.jit(
+        lambda p, s: (logit_kernel(model, p, batch, projections=128), jax.jacrev(logits)(s))
+    )(params, synapses)
+    rows = [np.asarray(leaf).reshape(3, 4 * 5, -1) for leaf in jax.tree.leaves(jacobian)]
     full = np.concatenate(rows, axis=2)
     expected = np.einsum("aop,bop->ab", full, full)
-    found = jax.jit(lambda p: logit_kernel(model, p, tokens, projections=128))(params)
     assert np.linalg.norm(found - expected) < 0.15 * np.linalg.norm(expected)

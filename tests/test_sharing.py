@@ -9,9 +9,10 @@ import pytest
 
 from ngc_jax import count
 from ngc_jax.config import base, model_shape, validate
+from ngc_jax.data.batches import Batch
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Synapse
 from ngc_jax.nn.sharing import parse
+from ngc_jax.nn.synapse import Synapse
 from ngc_jax.runtime.errors import UserError
 
 
@@ -61,7 +62,7 @@ def test_a_shared_model_is_the_unshared_one_with_equal_states(sharing, rule):
     """Same logits; and the gradient of a shared state is the sum of those of its copies."""
     shared, plain = build(sharing, rule=rule), build("none", rule=rule)
     params = jax.jit(shared.init)(jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 20)
+    batch = Batch(jax.random.randint(jax.random.key(1), (2, 8), 0, 20))
 
     def spread(params):
         """Each member of a fan, in each stage, with send states of its own."""
@@ -69,27 +70,27 @@ def test_a_shared_model_is_the_unshared_one_with_equal_states(sharing, rule):
         def copy(path, leaf):
             names = {key.key for key in path}
             fan = names & {"query_key_value", "gate_up"}
-            return (
-                leaf[:, np.array(shared.shape.shared.of(fan.pop()))]
-                if fan and "pre" in names
-                else leaf
-            )
+            if not fan or "pre" not in names:
+                return leaf
+            return leaf[:, np.array(shared.shape.shared.of(fan.pop()))]
 
         return jax.tree_util.tree_map_with_path(copy, shared.expand_shared(params))
 
     def loss(model, params):
-        return jnp.sum(jnp.sin(model.apply(params, tokens)[0]))
+        return jnp.sum(jnp.sin(model.apply(params, batch)[0]))
 
-    assert jax.tree.structure(spread(params)) == jax.tree.structure(
-        jax.eval_shape(plain.init, jax.random.key(0))
-    )
-    run = jax.jit(jax.value_and_grad(lambda p: loss(shared, p)))
-    pulled = jax.jit(jax.value_and_grad(lambda p: loss(plain, spread(p))))
-    (value, grads), (expected, wanted) = run(params), pulled(params)
+    @jax.jit
+    def both(params):
+        pulled = jax.value_and_grad(lambda p: loss(plain, spread(p)))
+        return jax.value_and_grad(lambda p: loss(shared, p))(params), pulled(params)
+
+    copied, info = jax.eval_shape(spread, params), plain.param_info()
+    assert jax.tree.structure(copied) == jax.tree.structure(info)
+    (value, grads), (expected, wanted) = both(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), grads, wanted)
-    fewer = count.parameters(params).matrices, count.parameters(spread(params)).matrices
-    assert fewer[0] < fewer[1]
+    fewer = count.parameters(params, shared.param_info()).matrices
+    assert fewer < count.parameters(copied, info).matrices
 
 
 def test_qkv_sharing_saves_two_thirds_of_the_sending():
