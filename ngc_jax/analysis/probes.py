@@ -1,4 +1,4 @@
-"""Our models as dynamical systems: what a step is along rounds, depth and tokens, and its exponents.
+"""Our models as dynamical systems: a step along rounds, depth and tokens, and its exponents.
 
 For: turning a decoder, its parameters and a batch into maps for `dynamics/lyapunov.py`; switching
 parts of it off; the messages that groups send and the attention of tokens. All of it runs the
@@ -8,7 +8,7 @@ logged in training (`training/stability_metrics.py`).
 Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -251,22 +251,33 @@ def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> 
     return {name: weights for name, _, weights in walk(model, params, batch, visit)}
 
 
-def activations(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
-    """The stream [B, T, D] after the embedding and after each stage, by name."""
+def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str, Array]:
+    """The stream [B, T, D] after the embedding, each stage and each round, by name, in order.
 
-    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
+    "core 1, round 2" is the output of a stage, "round 2" the state that the loop makes of it.
+    """
+    names, found = iter(stage_names(model.shape)), OrderedDict(embedding=model.embed(params, batch))
+
+    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, None]:
         x = Stage(model.shape).apply({"params": weights}, x, _at(x), batch.segments, route=route)[0]
-        return x, x
+        found[next(names)] = x
+        return x, None
 
-    after = {name: x for name, _, x in walk(model, params, batch, visit)}
-    return {"embedding": model.embed(params, batch), **after}
+    walk(model, params, batch, visit, lambda turn, x: found.update({f"round {turn}": x}))
+    return found
 
 
-def walk(model: Decoder, params: Params, batch: Batch, visit: Visit) -> list[tuple[str, int, Any]]:
+def walk(
+    model: Decoder,
+    params: Params,
+    batch: Batch,
+    visit: Visit,
+    after_round: Callable[[int, Array], None] = lambda turn, x: None,
+) -> list[tuple[str, int, Any]]:
     """Takes a batch through a decoder one stage at a time, visit(weights, x, route) -> (x, found).
 
     Returns what was found at each stage, in order, with the stage's name, "core 1, round 2", and
-    its number among the stages that are stored.
+    its number among the stages that are stored. `after_round` sees the state of round 1, 2, ...
     """
     s, params = model.shape, model.expand_shared(params)
     passed: list[tuple[str, int, Any]] = []
@@ -285,6 +296,7 @@ def walk(model: Decoder, params: Params, batch: Batch, visit: Visit) -> list[tup
         for turn in range(s.rounds):
             after = stages("core", x, f", round {turn + 1}", route)
             x = advance(x, after - x, drive * start, keep, s.state_activation)
+            after_round(turn + 1, x)
     stages("coda", x)
     return passed
 

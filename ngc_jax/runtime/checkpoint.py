@@ -51,7 +51,6 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=False,  # Orbax would do it in the background; `save` does it
             create=not read_only,
-            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")

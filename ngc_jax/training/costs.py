@@ -1,7 +1,7 @@
 """What a run costs, what it runs on, and what its numbers depend on.
 
-For: the lines that a run says of itself before it begins, and what its devices could do at most.
-Not for: counting (`count.py`).
+For: the lines that a run prints before it begins, and the peak of its devices. Not for: counting
+(`count.py`).
 """
 
 from typing import Any
@@ -28,11 +28,9 @@ PEAKS = {  # FLOPs a second of one device in bfloat16, without sparsity, by the 
 
 
 def peak(dtype: str, kind: str = "") -> float | None:
-    """FLOPs a second of one device of this kind (default: those here) at most; None where that is
-    not known.
+    """Peak FLOPs a second of one device of this kind, by default those here; None: not known.
 
-    It is known in bfloat16, for some kinds: what float32 comes to depends on the precision that its
-    products have.
+    It is known in bfloat16, for some kinds. That of float32 depends on the precision of products.
     """
     kind = kind or jax.devices()[0].device_kind
     found = (peak for name, peak in PEAKS.items() if kind.startswith(name))
@@ -44,7 +42,7 @@ def update_flops(
 ) -> float:
     """FLOPs of an update for parameters and a batch, which may be abstract.
 
-    By the usual convention: the backward pass is twice the forward; recomputation is not counted.
+    By the usual convention the backward pass is twice the forward, without recomputation.
     """
     if iteration:
         return iteration.flops(params, batch)
@@ -52,13 +50,12 @@ def update_flops(
 
 
 def costs(model: LanguageModel, params: Any, flops: float, compiled: Any) -> str:
-    """What the run costs, in one line: counted parameters, FLOPs of an update, and the compiled
-    update's memory.
-    """
+    """One line: counted parameters, FLOPs of an update, and the compiled update's memory."""
     stored = count.parameters(params, model.param_info())
     return (
-        f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, {stored.embeddings:,} in embeddings; "
-        f"{count.generated_weights(model):,} weights generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
+        f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, "
+        f"{stored.embeddings:,} in embeddings; {count.generated_weights(model):,} weights "
+        f"generated per forward; {flops / 1e9:.2f} GFLOPs per step; "
         f"{count.peak_memory(compiled) / 2**20:.0f} MiB peak per device"
     )
 

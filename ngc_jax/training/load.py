@@ -5,15 +5,23 @@ print (`commands/`).
 """
 
 import dataclasses
+import math
+import os
 import sys
-from typing import Any
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
+from ngc_jax.analysis import probes
 from ngc_jax.config import make_model
+from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
+from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokenizer
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.generate import generate
@@ -22,15 +30,30 @@ from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path
 from ngc_jax.training.evaluation import at_rounds
+from ngc_jax.training.loop import run
 from ngc_jax.training.rewiring import pruned
-from ngc_jax.training.rounds import mark_of
-from ngc_jax.training.step import TrainState, abstract_state
-from ngc_jax.training.workdir import read_config
+from ngc_jax.training.rounds import Apply, mark_of
+from ngc_jax.training.step import TrainState, abstract_state, nats_of, predict
+from ngc_jax.training.workdir import hold, read_config
+
+Array = jax.Array
+Text = str | bytes | Sequence[int] | np.ndarray | Array
+
+
+class Loss(NamedTuple):
+    """Mean loss of a text."""
+
+    nats_per_token: float
+    bits_per_byte: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model after `step` updates, with what it takes and the state of the run it is from."""
+    """A model after `step` updates, with what it takes and the state of the run it is from.
+
+    A text is read as a document that begins with it, so its first token is a document's mark.
+    Tokens, [T] or [B, T], are read as they are. Axes: B sequences, T tokens, D width, V vocabulary.
+    """
 
     workdir: Path
     config: ConfigDict
@@ -101,6 +124,72 @@ class Trained:
         )
         return self.tokenizer.decode(made[0].tolist()).decode(errors="replace")
 
+    def logits(self, text: Text) -> Array:
+        """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
+        batch = self._batch(text)
+        apply = at_rounds(self.model, self.config, None)[1] or self.model.apply
+        return self._as_given(text, _logits(apply, self.params, batch))
+
+    def loss(self, text: str | bytes) -> Loss:
+        """The loss of a text, each token predicted from those before it in a window of the run's.
+
+        Raises UserError for an empty text.
+        """
+        tokens, context = self._encode(text), self.config.data.context
+        if len(tokens) < 2:
+            raise UserError(f"text={text!r}: must have a token or more")
+        mark, lengths = self.tokenizer.mark, self.tokenizer.lengths
+        padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
+        windows = Windows(padded, context, mark, self._boundary)
+        size = min(len(windows), self.config.eval.batch_size)
+        apply = at_rounds(self.model, self.config, None)[1] or self.model.apply
+        nats, count, length = 0.0, 0, 0
+        for batch, real in held_out_batches(windows, batch_size=size):
+            dtype = self.config.train.compute_dtype
+            each, counts = jax.device_get(_nats(apply, self.params, batch, dtype))
+            counts = counts & real[:, None]
+            nats += float(np.sum(each[counts], dtype=np.float64))
+            count += int(np.sum(counts))
+            length += int(np.sum(lengths[batch.targets[counts]]))
+        return Loss(nats / count, nats / math.log(2) / length)
+
+    def activations(self, text: Text) -> dict[str, Array]:
+        """The stream [T, D], or [B, T, D], after the embedding, each stage and each round, by name.
+
+        Raises UserError for a model without stages.
+        """
+        found = _activations(self.decoder, self.params, self._batch(text))
+        return {name: self._as_given(text, x) for name, x in found.items()}
+
+    def silence(
+        self, groups: Collection[int] = (), channels: Collection[tuple[int, int]] = ()
+    ) -> "Trained":
+        """The same run in which `groups` send nothing to others, and `channels` carry nothing.
+
+        channels: pairs (listener, speaker) of groups. Raises UserError for a model without stages,
+        and ValueError for a group, or a kind of silence, that a model does not have.
+        """
+        params = probes.silenced_channels(self.decoder, self.params, groups, channels)
+        return dataclasses.replace(self, params=params)
+
+    @property
+    def _boundary(self) -> int | None:
+        """The token across which attention does not look, as in training."""
+        mark, data = mark_of(self.config), self.config.data
+        if mark is None and data.isolate_documents:
+            return self.tokenizer.mark
+        return boundary(data.task) if mark is None else mark
+
+    def _batch(self, text: Text) -> Batch:
+        tokens = self._encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
+        tokens = np.atleast_2d(tokens)
+        return Batch(tokens, segments=segments_of(tokens, self._boundary))
+
+    @staticmethod
+    def _as_given(text: Text, found: Array) -> Array:
+        """Results [B, ...] without the axis B, unless the tokens have it."""
+        return found[0] if isinstance(text, str | bytes) or np.ndim(text) == 1 else found
+
     def _encode(self, text: str | bytes) -> np.ndarray:
         """The tokens of a document that begins with this text, its mark included: [T] int32."""
         if isinstance(self.tokenizer, Symbols):
@@ -112,8 +201,22 @@ class Trained:
         return np.array([self.tokenizer.mark, *self.tokenizer.encode(raw)], np.int32)
 
 
-def load(workdir: Path, step: int | None = None) -> Trained:
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Trained:
+    """Trains, or continues a run that was stopped, and opens it when it is done.
+
+    Raises KeyboardInterrupt where it is asked to stop (Ctrl-C, SIGTERM), once it is saved; the same
+    call continues. Raises UserError for what the user can mend, and Diverged.
+    """
+    home = epath.Path(workdir)
+    with hold(home):
+        if not run(config.copy_and_resolve_references(), home):
+            raise KeyboardInterrupt(f"asked to stop: {home} is saved, and the same call continues")
+    return load(home)
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
+    workdir = epath.Path(workdir)
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
     model = make_model(config, tokenizer.vocab)
@@ -134,6 +237,19 @@ def load(workdir: Path, step: int | None = None) -> Trained:
         checkpoints.close()
     model, params = pruned(model, read.state.params, config, wanted)
     return Trained(workdir, config, model, params, tokenizer, wanted, read.state, read.meta)
+
+
+@partial(jax.jit, static_argnames="apply")
+def _logits(apply: Apply, params: Params, batch: Batch) -> Array:
+    return apply(params, batch)[0]
+
+
+@partial(jax.jit, static_argnames=("apply", "dtype"))
+def _nats(apply: Apply, params: Params, batch: Batch, dtype: str) -> tuple[Array, Array]:
+    return nats_of(predict(apply, params, batch, jnp.dtype(dtype))[0], batch.targets)
+
+
+_activations = partial(jax.jit, static_argnums=0)(probes.activations)
 
 
 def _here(leaf: Any) -> jax.ShapeDtypeStruct:

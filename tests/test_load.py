@@ -1,0 +1,165 @@
+"""A run in Python: trained, opened, asked for text, loss, activations, and with groups silenced."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import WHOLE, python
+
+import ngc_jax
+from ngc_jax.analysis.probes import silenced
+from ngc_jax.config import make_model
+from ngc_jax.data.batches import Batch
+from ngc_jax.data.tasks import TASKS
+from ngc_jax.data.tokens import Symbols
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training.load import Trained
+
+TEXT = "group state signal\nround port weight\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "run"
+
+
+@pytest.fixture
+def run(home, tiny):
+    """A trained run with a prelude, a loop and a coda; made once, then found finished."""
+    tiny.update_from_flattened_dict({**WHOLE, "stability.every": 0})
+    return ngc_jax.train(tiny, str(home))
+
+
+def test_a_run_is_trained_and_opened_by_strings(run, home, tiny):
+    opened = ngc_jax.load(str(home))
+    assert (run.step, opened.step) == (30, 30)
+    assert ngc_jax.load(str(home), step=25).step == 25
+    assert opened.config.to_dict() == tiny.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, run.params, opened.params)
+
+
+def test_a_run_writes_on(run):
+    said = run.generate("group ", tokens=30, temperature=0)
+    assert set(said) <= set("abcdefghijklmnopqrstuvwxyz \n")
+    assert run.generate("group ", tokens=30, seed=1) != run.generate("group ", tokens=30, seed=2)
+    # The likeliest token each time is what the logits of the whole text say.
+    raw = ("group " + said).encode()
+    likeliest = jnp.argmax(run.logits(raw), axis=-1)
+    assert bytes(np.asarray(likeliest[6:-1], np.uint8)) == raw[6:]
+
+
+def test_logits_are_of_a_text_or_of_tokens(run):
+    mark = run.tokenizer.mark
+    tokens = np.array([mark, *TEXT.encode()])
+    np.testing.assert_array_equal(run.logits(TEXT), run.logits(tokens))
+    both = run.logits([tokens, tokens[::-1]])
+    assert both.shape == (2, len(tokens), run.tokenizer.vocab)
+    np.testing.assert_allclose(both[0], run.logits(TEXT), atol=1e-5)
+
+
+def test_the_loss_of_the_held_out_text_is_that_of_training(run, home):
+    held_out = run.data().validation
+    stream = held_out.tokens[: len(held_out) * held_out.context + 1]
+    assert stream[0] == run.tokenizer.mark
+    loss, final = run.loss(bytes(stream[1:].tolist())), read_rows(home)[-1]
+    assert loss.nats_per_token == pytest.approx(final["final/loss"], abs=1e-5)
+    assert loss.bits_per_byte == pytest.approx(final["final/bits_per_byte"], abs=1e-5)
+
+
+def test_the_loss_of_a_short_text_is_of_its_own_tokens(run):
+    log_likely = jax.nn.log_softmax(run.logits("group")[:-1])
+    nats = -np.mean([log_likely[t, token] for t, token in enumerate(b"group")])
+    assert run.loss("group").nats_per_token == pytest.approx(nats, abs=1e-5)
+
+
+def test_activations_are_the_stream_by_stage_and_round(run):
+    found, model = run.activations(TEXT), run.decoder
+    rounds = [(f"core 1, round {turn}", f"round {turn}") for turn in (1, 2)]
+    assert [*found] == ["embedding", "prelude 1", *itertools.chain(*rounds), "coda 1"]
+    batch = Batch(jnp.array([[run.tokenizer.mark, *TEXT.encode()]]))
+    stream = model.stream(run.params, model.embed(run.params, batch))[0]
+    np.testing.assert_allclose(found["coda 1"], stream[0], atol=1e-5)
+    np.testing.assert_array_equal(found["embedding"], run.params["embed"][batch.inputs[0]])
+    # What the loop keeps of a round is not what its stage gives out.
+    assert not np.allclose(found["core 1, round 1"], found["round 1"])
+
+
+def test_silencing_nothing_changes_nothing(run):
+    np.testing.assert_array_equal(run.silence().logits(TEXT), run.logits(TEXT))
+
+
+def test_silencing_every_channel_is_the_model_without_messages(run):
+    groups = range(run.decoder.shape.groups)
+    silent = run.silence(channels=[*itertools.product(groups, groups)])
+    without = dataclasses.replace(run, params=silenced(run.decoder, run.params, "messages"))
+    np.testing.assert_array_equal(silent.logits(TEXT), without.logits(TEXT))
+    assert silent.loss(TEXT).nats_per_token != run.loss(TEXT).nats_per_token
+    assert silent.generate("group ", tokens=5) == without.generate("group ", tokens=5)
+
+
+def test_silencing_a_group_is_silencing_its_channels(run):
+    others = [(listener, 2) for listener in range(run.decoder.shape.groups) if listener != 2]
+    silent = run.silence(groups=[2])
+    np.testing.assert_array_equal(silent.logits(TEXT), run.silence(channels=others).logits(TEXT))
+    assert not np.array_equal(silent.logits(TEXT), run.logits(TEXT))
+    with pytest.raises(ValueError, match="group 4: the model has groups 0 to 3"):
+        run.silence(groups=[4])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": 0}, "tokens=0: must be 1 or more"),
+        ({"temperature": -1.0}, "temperature=-1.0: must be 0 or more"),
+        ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
+        ({"seed": -1}, "seed=-1: must be from 0"),
+        ({"rounds": 0}, "rounds=0: must be 1 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused(run, given, message):
+    with pytest.raises(UserError, match=message):
+        run.generate("a", **given)
+
+
+def test_an_empty_text_has_no_loss(run):
+    with pytest.raises(UserError, match="text='': must have a token or more"):
+        run.loss("")
+
+
+def test_a_model_of_a_task_reads_tokens_and_no_text(tiny, tmp_path):
+    tiny.data.task = "parity"
+    symbols = Symbols(TASKS["parity"].symbols)
+    model = make_model(tiny, symbols.vocab)
+    params = jax.jit(model.init)(jax.random.key(0))
+    of_task = Trained(tmp_path, tiny, model, params, symbols, 0, None, {})
+    assert of_task.logits([0, 1, 0]).shape == (3, symbols.vocab)
+    with pytest.raises(UserError, match="reads symbols and no text"):
+        of_task.generate("0 1")
+
+
+def test_a_stopped_run_is_saved_and_said(tiny, tmp_path, monkeypatch):
+    from test_train import stop_when_shown
+
+    tiny.stability.every = 0
+    stop_when_shown(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt, match="is saved, and the same call continues"):
+        ngc_jax.train(tiny, tmp_path / "run")
+    assert ngc_jax.load(tmp_path / "run").step == 7
+
+
+@pytest.mark.slow
+def test_training_and_loading_print_no_stray_warnings(text, cache, tmp_path):
+    fields = {**WHOLE, "train.steps": 4, "train.warmup_steps": 1, "stability.every": 0}
+    fields |= {"data.path": str(text), "data.cache_dir": str(cache)}
+    script = (
+        "import ngc_jax\nfrom ngc_jax.config import base\n"
+        f"config = base()\nconfig.update_from_flattened_dict({fields})\n"
+        f"run = ngc_jax.train(config, {str(tmp_path / 'run')!r})\n"
+        "run.loss('a group'), run.activations('a'), run.silence(groups=[0]).generate('a', tokens=2)"
+    )
+    done = python("-W", "error", "-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
