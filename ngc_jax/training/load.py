@@ -138,7 +138,7 @@ class Trained:
         tokens, context = self._encode(text), self.config.data.context
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
-        mark, lengths = self.tokenizer.mark, self.tokenizer.lengths
+        mark, lengths = self.tokenizer.mark, np.asarray(self.tokenizer.lengths)
         padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
         windows = Windows(padded, context, mark, self._boundary)
         size = min(len(windows), self.config.eval.batch_size)
@@ -216,11 +216,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Trained:
 
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
-    workdir = epath.Path(workdir)
-    config = read_config(workdir)
-    tokenizer = load_tokenizer(workdir)
+    home = epath.Path(workdir)
+    config, tokenizer = read_config(home), load_tokenizer(home)
     model = make_model(config, tokenizer.vocab)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(home / "checkpoints", read_only=True)
     try:
         wanted, faults = (step, {}) if step is not None else checkpoints.newest_sound()
         for bad, damage in faults.items():
@@ -236,7 +235,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     finally:
         checkpoints.close()
     model, params = pruned(model, read.state.params, config, wanted)
-    return Trained(workdir, config, model, params, tokenizer, wanted, read.state, read.meta)
+    return Trained(home, config, model, params, tokenizer, wanted, read.state, read.meta)
 
 
 @partial(jax.jit, static_argnames="apply")
