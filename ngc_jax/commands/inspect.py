@@ -48,7 +48,7 @@ def parameter_table(params: Any, model: LanguageModel) -> str:
 
 
 def main() -> None:
-    """Print checkpoints, the parameter table, and the digest of the state."""
+    """Prints checkpoints, the parameter table, and the digest of the state."""
     args = read(parser(__doc__))
     trained = load(args.workdir, args.step)
     checkpoints = Checkpoints(args.workdir / "checkpoints", read_only=True)

@@ -13,8 +13,9 @@ from ngc_jax.runtime.metrics import read_rows
 
 
 def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Train loss (thin, each logged update) and held-out loss (points) over updates, one colour a
-    run.
+    """Draws train loss (thin) and held-out loss (points) over updates, one colour a run.
+
+    Raises UserError where nothing can be read or written, and without matplotlib.
     """
     try:
         import matplotlib.figure
@@ -25,24 +26,17 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     low, high = [], []
     for workdir in workdirs:
         rows = read_rows(workdir)
-        train = [
-            (row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None
-        ]
-        held_out = [
-            (row["step"], row["eval/loss"]) for row in rows if row.get("eval/loss") is not None
-        ]
+        train, held_out = (
+            [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            for name in ("train/loss", "eval/loss")
+        )
         if not train:
             raise UserError(f"{workdir} has no rows in metrics.jsonl: give a run's work directory")
         (line,) = axes.plot(*zip(*train, strict=True), linewidth=0.7, alpha=0.45)
         if held_out:
             label = f"{workdir.name}: held out {held_out[-1][1]:.3f}"
-            axes.plot(
-                *zip(*held_out, strict=True),
-                "o-",
-                color=line.get_color(),
-                markersize=4,
-                label=label,
-            )
+            style = {"color": line.get_color(), "markersize": 4, "label": label}
+            axes.plot(*zip(*held_out, strict=True), "o-", **style)
         low.append(min(loss for _, loss in train))
         high.append(sorted(loss for _, loss in train)[int(0.95 * (len(train) - 1))])
     axes.set_ylim(0.95 * min(low), 1.05 * max(high))
@@ -58,6 +52,7 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 
 
 def main() -> None:
+    """Draws the runs of a command line."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("curve.png"), help="PNG, SVG or PDF"

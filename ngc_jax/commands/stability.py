@@ -33,7 +33,7 @@ def held_out(examples: Examples, context: int, count: int) -> Batch:
 
 
 def main() -> None:
-    """Write the page and print its headline numbers."""
+    """Writes the page and prints its headline numbers."""
     arguments = parser(__doc__)
     arguments.add_argument(
         "--out", type=pathlib.Path, help="directory of the page; default: DIR/stability"
@@ -61,8 +61,9 @@ def main() -> None:
         raise page.unwritable(out, error) from error
     measured = measure(decoder, trained.params, batch, args.rounds)
     about = (
-        f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured on {batch.inputs.size:,} "
-        f"tokens of held-out text, {len(batch.inputs)} windows of {batch.inputs.shape[1]}, evenly spread."
+        f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured "
+        f"on {batch.inputs.size:,} tokens of held-out text, {len(batch.inputs)} windows of "
+        f"{batch.inputs.shape[1]}, evenly spread."
     )
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"
     for row in page.write(out, measured, trained.tokenizer, title, about):
