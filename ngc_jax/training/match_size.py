@@ -1,51 +1,61 @@
-"""A model of a given cost: solve a size so that a config stores, or computes, a stated share of
-another's.
+"""Sizes that give a model a stated cost: a share of the parameters or FLOPs of another config.
 
-For: `config.model.match`, "dense_small:0.25" or "dense_small:0.25:flops". Not for: comparing what
-such models are worth (`experiments/`).
+For: `config.model.match`, "dense_small:0.25" or "dense_small:0.25:flops", and the last checks of a
+config before it is used. Not for: comparing what such models are worth (`experiments/`).
 """
 
 import functools
-import importlib.util
 import math
-import pathlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from ngc_jax import count
-from ngc_jax.config import OURS, make_model
+from ngc_jax.config import SECTIONS, config_names, make_model, named, validate
 from ngc_jax.data.batches import token_batch
+from ngc_jax.nn.settings import MATCHED, kind_of
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import check_fields
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-CLOSE = 0.01  # how far off the share a model may be, relatively
+CLOSE = 0.01  # relative distance from the share that is allowed
 # bytes; matrices do not depend on it, and of FLOPs the logits' share is the same on both sides
 VOCAB = 257
 
 
-def resolve(config: ConfigDict) -> None:
-    """Set sizes so that the model has the cost that `config.model.match` asks for; nothing happens
-    where that is "".
+def prepare(config: ConfigDict) -> None:
+    """Checks a config, sets the sizes that `model.match` asks for, and checks what comes of it.
 
-    The share is of the parameters in matrices, or, with ":flops", of the matrix products of one
+    Raises UserError for what cannot run; the config is then unchanged, but for these sizes.
+    """
+    check_fields(config, SECTIONS)
+    if config.model.match:
+        # What is to be set need not fit yet, nor what depends on it.
+        trial = config.copy_and_resolve_references()
+        unit = math.lcm(config.model.groups, 2 * config.model.heads)
+        for size in {"hidden", config.model.match_by} & {"width", "hidden"}:
+            trial.model[size] = max(1, round(config.model[size] / unit)) * unit
+        trial.model.init_rank = 0
+        validate(trial)
+        resolve(config)
+    validate(config)
+
+
+def resolve(config: ConfigDict) -> None:
+    """Sets sizes so that the model has the cost that `config.model.match` asks for; "": no change.
+
+    The share is of the parameters in matrices. With ":flops" it is of the matrix products of one
     forward pass over `config.data.context` tokens, attention and logits included.
-    `config.model.match_by` names the size that is set ("width" takes hidden along in proportion);
-    `config.model.hidden` then makes up for what its steps leave. Raises UserError where match
-    cannot be read, or no sizes come within 1%.
+    `config.model.match_by` names the size that is set; "width" scales hidden with it.
+    `config.model.hidden` then takes up what the steps of that size leave. Raises UserError where
+    match cannot be read, or no sizes come within 1%.
     """
     if not config.model.match:
         return
     work = config.copy_and_resolve_references()
     m = work.model
     reference, share, what = _read(m.match)
-    if m.match_by not in FIELDS:
-        raise UserError(
-            f"model.match_by={m.match_by!r}: must be one of {', '.join(map(repr, FIELDS))}"
-        )
     reference.data.context = config.data.context
     target = share * cost(reference, what)
     unit = math.lcm(m.groups, 2 * m.heads)
@@ -62,14 +72,15 @@ def resolve(config: ConfigDict) -> None:
         step = unit if m.match_by == "width" else 1
         found, _ = _nearest(lambda steps: sized(m.match_by, steps * step))
         m[m.match_by], m.hidden = found.model[m.match_by], found.model.hidden
-    step = unit if m.kind == "bdh" else m.groups
+    step = m.groups if "groups" in kind_of(config).reads else unit
     found, off = _nearest(lambda steps: sized("hidden", steps * step))
     if abs(off - 1) > CLOSE:
-        closest = f"{m.match_by}={found.model[m.match_by]} with hidden={found.model.hidden} has {share * off:.4g}"
-        others = ", ".join(repr(field) for field in FIELDS if field != m.match_by)
+        size, hidden = found.model[m.match_by], found.model.hidden
+        others = ", ".join(repr(field) for field in MATCHED if field != m.match_by)
         raise UserError(
-            f"model.match={config.model.match!r}: no sizes come within 1% of {share:g}; {closest}: ask for that, or "
-            f"set model.match_by to {others}"
+            f"model.match={m.match!r}: no sizes come within 1% of {share:g}; {m.match_by}={size} "
+            f"with hidden={hidden} has {share * off:.4g}: ask for that, or set model.match_by to "
+            f"{others}"
         )
     config.model.update({m.match_by: m[m.match_by], "hidden": found.model.hidden})
 
@@ -87,14 +98,10 @@ def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict,
     return min((at(n) for n in (below, above) if n), key=lambda found: abs(found[1] - 1))
 
 
-FIELDS = ("width", "hidden", "p_inter", "p_intra")
-
-
 def cost(config: ConfigDict, what: str = "parameters") -> int:
-    """Parameters in matrices, or FLOPs of the products of a forward pass over one window, of a
-    config's model.
+    """Parameters in matrices, or FLOPs of the matrix products of a forward pass over one window.
 
-    FLOPs are those of the form (weights or signals) that takes fewer, for the two are one function.
+    FLOPs are those of the form, weights or signals, that takes fewer: both are one function.
     """
     model = make_model(config, VOCAB)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -107,14 +114,15 @@ def cost(config: ConfigDict, what: str = "parameters") -> int:
         formed.model.form = form
         return count.forward_flops(make_model(formed, VOCAB).apply, params, window)
 
-    return min(map(flops, ("weights", "signals") if config.model.kind in OURS else ("weights",)))
+    return min(
+        map(flops, ("weights", "signals") if "form" in kind_of(config).reads else ("weights",))
+    )
 
 
 def _read(match: str) -> tuple[Any, float, str]:
     """The reference's config, the share, and what is shared."""
     name, _, rest = match.partition(":")
     share, _, what = rest.partition(":")
-    known = sorted(path.stem for path in CONFIGS.glob("*.py"))
     wants = "must be CONFIG:SHARE or CONFIG:SHARE:flops, for instance 'dense_small:0.25'"
     try:
         part = float(share)
@@ -122,24 +130,7 @@ def _read(match: str) -> tuple[Any, float, str]:
         raise UserError(f"model.match={match!r}: {wants}") from error
     if not 0 < part < math.inf or what not in ("", "parameters", "flops"):
         raise UserError(f"model.match={match!r}: {wants}")
-    if name not in known:
-        raise UserError(
-            f"model.match={match!r}: no config {name!r} in {CONFIGS}; there are: {', '.join(known)}"
-        )
+    if name not in config_names():
+        known = ", ".join(config_names())
+        raise UserError(f"model.match={match!r}: there is no config {name!r}, but {known}")
     return named(name), part, what or "parameters"
-
-
-def named(name: str) -> ConfigDict:
-    """The config of configs/NAME.py."""
-    config: ConfigDict = module_at(CONFIGS / f"{name}.py").get_config()
-    return config
-
-
-def module_at(path: pathlib.Path) -> ModuleType:
-    """The module that a file holds, which need not be in a package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,0 +1,91 @@
+"""The config on a command line: `--config=NAME` or `--config=FILE`, and `--config.FIELD=VALUE`.
+
+For: `launch.py` and `collectives`. Not for: the fields themselves (`config.py`).
+"""
+
+import re
+import sys
+import textwrap
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ngc_jax.config import SECTIONS, config_names, config_path
+from ngc_jax.runtime import multihost
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import help_text, unknown
+
+def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[ConfigDict, str]:
+    """Reads the command line; returns the config, locked, and its file, "FILE" or "FILE:ARGUMENT".
+
+    The flags in `own` are read too. `--help` prints `about`, the flags and the fields, and ends the
+    command. Raises UserError for a mistake on the command line, or in the config file.
+    """
+    if {"--help", "-help", "-h", "--helpfull"} & {*sys.argv}:
+        print(f"{about.strip()}\n\nflags:\n{_flags(own)}\n\nfields: --config.SECTION.FIELD=VALUE")
+        print(help_text(SECTIONS))
+        sys.exit(0)
+    given, rest = _split(sys.argv[1:])
+    if not given:
+        raise UserError(f"--config is missing: give a file, or one of {', '.join(config_names())}")
+    name, colon, argument = given.partition(":")
+    file = f"{config_path(name)}{colon}{argument}"
+    argv = [sys.argv[0], f"--config={file}", *rest]
+    chosen = config_flags.DEFINE_config_file(
+        "config", None, lock_config=True, flag_values=own, sys_argv=argv
+    )
+    try:
+        left = own(argv)[1:]
+        config: ConfigDict = chosen.value
+        config.seed  # noqa: B018 (a file that did not load says so when it is read)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(_explained(error, argv)) from error
+    if left:
+        raise UserError(f"unexpected argument {left[0]!r}: fields are set by --config.FIELD=VALUE")
+    return config, file
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The last value of --config, or ""; and the other arguments."""
+    value, rest, words = "", [], iter(arguments)
+    for word in words:
+        found = re.fullmatch(r"--?config(?:=(.*))?", word)
+        if found:
+            value = next(words, "") if found[1] is None else found[1]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _explained(error: Exception, argv: list[str]) -> str:
+    """One line of what went wrong, with the field, its value, and a value that works."""
+    fields = {section.path(field.name): field for section in SECTIONS for field in section.fields}
+    given = re.findall(r"^--?(?:no)?config\.([^=]+)", "\n".join(argv), re.MULTILINE)
+    missing = [unknown(path, SECTIONS) for path in given if path not in fields]
+    if missing and isinstance(error, (AttributeError, KeyError)):
+        return "; ".join(missing)
+    text = str(error)
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
+    # ml_collections passes on the traceback of a config file that fails, as text
+    file = argv[1].removeprefix("--config=").partition(":")[0]
+    lines = re.findall(rf'File "{re.escape(file)}", (line \d+), .*\n +(.*)', text)
+    where = f"{file}, {lines[-1][0]}: " if lines else ""
+    found = re.search(r"\.([\w.]+) *= *(.*)()", lines[-1][1]) if lines else found
+    if found and found[1] in fields:
+        return f"{where}{found[1]}={found[2]}: must be {fields[found[1]].fault(None)}"
+    return f"{where}{text.strip().rpartition(chr(10))[2]}"
+
+
+def _flags(own: flags.FlagValues) -> str:
+    """The flags of a command and of this package, a line each."""
+    modules = own.flags_by_module_dict().items()
+    named = [("--config=NAME", "config of configs/NAME.py; or a file with get_config()")]
+    ours = [f for name, found in modules if name in (sys.argv[0], multihost.__name__) for f in found]
+    for flag in ours:
+        default = "" if flag.default is None else f" Default: {flag.default}."
+        named.append((f"--{flag.name}", flag.help + default))
+    lines = [
+        textwrap.fill(text, 100, initial_indent=f"{name:21}", subsequent_indent=" " * 21)
+        for name, text in named
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Settings of the data, `config.data`: the table of fields, and which values go together.
+
+For: the defaults, ranges and help of these fields. Not for: reading them (`tokens.py`, `corpus.py`,
+`problems.py`).
+"""
+
+from typing import Any
+
+from ngc_jax.data.tasks import TASKS
+from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
+
+
+def _check(config: Any, need: Need) -> None:
+    d = config.data
+    if not d.task:
+        return
+    task, where = TASKS[d.task], f"where data.task={d.task!r}"
+    text = d.path or d.tfds_name
+    need(not text, "data.task", "'' where data.path or data.tfds_name gives a text")
+    need(
+        not d.isolate_documents, "data.isolate_documents", "False where data.task has no documents"
+    )
+    need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) {where}")
+    need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) {where}")
+    need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
+
+
+DATA = Section(
+    "data",
+    "what the model learns: a text, or problems of a reasoning task (docs/tasks.md)",
+    [
+        Field("task", "", "reasoning task; '' = a text instead", lambda: ("", *TASKS)),
+        Field("low", 1, "least difficulty of a problem; docs/tasks.md says what it counts"),
+        Field("high", 10, "greatest difficulty; such a problem must fit into context"),
+        Field("problems", 100_000, "problems to train on", "[1, inf)", "problems"),
+        Field("problem_seed", 0, "seed of the problems", SEEDS),
+        Field("path", "", "text file, or folder of text files; '' = Python's own library"),
+        Field("tfds_name", "", "prepared TFDS text set instead: 'lm1b', 'wiki40b/en'; '' = none"),
+        Field("tfds_data_dir", "", "folder of TFDS sets; '' = the default of TFDS"),
+        Field("train_split", "train", "split of the TFDS set; slices work: 'train[:95%]'"),
+        Field("validation_split", "validation", "held-out split of the TFDS set"),
+        Field("text_key", "text", "feature of the TFDS set that holds the text"),
+        Field(
+            "validation_fraction", 0.1, "held-out part of path; of a task, of problems", "(0, 0.5]"
+        ),
+        Field("tokenizer", "bytes", "'bpe': byte pairs learned on the text", ("bytes", "bpe")),
+        Field("vocab_size", 4096, "vocabulary of 'bpe'; bytes have 257", "[258, 1e6]", "tokens"),
+        Field(
+            "context", 128, "length of a window, or of the longest problem", "[1, inf)", "tokens"
+        ),
+        Field("isolate_documents", False, "True: a token attends to its own document only"),
+        Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),
+    ],
+    _check,
+)

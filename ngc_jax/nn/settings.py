@@ -1,0 +1,250 @@
+"""Settings of the model, `config.model`: the table of fields, and the kinds of models.
+
+For: a kind of model: how it is made, which fields it reads, and which values of them go together.
+`MODELS["mine"] = ModelKind(make, reads)` adds one, and `MODEL.fields.append(Field(...))` a field.
+Not for: the models themselves (`decoder.py`, `recurrent.py`, `bdh.py`), which know no config.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ngc_jax.core.communicate import STATE_ACTIVATIONS
+from ngc_jax.core.rules import GATES, RULES, SignalRule
+from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.data.tasks import both_ways
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.shape import DYNAMIC, ModelShape
+from ngc_jax.nn.sharing import parse
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import SEEDS, Field, Need, Section, refusals
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKind:
+    """A kind of model, an entry of `MODELS`.
+
+    make(config, vocab) returns the model. `reads` names the fields of `config.model` that it reads;
+    all others must be at their defaults. check(config, need) refuses values that do not go
+    together. `stages` is True where make returns a `Decoder`, whose stages `config.iteration`,
+    `config.rewire` and `config.stability` act on.
+    """
+
+    make: Callable[[Any, int], LanguageModel]
+    reads: tuple[str, ...]
+    check: Callable[[Any, Need], None] = lambda config, need: None
+    stages: bool = False
+
+
+def rules_between_groups() -> tuple[str, ...]:
+    """The values of `model.rule`, as they are now."""
+    return (*(name for name in RULES if not _inside(name)), "none", "dense")
+
+
+def kind_of(config: Any) -> ModelKind:
+    """The kind of a config's model. Raises UserError where `MODELS` has none of this name."""
+    refusals(config)(config.model.kind in MODELS, "model.kind", KIND.range())
+    return MODELS[config.model.kind]
+
+
+def has_loop(config: Any) -> bool:
+    """Whether the model repeats stages."""
+    return kind_of(config).stages and config.model.core > 0
+
+
+def model_shape(config: Any, vocab: int) -> ModelShape:
+    """The shape of a decoder or recurrent model for a vocabulary."""
+    values = {**config.model.to_dict(), "vocab": vocab}
+    values["context"] = config.model.attend or config.data.context
+    values["causal"] = not both_ways(config.data.task)
+    for name in ("message_activation", "exchange_activation", "state_activation"):
+        values[name] = None if values[name] == "none" else values[name]
+    return ModelShape(**{f.name: values[f.name] for f in dataclasses.fields(ModelShape)})
+
+
+def _activations() -> tuple[str, ...]:
+    return ("none", *GATES)
+
+
+def _of_the_state() -> tuple[str, ...]:
+    return ("none", *filter(None, STATE_ACTIVATIONS))
+
+
+def _wirings() -> tuple[str, ...]:
+    return ("complete", *WIRINGS, *DYNAMIC)
+
+
+def _inside(rule: str) -> bool:
+    return rule in ("within", "block")
+
+
+def _decoder(config: Any, vocab: int) -> LanguageModel:
+    from ngc_jax.nn.decoder import Decoder
+
+    return Decoder(model_shape(config, vocab))
+
+
+def _recurrent(config: Any, vocab: int) -> LanguageModel:
+    from ngc_jax.nn.recurrent import Recurrent
+
+    return Recurrent(model_shape(config, vocab))
+
+
+def _bdh(config: Any, vocab: int) -> LanguageModel:
+    from ngc_jax.nn.bdh import BDH, BDHShape
+
+    m = config.model
+    remat = m.remat != "none"
+    return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, layers=m.rounds, remat=remat))
+
+
+def _check(config: Any, need: Need) -> None:
+    kind, task = MODELS[config.model.kind], config.data.task
+    two_way = [repr(name) for name, kind in MODELS.items() if kind.stages]
+    wants = f"{' or '.join(two_way)} where data.task={task!r} lets tokens attend both ways"
+    need(kind.stages or not both_ways(task), "model.kind", wants)
+    by, sizes = config.model.match_by, [n for n in MATCHED if n in kind.reads]
+    wants = "one of " + ", ".join(map(repr, sizes)) + f" where model.kind={config.model.kind!r}"
+    need(not config.model.match or by in sizes, "model.match_by", wants)
+    kind.check(config, need)
+
+
+def _check_groups(config: Any, need: Need) -> None:
+    """What decoder and recurrent model have in common: groups, rules, wirings and stages."""
+    m = config.model
+    signal = m.rule not in RULES or isinstance(RULES[m.rule], SignalRule)
+    emit = [name for name in RULES if isinstance(RULES[name], SignalRule) and not _inside(name)]
+    wants = f"'none' where model.rule={m.rule!r} has no signal (these have: {', '.join(emit)})"
+    need(m.message_activation == "none" or signal, "model.message_activation", wants)
+    wants = "'complete' unless model.rule='addressed', which alone has a port for each partner"
+    need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wants)
+    need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
+    if m.wiring not in ("complete", "others"):
+        wants = f"from 1 to model.groups - 1 = {m.groups - 1}"
+        need(m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
+        need(m.channels < m.groups, "model.channels", wants)
+        islands = [k for k in range(1, m.groups) if m.groups % (k + 1) == 0]
+        wants = f"one less than a divisor of model.groups={m.groups}, for instance {islands[-1]}"
+        need(m.wiring != "block" or m.channels in islands, "model.channels", wants)
+    try:
+        parse(m.sharing, m.prelude + m.core + m.coda)
+    except ValueError as error:
+        raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
+    stateless = m.rule == "dense"
+    wants = "'none' where model.rule='dense' has no states"
+    need(m.sharing == "none" or not stateless, "model.sharing", wants)
+    need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
+    unit = math.lcm(m.groups, 2)  # rotary positions turn pairs of channels
+    for field in ("width", "hidden"):
+        wants = f"a multiple of model.groups={m.groups}, for instance {_nearest(m[field], unit)}"
+        need(m[field] % m.groups == 0, f"model.{field}", wants)
+    unit, most = 1 if stateless else m.groups, min(m.width, m.hidden)
+    near = min(_nearest(m.init_rank, unit), most // unit * unit)
+    wants = f"0, or a multiple of {unit} up to {most}, for instance {near}"
+    need(m.init_rank % unit == 0 and m.init_rank <= most, "model.init_rank", wants)
+
+
+def _check_decoder(config: Any, need: Need) -> None:
+    m = config.model
+    stages = m.prelude + m.core + m.coda
+    need(stages >= 1, "model.prelude", "1 or more where model.core and model.coda are 0")
+    _check_groups(config, need)
+    fits = [h for h in range(1, m.groups + 1) if m.groups % h == 0 and m.width // h % 2 == 0]
+    need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
+    best = min(fits, key=lambda h: abs(h - m.heads))
+    even = f"a divisor of model.groups={m.groups} with an even number of channels each"
+    need(m.heads in fits, "model.heads", f"{even}, for instance {best}")
+    wants = "False where model.groups is 1, whose share is always one"
+    need(not m.gates or m.groups > 1, "model.gates", wants)
+    wants = "1.0 where model.qk_norm=False leaves no scale"
+    need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", wants)
+
+
+def _check_recurrent(config: Any, need: Need) -> None:
+    m, where = config.model, "where model.kind='recurrent'"
+    need(m.core >= 1, "model.core", f"1 or more {where}: the number of its cells")
+    for field in ("prelude", "coda"):
+        need(m[field] == 0, f"model.{field}", f"0 {where}: all its stages are cells, model.core")
+    wants = f"one of 'none', 'gate_up' {where}"
+    need(m.sharing in ("none", "gate_up"), "model.sharing", wants)
+    fixed = ", ".join(map(repr, ("complete", *WIRINGS)))
+    need(m.wiring not in DYNAMIC, "model.wiring", f"one of {fixed} {where}")
+    wants = f"1 {where}: signals would cross devices at each token"
+    need(config.mesh.group == 1, "mesh.group", wants)
+    _check_groups(config, need)
+
+
+def _check_bdh(config: Any, need: Need) -> None:
+    m, unit = config.model, 2 * config.model.heads  # rotary positions turn pairs of neurons
+    wants = f"a multiple of 2 model.heads = {unit}, for instance {_nearest(m.hidden, unit)}"
+    need(m.hidden % unit == 0, "model.hidden", wants)
+
+
+def _nearest(size: int, unit: int) -> int:
+    return max(unit, round(size / unit) * unit)
+
+
+def _unread(config: Any) -> dict[str, str]:
+    reads, m = kind_of(config).reads, config.model
+    reason = f"model.kind={m.kind!r}, which reads {', '.join(reads)}"
+    found = {field.name: reason for field in MODEL.fields if field.name not in ALWAYS + reads}
+    if "route" in reads and not has_loop(config):
+        found |= dict.fromkeys(("route", "state_activation"), "model.core=0: there is no loop")
+    return found
+
+
+ALWAYS = ("kind", "match", "match_by")  # read whatever the kind of model
+MATCHED = ("width", "hidden", "p_inter", "p_intra")  # sizes that `model.match` may set
+_GROUPS = (
+    *("rule", "width", "hidden", "groups", "attend", "p_intra", "p_inter", "message_activation"),
+    *("wiring", "channels", "wiring_seed", "sharing", "init_rank", "exchange_activation"),
+    *("prelude", "core", "rounds", "drive", "coda", "form", "remat"),
+)
+_DECODER = ("heads", "gates", "qk_norm", "qk_gain", "keep", "route", "state_activation")
+MODELS: dict[str, ModelKind] = {
+    "decoder": ModelKind(_decoder, (*_GROUPS, *_DECODER), _check_decoder, stages=True),
+    "recurrent": ModelKind(_recurrent, (*_GROUPS, "chunk"), _check_recurrent),
+    "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat"), _check_bdh),
+}
+KIND = Field("kind", "decoder", "'recurrent': cells without attention; 'bdh': baseline", MODELS)
+MODEL = Section(
+    "model",
+    "what is trained; each kind of model reads some of these fields and refuses the others",
+    [
+        KIND,
+        Field("rule", "addressed", "weights between groups (docs/method.md)", rules_between_groups),
+        Field("match", "", "share of a config's parameters to have, or FLOPs: 'dense_small:0.25'"),
+        Field("match_by", "width", "size that match sets; it sets hidden after that", MATCHED),
+        Field("width", 128, "stream: a multiple of groups", "[1, inf)", "neurons"),
+        Field("hidden", 384, "inside of the MLP: a multiple of groups", "[1, inf)", "neurons"),
+        Field("groups", 8, "groups of equal size", "[1, inf)", "groups"),
+        Field("attend", 0, "what attention looks back on; 0 = data.context", "[0, inf)", "tokens"),
+        Field("heads", 4, "attention heads: a divisor of groups", "[1, inf)", "heads"),
+        Field("p_intra", 128, "state within a group; 0 = no such part", "[0, inf)", "numbers"),
+        Field("p_inter", 3, "state, or port, between groups", "[1, inf)", "numbers"),
+        Field("message_activation", "none", "of the signal between groups", _activations),
+        Field("wiring", "complete", "which groups hear which, of rule 'addressed'", _wirings),
+        Field("channels", 4, "groups that one hears; if dynamic, at first", "[1, inf)", "groups"),
+        Field("wiring_seed", 0, "seed of random wirings", SEEDS),
+        Field("sharing", "none", "stages and matrices that share send states, by 'depth2,qkv'"),
+        Field("init_rank", 0, "greatest rank of a weight at the start; 0 = as drawn", "[0, inf)"),
+        Field("exchange_activation", "silu", "of the MLP's gate; 'none' = a product", _activations),
+        Field("gates", False, "True: each token sets the groups' shares of speech, which sum to 1"),
+        Field("qk_norm", True, "normalise queries and keys in each head"),
+        Field("qk_gain", 1.0, "scale of normalised queries at the start", "(0, inf)"),
+        Field("prelude", 1, "stages before the loop", "[0, inf)", "stages"),
+        Field("core", 1, "stages in the loop, or cells", "[0, inf)", "stages"),
+        Field("rounds", 2, "times that the core runs, with the same states", "[1, inf)", "rounds"),
+        Field("keep", 0.9, "part of the state that a round keeps, at the start", "(0, 1)"),
+        Field("drive", True, "each round adds the loop's input; False: only the first one does"),
+        Field("route", "state", "source of queries and keys in a round", ("state", "start")),
+        Field("state_activation", "none", "of the loop's state after a round", _of_the_state),
+        Field("coda", 1, "stages after the loop", "[0, inf)", "stages"),
+        Field("form", "weights", "form each W, or pass signals only", ("weights", "signals")),
+        Field("remat", "rounds", "what the gradient recomputes", ("none", "rounds", "stages")),
+        Field("chunk", 0, "reach of gradients in 'recurrent'; 0 = a window", "[0, inf)", "tokens"),
+    ],
+    _check,
+    _unread,
+)

@@ -1,0 +1,256 @@
+"""Settings of a run but for its data and model: tables of fields, and which values go together.
+
+For: `config.seed`, rewire, iteration, train, eval, checkpoint, mesh and stability. Not for: reading
+them.
+"""
+
+from typing import Any
+
+import jax
+
+from ngc_jax.core.rewiring import REGROW
+from ngc_jax.data.tasks import both_ways
+from ngc_jax.nn.settings import has_loop, kind_of
+from ngc_jax.nn.shape import DYNAMIC
+from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
+from ngc_jax.runtime.profiler import traceable
+
+DRAWS = ("fixed", "uniform", "lognormal_poisson", "marked")
+REGULARISERS = ("none", "contraction", "exponent")
+DTYPES = ("float32", "bfloat16")
+NO_LOOP = "the model has no loop (model.kind, core)"
+
+
+def _measures() -> tuple[str, ...]:
+    """Names of what can be measured, as they are now."""
+    from ngc_jax.training.stability_metrics import MEASURES
+
+    return tuple(MEASURES)
+
+
+def _unread_rewire(config: Any) -> dict[str, str]:
+    still = "" if kind_of(config).stages and config.model.wiring in DYNAMIC else "model.wiring"
+    reason = f"model.wiring={config.model.wiring!r} does not change in training"
+    return dict.fromkeys([field.name for field in REWIRE.fields], reason) if still else {}
+
+
+def _check_rewire(config: Any, need: Need) -> None:
+    r, m, steps = config.rewire, config.model, config.train.steps
+    if m.wiring not in DYNAMIC:
+        return
+    wants = f"from 1 to model.channels = {m.channels}, those at the start"
+    need(r.channels <= m.channels, "rewire.channels", wants)
+    wants = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
+    need(r.begin < r.end, "rewire.end", wants)
+    span = round(r.end * steps) - round(r.begin * steps)
+    wants = f"from 1 to the {span} updates between rewire.begin and rewire.end"
+    need(r.every <= span, "rewire.every", wants)
+
+
+def _unread_iteration(config: Any) -> dict[str, str]:
+    i = config.iteration
+    if not has_loop(config):
+        return dict.fromkeys([field.name for field in ITERATION.fields], NO_LOOP)
+    reads = {"fixed": (), "marked": ("mark", "low", "high"), "uniform": ("low", "high")}
+    reads["lognormal_poisson"] = ("low", "high", "mean")
+    draws = {"mark", "low", "high", "mean"} - {*reads[i.rounds]}
+    found = dict.fromkeys(draws, f"iteration.rounds={i.rounds!r}")
+    if not i.supervise_every:
+        found["supervise_weight"] = "iteration.supervise_every=0"
+    return found
+
+
+def _check_iteration(config: Any, need: Need) -> None:
+    i, m, task = config.iteration, config.model, config.data.task
+    wants = f"another where data.task={task!r} lets tokens attend both ways, across marks"
+    need(i.rounds != "marked" or not both_ways(task), "iteration.rounds", wants)
+    most, of = m.rounds, f"model.rounds={m.rounds}"
+    if i.rounds != "fixed":
+        most, of = i.high, f"iteration.high={i.high}"
+        wants = f"at most iteration.high={i.high}, for instance {max(1, i.high // 2)}"
+        need(i.low <= i.high, "iteration.low", wants)
+    need(i.backprop <= most, "iteration.backprop", f"from 1 to {of}, or 0 for all rounds")
+    wants = "0 where model.drive=False: all before the loop would not be trained"
+    need(m.drive or i.backprop in (0, most), "iteration.backprop", wants)
+    judged = i.backprop or most
+    wants = f"0, or below the {judged} rounds with gradients, for instance {judged // 2}"
+    need(i.supervise_every < judged, "iteration.supervise_every", wants)
+
+
+def _check_train(config: Any, need: Need) -> None:
+    t = config.train
+    wants = f"below train.steps={t.steps}, for instance {t.steps // 10}"
+    need(t.warmup_steps < t.steps, "train.warmup_steps", wants)
+    wants = "False where train.hang_minutes is 0, so that no hang is noticed"
+    need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", wants)
+    wants = "'', or the first and the last update to trace, for instance '10:20'"
+    need(traceable(t.profile), "train.profile", wants)
+
+
+def _check_mesh(config: Any, need: Need) -> None:
+    mesh, heads, t = config.mesh, config.model.heads, config.train
+    devices, here = jax.device_count(), jax.local_device_count()
+    common = [n for n in _divisors(here) if heads % n == 0]
+    wants = f"a divisor of model.heads={heads} and of the {here} devices of a process"
+    need(mesh.group in common, "mesh.group", f"{wants}: {_listed(common)}")
+    parts = devices // mesh.group
+    wants = f"a divisor of the {devices} devices here / mesh.group={mesh.group}"
+    need(parts % mesh.fsdp == 0, "mesh.fsdp", f"{wants}: {_listed(_divisors(parts))}")
+    rest = parts // mesh.fsdp
+    wants = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group})"
+    need(mesh.data in (-1, rest), "mesh.data", f"{wants}, {rest}, or -1")
+    unit, split = t.accumulation * parts, f"{parts} parts (mesh.data x mesh.fsdp)"
+    wants = f"a multiple of train.accumulation={t.accumulation} x {split}, for instance "
+    near = -(-t.batch_size // unit) * unit
+    need(t.batch_size % unit == 0, "train.batch_size", f"{wants}{near}")
+    rows, near = config.eval.batch_size, -(-config.eval.batch_size // parts) * parts
+    need(rows % parts == 0, "eval.batch_size", f"a multiple of {split}, for instance {near}")
+
+
+def _unread_stability(config: Any) -> dict[str, str]:
+    found = {}
+    if config.stability.regulariser == "none":
+        found = dict.fromkeys(("low", "high", "weight"), "stability.regulariser='none'")
+    if not kind_of(config).stages:
+        reason = f"model.kind={config.model.kind!r} has no stages to measure"
+        found = {field.name: reason for field in STABILITY.fields if field.name != "every"}
+    return found
+
+
+def _check_stability(config: Any, need: Need) -> None:
+    s, m = config.stability, config.model
+    wants = f"0 where model.kind={m.kind!r} has no stages to measure"
+    need(kind_of(config).stages or s.every == 0, "stability.every", wants)
+    names = _measures()
+    wants = f"some of {','.join(names)}, for instance 'rounds,tokens'"
+    need(set(s.measures.split(",")) <= set(names), "stability.measures", wants)
+    need(s.low < s.high, "stability.low", f"below stability.high={s.high}")
+    wants = "'none' where the model has no loop of 2 rounds or more (model.core, rounds)"
+    looped = has_loop(config) and m.rounds > 1
+    need(s.regulariser == "none" or looped, "stability.regulariser", wants)
+    wants = "0 where the model has no loop (model.core=0)"
+    need(s.jacobian == 0 or has_loop(config), "stability.jacobian", wants)
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+RUN = Section(
+    "", "a run", [Field("seed", 0, "seed of parameters and of the order of the data", SEEDS)]
+)
+REWIRE = Section(
+    "rewire",
+    "how a model.wiring of 'dynamic' or 'dynamic_ports' changes in training",
+    [
+        Field("channels", 4, "groups that a group hears in the end", "[1, inf)", "groups"),
+        Field("begin", 0.0, "part of the updates before the first change", "[0, 1)"),
+        Field("end", 0.75, "part of the updates after which nothing changes", "(0, 1]"),
+        Field("every", 50, "updates from one change to the next", "[1, inf)", "updates"),
+        Field("exchange", 0.3, "part of the edges that the first change replaces", "[0, 1]"),
+        Field("regrow", "gradient", "how new edges are chosen", REGROW),
+    ],
+    _check_rewire,
+    _unread_rewire,
+)
+ITERATION = Section(
+    "iteration",
+    "rounds of the loop in training; evaluation and sampling run model.rounds",
+    [
+        Field(
+            "rounds", "fixed", "of an update; 'marked': an example has those of its marks", DRAWS
+        ),
+        Field("mark", 0, "token that is a mark, of 'marked'", "[0, inf)"),
+        Field("low", 1, "fewest rounds, unless 'fixed'", "[1, inf)", "rounds"),
+        Field("high", 8, "most rounds, unless 'fixed'", "[1, inf)", "rounds"),
+        Field(
+            "mean", 4.0, "mean of 'lognormal_poisson', before low and high", "(1, inf)", "rounds"
+        ),
+        Field("backprop", 0, "last ones that gradients go through; 0 = all", "[0, inf)", "rounds"),
+        Field("noise", 0.0, "noise after a round, over the state's size", "[0, inf)"),
+        Field(
+            "supervise_every", 0, "from loss to loss; 0 = at the end alone", "[0, inf)", "rounds"
+        ),
+        Field("supervise_weight", 1.0, "weight of each loss but the last, which has 1", "(0, inf)"),
+    ],
+    _check_iteration,
+    _unread_iteration,
+)
+TRAIN = Section(
+    "train",
+    "updates: batches, optimizer, schedule, and what to do in trouble",
+    [
+        Field("steps", 1000, "updates of a run", "[1, inf)", "updates"),
+        Field("batch_size", 16, "batch: a multiple of accumulation x mesh", "[1, inf)", "windows"),
+        Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
+        Field("optimizer", "adamw", "'muon' for matrices and states only", ("adamw", "muon")),
+        Field("learning_rate", 1e-2, "peak, of all but neuron states", "(0, inf)"),
+        Field("state_learning_rate", 1e-2, "peak, of neuron states", "(0, inf)"),
+        Field("schedule", "cosine", "decay; 'wsd': stable, then a linear fall", ("cosine", "wsd")),
+        Field("warmup_steps", 100, "linear warm-up", "[0, inf)", "updates"),
+        Field("decay_fraction", 0.2, "part of the updates in which 'wsd' falls", "(0, 1]"),
+        Field("final_fraction", 0.1, "last learning rate, as a part of the peak", "[0, 1]"),
+        Field("weight_decay", 0.1, "of matrices and states, times learning rate", "[0, inf)"),
+        Field("b1", 0.9, "decay of AdamW's first moment", "[0, 1)"),
+        Field("b2", 0.99, "decay of AdamW's second moment", "[0, 1)"),
+        Field("clip_norm", 1.0, "greatest norm of the whole gradient", "(0, inf)"),
+        Field("compute_dtype", "float32", "of activations; parameters stay float32", DTYPES),
+        Field("spike", 0.0, "deviations of a loss that make a spike, skipped; 0 = off", "[0, inf)"),
+        Field("max_bad_steps", 20, "skipped in a row that are trouble", "[1, inf)", "updates"),
+        Field("max_rewinds", 2, "times that trouble sends a run back to a checkpoint", "[0, inf)"),
+        Field("hang_minutes", 0.0, "without progress: a hang; 0 = no watch", "[0, inf)", "minutes"),
+        Field("hang_exit", False, "True: a hang ends the process, so that it is started again"),
+        Field("log_every", 20, "updates between rows of metrics", "[1, inf)", "updates"),
+        Field("profile", "", "updates to trace into DIR/profile: '10:20', from 1 on; '' = none"),
+    ],
+    _check_train,
+)
+EVAL = Section(
+    "eval",
+    "loss on held-out data",
+    [
+        Field("every", 200, "between evaluations; the last has one", "[1, inf)", "updates"),
+        Field("windows", 512, "of an evaluation, evenly spread; 0 = all", "[0, inf)", "windows"),
+        Field("batch_size", 32, "at a time: a multiple of data x fsdp", "[1, inf)", "windows"),
+    ],
+)
+CHECKPOINT = Section(
+    "checkpoint",
+    "saved states of a run",
+    [
+        Field("every_steps", 200, "between checkpoints; the last has one", "[1, inf)", "updates"),
+        Field("every_minutes", 10.0, "and at least this often", "(0, inf)", "minutes"),
+        Field("keep", 3, "newest ones kept: behind a damaged one stands a sound one", "[2, inf)"),
+    ],
+)
+MESH = Section(
+    "mesh",
+    "devices (docs/meshes.md); their number is data x fsdp x group",
+    [
+        Field("data", -1, "parts of the batch; -1 = as many as devices are left", "[-1, inf)"),
+        Field("fsdp", 1, "parts of the batch, the parameters and the optimizer", "[1, inf)"),
+        Field("group", 1, "parts of the groups: a divisor of model.heads", "[1, inf)"),
+    ],
+    _check_mesh,
+)
+STABILITY = Section(
+    "stability",
+    "stability of the model (docs/stability.md), measured in training and held by the loss",
+    [
+        Field("every", 200, "between measurements; 0 = none", "[0, inf)", "updates"),
+        Field("measures", "rounds,tokens,departure,exponents", "what to measure, with commas"),
+        Field("tokens", 1024, "held-out text, in whole windows", "[1, inf)", "tokens"),
+        Field("rounds", 8, "rounds that the exponent follows", "[1, inf)", "rounds"),
+        Field("regulariser", "none", "what the loss holds in a band, low to high", REGULARISERS),
+        Field("low", -2.0, "lower end of the band, natural logarithm", unit="per round"),
+        Field("high", 0.0, "upper end of the band", unit="per round"),
+        Field("weight", 1.0, "of each squared unit outside the band", "[0, inf)", "nats/token"),
+        Field("jacobian", 0.0, "of |Jacobian of a round|^2 / width", "[0, inf)", "nats/token"),
+    ],
+    _check_stability,
+    _unread_stability,
+)
