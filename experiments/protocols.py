@@ -10,8 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ngc_jax.config import model_shape
-from ngc_jax.training import match_size as budget
+from ngc_jax.config import model_shape, named, reset_unread
+from ngc_jax.training.match_size import prepare
 
 DENSE = {"model.rule": "dense", "unlooped": True}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
@@ -143,7 +143,7 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
     found = []
     for share, models in protocol.shares.items():
         for model in (name for name in chosen if name in (models or MODELS)):
-            config = budget.named(protocol.config)
+            config = named(protocol.config)
             fields = {
                 **protocol.common,
                 **MODELS[model],
@@ -162,6 +162,7 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
                 depth = model_shape(config, 1).depth
                 fields |= {"model.prelude": depth, "model.core": 0, "model.coda": 0}
             config.update_from_flattened_dict(fields)
-            budget.resolve(config)
+            fields |= reset_unread(config)
+            prepare(config)
             found.append(Sized(model, share, rate, fields, config))
     return found

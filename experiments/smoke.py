@@ -24,8 +24,9 @@ from absl import logging
 
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
-from ngc_jax.config import RULES_OF_A_MODEL, base
+from ngc_jax.config import base, reset_unread
 from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.nn.settings import rules_between_groups
 from ngc_jax.nn.shape import DYNAMIC
 from ngc_jax.training import loop as train
 
@@ -92,7 +93,7 @@ def choices() -> dict[str, dict[str, Any]]:
     }
     short |= {"checkpoint.every_steps": 2, "eval.batch_size": 8}
     return {
-        **{f"rule {name}": {**TINY, "model.rule": name} for name in RULES_OF_A_MODEL},
+        **{f"rule {name}": {**TINY, "model.rule": name} for name in rules_between_groups()},
         **{
             f"sharing {name}": {**TINY, "model.core": 3, "model.sharing": name} for name in SHARINGS
         },
@@ -118,6 +119,7 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
     config.update_from_flattened_dict(
         {"data.path": PROTOCOLS["smoke"].common["data.path"], **fields}
     )
+    reset_unread(config)
     unbroken, killed = home / "unbroken", home / "killed"
     # the second run has those of the first
     jax.config.update("jax_compilation_cache_dir", str(home / "programs"))

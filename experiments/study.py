@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from experiments.blocks import Block
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import count
+from ngc_jax.config import module_at, named, reset_unread
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import write_durably
-from ngc_jax.training import match_size as budget
+from ngc_jax.training.match_size import cost, prepare
 from ngc_jax.training.timing import model_of
 
 TUNING_SEED = 1000  # of the runs that try a learning rate; used for nothing else
@@ -167,10 +168,13 @@ def groups(study: Study) -> list[Group]:
     for variant in study.sweep:
         if SEED not in variant.labels:
             raise UserError(
-                f"a study's sweep wants seeds, for instance `sweep * seeds(3)`; {variant.name} has none"
+                "a study's sweep wants seeds, for instance `sweep * seeds(3)`; "
+                f"{variant.name} has none"
             )
         labels = {factor: label for factor, label in variant.labels.items() if factor != SEED}
         fields = {**study.common, **variant.fields, **study.changes}
+        # Fields that several models share, and this one does not read, go back to their defaults.
+        fields |= reset_unread(_with_fields(study, fields))
         seed = int(fields.pop(SEED))
         name = dataclasses.replace(variant, labels=labels).name
         before = found.get(name, Group(name, labels, fields, ()))
@@ -226,7 +230,7 @@ def plan(study: Study, of: Iterable[Group], losses: Mapping[str, float]) -> list
 
 def short(study: Study, group: Group, rate: float) -> dict[str, Any]:
     """The fields of a run that tries a learning rate."""
-    steps = group.fields.get("train.steps", budget.named(study.config).train.steps)
+    steps = group.fields.get("train.steps", named(study.config).train.steps)
     return {
         **at_rate(group.fields, rate),
         SEED: TUNING_SEED,
@@ -258,8 +262,14 @@ def beyond(tried: Mapping[float, float]) -> list[float]:
 
 
 def config_of(study: Study, fields: Fields) -> ConfigDict:
-    """The config of a group or run, sizes solved. Raises UserError for a field that there is not."""
-    config = budget.named(study.config).lock()
+    """The config of a group or run, checked, sizes solved. Raises UserError."""
+    config = _with_fields(study, fields)
+    prepare(config)
+    return config
+
+
+def _with_fields(study: Study, fields: Fields) -> ConfigDict:
+    config = named(study.config).lock()
     try:
         config.update_from_flattened_dict(
             {name: value for name, value in fields.items() if name != "rate"}
@@ -268,7 +278,6 @@ def config_of(study: Study, fields: Fields) -> ConfigDict:
         raise UserError(
             f"the study sets a field that no config has, or to what it cannot be: {error}"
         ) from error
-    budget.resolve(config)
     return config
 
 
@@ -277,7 +286,7 @@ def cost_of(config: ConfigDict) -> Cost:
     model = model_of(config)
     shapes, info = jax.eval_shape(model.init, jax.random.key(0)), model.param_info()
     stored = count.parameters(shapes, info)
-    flops = budget.cost(config, "flops") // config.data.context
+    flops = cost(config, "flops") // config.data.context
     return Cost(config, shapes, info, stored.matrices, stored.total, flops)
 
 
@@ -338,7 +347,7 @@ def find(wanted: str) -> tuple[str, Study, str]:
     path = pathlib.Path(wanted)
     try:
         module = (
-            budget.module_at(path)
+            module_at(path)
             if path.suffix == ".py"
             else importlib.import_module(f"experiments.{wanted}")
         )

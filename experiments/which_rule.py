@@ -11,7 +11,7 @@ from typing import Any
 from experiments.setting import COMMON, LARGER_SHARE, SHARE
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.config import RULES_OF_A_MODEL
+from ngc_jax.nn.settings import rules_between_groups
 
 RATES = (2.5e-3, 5e-3, 1e-2)
 BY_WIDTH: dict[str, Any] = {
@@ -19,7 +19,7 @@ BY_WIDTH: dict[str, Any] = {
     "model.groups": 4,
 }  # dense, or blocks alone, which have no states to size
 RULES: dict[str, dict[str, Any]] = {
-    rule: {"model.rule": rule, "rate": RATES} for rule in RULES_OF_A_MODEL
+    rule: {"model.rule": rule, "rate": RATES} for rule in rules_between_groups()
 }
 RULES |= {rule: {**RULES[rule], **BY_WIDTH} for rule in ("none", "dense")}
 STUDY = Study(

@@ -1,13 +1,18 @@
-"""Mistakes on the command line: one line that names field, value and what would work; nothing
-half-written.
+"""The command line: help, configs by name, and mistakes, each one line that names field, value and
+what would work; nothing half-written.
 """
 
 import os
+import sys
 
 import pytest
-from conftest import launch, python
+from absl import flags
+from conftest import ROOT, launch, python
 
+from ngc_jax.commands.config_flag import read_config
+from ngc_jax.config import named
 from ngc_jax.data.tokens import Bytes
+from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.workdir import claim
 
 
@@ -32,8 +37,11 @@ def refused(tiny_flags, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.model.widht=3", 'Did you mean "width" instead of "widht"?'),
-        ("--config.train.steps=1e3", "invalid literal for int"),
+        ("--config.model.widht=3", 'Did you mean "model.width" instead of "model.widht"?'),
+        (
+            "--config.train.steps=1e3",
+            "train.steps=1e3: must be a whole number, 1 or more, for instance 1000",
+        ),
         (
             "--config.model.rule=brodcast",
             "model.rule='brodcast': must be one of 'addressed', 'broadcast'",
@@ -44,11 +52,101 @@ def refused(tiny_flags, tmp_path):
         ),
         ("--config.data.path=/no/such/text", "data.path='/no/such/text' does not exist"),
         ("--config.data.context=100000", "fewer than a window of data.context=100000"),
-        ("--config=configs/nothing.py", "No such file"),
+        ("--config=configs/nothing.py", "give a file, or one of defaults, dense_base,"),
+        ("--config=ngc_tyni", "there is no config 'ngc_tyni': give a file, or one of defaults,"),
+        ("--confg=ngc_tiny", "Unknown command line flag 'confg'"),
+        ("config.train.steps=3", "unexpected argument 'config.train.steps=3'"),
     ],
 )
 def test_a_mistake_is_one_line(refused, flag, message):
     assert message in refused(flag)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """What a command reads of these arguments, for a config file and beside flags of its own."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
+        own = flags.FlagValues()
+        flags.DEFINE_string("workdir", None, "Directory.", flag_values=own)
+        return read_config("About.", own)
+
+    return run
+
+
+@pytest.mark.parametrize("given", ["ngc_tiny", "ngc_tiny.py", ROOT / "configs" / "ngc_tiny.py"])
+def test_a_config_is_given_by_name_or_path_from_any_folder(given, read, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config, file = read(f"--config={given}", "--config.train.steps=7", "--workdir=x")
+    assert file == str(ROOT / "configs" / "ngc_tiny.py")
+    expected = named("ngc_tiny")
+    expected.train.steps = 7
+    assert config.to_dict() == expected.to_dict()
+    again, _ = read("--config.train.steps=7", "--config", given)
+    assert again.to_dict() == expected.to_dict(), "in any order"
+
+
+FILE = """
+from ngc_jax.config import base
+
+
+def get_config(steps="3"):
+    config = base()
+    config.train.steps = {}
+    return config
+"""
+
+
+def test_a_config_file_may_take_an_argument_and_its_mistakes_have_a_line(read, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(FILE.format("int(steps)"))
+    assert read(f"--config={mine}")[0].train.steps == 3
+    config, file = read(f"--config={mine}:8")
+    assert (config.train.steps, file) == (8, f"{mine}:8")
+    mine.write_text(FILE.format("1e3"))
+    named = f"{mine}, line 7: train.steps=1e3: must be a whole number, 1 or more, for instance 1000"
+    with pytest.raises(UserError, match=named):
+        read(f"--config={mine}")
+    mine.write_text(FILE.format("unknown"))
+    with pytest.raises(NameError):  # with its traceback
+        read(f"--config={mine}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing: give a file, or one of defaults, dense_base"),
+        (["--config=ngc_tiny", "--config.width=3"], 'Did you mean "model.width"'),
+        (["--config=ngc_tiny", "--config.model.gates=maybe"], "must be True or False"),
+        (["--config=ngc_tiny", "--config.train.clip_norm=x"], "must be a finite number, above 0"),
+        (["--config=ngc_tiny", "--config.train.steps"], "Missing value for flag"),
+        (["--config=ngc_tiny", "--config.model=3"], "flag --config.model=3: "),
+    ],
+)
+def test_a_mistake_on_a_command_line_is_named(arguments, message, read):
+    with pytest.raises(UserError, match=message):
+        read(*arguments)
+
+
+@pytest.mark.slow
+def test_help_lists_flags_and_fields_soon_and_without_a_config(tmp_path):
+    script = (
+        "import sys, runpy; sys.argv = ['launch.py', '--help']\n"
+        "try: runpy.run_path('launch.py', run_name='__main__')\n"
+        "finally: print(sorted({'orbax', 'grain', 'flax', 'optax'} & sys.modules.keys()))\n"
+    )
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    *lines, slow = done.stdout.splitlines()
+    assert slow == "[]", "these take seconds to import"
+    assert max(map(len, lines)) <= 100
+    for flag in ("--config=NAME", "--workdir", "--coordinator"):
+        assert any(line.startswith(flag) for line in lines), flag
+    for section in ("data", "model", "train", "stability"):
+        assert any(line.startswith(f"{section}: ") for line in lines), section
+    (width,) = (line for line in lines if line.startswith("width "))
+    assert width.split()[:6] == ["width", "128", "neurons", "1", "or", "more"]
 
 
 @pytest.mark.slow

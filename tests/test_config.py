@@ -1,6 +1,8 @@
-"""The shipped configs, and the checks of a config's numbers."""
+"""The shipped configs, the tables of fields, and the checks of a config's values."""
 
-import importlib.util
+import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,33 +10,41 @@ import pytest
 from conftest import ROOT
 
 from ngc_jax import count
-from ngc_jax.config import RULES_OF_A_MODEL, base, model_shape, validate
+from ngc_jax.commands import settings
+from ngc_jax.config import (
+    SECTIONS,
+    base,
+    config_names,
+    make_model,
+    model_shape,
+    named,
+    reset_unread,
+    validate,
+)
+from ngc_jax.core import wiring
+from ngc_jax.core.rules import GATES, RULES
+from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.settings import MODEL, MODELS, ModelKind, rules_between_groups
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training import match_size as budget
+from ngc_jax.runtime.fields import Field, help_text
+from ngc_jax.training import match_size
 from ngc_jax.training.step import abstract_state
-from ngc_jax.training.workdir import differences
+from ngc_jax.training.workdir import differences, read_config
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+FIELDS = {section.path(field.name): field for section in SECTIONS for field in section.fields}
 
 
 def counted(name):
-    config = load(name)
+    config = named(name)
     model = Decoder(model_shape(config, Bytes.vocab))
     return model, count.parameters(abstract_state(model, config).params)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", config_names())
 def test_shipped_configs_are_valid_and_begin_with_their_command(name):
-    validate(load(name))
+    validate(named(name))
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python launch.py --config=configs/{name}.py" in text.split('"""')[1]
 
@@ -45,7 +55,7 @@ def test_a_third_of_dense_small_on_the_same_data_for_as_many_updates(name):
     _, dense = counted("dense_small")
     assert ngc.matrices <= 0.33 * dense.matrices
     free = ("model.", "train.learning_rate", "train.state_learning_rate")
-    changed = differences(load(name).to_dict(), load("dense_small").to_dict())
+    changed = differences(named(name).to_dict(), named("dense_small").to_dict())
     assert not [d for d in changed if not d.startswith(free)]
 
 
@@ -55,10 +65,10 @@ def test_the_defaults_are_as_wide_and_as_deep_as_dense_small():
 
 
 def test_ngc_small_has_the_sizes_of_its_share():
-    config = load("ngc_small")
+    config = named("ngc_small")
     sizes = config.model.width, config.model.hidden
     config.model.match = "dense_small:0.32"
-    budget.resolve(config)
+    match_size.prepare(config)
     assert (config.model.width, config.model.hidden) == sizes
     assert counted("ngc_small")[1].matrices == 273_672
 
@@ -106,7 +116,7 @@ def test_flops_count_loops_as_often_as_they_run():
         (
             "model.init_rank",
             20,
-            "model.init_rank=20: must be 0, or a multiple of 8 .* up to 128, for instance 16",
+            "model.init_rank=20: must be 0, or a multiple of 8 up to 128, for instance 16",
         ),
         ("model.init_rank", 144, "up to 128, for instance 128"),
         ("model.message_activation", "tanh", "one of 'none', 'silu'"),
@@ -116,7 +126,7 @@ def test_flops_count_loops_as_often_as_they_run():
             3,
             "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18",
         ),
-        ("train.warmup_steps", 1000, "at least 0 and below train.steps=1000, for instance 100"),
+        ("train.warmup_steps", 1000, "below train.steps=1000, for instance 100"),
         ("train.learning_rate", 0.0, "above 0"),
         ("train.b2", 1.0, "from 0 to below 1"),
         ("train.max_rewinds", -1, "0 or more"),
@@ -144,15 +154,17 @@ def test_one_group_has_nothing_to_share():
     validate(config)
 
 
-@pytest.mark.parametrize("rule", RULES_OF_A_MODEL)
+@pytest.mark.parametrize("rule", rules_between_groups())
 def test_a_message_activation_wants_a_signal(rule):
     config = base()
     config.model.rule = rule
     validate(config)
     config.model.message_activation = "silu"
     if rule in ("tanh", "shift", "riemannian", "distance"):
-        named = f"model.message_activation='silu': must be 'none' where model.rule='{rule}' .*: addressed, broadcast"
-        with pytest.raises(UserError, match=named):
+        refused = (
+            f"model.message_activation='silu': must be 'none' where model.rule='{rule}' .*: addr"
+        )
+        with pytest.raises(UserError, match=refused):
             validate(config)
     else:
         validate(config)
@@ -169,3 +181,185 @@ def test_differences_ignore_how_a_run_is_watched():
     assert differences(old.to_dict(), new.to_dict()) == []
     new.seed, new.model.width = 3, 256
     assert differences(old.to_dict(), new.to_dict()) == ["model.width: 128 -> 256", "seed: 0 -> 3"]
+
+
+# ---- The tables of fields ----
+
+
+def set_to(config, path, value):
+    """Set a field whatever its type, as a config file can."""
+    home, _, name = path.rpartition(".")
+    with config.ignore_type():
+        (config[home] if home else config)[name] = value
+
+
+def wrong_values(field):
+    """Values that a field cannot have: of other types, not finite, and outside its range."""
+    wrong = {bool: [None, 1, "True"], int: [None, True, 1.5, "1"], str: [None, 3, True]}
+    # (True becomes 1.0 as it is set)
+    wrong[float] = [None, "0.1", math.nan, math.inf]
+    values = wrong[type(field.default)]
+    if isinstance(field.values, str) and field.values:
+        low, high = map(float, field.values[1:-1].split(", "))
+        kind, closed = type(field.default), (field.values[0] == "[", field.values[-1] == "]")
+        values.append(kind(low - closed[0]))
+        if high < math.inf:
+            values.append(kind(high + closed[1]))
+    elif field.values:
+        values.append("nonesuch")
+    return values
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_each_field_refuses_wrong_values_and_names_one_that_works(path):
+    for value in wrong_values(FIELDS[path]):
+        config = base()
+        set_to(config, path, value)
+        with pytest.raises(UserError) as refused:
+            validate(config)
+        message = str(refused.value)
+        assert message.startswith(f"{path}={value!r}: must be "), message
+        works = re.search(r"for instance (.*)$|one of (?:'', )?'(\w+)'", message)
+        assert FIELDS[path].fault(eval(works[1]) if works[1] else works[2]) == "", message
+
+
+def test_the_defaults_are_in_their_ranges_and_valid():
+    assert {path: field.fault(field.default) for path, field in FIELDS.items()} == dict.fromkeys(
+        FIELDS, ""
+    )
+    validate(base())
+
+
+def test_the_page_of_settings_is_up_to_date():
+    """Else: `python -m ngc_jax.settings > docs/settings.md`."""
+    assert (ROOT / "docs" / "settings.md").read_text() == settings.page()
+
+
+def test_help_has_each_field_of_each_section_in_columns_that_fit():
+    lines = help_text(SECTIONS).splitlines()
+    assert max(map(len, lines)) <= 100
+    section, found = "", []
+    for line in lines:
+        head = re.match(r"(\w+): ", line)
+        section = head[1] if head else section
+        field = re.match(r"(\w+) {2,}\S", line)
+        if field:
+            found.append(f"{section}.{field[1]}".removeprefix("config."))
+    assert found == [*FIELDS]
+
+
+def test_a_field_that_there_is_not_is_named_with_the_one_that_was_meant():
+    config = base()
+    config.model.widht = 3
+    with pytest.raises(UserError, match=r'Did you mean "model.width" instead of "model.widht"'):
+        validate(config)
+    for name in ("model", "mesh"):
+        config = base()
+        del config[name]
+        with pytest.raises(UserError, match=f"no section '{name}': begin with base"):
+            validate(config)
+    config = base()
+    del config.train.b1
+    with pytest.raises(UserError, match=r"the config has no train.b1"):
+        validate(config)
+
+
+def test_tables_may_grow_after_they_are_imported(monkeypatch):
+    config = base()
+    fields = {"model.rule": "mine", "model.exchange_activation": "mine", "data.task": "mine"}
+    for path, value in {**fields, "model.wiring": "mine"}.items():
+        set_to(config, path, value)
+        with pytest.raises(UserError, match=f"{path}='mine': must be one of"):
+            validate(config)
+        config = base()
+    monkeypatch.setitem(RULES, "mine", RULES["broadcast"])
+    monkeypatch.setitem(GATES, "mine", GATES["silu"])
+    monkeypatch.setitem(TASKS, "mine", TASKS["parity"])
+    config.update_from_flattened_dict(fields)
+    validate(config)
+    monkeypatch.setitem(wiring.WIRINGS, "mine", wiring.ring)
+    config = base()
+    config.model.wiring = "mine"
+    validate(config)
+
+
+def test_a_kind_of_model_is_an_entry_of_a_table_with_fields_of_its_own(monkeypatch):
+    made = []
+
+    def make(config, vocab):
+        made.append((config.model.kernel, vocab))
+
+    MODEL.fields.append(Field("kernel", 3, "width of a convolution", "[1, inf)"))
+    try:
+        monkeypatch.setitem(MODELS, "mine", ModelKind(make, ("width", "kernel")))
+        config = base()
+        config.model.kind, config.model.kernel, config.stability.every = "mine", 5, 0
+        validate(config)
+        make_model(config, 9)
+        assert made == [(5, 9)]
+        config.model.gates = True
+        with pytest.raises(UserError, match=r"model.gates=True: must be False where model.kind='m"):
+            validate(config)
+        config = base()
+        config.model.kernel = 5
+        with pytest.raises(
+            UserError, match=r"model.kernel=5: must be 3 where model.kind='decoder'"
+        ):
+            validate(config)
+    finally:
+        MODEL.fields.pop()
+
+
+# ---- Fields that nothing reads ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model.kind": "bdh", "model.gates": True}, "model.gates=True: must be False where"),
+        (
+            {"model.kind": "bdh", "model.groups": 16, "model.gates": True},
+            r"model.groups=16, model.gates=True: must be at their defaults \(model.groups=8, "
+            r"model.gates=False\) where model.kind='bdh' does not read",
+        ),
+        ({"model.chunk": 8}, "model.chunk=8: must be 0 where model.kind='decoder'"),
+        ({"model.kind": "bdh", "stability.tokens": 9}, "stability.tokens=9: must be 1024 where"),
+        ({"iteration.high": 16}, "iteration.high=16: must be 8 where iteration.rounds='fixed'"),
+        (
+            {"iteration.rounds": "uniform", "iteration.mark": 2},
+            "iteration.mark=2: must be 0 where iteration.rounds='uniform'",
+        ),
+        ({"iteration.supervise_weight": 2.0}, "must be 1.0 where iteration.supervise_every=0"),
+        ({"rewire.every": 5}, "rewire.every=5: must be 50 where model.wiring='complete' does not"),
+        ({"stability.low": -3.0}, "must be -2.0 where stability.regulariser='none'"),
+        ({"model.core": 0, "iteration.noise": 0.1}, "must be 0.0 where the model has no loop"),
+    ],
+)
+def test_what_nothing_reads_is_refused_and_can_be_reset(fields, message):
+    config = base()
+    config.update_from_flattened_dict(fields)
+    if config.model.kind == "bdh":
+        config.stability.every = 0
+    with pytest.raises(UserError, match=message):
+        validate(config)
+    before = config.to_dict()
+    reset = reset_unread(config)
+    validate(config)
+    assert reset == {path: FIELDS[path].default for path in reset}
+    config.update_from_flattened_dict({path: fields[path] for path in reset})
+    assert config.to_dict() == before
+
+
+def test_a_run_of_an_older_version_opens_without_what_nothing_read(tmp_path):
+    config = base()
+    config.model.kind, config.stability.every = "bdh", 0
+    config.update_from_flattened_dict({"model.groups": 4, "rewire.every": 5, "model.rounds": 3})
+    stored = config.to_dict()
+    del stored["model"]["qk_gain"]  # a field newer than the run
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    opened = read_config(tmp_path)
+    validate(opened)
+    assert differences(opened.to_dict(), base().to_dict()) == [
+        "model.kind: 'bdh' -> 'decoder'",
+        "model.rounds: 3 -> 2",
+    ]

@@ -235,7 +235,7 @@ def test_every_array_of_a_state_is_split_or_known_to_be_whole(fields):
             {"mesh.group": 8},
             "mesh.group=8: .* model.heads=4 and of the 8 devices of a process: 1, 2, 4",
         ),
-        ({"mesh.group": 0}, "mesh.group=0: must be a divisor"),
+        ({"mesh.group": 0}, "mesh.group=0: must be 1 or more"),
         (
             {"mesh.fsdp": 3, "mesh.group": 2},
             "mesh.fsdp=3: must be a divisor of the 8 devices .* mesh.group=2: 1, 2, 4",

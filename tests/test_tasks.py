@@ -363,7 +363,7 @@ def test_batches_of_problems_are_a_function_of_the_step(asked):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"task": "chess"}, "data.task='chess': must be one of 'parity', 'running_parity'"),
+        ({"task": "chess"}, "data.task='chess': must be one of '', 'parity', 'running_parity'"),
         (
             {"task": "maze_in_place", "low": 2, "model.kind": "bdh"},
             "model.kind='bdh': must be 'decoder' where data.task=",

@@ -16,7 +16,6 @@ may split an all-reduce into a reduce-scatter and an all-gather, of the same byt
 
 import math
 import re
-import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -24,23 +23,27 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.commands.arguments import command
-from ngc_jax.config import make_model, model_shape, validate
+from ngc_jax.commands.config_flag import read_config
+from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.data.batches import token_batch
 from ngc_jax.data.tokens import most_tokens, segmented
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.settings import head_counts, kind_of
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training import match_size as budget
+from ngc_jax.training.match_size import prepare
 from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rounds import mark_of
 from ngc_jax.training.step import abstract_state, losses, make_train_step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+# sizes and parts of a layer that a model has in common with its dense counterpart
+KEPT = ("width", "hidden", "groups", "heads", "attend", "qk_norm", "qk_gain", "exchange_activation")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -109,32 +112,27 @@ def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageMod
 
 def layers(config: ConfigDict) -> int:
     """Stages that a token passes through, or layers of a BDH."""
-    return config.model.rounds if config.model.kind == "bdh" else model_shape(config, 1).depth
+    staged = "prelude" in kind_of(config).reads
+    return model_shape(config, 1).depth if staged else config.model.rounds
 
 
 def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
-    """The ordinary decoder of as many layers; of the same sizes, or of another width and hidden in
-    proportion.
+    """The ordinary decoder of as many layers and of the same sizes.
+
+    `width`, if given, is its width, and hidden is in proportion. What a dense layer does not have
+    is at its default. Heads are those of the config, or as near as the sizes allow.
     """
-    dense = config.copy_and_resolve_references()
-    m = dense.model
-    m.prelude, m.core, m.coda, m.rounds = layers(config), 0, 0, 1
-    m.gates, m.init_rank = False, 0
-    dense.iteration.rounds, dense.iteration.backprop, dense.iteration.supervise_every = (
-        "fixed",
-        0,
-        0,
-    )
-    m.kind, m.rule, m.wiring, m.sharing, m.message_activation = (
-        "decoder",
-        "dense",
-        "complete",
-        "none",
-        "none",
-    )
+    dense, fresh, reads = config.copy_and_resolve_references(), base(), kind_of(config).reads
+    dense.update({name: fresh[name] for name in ("model", "iteration", "rewire", "stability")})
+    m, given = dense.model, config.model
+    m.update({name: given[name] for name in KEPT if name in reads})
+    m.rule, m.prelude, m.core, m.coda = "dense", layers(config), 0, 0
     if width:
-        m.width, m.hidden = width, round(m.hidden * width / m.width)
-    dense.stability.regulariser, dense.stability.jacobian = "none", 0.0
+        unit = m.groups if "groups" in reads else 2 * m.heads
+        m.width, m.hidden = width, max(1, round(m.hidden * width / m.width / unit)) * unit
+    if "groups" not in reads:
+        m.groups = math.gcd(m.heads, m.width // 2)
+    m.heads = min(head_counts(m), key=lambda h: abs(h - m.heads), default=m.heads)
     return dense
 
 
@@ -216,7 +214,7 @@ def read_mesh(text: str) -> dict[str, int]:
         name, _, size = item.partition(":")
         if name not in sizes or not size.isdecimal() or int(size) < 1:
             raise UserError(
-                f"--mesh={text}: must be some of data:N, fsdp:N, group:N with commas, for instance group:8"
+                f"--mesh={text}: must be some of data:N,fsdp:N,group:N, for instance group:8"
             )
         sizes[name] = int(size)
     return sizes
@@ -225,30 +223,25 @@ def read_mesh(text: str) -> dict[str, int]:
 def main() -> None:
     """Print the table for the flags."""
     own = flags.FlagValues()
-    flags.DEFINE_string(
-        "mesh", "group:4", "Axes and their sizes, such as fsdp:2,group:4.", flag_values=own
+    mesh, width = (
+        "Axes and their sizes, such as fsdp:2,group:4.",
+        "Of the dense model; 0: the same.",
     )
-    flags.DEFINE_integer(
-        "dense_width", 0, "Of the dense model; 0: the config's width.", flag_values=own
-    )
-    chosen = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=own)
-    try:
-        own(sys.argv)
-        config = chosen.value.copy_and_resolve_references()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{error}; wanted: --config=FILE --mesh=group:8 [--config.FIELD=VALUE ...]"
-        ) from error
+    flags.DEFINE_string("mesh", "group:4", mesh, flag_values=own)
+    flags.DEFINE_integer("dense_width", 0, width, flag_values=own)
+    config, _ = read_config(__doc__ or "", own)
     sizes = read_mesh(own.mesh)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
+    config = config.copy_and_resolve_references()
     config.mesh.update(sizes)
-    budget.resolve(config)
-    found = []
-    for model in (config, dense_of(config, own.dense_width)):
-        validate(model)
-        found.append(traffic(model, meshes.make_mesh(model.mesh)))
-    print(table(*found))
+    prepare(config)
+    dense = dense_of(config, own.dense_width)
+    try:
+        validate(dense)
+    except UserError as error:
+        raise UserError(f"the dense model to compare with: {error}") from error
+    print(table(*(traffic(model, meshes.make_mesh(model.mesh)) for model in (config, dense))))
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

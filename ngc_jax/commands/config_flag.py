@@ -15,6 +15,7 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import help_text, unknown
 
+
 def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[ConfigDict, str]:
     """Reads the command line; returns the config, locked, and its file, "FILE" or "FILE:ARGUMENT".
 
@@ -80,7 +81,9 @@ def _flags(own: flags.FlagValues) -> str:
     """The flags of a command and of this package, a line each."""
     modules = own.flags_by_module_dict().items()
     named = [("--config=NAME", "config of configs/NAME.py; or a file with get_config()")]
-    ours = [f for name, found in modules if name in (sys.argv[0], multihost.__name__) for f in found]
+    ours = [
+        f for name, found in modules if name in (sys.argv[0], multihost.__name__) for f in found
+    ]
     for flag in ours:
         default = "" if flag.default is None else f" Default: {flag.default}."
         named.append((f"--{flag.name}", flag.help + default))

@@ -25,31 +25,27 @@ def _check(config: Any, need: Need) -> None:
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
 
 
-DATA = Section(
-    "data",
-    "what the model learns: a text, or problems of a reasoning task (docs/tasks.md)",
-    [
-        Field("task", "", "reasoning task; '' = a text instead", lambda: ("", *TASKS)),
-        Field("low", 1, "least difficulty of a problem; docs/tasks.md says what it counts"),
-        Field("high", 10, "greatest difficulty; such a problem must fit into context"),
-        Field("problems", 100_000, "problems to train on", "[1, inf)", "problems"),
-        Field("problem_seed", 0, "seed of the problems", SEEDS),
-        Field("path", "", "text file, or folder of text files; '' = Python's own library"),
-        Field("tfds_name", "", "prepared TFDS text set instead: 'lm1b', 'wiki40b/en'; '' = none"),
-        Field("tfds_data_dir", "", "folder of TFDS sets; '' = the default of TFDS"),
-        Field("train_split", "train", "split of the TFDS set; slices work: 'train[:95%]'"),
-        Field("validation_split", "validation", "held-out split of the TFDS set"),
-        Field("text_key", "text", "feature of the TFDS set that holds the text"),
-        Field(
-            "validation_fraction", 0.1, "held-out part of path; of a task, of problems", "(0, 0.5]"
-        ),
-        Field("tokenizer", "bytes", "'bpe': byte pairs learned on the text", ("bytes", "bpe")),
-        Field("vocab_size", 4096, "vocabulary of 'bpe'; bytes have 257", "[258, 1e6]", "tokens"),
-        Field(
-            "context", 128, "length of a window, or of the longest problem", "[1, inf)", "tokens"
-        ),
-        Field("isolate_documents", False, "True: a token attends to its own document only"),
-        Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),
-    ],
-    _check,
-)
+# fmt: off
+DATA = Section("data",
+    "What the model learns: a text, or the problems of a reasoning task (docs/tasks.md).", [
+    Field("task", "", "reasoning task to learn; '' = a text", lambda: ("", *TASKS)),
+    Field("low", 1, "least difficulty of a problem; docs/tasks.md says what it counts"),
+    Field("high", 10, "greatest difficulty; its longest problem must fit into context"),
+    Field("problems", 100_000, "problems to train on", "[1, inf)", "problems"),
+    Field("problem_seed", 0, "seed of the problems", SEEDS),
+    Field("path", "", "text file, or folder of them; '' = the source of Python's library"),
+    Field("tfds_name", "", "prepared TFDS text set in place of path, such as 'lm1b'; '' = none"),
+    Field("tfds_data_dir", "", "folder of TFDS sets; '' = the default of TFDS"),
+    Field("train_split", "train", "split of the TFDS set; slices work: 'train[:95%]'"),
+    Field("validation_split", "validation", "held-out split of the TFDS set"),
+    Field("text_key", "text", "feature of the TFDS set that holds the text"),
+    Field("validation_fraction", 0.1, "part of path to hold out; of a task, of the number of "
+          "problems", "(0, 0.5]"),
+    Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text", ("bytes", "bpe")),
+    Field("vocab_size", 4096, "vocabulary of 'bpe'; that of 'bytes' is 257", "[258, 1e6]",
+          "tokens"),
+    Field("context", 128, "length of a window, or of the longest problem", "[1, inf)", "tokens"),
+    Field("isolate_documents", False, "whether a token attends to its own document only"),
+    Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),
+], _check)
+# fmt: on

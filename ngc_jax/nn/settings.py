@@ -39,7 +39,7 @@ class ModelKind:
 
 def rules_between_groups() -> tuple[str, ...]:
     """The values of `model.rule`, as they are now."""
-    return (*(name for name in RULES if not _inside(name)), "none", "dense")
+    return (*(name for name, rule in RULES.items() if not rule.inside), "none", "dense")
 
 
 def kind_of(config: Any) -> ModelKind:
@@ -51,6 +51,12 @@ def kind_of(config: Any) -> ModelKind:
 def has_loop(config: Any) -> bool:
     """Whether the model repeats stages."""
     return kind_of(config).stages and config.model.core > 0
+
+
+def head_counts(model: Any) -> list[int]:
+    """The values of `model.heads` that divide its groups, with an even number of channels each."""
+    divisors = [n for n in range(1, model.groups + 1) if model.groups % n == 0]
+    return [n for n in divisors if model.width // n % 2 == 0]
 
 
 def model_shape(config: Any, vocab: int) -> ModelShape:
@@ -73,10 +79,6 @@ def _of_the_state() -> tuple[str, ...]:
 
 def _wirings() -> tuple[str, ...]:
     return ("complete", *WIRINGS, *DYNAMIC)
-
-
-def _inside(rule: str) -> bool:
-    return rule in ("within", "block")
 
 
 def _decoder(config: Any, vocab: int) -> LanguageModel:
@@ -114,7 +116,7 @@ def _check_groups(config: Any, need: Need) -> None:
     """What decoder and recurrent model have in common: groups, rules, wirings and stages."""
     m = config.model
     signal = m.rule not in RULES or isinstance(RULES[m.rule], SignalRule)
-    emit = [name for name in RULES if isinstance(RULES[name], SignalRule) and not _inside(name)]
+    emit = [n for n, rule in RULES.items() if isinstance(rule, SignalRule) and not rule.inside]
     wants = f"'none' where model.rule={m.rule!r} has no signal (these have: {', '.join(emit)})"
     need(m.message_activation == "none" or signal, "model.message_activation", wants)
     wants = "'complete' unless model.rule='addressed', which alone has a port for each partner"
@@ -150,7 +152,7 @@ def _check_decoder(config: Any, need: Need) -> None:
     stages = m.prelude + m.core + m.coda
     need(stages >= 1, "model.prelude", "1 or more where model.core and model.coda are 0")
     _check_groups(config, need)
-    fits = [h for h in range(1, m.groups + 1) if m.groups % h == 0 and m.width // h % 2 == 0]
+    fits = head_counts(m)
     need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
     best = min(fits, key=lambda h: abs(h - m.heads))
     even = f"a divisor of model.groups={m.groups} with an even number of channels each"
@@ -187,13 +189,14 @@ def _nearest(size: int, unit: int) -> int:
 
 def _unread(config: Any) -> dict[str, str]:
     reads, m = kind_of(config).reads, config.model
-    reason = f"model.kind={m.kind!r}, which reads {', '.join(reads)}"
+    reason = f"model.kind={m.kind!r} does not read this"
     found = {field.name: reason for field in MODEL.fields if field.name not in ALWAYS + reads}
     if "route" in reads and not has_loop(config):
-        found |= dict.fromkeys(("route", "state_activation"), "model.core=0: there is no loop")
+        found |= dict.fromkeys(("route", "state_activation"), NO_LOOP)
     return found
 
 
+NO_LOOP = "the model has no loop (model.kind, core)"
 ALWAYS = ("kind", "match", "match_by")  # read whatever the kind of model
 MATCHED = ("width", "hidden", "p_inter", "p_intra")  # sizes that `model.match` may set
 _GROUPS = (
@@ -207,44 +210,56 @@ MODELS: dict[str, ModelKind] = {
     "recurrent": ModelKind(_recurrent, (*_GROUPS, "chunk"), _check_recurrent),
     "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat"), _check_bdh),
 }
-KIND = Field("kind", "decoder", "'recurrent': cells without attention; 'bdh': baseline", MODELS)
-MODEL = Section(
-    "model",
-    "what is trained; each kind of model reads some of these fields and refuses the others",
-    [
-        KIND,
-        Field("rule", "addressed", "weights between groups (docs/method.md)", rules_between_groups),
-        Field("match", "", "share of a config's parameters to have, or FLOPs: 'dense_small:0.25'"),
-        Field("match_by", "width", "size that match sets; it sets hidden after that", MATCHED),
-        Field("width", 128, "stream: a multiple of groups", "[1, inf)", "neurons"),
-        Field("hidden", 384, "inside of the MLP: a multiple of groups", "[1, inf)", "neurons"),
-        Field("groups", 8, "groups of equal size", "[1, inf)", "groups"),
-        Field("attend", 0, "what attention looks back on; 0 = data.context", "[0, inf)", "tokens"),
-        Field("heads", 4, "attention heads: a divisor of groups", "[1, inf)", "heads"),
-        Field("p_intra", 128, "state within a group; 0 = no such part", "[0, inf)", "numbers"),
-        Field("p_inter", 3, "state, or port, between groups", "[1, inf)", "numbers"),
-        Field("message_activation", "none", "of the signal between groups", _activations),
-        Field("wiring", "complete", "which groups hear which, of rule 'addressed'", _wirings),
-        Field("channels", 4, "groups that one hears; if dynamic, at first", "[1, inf)", "groups"),
-        Field("wiring_seed", 0, "seed of random wirings", SEEDS),
-        Field("sharing", "none", "stages and matrices that share send states, by 'depth2,qkv'"),
-        Field("init_rank", 0, "greatest rank of a weight at the start; 0 = as drawn", "[0, inf)"),
-        Field("exchange_activation", "silu", "of the MLP's gate; 'none' = a product", _activations),
-        Field("gates", False, "True: each token sets the groups' shares of speech, which sum to 1"),
-        Field("qk_norm", True, "normalise queries and keys in each head"),
-        Field("qk_gain", 1.0, "scale of normalised queries at the start", "(0, inf)"),
-        Field("prelude", 1, "stages before the loop", "[0, inf)", "stages"),
-        Field("core", 1, "stages in the loop, or cells", "[0, inf)", "stages"),
-        Field("rounds", 2, "times that the core runs, with the same states", "[1, inf)", "rounds"),
-        Field("keep", 0.9, "part of the state that a round keeps, at the start", "(0, 1)"),
-        Field("drive", True, "each round adds the loop's input; False: only the first one does"),
-        Field("route", "state", "source of queries and keys in a round", ("state", "start")),
-        Field("state_activation", "none", "of the loop's state after a round", _of_the_state),
-        Field("coda", 1, "stages after the loop", "[0, inf)", "stages"),
-        Field("form", "weights", "form each W, or pass signals only", ("weights", "signals")),
-        Field("remat", "rounds", "what the gradient recomputes", ("none", "rounds", "stages")),
-        Field("chunk", 0, "reach of gradients in 'recurrent'; 0 = a window", "[0, inf)", "tokens"),
-    ],
-    _check,
-    _unread,
+KIND = Field(
+    "kind", "decoder", "'recurrent' = cells in place of attention; 'bdh' = a baseline", MODELS
 )
+# fmt: off
+MODEL = Section("model",
+    "What is trained. Each kind of model reads some of these fields and refuses the others.", [
+    KIND,
+    Field("rule", "addressed", "how states make the weights between groups (docs/method.md); "
+          "'dense' = a Transformer", rules_between_groups),
+    Field("match", "", "'dense_small:0.25' = sizes for this share of the matrix parameters of "
+          "configs/dense_small.py, 'dense_small:0.25:flops' = of its FLOPs"),
+    Field("match_by", "width", "size that match sets, before it adjusts hidden", MATCHED),
+    Field("width", 128, "channels of the stream, a multiple of groups", "[1, inf)", "neurons"),
+    Field("hidden", 384, "channels inside the MLP, a multiple of groups", "[1, inf)", "neurons"),
+    Field("groups", 8, "groups of neighbouring channels", "[1, inf)", "groups"),
+    Field("attend", 0, "tokens that attention looks back on, itself included; 0 = data.context",
+          "[0, inf)", "tokens"),
+    Field("heads", 4, "attention heads, a divisor of groups", "[1, inf)", "heads"),
+    Field("p_intra", 128, "size of a state inside its group; 0 = no such part; the group's size = "
+          "a dense block", "[0, inf)", "numbers"),
+    Field("p_inter", 3, "size of a state, or port, between groups", "[1, inf)", "numbers"),
+    Field("message_activation", "none", "activation of the signal between groups", _activations),
+    Field("wiring", "complete", "which groups hear which (rule 'addressed'); rewire changes the "
+          "dynamic ones", _wirings),
+    Field("channels", 4, "groups that a group hears, unless wiring is 'complete' or 'others'; of a "
+          "dynamic one at the start", "[1, inf)", "groups"),
+    Field("wiring_seed", 0, "seed of random wirings", SEEDS),
+    Field("sharing", "none", "what shares send states: of 'qkv', 'gate_up', 'depth2', 'depth3', "
+          "sets such as 'query+key' or '1+2', and 'readers', with commas between"),
+    Field("init_rank", 0, "greatest rank of weights at the start; 0 = as drawn", "[0, inf)"),
+    Field("exchange_activation", "silu", "activation of the MLP's gate; 'none' = no gate function",
+          _activations),
+    Field("gates", False, "whether a token sets how much each group sends; these shares sum to 1"),
+    Field("qk_norm", True, "whether queries and keys are normalised in each head"),
+    Field("qk_gain", 1.0, "scale of normalised queries at the start", "(0, inf)"),
+    Field("prelude", 1, "stages before the loop", "[0, inf)", "stages"),
+    Field("core", 1, "stages in the loop, or cells; 0 = no loop", "[0, inf)", "stages"),
+    Field("rounds", 2, "times that the core runs, with the same states", "[1, inf)", "rounds"),
+    Field("keep", 0.9, "part of the state that a round keeps, at the start of training", "(0, 1)"),
+    Field("drive", True, "whether each round adds the loop's input again; False = only the first"),
+    Field("route", "state", "source of queries and keys: the round's state, or what the loop began "
+          "with", ("state", "start")),
+    Field("state_activation", "none", "activation of the loop's state after each round",
+          _of_the_state),
+    Field("coda", 1, "stages after the loop", "[0, inf)", "stages"),
+    Field("form", "weights", "'weights' = generate each W, then multiply; 'signals' = never form W",
+          ("weights", "signals")),
+    Field("remat", "rounds", "what the gradient recomputes: nothing, rounds, or rounds and stages",
+          ("none", "rounds", "stages")),
+    Field("chunk", 0, "tokens that gradients go back through ('recurrent'); 0 = all of a window",
+          "[0, inf)", "tokens"),
+], _check, _unread)
+# fmt: on

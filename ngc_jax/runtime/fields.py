@@ -141,7 +141,7 @@ def check_fields(config: Any, sections: Sequence[Section]) -> None:
     """Checks each field by itself: its name, type and range. Raises UserError."""
     need, names = refusals(config), {section.name for section in sections if section.name}
     for section in sections:
-        if not isinstance(config.get(section.name, config), ConfigDict):
+        if section.name and not isinstance(config.get(section.name), ConfigDict):
             raise UserError(f"the config has no section {section.name!r}: begin with base()")
         own, fields = section.of(config), {field.name: field for field in section.fields}
         for name in sorted({*own} - {*fields} - (set() if section.name else names)):
@@ -185,7 +185,7 @@ def markdown(sections: Sequence[Section]) -> str:
     """The tables as Markdown."""
     lines = []
     for section in sections:
-        lines += ["", f"## {section.name or 'config'}", "", section.about.capitalize() + ".", ""]
+        lines += ["", f"## {section.name or 'config'}", "", section.about, ""]
         lines += ["| field | default | unit | values | help |", "| --- | --- | --- | --- | --- |"]
         for row in _rows(section):
             name, default, *rest = (cell.replace("|", "\\|") for cell in row)
@@ -196,6 +196,12 @@ def markdown(sections: Sequence[Section]) -> str:
 def _rows(section: Section) -> list[list[str]]:
     """Of each field: name, default, unit, values and help."""
     return [
-        [f.name, repr(f.default), f.unit, ", ".join(f.options()) or f.range(), f.help]
+        [
+            f.name,
+            repr(f.default),
+            f.unit,
+            ", ".join(option or "''" for option in f.options()) or f.range(),
+            f.help,
+        ]
         for f in section.fields
     ]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax import count
-from ngc_jax.config import make_model, validate
+from ngc_jax.config import make_model
 from ngc_jax.data.batches import batch_like
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
@@ -22,9 +22,10 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.files import Path
 from ngc_jax.runtime.metrics import duration
 from ngc_jax.runtime.profiler import Profile
-from ngc_jax.training import card, match_size
+from ngc_jax.training import card
 from ngc_jax.training.costs import costs, devices, update_flops, versions
 from ngc_jax.training.evaluation import compile_eval, compile_watch
+from ngc_jax.training.match_size import prepare
 from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rewiring import changes, compile_rewire, pruned
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
@@ -41,8 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     """
     # ---- What is asked for -----------------------------------------------------------------------
     with multihost.agreed():
-        validate(config)
-        match_size.resolve(config)
+        prepare(config)
         data = load_data(config.data, mark_of(config))
     multihost.same(
         config=config.to_json(sort_keys=True), text=data.fingerprint, software=str(versions())

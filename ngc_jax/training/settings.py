@@ -10,7 +10,7 @@ import jax
 
 from ngc_jax.core.rewiring import REGROW
 from ngc_jax.data.tasks import both_ways
-from ngc_jax.nn.settings import has_loop, kind_of
+from ngc_jax.nn.settings import NO_LOOP, has_loop, kind_of
 from ngc_jax.nn.shape import DYNAMIC
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 from ngc_jax.runtime.profiler import traceable
@@ -18,20 +18,20 @@ from ngc_jax.runtime.profiler import traceable
 DRAWS = ("fixed", "uniform", "lognormal_poisson", "marked")
 REGULARISERS = ("none", "contraction", "exponent")
 DTYPES = ("float32", "bfloat16")
-NO_LOOP = "the model has no loop (model.kind, core)"
 
 
 def _measures() -> tuple[str, ...]:
     """Names of what can be measured, as they are now."""
-    from ngc_jax.training.stability_metrics import MEASURES
+    from ngc_jax.training.stability_metrics import PROBES
 
-    return tuple(MEASURES)
+    return tuple(PROBES)
 
 
 def _unread_rewire(config: Any) -> dict[str, str]:
-    still = "" if kind_of(config).stages and config.model.wiring in DYNAMIC else "model.wiring"
+    if config.model.wiring in DYNAMIC:
+        return {}
     reason = f"model.wiring={config.model.wiring!r} does not change in training"
-    return dict.fromkeys([field.name for field in REWIRE.fields], reason) if still else {}
+    return dict.fromkeys([field.name for field in REWIRE.fields], reason)
 
 
 def _check_rewire(config: Any, need: Need) -> None:
@@ -51,10 +51,9 @@ def _unread_iteration(config: Any) -> dict[str, str]:
     i = config.iteration
     if not has_loop(config):
         return dict.fromkeys([field.name for field in ITERATION.fields], NO_LOOP)
-    reads = {"fixed": (), "marked": ("mark", "low", "high"), "uniform": ("low", "high")}
-    reads["lognormal_poisson"] = ("low", "high", "mean")
-    draws = {"mark", "low", "high", "mean"} - {*reads[i.rounds]}
-    found = dict.fromkeys(draws, f"iteration.rounds={i.rounds!r}")
+    reads = {"fixed": "", "uniform": "low high", "lognormal_poisson": "low high mean"}
+    unread = {"mark", "low", "high", "mean"} - {*reads.get(i.rounds, "mark low high").split()}
+    found = dict.fromkeys(unread, f"iteration.rounds={i.rounds!r}")
     if not i.supervise_every:
         found["supervise_weight"] = "iteration.supervise_every=0"
     return found
@@ -140,117 +139,95 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-RUN = Section(
-    "", "a run", [Field("seed", 0, "seed of parameters and of the order of the data", SEEDS)]
-)
-REWIRE = Section(
-    "rewire",
-    "how a model.wiring of 'dynamic' or 'dynamic_ports' changes in training",
-    [
-        Field("channels", 4, "groups that a group hears in the end", "[1, inf)", "groups"),
-        Field("begin", 0.0, "part of the updates before the first change", "[0, 1)"),
-        Field("end", 0.75, "part of the updates after which nothing changes", "(0, 1]"),
-        Field("every", 50, "updates from one change to the next", "[1, inf)", "updates"),
-        Field("exchange", 0.3, "part of the edges that the first change replaces", "[0, 1]"),
-        Field("regrow", "gradient", "how new edges are chosen", REGROW),
-    ],
-    _check_rewire,
-    _unread_rewire,
-)
-ITERATION = Section(
-    "iteration",
-    "rounds of the loop in training; evaluation and sampling run model.rounds",
-    [
-        Field(
-            "rounds", "fixed", "of an update; 'marked': an example has those of its marks", DRAWS
-        ),
-        Field("mark", 0, "token that is a mark, of 'marked'", "[0, inf)"),
-        Field("low", 1, "fewest rounds, unless 'fixed'", "[1, inf)", "rounds"),
-        Field("high", 8, "most rounds, unless 'fixed'", "[1, inf)", "rounds"),
-        Field(
-            "mean", 4.0, "mean of 'lognormal_poisson', before low and high", "(1, inf)", "rounds"
-        ),
-        Field("backprop", 0, "last ones that gradients go through; 0 = all", "[0, inf)", "rounds"),
-        Field("noise", 0.0, "noise after a round, over the state's size", "[0, inf)"),
-        Field(
-            "supervise_every", 0, "from loss to loss; 0 = at the end alone", "[0, inf)", "rounds"
-        ),
-        Field("supervise_weight", 1.0, "weight of each loss but the last, which has 1", "(0, inf)"),
-    ],
-    _check_iteration,
-    _unread_iteration,
-)
-TRAIN = Section(
-    "train",
-    "updates: batches, optimizer, schedule, and what to do in trouble",
-    [
-        Field("steps", 1000, "updates of a run", "[1, inf)", "updates"),
-        Field("batch_size", 16, "batch: a multiple of accumulation x mesh", "[1, inf)", "windows"),
-        Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
-        Field("optimizer", "adamw", "'muon' for matrices and states only", ("adamw", "muon")),
-        Field("learning_rate", 1e-2, "peak, of all but neuron states", "(0, inf)"),
-        Field("state_learning_rate", 1e-2, "peak, of neuron states", "(0, inf)"),
-        Field("schedule", "cosine", "decay; 'wsd': stable, then a linear fall", ("cosine", "wsd")),
-        Field("warmup_steps", 100, "linear warm-up", "[0, inf)", "updates"),
-        Field("decay_fraction", 0.2, "part of the updates in which 'wsd' falls", "(0, 1]"),
-        Field("final_fraction", 0.1, "last learning rate, as a part of the peak", "[0, 1]"),
-        Field("weight_decay", 0.1, "of matrices and states, times learning rate", "[0, inf)"),
-        Field("b1", 0.9, "decay of AdamW's first moment", "[0, 1)"),
-        Field("b2", 0.99, "decay of AdamW's second moment", "[0, 1)"),
-        Field("clip_norm", 1.0, "greatest norm of the whole gradient", "(0, inf)"),
-        Field("compute_dtype", "float32", "of activations; parameters stay float32", DTYPES),
-        Field("spike", 0.0, "deviations of a loss that make a spike, skipped; 0 = off", "[0, inf)"),
-        Field("max_bad_steps", 20, "skipped in a row that are trouble", "[1, inf)", "updates"),
-        Field("max_rewinds", 2, "times that trouble sends a run back to a checkpoint", "[0, inf)"),
-        Field("hang_minutes", 0.0, "without progress: a hang; 0 = no watch", "[0, inf)", "minutes"),
-        Field("hang_exit", False, "True: a hang ends the process, so that it is started again"),
-        Field("log_every", 20, "updates between rows of metrics", "[1, inf)", "updates"),
-        Field("profile", "", "updates to trace into DIR/profile: '10:20', from 1 on; '' = none"),
-    ],
-    _check_train,
-)
-EVAL = Section(
-    "eval",
-    "loss on held-out data",
-    [
-        Field("every", 200, "between evaluations; the last has one", "[1, inf)", "updates"),
-        Field("windows", 512, "of an evaluation, evenly spread; 0 = all", "[0, inf)", "windows"),
-        Field("batch_size", 32, "at a time: a multiple of data x fsdp", "[1, inf)", "windows"),
-    ],
-)
-CHECKPOINT = Section(
-    "checkpoint",
-    "saved states of a run",
-    [
-        Field("every_steps", 200, "between checkpoints; the last has one", "[1, inf)", "updates"),
-        Field("every_minutes", 10.0, "and at least this often", "(0, inf)", "minutes"),
-        Field("keep", 3, "newest ones kept: behind a damaged one stands a sound one", "[2, inf)"),
-    ],
-)
-MESH = Section(
-    "mesh",
-    "devices (docs/meshes.md); their number is data x fsdp x group",
-    [
-        Field("data", -1, "parts of the batch; -1 = as many as devices are left", "[-1, inf)"),
-        Field("fsdp", 1, "parts of the batch, the parameters and the optimizer", "[1, inf)"),
-        Field("group", 1, "parts of the groups: a divisor of model.heads", "[1, inf)"),
-    ],
-    _check_mesh,
-)
-STABILITY = Section(
-    "stability",
-    "stability of the model (docs/stability.md), measured in training and held by the loss",
-    [
-        Field("every", 200, "between measurements; 0 = none", "[0, inf)", "updates"),
-        Field("measures", "rounds,tokens,departure,exponents", "what to measure, with commas"),
-        Field("tokens", 1024, "held-out text, in whole windows", "[1, inf)", "tokens"),
-        Field("rounds", 8, "rounds that the exponent follows", "[1, inf)", "rounds"),
-        Field("regulariser", "none", "what the loss holds in a band, low to high", REGULARISERS),
-        Field("low", -2.0, "lower end of the band, natural logarithm", unit="per round"),
-        Field("high", 0.0, "upper end of the band", unit="per round"),
-        Field("weight", 1.0, "of each squared unit outside the band", "[0, inf)", "nats/token"),
-        Field("jacobian", 0.0, "of |Jacobian of a round|^2 / width", "[0, inf)", "nats/token"),
-    ],
-    _check_stability,
-    _unread_stability,
-)
+# fmt: off
+RUN = Section("", "The run.", [
+    Field("seed", 0, "seed of parameters and of the order of the data", SEEDS),
+])
+REWIRE = Section("rewire",
+    "How a model.wiring of 'dynamic' or 'dynamic_ports' changes in training.", [
+    Field("channels", 4, "groups that a group hears in the end", "[1, inf)", "groups"),
+    Field("begin", 0.0, "part of the updates before the first change", "[0, 1)"),
+    Field("end", 0.75, "part of the updates after which the wiring is final", "[0, 1]"),
+    Field("every", 50, "updates between two changes", "[1, inf)", "updates"),
+    Field("exchange", 0.3, "part of a group's edges replaced at first; it falls to 0", "[0, 1]"),
+    Field("regrow", "gradient", "what chooses new edges: gradient, correlation of activations, "
+          "chance", REGROW),
+], _check_rewire, _unread_rewire)
+ITERATION = Section("iteration",
+    "Rounds of the loop in training. Evaluation and sampling run model.rounds.", [
+    Field("rounds", "fixed", "rounds of an update: model.rounds, drawn, or for each example as "
+          "many as it has marks", DRAWS),
+    Field("mark", 0, "token that is a mark ('marked')", "[0, inf)"),
+    Field("low", 1, "fewest rounds, unless 'fixed'", "[1, inf)", "rounds"),
+    Field("high", 8, "most rounds, unless 'fixed'", "[1, inf)", "rounds"),
+    Field("mean", 4.0, "mean of 'lognormal_poisson' before it is cut", "(1, inf)", "rounds"),
+    Field("backprop", 0, "last ones that gradients go through; 0 = all", "[0, inf)", "rounds"),
+    Field("noise", 0.0, "noise after each round, over the size of the state", "[0, inf)"),
+    Field("supervise_every", 0, "rounds between two with a loss; 0 = the last round alone",
+          "[0, inf)", "rounds"),
+    Field("supervise_weight", 1.0, "weight of each loss before the last round, whose is 1",
+          "(0, inf)"),
+], _check_iteration, _unread_iteration)
+TRAIN = Section("train",
+    "Updates: batches, optimizer, learning rates, and what to do in trouble.", [
+    Field("steps", 1000, "updates of a run", "[1, inf)", "updates"),
+    Field("batch_size", 16, "windows of an update, a multiple of accumulation x data x fsdp of "
+          "mesh", "[1, inf)", "windows"),
+    Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
+    Field("optimizer", "adamw", "'muon' = for matrices and states, adamw for the rest",
+          ("adamw", "muon")),
+    Field("learning_rate", 1e-2, "peak, of all but neuron states", "(0, inf)"),
+    Field("state_learning_rate", 1e-2, "peak, of neuron states", "(0, inf)"),
+    Field("schedule", "cosine", "cosine decay, or stable and then a linear decay",
+          ("cosine", "wsd")),
+    Field("warmup_steps", 100, "updates of linear warm-up", "[0, inf)", "updates"),
+    Field("decay_fraction", 0.2, "part of the updates in which 'wsd' decays", "(0, 1]"),
+    Field("final_fraction", 0.1, "learning rate at the end, over the peak", "[0, 1]"),
+    Field("weight_decay", 0.1, "of matrices and states, per unit of learning rate", "[0, inf)"),
+    Field("b1", 0.9, "decay of AdamW's first moment", "[0, 1)"),
+    Field("b2", 0.99, "decay of AdamW's second moment", "[0, 1)"),
+    Field("clip_norm", 1.0, "greatest norm of the whole gradient", "(0, inf)"),
+    Field("compute_dtype", "float32", "of activations and gradients; parameters stay float32",
+          DTYPES),
+    Field("spike", 0.0, "standard deviations above the mean loss that are a spike, skipped; 0 = "
+          "off", "[0, inf)"),
+    Field("max_bad_steps", 20, "skipped in a row, as not finite or spikes, that are trouble",
+          "[1, inf)", "updates"),
+    Field("max_rewinds", 2, "times that trouble sends a run back to a checkpoint", "[0, inf)"),
+    Field("hang_minutes", 0.0, "time without progress that is a hang; 0 = off", "[0, inf)",
+          "minutes"),
+    Field("hang_exit", False, "whether a hang ends the process, to be started again"),
+    Field("log_every", 20, "updates between rows of metrics", "[1, inf)", "updates"),
+    Field("profile", "", "updates to trace into DIR/profile: '10:20', from 1 on; '' = none"),
+], _check_train)
+EVAL = Section("eval", "The loss on held-out data.", [
+    Field("every", 200, "updates between evaluations; the last has one", "[1, inf)", "updates"),
+    Field("windows", 512, "windows or problems of an evaluation, evenly spread; 0 = all",
+          "[0, inf)", "windows"),
+    Field("batch_size", 32, "windows at a time, a multiple of mesh.data x mesh.fsdp", "[1, inf)",
+          "windows"),
+])
+CHECKPOINT = Section("checkpoint", "Saved states of a run.", [
+    Field("every_steps", 200, "updates between checkpoints", "[1, inf)", "updates"),
+    Field("every_minutes", 10.0, "a checkpoint at least this often", "(0, inf)", "minutes"),
+    Field("keep", 3, "newest checkpoints kept; two at least, since one may be damaged", "[2, inf)"),
+])
+MESH = Section("mesh", "Devices (docs/meshes.md). Their number is data x fsdp x group.", [
+    Field("data", -1, "parts of the batch; -1 = as many as devices are left", "[-1, inf)"),
+    Field("fsdp", 1, "parts of the batch, the parameters and the optimizer", "[1, inf)"),
+    Field("group", 1, "parts of the groups, a divisor of model.heads", "[1, inf)"),
+], _check_mesh)
+STABILITY = Section("stability",
+    "Stability of the model (docs/stability.md): measured in training, and held by the loss.", [
+    Field("every", 200, "updates between measurements; 0 = none", "[0, inf)", "updates"),
+    Field("measures", "rounds,tokens,departure,exponents", "what to measure, by commas"),
+    Field("tokens", 1024, "held-out tokens to measure on", "[1, inf)", "tokens"),
+    Field("rounds", 8, "rounds that the exponent per round follows", "[1, inf)", "rounds"),
+    Field("regulariser", "none", "what the loss holds between low and high", REGULARISERS),
+    Field("low", -2.0, "lower end of the band, a natural logarithm", unit="per round"),
+    Field("high", 0.0, "upper end of the band", unit="per round"),
+    Field("weight", 1.0, "of each squared unit outside the band", "[0, inf)", "nats/token"),
+    Field("jacobian", 0.0, "of |Jacobian of the last round|^2 / width; 0 = off", "[0, inf)",
+          "nats/token"),
+], _check_stability, _unread_stability)
+# fmt: on

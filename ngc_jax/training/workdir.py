@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from ngc_jax.config import base
+from ngc_jax.config import base, reset_unread
 from ngc_jax.data.tokens import Tokenizer, save_tokenizer
 from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
@@ -158,7 +158,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run; fields newer than the run have their defaults. Raises UserError."""
+    """The config of a run. Raises UserError.
+
+    Fields that are newer than the run, or that nothing reads, have their defaults.
+    """
     try:
         config = base()
         config.update(json.loads((workdir / "config.json").read_text()))
@@ -166,4 +169,5 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"--workdir={workdir} holds no run: no config.json in it") from error
     except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
+    reset_unread(config)  # as older versions let stand
     return config

@@ -1,0 +1,37 @@
+"""The page of all settings: `python -m ngc_jax.settings > docs/settings.md`.
+
+For: writing docs/settings.md anew after a table of fields has changed. Not for: the tables
+themselves (`settings.py` of `data`, `nn` and `training`).
+"""
+
+from ngc_jax.config import SECTIONS
+from ngc_jax.nn.settings import MODELS
+from ngc_jax.runtime.fields import markdown
+
+HEAD = """\
+# Settings
+
+Every field of a config, with its default. A config file sets a field in Python, as in
+`config.train.steps = 2000`. The command line sets it by `--config.train.steps=2000`. Values that
+cannot be, and values of fields that nothing reads, are refused before anything is written.
+
+`python launch.py --help` prints these tables. `python -m ngc_jax.settings > docs/settings.md`
+writes this page."""
+KINDS = """
+## Kinds of models
+
+A kind of model reads these fields of `config.model`, and `kind`, `match` and `match_by`. All others
+must be at their defaults.
+
+| kind | fields |
+| --- | --- |"""
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    rows = (f"| `{name}` | {', '.join(kind.reads)} |" for name, kind in MODELS.items())
+    return "\n".join([HEAD, markdown(SECTIONS), KINDS, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
