@@ -9,8 +9,7 @@ end: fewer parameters and FLOPs, which are not spent on anything.
 from experiments.setting import COMMON, LARGER, STEPS
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.core.wiring import WIRINGS
-from ngc_jax.nn.shape import DYNAMIC
+from ngc_jax.core.wiring import DYNAMIC, WIRINGS
 
 SPARSE = {
     name: {"model.wiring": name, "model.channels": 3 if name == "block" else 4} for name in WIRINGS

@@ -8,12 +8,11 @@ import difflib
 import importlib.util
 import pathlib
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from ngc_jax.data.settings import DATA
-from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.settings import MODEL, kind_of, model_shape
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import check_fields, check_unread, refusals
@@ -27,6 +26,9 @@ from ngc_jax.training.settings import (
     STABILITY,
     TRAIN,
 )
+
+if TYPE_CHECKING:
+    from ngc_jax.nn.model import LanguageModel
 
 __all__ = ["base", "make_model", "model_shape", "named", "reset_unread", "validate"]
 
@@ -65,7 +67,7 @@ def reset_unread(config: ConfigDict) -> dict[str, Any]:
     return reset
 
 
-def make_model(config: ConfigDict, vocab: int) -> LanguageModel:
+def make_model(config: ConfigDict, vocab: int) -> "LanguageModel":
     """The model that a config asks for, for a vocabulary. Raises UserError for an unknown kind."""
     return kind_of(config).make(config, vocab)
 

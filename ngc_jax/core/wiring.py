@@ -83,6 +83,7 @@ WIRINGS: dict[str, Callable[[int, int, int], Wiring]] = {
     "regular": regular,
     "block": block,
 }
+DYNAMIC = ("dynamic", "dynamic_ports")  # wirings that change: whole channels, or single ports
 # share of a small world's channels that lead to strangers: many shortcuts, neighbourhoods still
 # there
 REWIRED = 0.2

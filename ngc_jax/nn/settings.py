@@ -8,17 +8,19 @@ Not for: the models themselves (`decoder.py`, `recurrent.py`, `bdh.py`), which k
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
 from ngc_jax.core.rules import GATES, RULES, SignalRule
-from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.core.wiring import DYNAMIC, WIRINGS
 from ngc_jax.data.tasks import both_ways
-from ngc_jax.nn.model import LanguageModel
-from ngc_jax.nn.shape import DYNAMIC, ModelShape
 from ngc_jax.nn.sharing import parse
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section, refusals
+
+if TYPE_CHECKING:  # a table of settings does not need what takes a second to import
+    from ngc_jax.nn.model import LanguageModel
+    from ngc_jax.nn.shape import ModelShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ModelKind:
     `config.rewire` and `config.stability` act on.
     """
 
-    make: Callable[[Any, int], LanguageModel]
+    make: "Callable[[Any, int], LanguageModel]"
     reads: tuple[str, ...]
     check: Callable[[Any, Need], None] = lambda config, need: None
     stages: bool = False
@@ -59,8 +61,10 @@ def head_counts(model: Any) -> list[int]:
     return [n for n in divisors if model.width // n % 2 == 0]
 
 
-def model_shape(config: Any, vocab: int) -> ModelShape:
+def model_shape(config: Any, vocab: int) -> "ModelShape":
     """The shape of a decoder or recurrent model for a vocabulary."""
+    from ngc_jax.nn.shape import ModelShape
+
     values = {**config.model.to_dict(), "vocab": vocab}
     values["context"] = config.model.attend or config.data.context
     values["causal"] = not both_ways(config.data.task)
@@ -81,19 +85,19 @@ def _wirings() -> tuple[str, ...]:
     return ("complete", *WIRINGS, *DYNAMIC)
 
 
-def _decoder(config: Any, vocab: int) -> LanguageModel:
+def _decoder(config: Any, vocab: int) -> "LanguageModel":
     from ngc_jax.nn.decoder import Decoder
 
     return Decoder(model_shape(config, vocab))
 
 
-def _recurrent(config: Any, vocab: int) -> LanguageModel:
+def _recurrent(config: Any, vocab: int) -> "LanguageModel":
     from ngc_jax.nn.recurrent import Recurrent
 
     return Recurrent(model_shape(config, vocab))
 
 
-def _bdh(config: Any, vocab: int) -> LanguageModel:
+def _bdh(config: Any, vocab: int) -> "LanguageModel":
     from ngc_jax.nn.bdh import BDH, BDHShape
 
     m = config.model

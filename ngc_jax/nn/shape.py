@@ -8,11 +8,9 @@ import dataclasses
 from typing import Any
 
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
-from ngc_jax.core.wiring import WIRINGS
+from ngc_jax.core.wiring import DYNAMIC, WIRINGS
 from ngc_jax.nn.sharing import Sharing, parse
 from ngc_jax.nn.synapse import SynapsePart
-
-DYNAMIC = ("dynamic", "dynamic_ports")  # wirings that change: whole channels, or single ports
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from ngc_jax.core.rewiring import REGROW
+from ngc_jax.core.wiring import DYNAMIC
 from ngc_jax.data.tasks import both_ways
 from ngc_jax.nn.settings import NO_LOOP, has_loop, kind_of
-from ngc_jax.nn.shape import DYNAMIC
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 from ngc_jax.runtime.profiler import traceable
 
