@@ -5,7 +5,6 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
@@ -23,6 +22,7 @@ from ngc_jax.config import (
 )
 from ngc_jax.core import wiring
 from ngc_jax.core.rules import GATES, RULES
+from ngc_jax.data.batches import token_batch
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
@@ -30,7 +30,6 @@ from ngc_jax.nn.settings import MODEL, MODELS, ModelKind, rules_between_groups
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field, help_text
 from ngc_jax.training import match_size
-from ngc_jax.training.step import abstract_state
 from ngc_jax.training.workdir import differences, read_config
 
 FIELDS = {section.path(field.name): field for section in SECTIONS for field in section.fields}
@@ -39,7 +38,8 @@ FIELDS = {section.path(field.name): field for section in SECTIONS for field in s
 def counted(name):
     config = named(name)
     model = Decoder(model_shape(config, Bytes.vocab))
-    return model, count.parameters(abstract_state(model, config).params)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return model, count.parameters(params, model.param_info())
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -88,8 +88,8 @@ def test_flops_count_loops_as_often_as_they_run():
         config = base()
         config.model.update({"rounds": rounds, "rule": "dense"})
         model = Decoder(model_shape(config, 257))
-        params = abstract_state(model, config).params
-        return count.forward_flops(model.apply, params, jax.ShapeDtypeStruct((2, 128), jnp.int32))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        return count.forward_flops(model.apply, params, token_batch(2, 128))
 
     d, f, tokens = 128, 384, 2 * 128
     # matrices, and attention's two products
