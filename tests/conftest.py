@@ -78,6 +78,25 @@ def shaken(tree: Any, seed: int = 7) -> Any:
     )
 
 
+def drawn(model: Any) -> Any:
+    """Parameters of ordinary sizes, none at the special values of its start.
+
+    From NumPy: a program that draws them takes as long to compile as the model.
+    """
+    draw = np.random.default_rng(7)
+
+    def one(leaf: Any, info: Any) -> jax.Array:
+        values = draw.standard_normal(leaf.shape)
+        if info.kind == "scale":
+            values = 1 + 0.1 * values
+        elif info.matrix is not None:
+            values = values * leaf.shape[info.matrix] ** -0.5
+        return jax.device_put(values.astype(leaf.dtype))
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(one, shapes, model.param_info())
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import WHOLE
+from conftest import WHOLE, drawn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ngc_jax
@@ -44,25 +44,6 @@ VARIANTS = {
     "encapsulated": {"rule": "dense", "gates": True, **LOOP},
     "both_ways": {"task": "maze_in_place", "attend": 4, **LOOP},
 }
-
-
-def drawn(model):
-    """Parameters of ordinary sizes, none at the special values of its start.
-
-    From NumPy: a program that draws them takes as long to compile as the model.
-    """
-    draw = np.random.default_rng(7)
-
-    def one(leaf, info):
-        values = draw.standard_normal(leaf.shape)
-        if info.kind == "scale":
-            values = 1 + 0.1 * values
-        elif info.matrix is not None:
-            values = values * leaf.shape[info.matrix] ** -0.5
-        return jnp.asarray(values, leaf.dtype)
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(one, shapes, model.param_info())
 
 
 @functools.cache
