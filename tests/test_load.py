@@ -2,16 +2,19 @@
 
 import dataclasses
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import WHOLE, python
+from conftest import WHOLE, launch, python
 
 import ngc_jax
 from ngc_jax.analysis.probes import silenced
+from ngc_jax.commands import sample
 from ngc_jax.config import make_model
+from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import Batch
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Symbols
@@ -163,3 +166,49 @@ def test_training_and_loading_print_no_stray_warnings(text, cache, tmp_path):
     )
     done = python("-W", "error", "-c", script)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+OWN_RULE = """
+from ngc_jax.config import base
+from ngc_jax.core.rules import RULES
+from ngc_jax.core.rules.signal import Broadcast
+
+
+class Mine(Broadcast):
+    pass
+
+
+RULES["mine"] = Mine()
+
+
+def get_config():
+    config = base()
+    config.update_from_flattened_dict({fields})
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_a_rule_of_ones_own_is_trained_and_sampled_by_its_file(
+    text, cache, tmp_path, monkeypatch, capsys
+):
+    fields = {**WHOLE, "train.steps": 4, "train.warmup_steps": 1, "stability.every": 0}
+    fields |= {"data.path": str(text), "data.cache_dir": str(cache), "model.rule": "mine"}
+    own, home = tmp_path / "own.py", tmp_path / "run"
+    own.write_text(OWN_RULE.replace("{fields}", repr(fields)))
+    done = launch(f"--config={own}", f"--workdir={home}")
+    assert done.returncode == 0, done.stderr
+    missing = "model.rule='mine', which is not registered here: .* --extend=FILE.py"
+    with pytest.raises(UserError, match=missing):
+        ngc_jax.load(home)
+    monkeypatch.setattr("sys.argv", ["sample", f"--workdir={home}", "--prompt=a g", "--tokens=4"])
+    with pytest.raises(UserError, match=missing):
+        sample.main()
+    monkeypatch.setattr("sys.argv", [*sys.argv, f"--extend={own}"])
+    monkeypatch.setitem(RULES, "mine", None)  # removes the file's entry afterwards
+    sample.main()
+    assert capsys.readouterr().out.startswith("a g")
+    assert ngc_jax.train(str(own), home).step == 4, "a config's path will do"
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--extend=nothing.py"])
+    with pytest.raises(UserError, match=r"--extend=nothing.py cannot be read: .*No such file"):
+        sample.main()

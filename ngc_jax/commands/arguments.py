@@ -29,7 +29,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE.py",
-        help="Python file that is run first and registers a rule, a task or a model of your own",
+        help="your own file, such as the config of the run, that registers a rule, task or model",
     )
     return arguments
 

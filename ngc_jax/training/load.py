@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ngc_jax.analysis import probes
-from ngc_jax.config import make_model
+from ngc_jax.config import SECTIONS, make_model, named
 from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
 from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokenizer
@@ -201,14 +201,16 @@ class Trained:
         return np.array([self.tokenizer.mark, *self.tokenizer.encode(raw)], np.int32)
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Trained:
+def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
     """Trains, or continues a run that was stopped, and opens it when it is done.
 
+    config: also the name of one in `configs/`, or the path of its file.
     Raises KeyboardInterrupt where it is asked to stop (Ctrl-C, SIGTERM), once it is saved; the same
     call continues. Raises UserError for what the user can mend, and Diverged.
     """
     home = epath.Path(workdir)
     with hold(home):
+        config = named(config) if isinstance(config, str) else config
         if not run(config.copy_and_resolve_references(), home):
             raise KeyboardInterrupt(f"asked to stop: {home} is saved, and the same call continues")
     return load(home)
@@ -218,6 +220,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
     home = epath.Path(workdir)
     config, tokenizer = read_config(home), load_tokenizer(home)
+    _check_registered(config, home)
     model = make_model(config, tokenizer.vocab)
     checkpoints = Checkpoints(home / "checkpoints", read_only=True)
     try:
@@ -236,6 +239,18 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
         checkpoints.close()
     model, params = pruned(model, read.state.params, config, wanted)
     return Trained(home, config, model, params, tokenizer, wanted, read.state, read.meta)
+
+
+def _check_registered(config: ConfigDict, home: Path) -> None:
+    for section in SECTIONS:
+        for field in section.fields:
+            value, known = section.of(config)[field.name], field.options()
+            if known and value not in known:
+                raise UserError(
+                    f"{home} was trained with {section.path(field.name)}={value!r}, which is not "
+                    "registered here: give the file that registers it by --extend=FILE.py, or "
+                    "import it first"
+                )
 
 
 @partial(jax.jit, static_argnames="apply")
