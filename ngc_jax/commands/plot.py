@@ -35,8 +35,8 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
         (line,) = axes.plot(*zip(*train, strict=True), linewidth=0.7, alpha=0.45)
         if held_out:
             label = f"{workdir.name}: held out {held_out[-1][1]:.3f}"
-            style = {"color": line.get_color(), "markersize": 4, "label": label}
-            axes.plot(*zip(*held_out, strict=True), "o-", **style)
+            color = line.get_color()
+            axes.plot(*zip(*held_out, strict=True), "o-", color=color, markersize=4, label=label)
         low.append(min(loss for _, loss in train))
         high.append(sorted(loss for _, loss in train)[int(0.95 * (len(train) - 1))])
     axes.set_ylim(0.95 * min(low), 1.05 * max(high))

@@ -41,7 +41,7 @@ Text = str | bytes | Sequence[int] | np.ndarray | Array
 
 
 class Loss(NamedTuple):
-    """Mean loss of a text."""
+    """The mean loss of a text."""
 
     nats_per_token: float
     bits_per_byte: float
@@ -81,9 +81,9 @@ class Trained:
         data = load_data(self.config.data, mark_of(self.config))
         if self.meta["data"] != data.fingerprint:
             raise UserError(
-                f"this is not what {self.workdir} was trained on: fingerprint "
-                f"{data.fingerprint[:16]}, trained on {self.meta['data'][:16]} (another Python "
-                "version, or changed files at data.path, or another ngc_jax)"
+                f"this is not what {self.workdir} was trained on (another Python version, changed "
+                f"files at data.path, or another ngc_jax): fingerprint {data.fingerprint[:16]}, "
+                f"trained on {self.meta['data'][:16]}"
             )
         return data
 
@@ -127,31 +127,27 @@ class Trained:
     def logits(self, text: Text) -> Array:
         """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
         batch = self._batch(text)
-        apply = at_rounds(self.model, self.config, None)[1] or self.model.apply
-        return self._as_given(text, _logits(apply, self.params, batch))
+        return self._as_given(text, _logits(self._apply, self.params, batch))
 
     def loss(self, text: str | bytes) -> Loss:
         """The loss of a text, each token predicted from those before it in a window of the run's.
 
         Raises UserError for an empty text.
         """
-        tokens, context = self._encode(text), self.config.data.context
+        tokens, context, mark = self._encode(text), self.config.data.context, self.tokenizer.mark
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
-        mark, lengths = self.tokenizer.mark, np.asarray(self.tokenizer.lengths)
         padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
         windows = Windows(padded, context, mark, self._boundary)
-        size = min(len(windows), self.config.eval.batch_size)
-        apply = at_rounds(self.model, self.config, None)[1] or self.model.apply
-        nats, count, length = 0.0, 0, 0
+        apply, dtype = self._apply, self.config.train.compute_dtype
+        size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
-            dtype = self.config.train.compute_dtype
-            each, counts = jax.device_get(_nats(apply, self.params, batch, dtype))
+            nats, counts = jax.device_get(_nats(apply, self.params, batch, dtype))
             counts = counts & real[:, None]
-            nats += float(np.sum(each[counts], dtype=np.float64))
-            count += int(np.sum(counts))
-            length += int(np.sum(lengths[batch.targets[counts]]))
-        return Loss(nats / count, nats / math.log(2) / length)
+            lengths = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]
+            found.append(np.stack([nats[counts].astype(np.float64), lengths]))
+        nats, lengths = np.concatenate(found, axis=1)  # in bytes
+        return Loss(float(np.mean(nats)), float(np.sum(nats) / np.sum(lengths) / math.log(2)))
 
     def activations(self, text: Text) -> dict[str, Array]:
         """The stream [T, D], or [B, T, D], after the embedding, each stage and each round, by name.
@@ -171,6 +167,10 @@ class Trained:
         """
         params = probes.silenced_channels(self.decoder, self.params, groups, channels)
         return dataclasses.replace(self, params=params)
+
+    @property
+    def _apply(self) -> Apply:
+        return at_rounds(self.model, self.config, None)[1] or self.model.apply
 
     @property
     def _boundary(self) -> int | None:

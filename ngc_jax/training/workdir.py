@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base, reset_unread
@@ -29,17 +30,14 @@ FREE |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds
 
 
 def workdir_of(config_file: str) -> str:
-    """The default work directory, runs/<config name>, for a config file given as PATH or
-    PATH:ARGUMENT.
-    """
+    """The default work directory, runs/<config name>, of a config FILE or FILE:ARGUMENT."""
     return f"runs/{epath.Path(config_file.partition(':')[0]).stem}"
 
 
 def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Makes the work directory this run's own.
+    """Makes the work directory this run's own, which all of its processes must see.
 
-    Of many processes the first one writes, and all must then see the directory. Raises UserError
-    where it cannot be written, or belongs to another run.
+    Raises UserError where it cannot be written, or belongs to another run.
     """
     with multihost.agreed():
         if multihost.first():
@@ -47,8 +45,8 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     with multihost.agreed():
         if not (workdir / "config.json").exists():
             raise UserError(
-                f"--workdir={workdir}: process 0 has made it, but this process does not see it: "
-                "give a directory on a file system that all processes share"
+                f"--workdir={workdir}: made by process 0, but not seen by this one: give a "
+                "directory on a file system that all processes share"
             )
 
 
@@ -61,8 +59,8 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
                     f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
                     "give another --workdir, or the config that it was made with"
                 )
-        elif workdir.exists() and (
-            not workdir.is_dir() or any(not _left_by_claim(path) for path in workdir.iterdir())
+        elif workdir.exists() and not (
+            workdir.is_dir() and all(map(_left_by_claim, workdir.iterdir()))
         ):
             raise UserError(
                 f"--workdir={workdir} exists and holds no run: give another, or empty it"
@@ -73,9 +71,8 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
                 sync(workdir.parent)
             save_tokenizer(tokenizer, workdir)
         # Last, since it is what makes the directory a run's.
-        write_durably(
-            workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
-        )
+        text = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+        write_durably(workdir / "config.json", text)
     except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
         raise UserError(
             f"--workdir={workdir} cannot be written ({error}): give a directory that can"
@@ -92,9 +89,9 @@ def _left_by_claim(path: Path) -> bool:
 def hold(workdir: Path) -> Iterator[None]:
     """Keeps other trainers out of a work directory while the block runs.
 
-    A lock on the directory does it, which ends with its process, however that ends; of many
-    processes the first one holds it. A directory that is empty at the end is removed. Buckets and
-    some file systems have no locks. Raises UserError where another trainer holds the directory.
+    The first process holds a lock on the directory, which ends with the process, however that ends.
+    Buckets and some file systems have no locks. A directory that is empty at the end is removed.
+    Raises UserError where another trainer holds the directory.
     """
     with multihost.agreed():
         handle = _lock(workdir) if multihost.first() and not in_bucket(workdir) else None
@@ -140,21 +137,13 @@ def _lock(workdir: Path) -> int | None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields outside of FREE in which two configs differ, as "field: old -> new"."""
-    a, b = _flat(old), _flat(new)
+    a, b = (flatten_dict(config, sep=".") for config in (old, new))
+    names = sorted(name for name in a | b if not {name, name.partition(".")[0]} & FREE)
     return [
         f"{name}: {a.get(name, 'absent')!r} -> {b.get(name, 'absent')!r}"
-        for name in sorted(a | b)
+        for name in names
         if a.get(name) != b.get(name)
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = prefix + name
-        if path not in FREE:
-            leaves |= _flat(value, path + ".") if isinstance(value, dict) else {path: value}
-    return leaves
 
 
 def read_config(workdir: Path) -> ConfigDict:
