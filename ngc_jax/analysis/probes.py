@@ -83,10 +83,8 @@ def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1)
     params, s = model.expand_shared(params), model.shape
 
     def one(row: Batch) -> Array:
-        at = jnp.arange(row.inputs.shape[1])
-
         def stage(x: Array, weights: Params) -> Array:
-            return Stage(s).apply({"params": weights}, x, at, row.segments)[0]
+            return Stage(s).apply({"params": weights}, x, _at(x), row.segments)[0]
 
         x = model.embed(params, row)
         tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
@@ -127,15 +125,14 @@ def token_exponents(
 
     A decoder carries no state of fixed size from token to token, so this is read from responses:
     with M_t the derivative of the last stream at t by k directions of the embedding at `source`,
-    the slopes over the tokens after it of log of M_t's singular values, descending. Raises
-    ValueError for fewer than 3 tokens after the source.
+    the slopes over the tokens after it, of its document, of log of M_t's singular values,
+    descending. Raises ValueError for fewer than 3 tokens after the source.
     """
-    tokens = batch.inputs.shape[1]
-    if not 0 <= source <= tokens - 4:
-        raise ValueError(f"source={source}: must leave 3 tokens after it, of {tokens}")
 
     def one(row: Batch) -> Array:
         x = model.embed(params, row)
+        if not 0 <= source <= x.shape[1] - 4:
+            raise ValueError(f"source={source}: must leave 3 tokens after it, of {x.shape[1]}")
         directions, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.shape[-1])))
 
         def respond(direction: Array) -> Array:
@@ -145,7 +142,10 @@ def token_exponents(
 
         moved = jax.vmap(respond)(directions)[:, source + 1 :]  # [k, lag, D]
         square = jnp.linalg.eigvalsh(jnp.einsum("ktd,ltd->tkl", moved, moved))[:, ::-1]
-        return slope(0.5 * jnp.log(jnp.maximum(square, 1e-30)).T)
+        hears = None  # tokens of other documents do not
+        if row.segments is not None:
+            hears = row.segments[0, source + 1 :] == row.segments[0, source]
+        return slope(0.5 * jnp.log(jnp.maximum(square, 1e-30)).T, hears)
 
     return _each_row(one, batch)
 

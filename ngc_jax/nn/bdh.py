@@ -97,7 +97,7 @@ class BDH:
         """
         x, segments = self.embed(params, batch), batch.segments
         if segments is not None:
-            chex.assert_equal_shape([batch.inputs, segments])
+            chex.assert_shape(segments, x.shape[:2])
         logits, _ = self._forward(params, x, jnp.arange(x.shape[1]), segments, None)
         return logits, None
 

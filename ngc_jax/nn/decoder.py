@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import chex
 import jax
@@ -39,13 +39,6 @@ Params = dict[str, Any]
 Update = Callable[[Array, Any], tuple[Array, Any]]
 
 
-@functools.cache
-def stage_info(shape: ModelShape) -> Params:
-    """The records of one stage's parameters."""
-    x, positions = jnp.zeros((1, 1, shape.width)), jnp.zeros((1,), jnp.int32)
-    return describe(Stage(shape), x, positions)
-
-
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """Functions of one model shape; holds no arrays.
@@ -55,9 +48,13 @@ class Decoder:
 
     shape: ModelShape
 
-    def at(self, rounds: int) -> "Decoder":
+    def at(self, rounds: int) -> Self:
         """The same model with another number of rounds; it takes the same parameters."""
-        return Decoder(dataclasses.replace(self.shape, rounds=rounds))
+        return self.reshaped(rounds=rounds)
+
+    def reshaped(self, **fields: Any) -> Self:
+        """The same model, of the same class, with other values of some fields of `shape`."""
+        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, **fields))
 
     def init(self, key: Array) -> Params:
         """Parameters, float32; `stacks.py` says how they lie."""
@@ -82,7 +79,7 @@ class Decoder:
             drive = {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
             rest["core"] = {"leak": leak, **drive}
         take = lambda tree, rows: jax.tree.map(lambda p: p[rows], tree)  # noqa: E731
-        return stacks.arrange(s, stages, stage_info(s), rest, take)
+        return stacks.arrange(s, stages, self.stage_info, rest, take)
 
     def param_info(self) -> Params:
         """The record of each parameter, as a tree parallel to them."""
@@ -90,8 +87,14 @@ class Decoder:
         rest: Params = {"norm": {"scale": scale}, **end_info()}
         if s.core:
             rest["core"] = {"leak": scale, **({"drive": scale} if s.drive else {})}
-        own = stage_info(s)
-        return stacks.arrange(s, stacked(own, "stage"), own, rest, lambda tree, rows: tree)
+        stages = stacked(self.stage_info, "stage")
+        return stacks.arrange(s, stages, self.stage_info, rest, lambda tree, rows: tree)
+
+    @functools.cached_property
+    def stage_info(self) -> Params:
+        """The records of one stage's parameters."""
+        x, positions = jnp.zeros((1, 1, self.shape.width)), jnp.zeros((1,), jnp.int32)
+        return describe(Stage(self.shape), x, positions)
 
     def embed(self, params: Params, batch: Batch) -> Array:
         """The stream [B, T, D] of a batch's tokens, batch.inputs [B, T]."""
@@ -173,7 +176,7 @@ class Decoder:
         are less than weights.
         """
         form = "weights" if self.shape.rule == "dense" else "signals"
-        sparing = Decoder(dataclasses.replace(self.shape, form=form))
+        sparing = self.reshaped(form=form)
         positions = position + jnp.arange(tokens.shape[1])
         x = sparing.embed(params, Batch(tokens))
         x, cache, _ = sparing.stream(params, x, None, positions, cache)
@@ -290,7 +293,7 @@ class Decoder:
         """
         if stages is None:
             return x, cache
-        stage, info = Stage(self.shape), stage_info(self.shape)
+        stage, info = Stage(self.shape), self.stage_info
         at = jnp.arange(x.shape[1]) if positions is None else positions
         if segments is not None:
             chex.assert_shape(segments, x.shape[:2])

@@ -30,12 +30,6 @@ Array = jax.Array
 Params = dict[str, Any]
 
 
-@functools.cache
-def cell_info(shape: ModelShape) -> Params:
-    """The records of one cell's parameters."""
-    return describe(Cell(shape), jnp.zeros((1, 1, shape.width)), jnp.zeros((1, shape.width)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Recurrent:
     """Functions of one shape, whose `core` counts cells; holds no arrays."""
@@ -58,8 +52,14 @@ class Recurrent:
 
     def param_info(self) -> Params:
         """The record of each parameter, as a tree parallel to them."""
-        cells, norm = stacked(cell_info(self.shape), "stage"), ParamInfo("scale", (None,))
+        cells, norm = stacked(self.cell_info, "stage"), ParamInfo("scale", (None,))
         return {"cells": cells, "norm": {"scale": norm}, **end_info()}
+
+    @functools.cached_property
+    def cell_info(self) -> Params:
+        """The records of one cell's parameters."""
+        width = self.shape.width
+        return describe(Cell(self.shape), jnp.zeros((1, 1, width)), jnp.zeros((1, width)))
 
     def embed(self, params: Params, batch: Batch) -> Array:
         """The stream [B, T, D] of a batch's tokens, batch.inputs [B, T]."""
@@ -72,13 +72,11 @@ class Recurrent:
         Computes in the dtype of `params`. Each document (`batch.segments`) begins with a state of
         0. Gradients do not pass from one chunk of `shape.chunk` tokens to another.
         """
-        segments, first = batch.segments, None
+        x, segments, first = self.embed(params, batch), batch.segments, None
         if segments is not None:
-            chex.assert_equal_shape([batch.inputs, segments])
+            chex.assert_shape(segments, x.shape[:2])
             first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-        rows = batch.inputs.shape[0]
-        states = self.init_cache(rows, 0)
-        return self._forward(params, self.embed(params, batch), first, states)[0], None
+        return self._forward(params, x, first, self.init_cache(len(x), 0))[0], None
 
     def decode(
         self, params: Params, tokens: Array, cache: Array, position: Array
@@ -106,7 +104,7 @@ class Recurrent:
     def _forward(
         self, params: Params, x: Array, first: Array | None, states: Array
     ) -> tuple[Array, Array]:
-        cell, info = Cell(self.shape), cell_info(self.shape)
+        cell, info = Cell(self.shape), self.cell_info
 
         def run(states: Array, heard: tuple[Array, Array | None]) -> tuple[Array, Array]:
             x, first = jax.tree.map(lambda a: a.swapaxes(0, 1), heard)

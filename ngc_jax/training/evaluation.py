@@ -65,7 +65,7 @@ def at_rounds(
 def attending(model: LanguageModel, length: int) -> LanguageModel:
     """The same model, whose attention looks back on `length` tokens."""
     if isinstance(model, Decoder):
-        return Decoder(dataclasses.replace(model.shape, context=length))
+        return model.reshaped(context=length)
     return model
 
 

@@ -76,7 +76,7 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
     rule = s.rewirable
     assert rule is not None
     edges = (s.groups - 1) * rule.copies
-    wide = Decoder(dataclasses.replace(s, channels=s.groups - 1))  # a slot for each possible edge
+    wide = model.reshaped(channels=s.groups - 1)  # a slot for each possible edge
 
     def promises(params: Tree, batch: Batch, key: Array) -> dict[str, Array]:
         """What each edge promises, for each stage and fan member: {synapse: [A, F, G, E]}."""
@@ -204,8 +204,7 @@ def pruned(
             return leaf[..., : channels * copies]
         return leaf[..., : channels * copies, :] if info.part == "inter" else leaf
 
-    fewer = Decoder(dataclasses.replace(model.shape, channels=channels))
-    return fewer, jax.tree.map(cut, params, model.param_info())
+    return model.reshaped(channels=channels), jax.tree.map(cut, params, model.param_info())
 
 
 def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array]:
