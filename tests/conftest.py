@@ -26,12 +26,14 @@ if version("jaxlib").startswith("0.10."):
 QUICK += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
-import jax
-import numpy as np
-import pytest
-from ml_collections import ConfigDict
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
 
-from ngc_jax.config import base
+from ngc_jax.config import base  # noqa: E402
+from ngc_jax.data import NOTHING  # noqa: E402
+from ngc_jax.data.batches import Batch, next_token_targets, segments_of  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,6 +67,13 @@ def make_text(size: int, seed: int = 0) -> str:
         lines.append(" ".join(words.choice(WORDS) for _ in range(words.randint(3, 9))))
         length += len(lines[-1]) + 1
     return "\n".join(lines) + "\n"
+
+
+def batch_of(tokens: np.ndarray, mark: int = NOTHING, boundary: int | None = None) -> Batch:
+    """The batch of rows of tokens [B, T + 1], as `Windows` makes its examples."""
+    tokens = np.asarray(tokens)
+    segments = segments_of(tokens[:, :-1], boundary)
+    return Batch(tokens[:, :-1], next_token_targets(tokens, mark), segments)
 
 
 def shaken(tree: Any, seed: int = 7) -> Any:

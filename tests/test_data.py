@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ngc_jax.config import base
 from ngc_jax.data.batches import Windows, held_out_batches, train_batches
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents, text_documents
-from ngc_jax.data.tokens import Bytes, load_data
+from ngc_jax.data.tokens import Bytes, load_data, segmented
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
 
@@ -240,14 +240,14 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 
 def take(**options):
+    """What a run reads, [steps, rows, T]: a window of 8 tokens says where it begins."""
     windows = Windows(np.arange(8 * 37 + 1, dtype=np.uint16), 8)
-    return np.stack(
-        list(
-            train_batches(
-                windows, **{"batch_size": 4, "seed": 3, "start": 0, "stop": 20, **options}
-            )
-        )
-    )
+    options = {"batch_size": 4, "seed": 3, "start": 0, "stop": 20, **options}
+    batches = list(train_batches(windows, **options))
+    for batch in batches:
+        assert batch.segments is None
+        np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+    return np.stack([batch.inputs for batch in batches])
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -256,7 +256,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_each_epoch_is_another_permutation_of_all_windows():
-    rows = take(stop=37)[:, :, 0, 0].reshape(4, 37) // 8
+    rows = take(stop=37)[:, :, 0].reshape(4, 37) // 8
     for epoch in rows:
         assert sorted(epoch) == list(range(37))
     assert not np.array_equal(rows[0], rows[1])
@@ -271,7 +271,35 @@ def test_processes_together_read_the_same_global_batch(processes):
 def test_windows_overlap_by_their_target_alone():
     windows = Windows(np.arange(25), 8)
     assert len(windows) == 3
-    np.testing.assert_array_equal(windows[1], [np.arange(8, 16), np.arange(9, 17)])
+    np.testing.assert_array_equal(windows[1].inputs, np.arange(8, 16))
+    np.testing.assert_array_equal(windows[1].targets, np.arange(9, 17))
+
+
+def test_documents_are_numbered_where_a_token_sees_its_own_alone(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(make_text(30, i))
+    where = {"path": str(folder), "validation_fraction": 0.2}
+    isolated = settings(tmp_path, isolate_documents=True, **where)
+    marked = ord("e")  # as under iteration.rounds="marked": no token sees back across one
+    for config, mark, boundary in (
+        (settings(tmp_path, **where), None, None),
+        (isolated, None, Bytes.mark),
+        (settings(tmp_path, **where), marked, marked),
+    ):
+        assert segmented(config, mark) == (boundary is not None)
+        data = load_data(config, mark)
+        batches = train_batches(data.train, batch_size=4, seed=0, start=0, stop=5)
+        held_out, most = held_out_batches(data.validation, batch_size=4), 0
+        for batch in (*batches, *(batch for batch, _ in held_out)):
+            if boundary is None:
+                assert batch.segments is None
+                continue
+            here = np.cumsum(batch.inputs == boundary, axis=1)
+            np.testing.assert_array_equal(batch.segments, here)
+            most = max(most, here.max())
+        assert (most > 0) == (boundary is not None)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -281,11 +309,8 @@ def test_held_out_windows_are_each_read_once(processes):
         held_out_batches(windows, batch_size=4, rows=rows)
         for rows in np.split(np.arange(4), processes)
     ]
-    seen = sorted(
-        rows[i, 0, 0] // 8 for part in parts for rows, real in part for i in np.flatnonzero(real)
-    )
-    assert seen == list(range(10))
-    few = [
-        rows[real][:, 0, 0] // 8 for rows, real in held_out_batches(windows, batch_size=4, limit=3)
-    ]
+    seen = [batch.inputs[real, 0] // 8 for part in parts for batch, real in part]
+    assert sorted(np.concatenate(seen)) == list(range(10))
+    few = held_out_batches(windows, batch_size=4, limit=3)
+    few = [batch.inputs[real, 0] // 8 for batch, real in few]
     np.testing.assert_array_equal(np.concatenate(few), [0, 4, 9])

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, WHOLE
+from conftest import TINY, WHOLE, batch_of
 
 from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.core.communicate import communicate_per_example, communicate_until_settled
 from ngc_jax.count import forward_flops
-from ngc_jax.data.batches import next_token_targets
+from ngc_jax.data.batches import Batch, segments_of, token_batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.dynamics.measures import relative_change
 from ngc_jax.nn.decoder import Decoder
@@ -139,7 +139,7 @@ def decoder():
     return (
         model,
         jax.jit(model.init)(jax.random.key(0)),
-        jax.random.randint(jax.random.key(1), (3, 8), 0, 50),
+        Batch(jax.random.randint(jax.random.key(1), (3, 8), 0, 50)),
     )
 
 
@@ -151,48 +151,48 @@ def apply(decoder):
 @pytest.fixture(scope="module")
 def fixed(decoder, apply):
     """Logits after one and three rounds, as they are without any of this."""
-    model, params, tokens = decoder
-    return {1: jax.jit(model.at(1).apply)(params, tokens)[0], 3: apply(params, tokens)[0]}
+    model, params, batch = decoder
+    return {1: jax.jit(model.at(1).apply)(params, batch)[0], 3: apply(params, batch)[0]}
 
 
 def test_logits_of_an_example_are_those_of_its_rounds(decoder, fixed):
-    model, params, tokens = decoder
+    model, params, batch = decoder
     (logits,), _ = jax.jit(partial(model.iterate, backprop=1))(
-        params, tokens, rounds=jnp.array([3, 1, 3])
+        params, batch, rounds=jnp.array([3, 1, 3])
     )
     expected = np.stack([fixed[3][0], fixed[1][1], fixed[3][2]])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_settling_is_causal_and_within_the_cap_the_fixed_loop(decoder, fixed):
-    model, params, tokens = decoder
+    model, params, batch = decoder
     settle = jax.jit(partial(model.settle, params, cap=3))
-    np.testing.assert_allclose(settle(tokens, tolerance=0.0)[0], fixed[3], rtol=1e-4, atol=1e-5)
-    logits, rounds = settle(tokens, tolerance=0.17)
+    np.testing.assert_allclose(settle(batch, tolerance=0.0)[0], fixed[3], rtol=1e-4, atol=1e-5)
+    logits, rounds = settle(batch, tolerance=0.17)
     assert rounds.min() < rounds.max(), "tokens should differ in how long they take"
-    later, _ = settle(tokens.at[:, 5].add(1), tolerance=0.17)
+    later, _ = settle(Batch(batch.inputs.at[:, 5].add(1)), tolerance=0.17)
     np.testing.assert_array_equal(later[:, :5], logits[:, :5])
     assert np.all(np.any(later[:, 5:] != logits[:, 5:], axis=-1))
 
 
 def test_a_model_without_a_loop_has_no_rounds_to_choose(decoder):
-    _, params, tokens = decoder
+    _, params, batch = decoder
     with pytest.raises(ValueError, match=r"has no loop \(model.core=0\)"):
         Decoder(model_shape(settings(**{"model.core": 0}), 50)).settle(
-            params, tokens, tolerance=0.1, cap=2
+            params, batch, tolerance=0.1, cap=2
         )
 
 
 def test_without_a_drive_the_loop_is_the_one_whose_drive_is_zero(decoder, apply, fixed):
-    model, params, tokens = decoder
+    model, params, batch = decoder
     bare = Decoder(dataclasses.replace(model.shape, drive=False))
     core = {name: leaf for name, leaf in params["core"].items() if name != "drive"}
     assert jax.tree.structure(jax.eval_shape(bare.init, jax.random.key(0))) == jax.tree.structure(
         {**params, "core": core}
     )
     silent = {**params, "core": {**core, "drive": jnp.zeros_like(core["leak"])}}
-    found = jax.jit(bare.apply)({**params, "core": core}, tokens)[0]
-    np.testing.assert_allclose(found, apply(silent, tokens)[0], rtol=1e-5, atol=1e-6)
+    found = jax.jit(bare.apply)({**params, "core": core}, batch)[0]
+    np.testing.assert_allclose(found, apply(silent, batch)[0], rtol=1e-5, atol=1e-6)
     assert not np.allclose(found, fixed[3], atol=1e-3)
 
 
@@ -200,9 +200,9 @@ def test_without_a_drive_the_loop_is_the_one_whose_drive_is_zero(decoder, apply,
 
 
 def test_read_outs_before_the_last_are_weighed_and_none_is_of_round_zero(decoder):
-    model, params, tokens = decoder
+    model, params, batch = decoder
     iteration = Iteration(model, 1, (1 / 3,) * 3, backprop=3, every=1, weight=0.5, seed=0)
-    _, weights = jax.jit(lambda: iteration.apply(jnp.array([1, 2, 3]))(params, tokens))()
+    _, weights = jax.jit(lambda: iteration.apply(jnp.array([1, 2, 3]))(params, batch))()
     np.testing.assert_allclose(
         weights, [[0, 0, 0.25], [0, 1 / 3, 0.25], [1, 2 / 3, 0.5]], rtol=1e-6
     )
@@ -245,7 +245,7 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
     tokens = np.array(jax.random.randint(jax.random.key(0), (8, 9), 0, 256))
     state = jax.jit(lambda: init_state(model, config.train, 0))().replace(step=jnp.int32(7))
     _, scalars = jax.jit(make_train_step(model, config.train, iteration=iteration))(
-        state, next_token_targets(tokens)
+        state, batch_of(tokens)
     )
     rounds = int(scalars["train/rounds"])
     assert rounds == int(iteration.draw(jnp.int32(7)))
@@ -253,7 +253,7 @@ def test_an_update_has_the_mean_loss_of_its_read_outs_also_in_parts():
     apply = jax.jit(partial(model.iterate, state.params))
 
     def loss(rounds):
-        share = jax.nn.log_softmax(apply(tokens[:, :-1], rounds=jnp.int32(rounds))[0][0])
+        share = jax.nn.log_softmax(apply(batch_of(tokens), rounds=jnp.int32(rounds))[0][0])
         return -np.mean(
             np.take_along_axis(np.asarray(share), np.asarray(tokens)[:, 1:, None], axis=-1)
         )
@@ -273,18 +273,18 @@ def test_marks_in_an_example_are_its_rounds():
     config = settings(**fields)
     model = make_model(config, Bytes.vocab)
     params = jax.jit(model.init)(jax.random.key(0))
-    tokens = jnp.array(
-        [[3, 5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3, 3, 9, 1, 2], [5, 5, 6, 7, 8, 9, 1, 2]]
-    )
-    trained, weights = jax.jit(make_iteration(model, config).apply(jnp.int32(9)))(params, tokens)
-    at_test, made = jax.jit(marked(model, config))(params, tokens)
+    rows = [[3, 5, 6, 7, 8, 9, 1, 2], [3, 3, 3, 3, 3, 9, 1, 2], [5, 5, 6, 7, 8, 9, 1, 2]]
+    tokens = np.array(rows, np.int32)
+    batch = Batch(tokens, segments=segments_of(tokens, 3))
+    trained, weights = jax.jit(make_iteration(model, config).apply(jnp.int32(9)))(params, batch)
+    at_test, made = jax.jit(marked(model, config))(params, batch)
     np.testing.assert_array_equal(made[:, 0], [1, 5, 1])  # no mark is fewer than there may be
     np.testing.assert_array_equal(weights, 1)
     # iteration.high bounds training alone
     for logits, rounds in ((trained[-1], [1, 3, 1]), (at_test, [1, 5, 1])):
         for i, count in enumerate(rounds):
-            seen = jnp.cumsum(tokens[i : i + 1] == 3, axis=1)
-            alone, _ = jax.jit(model.at(count).apply)(params, tokens[i : i + 1], seen)
+            one = jax.tree.map(lambda a, i=i: a[i : i + 1], batch)
+            alone, _ = jax.jit(model.at(count).apply)(params, one)
             np.testing.assert_allclose(logits[i], alone[0], rtol=1e-5, atol=1e-6)
     assert marked(model, settings()) is None
 
@@ -302,14 +302,14 @@ def test_flops_count_rounds_without_gradients_once():
     config = settings()
     model = make_model(config, 50)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    one, two = (forward_flops(model.at(r).apply, params, tokens) for r in (1, 2))
+    batch = token_batch(2, 8)
+    one, two = (forward_flops(model.at(r).apply, params, batch) for r in (1, 2))
     # 2 rounds, or 4
     iteration = Iteration(model, 2, (0.5, 0.0, 0.5), backprop=2, every=0, weight=1.0, seed=0)
-    assert iteration.flops(params, tokens) == pytest.approx(3 * two + (two - one))
+    assert iteration.flops(params, batch) == pytest.approx(3 * two + (two - one))
     whole = dataclasses.replace(iteration, backprop=4)
-    assert whole.flops(params, tokens) == pytest.approx(
-        3 * forward_flops(model.at(4).apply, params, tokens)
+    assert whole.flops(params, batch) == pytest.approx(
+        3 * forward_flops(model.at(4).apply, params, batch)
     )
 
 

@@ -2,13 +2,15 @@
 between groups.
 """
 
+# ruff: noqa: E501 (a program of XLA)
+
 import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, python
-from jax.sharding import AbstractMesh, NamedSharding
+from conftest import QUICK, batch_of, python
+from jax.sharding import AbstractMesh
 
 from configs import ngc_base
 from ngc_jax import count
@@ -16,7 +18,6 @@ from ngc_jax.commands import collectives
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.core.rules.addressed import Addressed
 from ngc_jax.core.wiring import WIRINGS
-from ngc_jax.data.batches import next_token_targets
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
@@ -71,7 +72,7 @@ def mesh_of(*shape):
 
 
 def like(config, mesh):
-    return meshes.abstract_shardings(mesh, abstract_state(make_model(config, Bytes.vocab), config))
+    return abstract_state(make_model(config, Bytes.vocab), config.train, mesh)
 
 
 def losses_on(config, mesh, state):
@@ -82,11 +83,9 @@ def losses_on(config, mesh, state):
     step = jax.jit(meshes.with_mesh(mesh, step), out_shardings=(places, meshes.replicated(mesh)))
     state, losses = jax.device_put(state, places), []
     for _ in range(config.train.steps):
-        tokens = draw.integers(0, 257, (8, 1)) + np.arange(9)
-        state, scalars = step(
-            state,
-            meshes.put_batch(mesh, next_token_targets((tokens % 257).astype(np.int32), Bytes.mark)),
-        )
+        tokens = (draw.integers(0, 257, (8, 1)) + np.arange(9)) % 257
+        batch = meshes.put_batch(mesh, batch_of(tokens.astype(np.int32), Bytes.mark))
+        state, scalars = step(state, batch)
         losses.append(float(scalars["train/loss"]))
     return np.array(losses), state
 
@@ -152,8 +151,9 @@ def compile_base():
     config = ngc_base.get_config()
     config.mesh.fsdp, config.mesh.group = 8, 8
     validate(config)
-    params = abstract_state(make_model(config, config.data.vocab_size), config).params
-    assert count.parameters(params).total == pytest.approx(125e6, rel=0.1)
+    model = make_model(config, config.data.vocab_size)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert count.parameters(params, model.param_info()).total == pytest.approx(125e6, rel=0.1)
     alone, apart = (collectives.bytes_of_state(config, mesh_of(1, parts, 1)) for parts in (1, 8))
     assert apart < alone / 7
     memory = collectives.compile_update(config, mesh_of(1, 8, 8)).memory_analysis()
@@ -196,7 +196,7 @@ def test_two_axes_of_an_array_cannot_go_to_the_same_devices():
 
 
 # what no neuron has for itself
-WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs"}
+WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs", "hears"}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,7 @@ WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs"}
     [
         {"train.optimizer": "muon", "model.sharing": "qkv,depth2", "model.core": 2},
         {"model.wiring": "ring"},
+        {"model.wiring": "dynamic", "model.gates": True},
         {"model.rule": "metric", "model.p_intra": 2},
         {"model.rule": "riemannian"},
         {"model.rule": "broadcast"},
@@ -212,20 +213,15 @@ WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs"}
     ],
 )
 def test_every_array_of_a_state_is_split_or_known_to_be_whole(fields):
-    """Else: say in `ngc_jax/mesh.py` which of its axes counts groups, or here that none does."""
+    """Else: say in the parameter's record which axis counts groups, or here that none does."""
     config = settings(**fields)
-    state, mesh = (
-        abstract_state(make_model(config, 264), config),
-        AbstractMesh((2, 2, 8), meshes.MESH_AXES),
-    )
+    mesh = AbstractMesh((2, 2, 8), meshes.MESH_AXES)
+    state = abstract_state(make_model(config, 264), config.train, mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        axes = meshes.axes_of(path, leaf.shape, mesh)
         name = re.findall(r"\w+", jax.tree_util.keystr(path[-1:]))[-1]
-        assert leaf.ndim == 0 or name in WHOLE or {"group", "vocab"} & set(axes), (
-            jax.tree_util.keystr(path)
-        )
-        # raises where parts are not equal
-        NamedSharding(mesh, meshes.partition_spec(*axes)).shard_shape(leaf.shape)
+        whole = leaf.ndim == 0 or name in WHOLE or "gates" in jax.tree_util.keystr(path)
+        assert whole or "group" in leaf.sharding.spec, (path, leaf.sharding)
+        leaf.sharding.shard_shape(leaf.shape)  # raises where parts are not equal
 
 
 @pytest.mark.parametrize(
@@ -262,7 +258,7 @@ def test_a_mesh_that_does_not_divide_is_refused_with_numbers_that_do(fields, mes
         validate(config)
 
 
-def test_a_wiring_completed_makes_the_same_weights():
+def test_states_of_speakers_make_the_same_weights():
     wiring = WIRINGS["small_world"](6, 2, 3)
     rule = Addressed(wiring)
     draw = np.random.default_rng(0)
@@ -270,7 +266,7 @@ def test_a_wiring_completed_makes_the_same_weights():
 
     @jax.jit
     def both(pre, post):
-        return Addressed().weights(*rule.complete(pre, post)), rule.weights(pre, post)
+        return rule.by_speakers.weights(*rule.to_speakers(pre, post)), rule.weights(pre, post)
 
     np.testing.assert_array_equal(*both(pre, post))
 

@@ -1,4 +1,4 @@
-"""Rows on disk: up to the step a run continues from, whole lines only, also for TensorBoard."""
+"""Rows on disk: cut off at the step a run goes on from, whole lines only, readable by TensorBoard."""
 
 import json
 import math

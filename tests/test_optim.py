@@ -10,8 +10,8 @@ import pytest
 
 from ngc_jax.config import base, model_shape
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Synapse
-from ngc_jax.nn.shape import SynapsePart
+from ngc_jax.nn.params import describe, stacked
+from ngc_jax.nn.synapse import Synapse, SynapsePart
 from ngc_jax.training import optimizer as optim
 
 
@@ -55,58 +55,44 @@ def test_no_warm_up_starts_at_the_peak():
     assert rate(settings(warmup_steps=0), 0) == pytest.approx(1)
 
 
+def build(**fields):
+    """Parameters of a small model of one stage, drawn without compiling, and their records."""
+    config = base()
+    config.model.update({"width": 16, "hidden": 32, "groups": 4, "heads": 2})
+    config.model.update({"prelude": 0, "core": 1, "coda": 0, **fields})
+    model = Decoder(model_shape(config, 20))
+    draw, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    drawn = jax.tree.map(lambda p: draw.standard_normal(p.shape).astype(np.float32), shapes)
+    return drawn, model.param_info()
+
+
 @pytest.fixture(scope="module")
-def params():
-    config = base()
-    config.model.update({"width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_intra": 2})
-    return jax.jit(Decoder(model_shape(config, 20)).init)(jax.random.key(0))
+def small():
+    return build(p_intra=2)
 
 
-def test_every_parameter_has_its_kind(params):
-    kinds = optim.kinds(params)
-    assert kinds["embed"] == kinds["unembed"] == "embedding"
-    assert kinds["norm"]["scale"] == kinds["core"]["leak"] == kinds["core"]["drive"] == "scale"
-    synapse = kinds["core"]["stages"]["gate_up"]
-    assert set(jax.tree.leaves(synapse)) == {"state"}
-    config = base()
-    config.model.rule = "dense"
-    dense = jax.eval_shape(Decoder(model_shape(config, 20)).init, jax.random.key(0))
-    assert set(jax.tree.leaves(optim.kinds(dense["coda"]["down"]))) == {"matrix"}
+def test_states_have_their_own_learning_rate(small):
+    params, info = small
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved = optim.apply(settings(), params, ones, jnp.asarray(10), info)
+    for one, old, new in zip(*map(jax.tree.leaves, (info, params, moved)), strict=True):
+        rate = 0.03 if one.kind == "state" else 0.01
+        np.testing.assert_allclose(old - new, rate, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["metric", "tanh", "riemannian"])
-def test_all_that_a_rule_keeps_is_state(rule):
-    config = base()
-    config.model.rule = rule
-    params = jax.eval_shape(Decoder(model_shape(config, 20)).init, jax.random.key(0))
-    kinds = optim.kinds(params["coda"]["down"])
-    assert set(jax.tree.leaves(kinds)) == {"state"}
-    assert {"state", "map"} <= set(kinds[f"inter_{rule}"]["post"])
-
-
-def test_states_have_their_own_learning_rate(params):
-    config = settings()
-    moved = optim.apply(config, params, jax.tree.map(jnp.ones_like, params), jnp.asarray(10))
-    for kind, old, new in zip(
-        *map(jax.tree.leaves, (optim.kinds(params), params, moved)), strict=True
-    ):
-        np.testing.assert_allclose(old - new, 0.03 if kind == "state" else 0.01, rtol=1e-4)
-
-
-def test_only_matrices_and_states_decay(params):
+def test_only_matrices_and_states_decay(small):
+    params, info = small
     for name in ("adamw", "muon"):
-        chain = optim.optimizer(settings(weight_decay=0.5, optimizer=name))
+        chain = optim.make_optimizer(settings(weight_decay=0.5, optimizer=name), info)
         zero = jax.tree.map(np.zeros_like, params)
         direction, _ = jax.jit(chain.update)(zero, jax.jit(chain.init)(params), params)
-        for kind, p, d in zip(
-            *map(jax.tree.leaves, (optim.kinds(params), params, direction)), strict=True
-        ):
-            np.testing.assert_allclose(
-                d, 0.5 * p if kind in ("state", "matrix") else 0 * p, atol=1e-6
-            )
+        for one, p, d in zip(*map(jax.tree.leaves, (info, params, direction)), strict=True):
+            decayed = one.kind in ("state", "matrix")
+            np.testing.assert_allclose(d, 0.5 * p if decayed else 0 * p, atol=1e-6)
 
 
-def test_adamw_is_optaxs(params):
+def test_adamw_is_optaxs(small):
+    params, info = small
     config = settings(
         learning_rate=0.01,
         state_learning_rate=0.01,
@@ -115,15 +101,16 @@ def test_adamw_is_optaxs(params):
         warmup_steps=0,
     )
     ours, theirs = params, params
-    chain = optim.optimizer(config)
-    mask = jax.tree.map(lambda kind: kind in ("state", "matrix"), optim.kinds(params))
+    chain = optim.make_optimizer(config, info)
+    mask = jax.tree.map(lambda one: one.kind in ("state", "matrix"), info)
     reference = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask),
     )
     memory, reference_memory = jax.jit(chain.init)(ours), jax.jit(reference.init)(theirs)
     update, reference_update = jax.jit(chain.update), jax.jit(reference.update)
-    apply, reference_apply = jax.jit(partial(optim.apply, config)), jax.jit(optax.apply_updates)
+    apply = jax.jit(partial(optim.apply, config, info=info))
+    reference_apply = jax.jit(optax.apply_updates)
     for step in range(3):
         grads = jax.tree.map(lambda p: np.sin(np.asarray(p) + np.float32(step)), params)  # noqa: B023
         direction, memory = update(grads, memory, ours)
@@ -135,12 +122,8 @@ def test_adamw_is_optaxs(params):
 
 @pytest.mark.parametrize("rule", ["addressed", "broadcast", "dense"])
 def test_muon_orthogonalises_each_matrix(rule):
-    config = base()
-    config.model.update(
-        {"rule": rule, "width": 16, "hidden": 32, "groups": 4, "heads": 2, "p_inter": 4}
-    )
-    params = jax.jit(Decoder(model_shape(config, 20)).init)(jax.random.key(0))
-    chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
+    params, info = build(rule=rule, p_inter=4, core=0, coda=1)
+    chain = optim.make_optimizer(settings(optimizer="muon", weight_decay=0.0), info)
     grads = jax.tree.map(lambda p: np.cos(100 * np.asarray(p)), params)
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
     flat = {
@@ -165,10 +148,11 @@ def test_muon_knows_the_matrices_of_each_rule(rule):
     synapse = Synapse((SynapsePart("inter", rule, 4, 4, None),), 16, 32, "weights", (0, 1))
     params = jax.jit(synapse.init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
     params = jax.tree.map(lambda p: p[None], params)  # one stage
+    info = stacked(describe(synapse, jnp.ones((1, 16))), "stage")
     grads = jax.tree.map(
         lambda p: np.random.default_rng(p.size).standard_normal(p.shape).astype(np.float32), params
     )
-    chain = optim.optimizer(settings(optimizer="muon", weight_decay=0.0))
+    chain = optim.make_optimizer(settings(optimizer="muon", weight_decay=0.0), info)
     direction, _ = jax.jit(chain.update)(grads, chain.init(params), params)
     for (path, step), grad in zip(
         jax.tree_util.tree_leaves_with_path(direction), jax.tree.leaves(grads), strict=True

@@ -19,6 +19,7 @@ from ngc_jax import count
 from ngc_jax.analysis import leading_exponent
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.core.recurrence import along_tokens, in_chunks, time_scales
+from ngc_jax.data.batches import Batch, token_batch
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import loop as train
 from ngc_jax.training import optimizer as optim
@@ -55,8 +56,9 @@ def plain():
     return build(core=1, rounds=1, rule="dense")
 
 
-TOKENS = jax.random.randint(jax.random.key(5), (2, LENGTH), 0, VOCAB)
-SEGMENTS = jnp.array([[1] * 3 + [2] * 4, [1] * LENGTH])
+TOKENS = np.array(jax.random.randint(jax.random.key(5), (2, LENGTH), 0, VOCAB))
+SEGMENTS = np.array([[1] * 3 + [2] * 4, [1] * LENGTH])
+PLAIN, DOCUMENTS = Batch(TOKENS), Batch(TOKENS, segments=SEGMENTS)
 
 
 def numpy_weights(synapse):
@@ -97,7 +99,7 @@ def numpy_model(model, params, tokens, segments):
 
 def test_the_model_is_its_formula(small):
     model, params = small
-    found, _ = jax.jit(model.apply)(params, TOKENS, SEGMENTS)
+    found, _ = jax.jit(model.apply)(params, DOCUMENTS)
     np.testing.assert_allclose(
         found, numpy_model(model, params, TOKENS, SEGMENTS), rtol=1e-4, atol=1e-4
     )
@@ -105,7 +107,7 @@ def test_the_model_is_its_formula(small):
 
 def test_a_stream_may_come_token_by_token_or_in_parts(small):
     model, params = small
-    whole = jax.jit(model.apply)(params, TOKENS)[0]
+    whole = jax.jit(model.apply)(params, PLAIN)[0]
     decode, cache = jax.jit(model.decode), model.init_cache(2, 5)
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, model.init_cache(2, 10**9)), (
         "it does not grow"
@@ -113,9 +115,9 @@ def test_a_stream_may_come_token_by_token_or_in_parts(small):
     for t in range(LENGTH):
         one, cache = decode(params, TOKENS[:, t : t + 1], cache, t)
         np.testing.assert_allclose(one[:, 0], whole[:, t], rtol=1e-4, atol=1e-5)
-    with_segments = jax.jit(model.apply)(params, TOKENS, SEGMENTS)[0]
+    with_segments = jax.jit(model.apply)(params, DOCUMENTS)[0]
     np.testing.assert_allclose(with_segments[:, :3], whole[:, :3], rtol=1e-5, atol=1e-5)
-    alone = jax.jit(model.apply)(params, TOKENS[:, 3:])[0]
+    alone = jax.jit(model.apply)(params, Batch(TOKENS[:, 3:]))[0]
     np.testing.assert_allclose(with_segments[0, 3:], alone[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(whole[0, 3:], alone[0], atol=1e-2)
 
@@ -124,7 +126,7 @@ def test_a_stream_may_come_token_by_token_or_in_parts(small):
 def test_chunks_forms_and_remat_are_the_same_function(small, fields):
     model, params = small
     changed = make_model(settings(core=2, **fields), VOCAB)
-    found, expected = (jax.jit(m.apply)(params, TOKENS, SEGMENTS)[0] for m in (changed, model))
+    found, expected = (jax.jit(m.apply)(params, DOCUMENTS)[0] for m in (changed, model))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +162,7 @@ def test_training_memory_grows_with_the_chunk_and_not_with_the_window():
 
         def loss(params, tokens):
             return optax.softmax_cross_entropy_with_integer_labels(
-                model.apply(params, tokens)[0], tokens
+                model.apply(params, Batch(tokens))[0], tokens
             ).mean()
 
         return (
@@ -192,11 +194,10 @@ def test_a_cell_is_counted_as_it_is_documented():
     model = make_model(settings(core=1, rounds=2), v)
     params = jax.eval_shape(model.init, jax.random.key(0))
     tall, square = d * f // g + p * g * (d + f), d * d // g + 2 * p * g * d
-    assert count.parameters(params).matrices == 5 * tall + square
+    assert count.parameters(params, model.param_info()).matrices == 5 * tall + square
     assert count.generated_weights(model) == 5 * d * f + d * d
-    tokens = [jax.ShapeDtypeStruct((1, length), jnp.int32) for length in (50, 30)]
     # of both, the weights are made once
-    more, fewer = (count.forward_flops(model.apply, params, of) for of in tokens)
+    more, fewer = (count.forward_flops(model.apply, params, token_batch(1, t)) for t in (50, 30))
     assert more - fewer == 20 * 2 * (2 * d * f + 2 * 3 * d * f + d * d + d * v)
 
 
@@ -239,7 +240,9 @@ def test_a_killed_run_ends_as_the_unbroken_one(tiny, tmp_path):
 def test_parity_of_short_streams_carries_over_to_long_ones():
     config = settings(rounds=1, core=1, rule="none", remat="none")
     config.train.update({"steps": 120, "warmup_steps": 20})
-    model, chain = make_model(config, 4), optim.optimizer(config.train)
+    model = make_model(config, 4)
+    info = model.param_info()
+    chain = optim.make_optimizer(config.train, info)
 
     def streams(key, length, rows=64):
         bits = jax.random.bernoulli(key, 0.5, (rows, length)).astype(jnp.int32)
@@ -248,7 +251,7 @@ def test_parity_of_short_streams_carries_over_to_long_ones():
     def loss(params, key):
         bits, parity = streams(key, 12)
         return optax.softmax_cross_entropy_with_integer_labels(
-            model.apply(params, bits)[0], parity
+            model.apply(params, Batch(bits))[0], parity
         ).mean()
 
     @jax.jit
@@ -257,13 +260,13 @@ def test_parity_of_short_streams_carries_over_to_long_ones():
             params, memory = carry
             grads = jax.grad(loss)(params, jax.random.fold_in(jax.random.key(1), step))
             direction, memory = chain.update(grads, memory, params)
-            return (optim.apply(config.train, params, direction, step), memory), None
+            return (optim.apply(config.train, params, direction, step, info), memory), None
 
         return jax.lax.scan(update, (params, chain.init(params)), jnp.arange(120))[0][0]
 
     params = trained(jax.jit(model.init)(jax.random.key(0)))
     bits, parity = streams(jax.random.key(2), 1000, rows=20)
-    np.testing.assert_array_equal(jax.jit(model.apply)(params, bits)[0].argmax(-1), parity)
+    np.testing.assert_array_equal(jax.jit(model.apply)(params, Batch(bits))[0].argmax(-1), parity)
 
 
 @pytest.mark.parametrize(

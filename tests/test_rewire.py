@@ -10,18 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, batch_of
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import ngc_jax
 from ngc_jax import count
-from ngc_jax.analysis import gain_bound
+from ngc_jax.analysis import gain_bound, round_states
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.core import rewiring
 from ngc_jax.core.rules.addressed import Rewirable
-from ngc_jax.data.batches import next_token_targets
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.layers import RMSNorm, Stage
+from ngc_jax.nn.stacks import stages_of
+from ngc_jax.nn.synapse import intercept
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import TIMES, read_rows
@@ -131,7 +133,7 @@ def settings(**fields):
 
 
 def start(config):
-    """A model, and a state as if of some run: all numbers drawn at random, which compiles nothing."""
+    """A model, and a state as if of some run: numbers drawn at random, which compiles nothing."""
     model = Decoder(model_shape(config, Bytes.vocab))
     draw, rule = np.random.default_rng(0), model.shape.rewirable
 
@@ -150,7 +152,9 @@ def start(config):
 
 
 def batch(seed=0):
-    return next_token_targets(np.array(jax.random.randint(jax.random.key(seed), (8, 17), 0, 256)))
+    """Rows of three documents that do not see each other."""
+    found = batch_of(jax.random.randint(jax.random.key(seed), (8, 17), 0, 256))
+    return found.replace(segments=np.broadcast_to(np.arange(16, dtype=np.int32) // 6, (8, 16)))
 
 
 def edges_of(model, params):
@@ -200,7 +204,7 @@ def slopes(model, params):
     examples = batch()
 
     def loss(params):
-        nats, counts = losses(plain, params, examples, None, jnp.float32)
+        nats, counts = losses(plain, params, examples, jnp.float32)
         return jnp.sum(nats * counts) / jnp.sum(counts)
 
     found = {}
@@ -211,31 +215,79 @@ def slopes(model, params):
     return found
 
 
-def test_what_is_given_up_what_is_taken_and_what_stays_as_it_was():
-    """Ports, whose edges are shared by members of a fan and by stages."""
-    fields = {"model.wiring": "dynamic_ports", "model.sharing": "qkv,depth2", "model.prelude": 2}
-    config = settings(**fields)
+def correlations(model, params):
+    """|Pearson's correlation| of what each edge carries and what its listeners receive, likewise,
+    in the one stage of a loop whose queries and keys are read from where it began.
+    """
+    examples, (stage,) = batch(), stages_of(params["core"]["stages"])
+    read = {}
+
+    @jax.jit
+    def inputs(params):
+        states = round_states(model, params, examples, model.shape.rounds - 1)
+        norm, found = RMSNorm().bind({"params": stage["attention_norm"]}), []
+        for x in states:
+            with intercept(lambda heard: read.update({str(heard.synapse.name): heard.x})):
+                at = jnp.arange(x.shape[1])
+                Stage(model.shape).apply(
+                    {"params": stage}, x, at, examples.segments, route=states[0]
+                )
+            own = {name: read[name] for name in ("attention_out", "gate_up", "down")}
+            found.append({**own, "value": norm(x), "query": norm(states[0])})
+        return found
+
+    found, rounds = {}, jax.device_get(inputs(params))
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    for path in (path for path in flat if path[-2:] == ("inter_addressed", "post")):
+        pres, hears = (flat[*path[:-1], "pre", name][0] for name in ("state", "hears"))
+        for member in range(len(pres)):
+            reads = {"query_key_value": ("query", "query", "value")[member]}.get(path[-3], path[-3])
+            for g in range(G):
+                total = dict.fromkeys(range(6), 0.0)
+                for x in (one[reads].reshape(-1, G, pres.shape[2]) for one in rounds):
+                    said = [x[:, (g + 1 + edge // 2) % G] for edge in hears[member, g]]
+                    sent = np.stack([z @ pres[member, g, :, e, 0] for e, z in enumerate(said)], 1)
+                    received = sent @ flat[path][0, member, g, :, :, 0].T
+                    both = np.abs(np.corrcoef(sent.T, received.T)[:6, 6:]).mean(1)
+                    for edge, score in zip(hears[member, g], both, strict=True):
+                        total[edge] += score / len(rounds)
+                found[path, 0, member, g] = total
+    return found
+
+
+LOOP = {"model.prelude": 0, "model.core": 1, "model.rounds": 2, "model.route": "start"}
+
+
+@pytest.mark.parametrize(
+    ("promises", "fields"),
+    [
+        (slopes, {"model.sharing": "qkv,depth2", "model.prelude": 2}),
+        (correlations, {"rewire.regrow": "correlation", **LOOP}),
+    ],
+    ids=["gradient, shared", "correlation, of a route"],
+)
+def test_what_is_given_up_what_is_taken_and_what_stays_as_it_was(promises, fields):
+    """Ports, and documents that do not see each other."""
+    config = settings(**{"model.wiring": "dynamic_ports", **fields})
     model, state = start(config)
     rewire = jax.jit(make_rewire(model, config))
 
-    # Of all 6 edges of a group: 2 by magnitude, 2 by gradient.
+    # Of all 6 edges of a group: 2 by magnitude, 2 by what they promise.
     after, row = rewire(state, batch(), np.int32(2), np.int32(2))
     assert (float(row["wiring/density"]), float(row["wiring/exchanged"])) == (
         pytest.approx(2 / 3),
         0,
     ), "there was nothing else to take"
-    old, new, slope = (
-        edges_of(model, state.params),
-        edges_of(model, after.params),
-        slopes(model, state.params),
-    )
+    old, new = edges_of(model, state.params), edges_of(model, after.params)
+    promised = promises(model, state.params)
     for (path, stage, member, g), now in new.items():
         sets = model.shape.shared.of(path[-3])
-        one = [(path, s, f, g) for s in (0, 1) for f in range(len(sets)) if sets[f] == sets[member]]
+        stages = range(model.shape.prelude + model.shape.core)
+        one = [(path, s, f, g) for s in stages for f in range(len(sets)) if sets[f] == sets[member]]
         strength = [
             sum(np.linalg.norm(np.outer(*old[place][e])) for place in one) for e in range(6)
         ]
-        promise = [sum(slope[place][e] for place in one) for e in range(6)]
+        promise = [sum(promised[place][e] for place in one) for e in range(6)]
         kept = np.argsort(strength)[-2:].tolist()
         grown = sorted(set(range(6)) - set(kept), key=lambda e, promise=promise: promise[e])[-2:]
         assert now.keys() == {*kept, *grown}
@@ -266,7 +318,7 @@ def test_what_is_given_up_what_is_taken_and_what_stays_as_it_was():
 
 
 def test_edges_that_are_not_there_cost_nothing():
-    """XLA's own count of the compiled synapse with 4 of 16 channels, chosen at random, against all."""
+    """XLA's own count of the compiled synapse: 4 of 16 channels, chosen at random, against all."""
     groups, width, x = 16, 256, jnp.zeros((64, 256))
 
     def flops(rule):
@@ -319,8 +371,8 @@ def test_a_run_that_lost_its_latter_part_makes_it_again_to_the_bit(tiny, tmp_pat
     assert all(post.any() for edges in kept.values() for _, post in edges.values())
     assert whole.model.shape.channels == 1
     jax.tree.map(np.testing.assert_array_equal, edges_of(whole.model, whole.params), kept)
-    stored = count.parameters(whole.params)
-    assert stored.matrices < count.parameters(whole.state.params).matrices
+    stored = count.parameters(whole.params, whole.model.param_info())
+    assert stored.matrices < count.parameters(whole.state.params, full.param_info()).matrices
     assert f"{stored.total:,} stored" in (tmp_path / "whole" / "card.md").read_text()
 
 

@@ -2,29 +2,30 @@
 golden step.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, batch_of
 
 from ngc_jax.config import base, model_shape
 from ngc_jax.data import NOTHING
-from ngc_jax.data.batches import next_token_targets
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.training.rounds import Iteration, make_iteration
 from ngc_jax.training.step import init_state, losses, make_eval_step, make_train_step
 
 
-def settings(**fields):
+@functools.cache
+def build(**fields):
+    """A model, the state before its first update, and the compiled update."""
     config = base()
     config.update_from_flattened_dict({**TINY, **fields})
-    return config
-
-
-def start(config):
     model = Decoder(model_shape(config, Bytes.vocab))
-    return model, jax.jit(lambda: init_state(model, config.train, config.seed))()
+    state = jax.jit(lambda: init_state(model, config.train, config.seed))()
+    return model, state, jax.jit(make_train_step(model, config.train))
 
 
 def tokens_of(seed=0, rows=8):
@@ -32,20 +33,16 @@ def tokens_of(seed=0, rows=8):
 
 
 def batch(seed=0):
-    return next_token_targets(tokens_of(seed), Bytes.mark)
-
-
-def update(config, model):
-    return jax.jit(make_train_step(model, config.train))
+    return batch_of(tokens_of(seed), Bytes.mark)
 
 
 def test_accumulation_is_the_whole_batch():
     uneven = batch()
-    uneven[0, 1, 2:] = NOTHING  # parts that count different numbers of targets
-    whole, parts = settings(), settings(**{"train.accumulation": 4})
-    model, state = start(whole)
-    one, scalars = update(whole, model)(state, uneven)
-    four, scalars_of_parts = update(parts, model)(state, uneven)
+    uneven.targets[0, 2:] = NOTHING  # parts that count different numbers of targets
+    _, state, whole = build()
+    parts = build(**{"train.accumulation": 4})[2]
+    one, scalars = whole(state, uneven)
+    four, scalars_of_parts = parts(state, uneven)
     assert scalars["train/loss"] == pytest.approx(float(scalars_of_parts["train/loss"]), rel=1e-6)
     assert scalars["train/grad_norm"] == pytest.approx(
         float(scalars_of_parts["train/grad_norm"]), rel=1e-5
@@ -59,9 +56,8 @@ def test_accumulation_is_the_whole_batch():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_loss_falls_and_steps_are_counted(optimizer):
-    config = settings(**{"train.optimizer": optimizer})
-    model, state = start(config)
-    step, first = update(config, model), None
+    _, state, step = build(**({} if optimizer == "adamw" else {"train.optimizer": optimizer}))
+    first = None
     for _ in range(20):
         state, scalars = step(state, batch())
         first = first or float(scalars["train/loss"])
@@ -70,10 +66,9 @@ def test_loss_falls_and_steps_are_counted(optimizer):
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_states():
-    config = settings(**{"train.compute_dtype": "bfloat16"})
-    model, state = start(config)
-    after, scalars = update(config, model)(state, batch())
-    _, exact = update(settings(), model)(state, batch())
+    _, state, step = build()
+    after, scalars = build(**{"train.compute_dtype": "bfloat16"})[2](state, batch())
+    _, exact = step(state, batch())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
     assert scalars["train/loss"].dtype == jnp.float32
     assert float(scalars["train/loss"]) == pytest.approx(float(exact["train/loss"]), rel=0.01)
@@ -81,9 +76,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_states():
 
 
 def test_what_is_not_finite_is_skipped_and_counted():
-    config = settings()
-    model, good = start(config)
-    step = update(config, model)
+    _, good, step = build()
     good, _ = step(good, batch(1))
     broken = good.replace(params={**good.params, "unembed": good.params["unembed"] * jnp.inf})
     state = broken
@@ -102,26 +95,24 @@ def test_what_is_not_finite_is_skipped_and_counted():
 
 
 def test_marks_are_read_but_are_no_targets():
-    config = settings()
-    model, state = start(config)
+    model, state, step = build()
     tokens = tokens_of()
     tokens[:, 5] = Bytes.mark
-    marked = next_token_targets(tokens, Bytes.mark)
-    nats, counts = losses(model, state.params, marked, None, jnp.float32)
+    marked = batch_of(tokens, Bytes.mark)
+    nats, counts = losses(model, state.params, marked, jnp.float32)
     assert not np.any(counts[:, 4])
     assert np.sum(counts) == np.sum(tokens[:, 1:] != Bytes.mark)
-    _, scalars = update(config, model)(state, marked)
+    _, scalars = step(state, marked)
     assert scalars["train/loss"] == pytest.approx(
         float(np.sum(nats * counts) / np.sum(counts)), rel=1e-6
     )
 
 
 def test_evaluation_sums_real_rows_only():
-    config = settings()
-    model, state = start(config)
-    step = jax.jit(make_eval_step(model, config.train, Bytes.lengths))
+    model, state, _ = build()
+    step = jax.jit(make_eval_step(model, base().train, Bytes.lengths))
     marked = batch()
-    marked[:, 1, 4] = NOTHING
+    marked.targets[:, 4] = NOTHING
     all_rows = step(state.params, marked, jnp.ones(8, bool))
     halves = [
         step(state.params, marked, jnp.arange(8) < 4),
@@ -129,7 +120,52 @@ def test_evaluation_sums_real_rows_only():
     ]
     for name in ("nats", "targets", "bytes"):
         assert float(all_rows[name]) == pytest.approx(sum(float(h[name]) for h in halves), rel=1e-5)
-    assert int(all_rows["bytes"]) == int(all_rows["targets"]) == np.sum(marked[:, 1] >= 0)
+    assert int(all_rows["bytes"]) == int(all_rows["targets"]) == np.sum(marked.targets >= 0)
+
+
+def test_each_seed_update_and_accumulated_part_draws_its_own_noise_and_probe():
+    config = base()
+    config.update_from_flattened_dict(
+        {**TINY, "model.rule": "dense", "iteration.noise": 0.1, "train.accumulation": 2}
+    )
+    model = Decoder(model_shape(config, Bytes.vocab))
+    state = jax.jit(lambda: init_state(model, config.train, 0))()
+    seen = set()
+
+    def see(name, key):
+        note = lambda data: seen.add((name, tuple(data.tolist())))  # noqa: E731
+        jax.debug.callback(note, jax.random.key_data(key))
+
+    class Watched(Iteration):
+        def apply(self, rounds, key=None):
+            see("noise", key)
+            return super().apply(rounds, key)
+
+    def penalty(params, batch, key):
+        see("probe", key)
+        return 0.0
+
+    def drawn(step, *states):
+        """What each update draws, and its loss."""
+        found = []
+        for state in states:
+            seen.clear()
+            loss = float(step(state, batch())[1]["train/loss"])
+            jax.effects_barrier()
+            found.append((frozenset(seen), loss))
+        return found
+
+    iteration = Watched(**vars(make_iteration(model, config)))
+    first, other = (
+        jax.jit(make_train_step(model, config.train, penalty, iteration, seed)) for seed in (0, 1)
+    )
+    later = state.replace(step=state.step + 1)
+    found = [*drawn(first, state, later), *drawn(other, state)]
+    keys = [key for draws, _ in found for key in draws]
+    assert len(keys) == 3 * 2 * 2, "three updates of two parts, with a noise and a probe each"
+    assert len({data for _, data in keys}) == len(keys)
+    assert len({loss for _, loss in found}) == 3
+    assert drawn(first, state) == found[:1], "a run that goes on draws what it would have drawn"
 
 
 def test_golden_step():
@@ -137,9 +173,8 @@ def test_golden_step():
     found here, say so in the commit, and run the studies in `experiments/` anew; a refactoring must
     not move them.
     """
-    config = settings()
-    model, state = start(config)
-    step, found = update(config, model), []
+    _, state, step = build()
+    found = []
     for _ in range(3):
         state, scalars = step(state, batch())
         found += [float(scalars["train/loss"]), float(scalars["train/grad_norm"])]

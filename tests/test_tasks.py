@@ -18,9 +18,9 @@ from ngc_jax.commands import solve
 from ngc_jax.commands.arguments import command
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.data import NOTHING, tasks
-from ngc_jax.data.batches import train_batches
+from ngc_jax.data.batches import Batch, segments_of, train_batches
 from ngc_jax.data.problems import Problems, draw_set, part_of, problem_set
-from ngc_jax.data.tasks import TASKS, Problem, draw
+from ngc_jax.data.tasks import TASKS, Problem, boundary, draw
 from ngc_jax.data.tokens import Symbols, load_data, load_tokenizer
 from ngc_jax.nn.generate import generate
 from ngc_jax.runtime.errors import UserError
@@ -251,18 +251,28 @@ def test_a_grid_in_place_is_seen_whole_and_what_fills_it_up_is_not(cache):
     config.data.update({"context": 26, "problems": 20, "cache_dir": str(cache)})
     model = make_model(config, len(TASKS["maze_in_place"].symbols))
     params = shaken(jax.jit(model.init)(jax.random.key(0)))
-    end = load_data(config.data).boundary
-    read = jax.jit(lambda inputs: predict(model.apply, params, inputs, end, jnp.float32)[0])
+    end = boundary("maze_in_place")
+    held_out = load_data(config.data).validation
+    for example in (held_out[i] for i in range(len(held_out))):
+        np.testing.assert_array_equal(example.segments, np.cumsum(example.inputs == end))
+
+    @jax.jit
+    def predicted(batch):
+        return predict(model.apply, params, batch, jnp.float32)[0]
+
+    def read(inputs):
+        return predicted(Batch(inputs, segments=segments_of(inputs, end)))
+
     grid = draw("maze_in_place", np.random.default_rng(0), 2).inputs  # nine cells and "="
     alone = read(grid[None])
-    filled = read(padded((grid, grid), 32)[None, 0])
+    filled = read(padded(Problem(grid, grid), 32).inputs[None])
     np.testing.assert_allclose(filled[:, :9], alone[:, :9], rtol=1e-5, atol=1e-6)
     changed = grid.copy()
     changed[8] = (changed[8] + 1) % 5
     assert np.all(np.any(read(changed[None])[:, :9] != alone[:, :9], axis=-1)), (
         "each cell sees the last one"
     )
-    with pytest.raises(ValueError, match="it has no cache"):
+    with pytest.raises(ValueError, match="has no cache"):
         model.init_cache(1, 10)
 
 
@@ -323,11 +333,9 @@ def asked(cache) -> ConfigDict:
 
 def padded(problem, length):
     """As the decoder reads it, to the right of which nothing is asked."""
-    example = np.full((2, length), NOTHING, np.int32)
-    example[0] = 0
-    for row, values in zip(example, problem, strict=True):
-        row[: len(values)] = values
-    return example
+    inputs, targets = np.zeros(length, np.int32), np.full(length, NOTHING, np.int32)
+    inputs[: len(problem.inputs)], targets[: len(problem.targets)] = problem
+    return Batch(inputs, targets)
 
 
 def test_a_set_follows_from_its_seed_and_is_drawn_once(tmp_path):
@@ -343,18 +351,22 @@ def test_a_set_follows_from_its_seed_and_is_drawn_once(tmp_path):
     kept = Problems(first.home, "train", 13)
     fresh = draw_set("addition", 1, 3, {"train": 40, "validation": 4}, 0)["train"]
     assert len(kept) == 40
-    by_bytes = [np.ndarray.tobytes(kept[i]) for i in range(40)]
-    assert sorted(by_bytes) == sorted(padded(problem, 13).tobytes() for problem in fresh)
+    read, written = [kept[i] for i in range(40)], [padded(problem, 13) for problem in fresh]
+    read, written = (
+        sorted(one.inputs.tobytes() + one.targets.tobytes() for one in examples)
+        for examples in (read, written)
+    )
+    assert read == written
 
 
 def test_batches_of_problems_are_a_function_of_the_step(asked):
     problems = load_data(asked.data).train
     options = {"batch_size": 4, "seed": 3, "stop": 9}
-    whole = np.stack(list(train_batches(problems, start=0, **options)))
-    assert whole.shape == (9, 4, 2, 40)
-    np.testing.assert_array_equal(
-        whole[5:], np.stack(list(train_batches(problems, start=5, **options)))
-    )
+    whole = list(train_batches(problems, start=0, **options))
+    assert len(whole) == 9
+    assert whole[0].inputs.shape == whole[0].targets.shape == (4, 40)
+    later = list(train_batches(problems, start=5, **options))
+    jax.tree.map(np.testing.assert_array_equal, whole[5:], later)
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -417,9 +429,8 @@ def kept(tmp_path_factory):
 def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatch, capsys):
     assert train.run(asked, kept)
     held_out = load_data(asked.data).validation
-    answers = Counter(
-        tuple(targets[targets >= 0]) for _, targets in (held_out[i] for i in range(len(held_out)))
-    )
+    asked_for = [held_out[i].targets for i in range(len(held_out))]
+    answers = Counter(tuple(targets[targets >= 0]) for targets in asked_for)
     guessing = answers.most_common(1)[0][1] / len(held_out)
     assert read_rows(kept)[-1]["final/exact"] > guessing + 0.3
     assert load_tokenizer(kept).symbols == TASKS["dyck"].symbols
