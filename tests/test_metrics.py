@@ -1,4 +1,4 @@
-"""Rows on disk: cut off at the step a run goes on from, whole lines only, readable by TensorBoard."""
+"""Rows on disk: up to the step a run continues from, whole lines only, also for TensorBoard."""
 
 import json
 import math

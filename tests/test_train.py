@@ -123,9 +123,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     capsys.readouterr()
     assert train.run(tiny, tmp_path / "run") is True
     said = capsys.readouterr().out
-    assert f"checkpoint {newest} is passed over" in said
+    assert f"checkpoint {newest} is skipped" in said
     assert "does not match its checksum" in said
-    assert "going on from checkpoint 20" in said
+    assert "continuing from checkpoint 20" in said
     assert rows_but_for_times(tmp_path / "run") == rows_but_for_times(unbroken)
     assert final_digest(tmp_path / "run") == final_digest(unbroken)
 
@@ -260,7 +260,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(tiny_flags, tmp_path):
             break
     rest = run.stdout.read()
     assert run.wait(60) == EXIT_CODE
-    assert "is saved; the same command goes on from there" in rest
+    assert "is saved; the same command continues from there" in rest
     trained = load(tmp_path / "run")
     assert trained.step >= 20
     assert read_rows(tmp_path / "run")[-1]["step"] == trained.step

@@ -5,7 +5,7 @@ save (`training/loop.py`).
 
 Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind.
 But it restores a step with a flipped byte in silence. So each committed step is sealed with the
-SHA-256 of its files, and a step whose seal is missing or broken is passed over for the newest sound
+SHA-256 of its files, and a step whose seal is missing or broken is skipped for the newest sound
 one.
 """
 

@@ -68,7 +68,7 @@ class Metrics:
             try:
                 self._board.write(row)
             except OSError:
-                self._board = None  # it is only a view, made anew when the run goes on
+                self._board = None  # it is only a view, made anew when the run continues
 
     def sync(self) -> None:
         """Puts all rows on disk, before a checkpoint, which so never lacks the rows before it.

@@ -50,7 +50,7 @@ peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g})
 weight decay {t.weight_decay:g}, {t.compute_dtype}, seed {config.seed}.
 {duration(last["seconds"])} of training on {jax.device_count()} x {jax.devices()[0].device_kind}
 with jax {jax.__version__}.
-Updates skipped: {last["train/skipped"]}; batches passed over by rewinding:
+Updates skipped: {last["train/skipped"]}; batches skipped by rewinding:
 {last.get("train/passed", 0)}.
 
 **How good**, at the end, on data that was not trained on:

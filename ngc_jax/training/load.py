@@ -226,7 +226,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     try:
         wanted, faults = (step, {}) if step is not None else checkpoints.newest_sound()
         for bad, damage in faults.items():
-            print(f"checkpoint {bad} is passed over: {damage}", file=sys.stderr)
+            print(f"checkpoint {bad} is skipped: {damage}", file=sys.stderr)
         steps = checkpoints.steps()
         if wanted is None or wanted not in steps:
             named = "no sound checkpoint" if wanted is None else f"no checkpoint {wanted}"

@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     with this.asked_to_stop, this.watchdog, profile:
         this.clock.start(this.step)
         while True:
-            # What comes after update `this.step`, also after the one that this start goes on from.
+            # What comes after update `this.step`, also after the one that this start continues from.
             profile.turn(this.step, this.state)
             stop, save = this.agreed_wishes()
             save = save or this.last or this.step % config.checkpoint.every_steps == 0
@@ -101,7 +101,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     this.metrics.close()
     if not this.last or not measured:
         kept = f"step {this.step} is saved" if this.step else "before the first update"
-        this.progress.say(f"asked to stop: {kept}; the same command goes on from there")
+        this.progress.say(f"asked to stop: {kept}; the same command continues from there")
         return False
     if multihost.first():
         # Without the slots that a changing wiring has left empty.

@@ -108,7 +108,7 @@ class Run:
                 "--workdir"
             )
         self._stand_at(step, state, meta.get("rewinds", 0), meta.get("passed", 0))
-        print(f"going on from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
+        print(f"continuing from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
         if made_with != versions():
             print(
                 f"it was made with {made_with}, this is {versions()}: results are equal up to "
@@ -140,7 +140,7 @@ class Run:
         sound, faults = self.checkpoints.newest_sound(among) if multihost.first() else (None, {})
         for bad, fault in faults.items():
             aside = self.checkpoints.set_aside(bad)
-            self.progress.say(f"checkpoint {bad} is passed over: {fault}; moved to {aside}")
+            self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
         (sound, *_) = multihost.exchange(sound)
         self.checkpoints.reload()
         return sound
@@ -281,7 +281,7 @@ class Run:
             every = self.config.checkpoint
             again = (self.step // every.every_steps + 1) * every.every_steps
             soon = f"next try after step {again}, or in {every.every_minutes:g} minutes"
-            self.progress.say(f"NOT SAVED: {error}; training goes on; {kept}; {soon}")
+            self.progress.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
 
     def rewind(self) -> None:
         """Goes back to a checkpoint from before the trouble, and on with the batches after it.
@@ -310,7 +310,7 @@ class Run:
         left_out = logged - sound
         self.progress.say(
             f"step {logged}: rewound to checkpoint {sound}, {rewinds} of at most "
-            f"{train.max_rewinds} times; the {left_out} batches since then are passed over"
+            f"{train.max_rewinds} times; the {left_out} batches since then are skipped"
         )
         self.checkpoints.drop_after(sound)
         self.metrics.close()
@@ -318,7 +318,7 @@ class Run:
         step, state, _ = self.checkpoints.restore(sound, self.do.state)
         self._stand_at(step, state, rewinds, self.passed + left_out)
         row = {"train/rewinds": rewinds, "train/passed": self.passed, "train/rewound_from": logged}
-        # A row of the update to come: a run that goes on from `sound` redoes it.
+        # A row of the update to come: a run that continues from `sound` redoes it.
         self.metrics.write({"step": sound + 1, **row})
         self.clock.start(sound)
         self.watchdog.beat()

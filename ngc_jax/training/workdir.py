@@ -22,7 +22,7 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path, in_bucket, sync, write_durably
 
-# Fields that may change while a run goes on: how often it is logged, evaluated and saved, and on
+# Fields that may change while a run continues: how often it is logged, evaluated and saved, and on
 # which devices it runs.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
 FREE |= {f"train.{name}" for name in ("log_every", "profile", "hang_minutes", "hang_exit")}

@@ -83,12 +83,12 @@ def test_two_processes_lose_one_another_are_stopped_and_go_on_to_the_bit(text, c
     both[1].send_signal(signal.SIGTERM)
     codes, said, errors = end(both)
     assert codes == [EXIT_CODE, EXIT_CODE], errors
-    assert "is saved; the same command goes on from there" in said
+    assert "is saved; the same command continues from there" in said
     shutil.copytree(run, tmp_path / "one")
 
     codes, said, errors = end(pair(fields, run))
     assert codes == [0, 0], errors
-    assert "going on from checkpoint" in said
+    assert "continuing from checkpoint" in said
     assert outcome(run) == outcome(whole)
 
     config = base()
