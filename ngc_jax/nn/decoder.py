@@ -293,14 +293,14 @@ class Decoder:
         """
         if stages is None:
             return x, cache
-        stage, info = Stage(self.shape), self.stage_info
+        stage = Stage(self.shape)
         at = jnp.arange(x.shape[1]) if positions is None else positions
         if segments is not None:
             chex.assert_shape(segments, x.shape[:2])
 
         def body(x: Array, layer: Any) -> tuple[Array, Any]:
             weights, kept = layer
-            weights = gathered(weights, info)
+            weights = gathered(weights, lambda: self.stage_info)
             return stage.apply({"params": weights}, x, at, segments, kept, route)
 
         if cache is not None:

@@ -137,10 +137,11 @@ def shardings(placed: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
-def gathered(stage: Tree, info: Tree) -> Tree:
+def gathered(stage: Tree, info: Callable[[], Tree]) -> Tree:
     """Parameters of one stage as they are used: split over groups, but not as they are stored.
 
-    States are gathered, before weights are made of them; else the weights would be.
+    States are gathered, before weights are made of them; else the weights would be. `info()`, their
+    records, is asked for on a mesh of several devices only.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -150,7 +151,7 @@ def gathered(stage: Tree, info: Tree) -> Tree:
         axes = param_axes(info, leaf.shape, mesh)
         return constrain(leaf, *(None if axis == "stored" else axis for axis in axes))
 
-    return jax.tree.map(used, stage, info)
+    return jax.tree.map(used, stage, info())
 
 
 def bytes_per_device(placed: Tree) -> int:

@@ -104,14 +104,16 @@ class Recurrent:
     def _forward(
         self, params: Params, x: Array, first: Array | None, states: Array
     ) -> tuple[Array, Array]:
-        cell, info = Cell(self.shape), self.cell_info
+        cell = Cell(self.shape)
 
         def run(states: Array, heard: tuple[Array, Array | None]) -> tuple[Array, Array]:
             x, first = jax.tree.map(lambda a: a.swapaxes(0, 1), heard)
 
             def body(x: Array, layer: tuple[Params, Array]) -> Any:
                 weights, state = layer
-                return cell.apply({"params": gathered(weights, info)}, x, state, first)
+                return cell.apply(
+                    {"params": gathered(weights, lambda: self.cell_info)}, x, state, first
+                )
 
             if self.shape.remat == "stages":
                 body = jax.checkpoint(body, prevent_cse=False)
