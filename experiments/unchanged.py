@@ -55,9 +55,11 @@ SETS = {  # fields that runs share, by a word that stands for them
     "WATCH": "stability.every=4",
     "DENSE": "model.rule=dense model.prelude=1 model.core=0",  # what compiles soonest
     "LOW_RANK": "model.rule=broadcast model.p_intra=0",
-    "CELLS": "model.kind=recurrent",
-    "BDH": "model.kind=bdh model.hidden=64",
-    "MANY": "model.rounds=3 iteration.high=4 iteration.mean=2.5",
+    # These two kinds of models refuse what they do not read, so it goes back to its default.
+    "CELLS": "model.kind=recurrent model.heads=4 stability.tokens=1024 stability.rounds=8",
+    "BDH": """model.kind=bdh model.hidden=64 model.groups=8 model.prelude=1 model.coda=1
+        stability.tokens=1024 stability.rounds=8""",
+    "MANY": "model.rounds=3",
     "WIRED": "model.groups=8 model.channels=3 model.wiring_seed=3",
     "MOVING": "model.groups=8 model.channels=5 rewire.channels=3 rewire.every=1 rewire.exchange=1",
     "FEW": "data.path= data.problems=60",
@@ -97,11 +99,12 @@ plain                   model.qk_norm=False model.exchange_activation=none model
 remat_stages            model.remat=stages model.exchange_activation=relu STACKS
 init_rank_[metric,dense] model.init_rank=4 model.rule={}
 iteration_lognormal     iteration.rounds=lognormal_poisson iteration.backprop=2 MANY
+                        iteration.high=4 iteration.mean=2.5
 iteration_supervise     iteration.supervise_every=1 iteration.supervise_weight=0.5 MANY
 iteration_backprop      iteration.backprop=1 model.state_activation=tanh MANY
 iteration_noise         iteration.noise=0.5 model.state_activation=tanh model.route=start MANY
 iteration_all           iteration.rounds=uniform iteration.backprop=3 iteration.noise=0.1 MANY
-                        iteration.supervise_every=2 train.accumulation=2 STACKS
+                        iteration.supervise_every=2 train.accumulation=2 iteration.high=4 STACKS
 iteration_marked        config=ngc_hops REAL FEW data.high=3 data.context=47 model.width=16
 held_[contraction,exponent] stability.regulariser={} stability.low=-1.0 stability.high=-0.5
 held_jacobian           stability.jacobian=0.1 train.accumulation=2 model.init_rank=8
@@ -317,7 +320,8 @@ def main() -> None:
         print(f"NOT as it was recorded: {old['machine']}, here {new['machine']}")
     write_text(args.workdir / "text")
     shutil.rmtree(args.workdir / "cache", ignore_errors=True)  # other code may prepare other data
-    runs = {name: found["run"] for name, found in old["runs"].items()} or RUNS
+    # The table may say a run that is the same in other fields than when it was recorded.
+    runs = {name: RUNS.get(name, found["run"]) for name, found in old["runs"].items()} or RUNS
     asked = args.runs.split(",")
     runs = {name: runs[name] for name in runs if any(fnmatch.fnmatch(name, it) for it in asked)}
     ill, began, cores = [], time.monotonic(), sorted(os.sched_getaffinity(0))[: args.jobs]
