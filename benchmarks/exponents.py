@@ -7,6 +7,7 @@ ratio is the median of paired rounds, forward and exponents one after the other,
 shared and drift.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ def watching() -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}; time as a multiple of {STEPS} forward steps"
     )

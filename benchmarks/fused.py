@@ -8,6 +8,7 @@ no gradient. No GPU has run it yet: on a CPU it is interpreted, and its error al
 for: models, which do without it.
 """
 
+import argparse
 import math
 from functools import partial
 from typing import Any
@@ -66,6 +67,7 @@ def product(
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     on_cpu = jax.default_backend() == "cpu"
     n, counts = (128, (64,)) if on_cpu else (1024, (64, 1024, 16384))
     init = jax.jit(partial(RULES["distance"].init, groups=1, n_in=n, n_out=n, dim=4))

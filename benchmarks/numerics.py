@@ -8,6 +8,7 @@ the same functions under x64, in which a model's norms, softmax and logits stay 
 written.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -99,6 +100,7 @@ def one_kernel() -> float | None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}: relative errors of float32 against float64\n"
     )

@@ -6,9 +6,9 @@ run's cores.
 Not for: by hand.
 """
 
+import argparse
 import json
 import pathlib
-import sys
 
 from experiments.study import find
 from ngc_jax.commands.arguments import command
@@ -16,11 +16,16 @@ from ngc_jax.runtime.files import write_durably
 
 
 def main() -> None:
-    reference, workdir, out = sys.argv[1:]
-    _, study, _ = find(reference)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name in ("study", "run_folder", "out"):
+        parser.add_argument(name)
+    args = parser.parse_args()
+    _, study, _ = find(args.study)
     assert study.measure
-    measured = {name: float(value) for name, value in study.measure(pathlib.Path(workdir)).items()}
-    write_durably(pathlib.Path(out), json.dumps(measured, indent=1) + "\n")
+    measured = {
+        name: float(value) for name, value in study.measure(pathlib.Path(args.run_folder)).items()
+    }
+    write_durably(pathlib.Path(args.out), json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

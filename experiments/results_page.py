@@ -6,6 +6,7 @@ For: the columns that a first reader needs, the largest size first and the best 
 for: the numbers themselves, which `compare.py` computes: this file only reads them.
 """
 
+import argparse
 import itertools
 import pathlib
 from typing import Any
@@ -103,5 +104,6 @@ def renewed(page: str, report: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     PAGE.write_text(renewed(PAGE.read_text(), REPORT.read_text()))
     PICTURE.write_bytes(drawing(REPORT.read_text()))

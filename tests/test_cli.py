@@ -149,6 +149,36 @@ def test_help_lists_flags_and_fields_soon_and_without_a_config(tmp_path):
     assert width.split()[:6] == ["width", "128", "neurons", "1", "or", "more"]
 
 
+HELPED = """
+import contextlib, io, runpy, sys
+for module in sys.argv[1:]:
+    sys.argv, said = [module, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            assert not ended.code, module
+        else:
+            raise AssertionError(f"{module} went on")
+    assert len(said.getvalue()) > 40, module
+"""
+
+
+@pytest.mark.slow
+def test_every_command_has_help_and_does_nothing_else():
+    files = [
+        path
+        for name in ("ngc_jax", "experiments", "benchmarks")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    named = [
+        path.relative_to(ROOT).with_suffix("") for path in files if "__main__" in path.read_text()
+    ]
+    modules = [".".join(path.parts).replace(".commands", "") for path in named]
+    done = python("-W", "ignore", "-c", HELPED, *modules)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_an_empty_corpus_is_one_line(refused, tmp_path):
     (tmp_path / "empty.txt").touch()

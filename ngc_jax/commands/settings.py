@@ -4,6 +4,8 @@ For: writing docs/settings.md anew after a table of fields has changed. Not for:
 themselves (`settings.py` of `data`, `nn` and `training`).
 """
 
+import argparse
+
 from ngc_jax.config import SECTIONS
 from ngc_jax.nn.settings import MODELS
 from ngc_jax.runtime.fields import markdown
@@ -34,4 +36,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     print(page(), end="")
