@@ -5,11 +5,11 @@
 It has not been trained yet, so there is no result to quote.
 """
 
-from configs.ngc_base import get_config as ngc_base
+from ngc_jax.config import named
 
 
 def get_config():
-    config = ngc_base()
+    config = named("ngc_base")
     config.model.rule = "dense"
     # the depth of ngc_base with its rounds
     config.model.prelude, config.model.core, config.model.coda = 22, 0, 0

@@ -11,6 +11,7 @@ from conftest import ROOT, launch, python
 
 from ngc_jax.commands.config_flag import read_config
 from ngc_jax.config import named
+from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.workdir import claim
@@ -113,6 +114,16 @@ def test_a_config_file_may_take_an_argument_and_its_mistakes_have_a_line(read, t
         read(f"--config={mine}")
 
 
+def test_files_that_register_are_run_first(read, tmp_path, monkeypatch):
+    mine = tmp_path / "mine.py"
+    mine.write_text("from ngc_jax.data.tasks import TASKS\nTASKS['mine'] = TASKS['parity']\n")
+    monkeypatch.setitem(TASKS, "mine", None)  # to be taken away in the end
+    read(f"--extend={mine}", "--config=ngc_tiny", "--config.data.task=mine")
+    assert TASKS["mine"] is TASKS["parity"]
+    with pytest.raises(UserError, match=r"--extend=none.py cannot be read"):
+        read("--extend=none.py", "--config=ngc_tiny")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,7 +152,7 @@ def test_help_lists_flags_and_fields_soon_and_without_a_config(tmp_path):
     *lines, slow = done.stdout.splitlines()
     assert slow == "[]", "these take seconds to import"
     assert max(map(len, lines)) <= 100
-    for flag in ("--config=NAME", "--workdir", "--coordinator"):
+    for flag in ("--config=NAME", "--workdir", "--extend", "--coordinator"):
         assert any(line.startswith(flag) for line in lines), flag
     for section in ("data", "model", "train", "stability"):
         assert any(line.startswith(f"{section}: ") for line in lines), section

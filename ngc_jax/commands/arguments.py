@@ -4,13 +4,13 @@ For: every file of `commands/`. Not for: what a command does.
 """
 
 import argparse
-import runpy
 import sys
 from collections.abc import Callable
 
 from absl import logging
 from etils import epath
 
+from ngc_jax.commands.config_flag import EXTEND, extend
 from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.training.evaluation import Rounds, Settled
 
@@ -24,6 +24,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--step", type=int, help="checkpoint to read; default: the newest sound one"
     )
+<<<<<<< HEAD
     arguments.add_argument(
         "--extend",
         action="append",
@@ -31,17 +32,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         metavar="FILE.py",
         help="your own file, such as the config of the run, that registers a rule, task or model",
     )
+=======
+    arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
+>>>>>>> 878dfed (launch.py has --extend; every command has --help; dense_base opens from any folder)
     return arguments
 
 
 def read(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     """The values of the command line; files of --extend have been run. Raises UserError."""
     args = arguments.parse_args()
-    for file in args.extend:
-        try:
-            runpy.run_path(file)
-        except OSError as error:
-            raise UserError(f"--extend={file} cannot be read: {error}") from error
+    extend(args.extend)
     return args
 
 

@@ -3,9 +3,12 @@
 For: `launch.py` and `collectives`. Not for: the fields themselves (`config.py`).
 """
 
+import itertools
 import re
+import runpy
 import sys
 import textwrap
+from collections.abc import Iterable
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -15,6 +18,20 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import help_text, unknown
 
+EXTEND = "Python file that is run first and registers a rule, a task or a model of your own."
+
+
+def extend(files: Iterable[str]) -> None:
+    """Runs Python files that add a rule, a task or a model of the user's to a table.
+
+    Raises UserError where one cannot be read.
+    """
+    for file in files:
+        try:
+            runpy.run_path(file)
+        except OSError as error:
+            raise UserError(f"--extend={file} cannot be read: {error}") from error
+
 
 def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[ConfigDict, str]:
     """Reads the command line; returns the config, locked, and its file, "FILE" or "FILE:ARGUMENT".
@@ -22,11 +39,13 @@ def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[Config
     The flags in `own` are read too. `--help` prints `about`, the flags and the fields, and ends the
     command. Raises UserError for a mistake on the command line, or in the config file.
     """
+    flags.DEFINE_multi_string("extend", [], EXTEND, flag_values=own)
     if {"--help", "-help", "-h", "--helpfull"} & {*sys.argv}:
         print(f"{about.strip()}\n\nflags:\n{_flags(own)}\n\nfields: --config.SECTION.FIELD=VALUE")
         print(help_text(SECTIONS))
         sys.exit(0)
     given, rest = _split(sys.argv[1:])
+    extend(word.partition("=")[2] for word in rest if re.match("--?extend=", word))
     if not given:
         raise UserError(f"--config is missing: give a file, or one of {', '.join(config_names())}")
     name, colon, argument = given.partition(":")
@@ -79,14 +98,11 @@ def _explained(error: Exception, argv: list[str]) -> str:
 
 def _flags(own: flags.FlagValues) -> str:
     """The flags of a command and of this package, a line each."""
-    modules = own.flags_by_module_dict().items()
+    modules, ours = own.flags_by_module_dict(), (sys.argv[0], __name__, multihost.__name__)
     named = [("--config=NAME", "config of configs/NAME.py; or a file with get_config()")]
-    ours = [
-        f for name, found in modules if name in (sys.argv[0], multihost.__name__) for f in found
-    ]
-    for flag in ours:
-        default = "" if flag.default is None else f" Default: {flag.default}."
-        named.append((f"--{flag.name}", flag.help + default))
+    for flag in itertools.chain(*(modules.get(name, []) for name in ours)):
+        default = "" if flag.default in (None, []) else f" Default: {flag.default}."
+        named.append((f"--{flag.name}", flag.help.partition(";   ")[0] + default))
     lines = [
         textwrap.fill(text, 100, initial_indent=f"{name:21}", subsequent_indent=" " * 21)
         for name, text in named
