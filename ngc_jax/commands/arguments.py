@@ -24,17 +24,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--step", type=int, help="checkpoint to read; default: the newest sound one"
     )
-<<<<<<< HEAD
-    arguments.add_argument(
-        "--extend",
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="your own file, such as the config of the run, that registers a rule, task or model",
-    )
-=======
     arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
->>>>>>> 878dfed (launch.py has --extend; every command has --help; dense_base opens from any folder)
     return arguments
 
 

@@ -18,7 +18,7 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import help_text, unknown
 
-EXTEND = "Python file that is run first and registers a rule, a task or a model of your own."
+EXTEND = "your own file, such as the config of the run, that registers a rule, task or model"
 
 
 def extend(files: Iterable[str]) -> None:
