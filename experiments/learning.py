@@ -2,7 +2,7 @@
 moved, the rotation of its tangent kernel.
 
 For: `rich_or_lazy.py`, which compares a trained model with itself at initialization. Not for: the
-measures of one array or one function (`ngc_jax/dynamics/tangent_kernel.py`).
+measures of one array or one function (`experiments.tangent_kernel.py`).
 """
 
 from functools import reduce
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from experiments.tangent_kernel import effective_rank, movement, tangent_kernel
 from ngc_jax.analysis.stability import of_synapses
 from ngc_jax.core.rules import weights
 from ngc_jax.data.batches import Batch
-from ngc_jax.dynamics.tangent_kernel import effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 

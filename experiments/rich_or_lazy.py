@@ -17,8 +17,8 @@ import jax
 from experiments.learning import effective_ranks, generated, logit_kernel, movements
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
+from experiments.tangent_kernel import alignment, movement
 from ngc_jax.data.batches import held_out_batches
-from ngc_jax.dynamics.tangent_kernel import alignment, movement
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.load import load
 from ngc_jax.training.step import init_state

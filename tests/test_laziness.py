@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.learning import effective_ranks, generated, logit_kernel, movements
+from experiments.tangent_kernel import alignment, effective_rank, movement, tangent_kernel
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.data.batches import Batch
-from ngc_jax.dynamics.tangent_kernel import alignment, effective_rank, movement, tangent_kernel
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.synapse import Synapse
 

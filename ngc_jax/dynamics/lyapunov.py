@@ -15,7 +15,7 @@ Axes: n numbers of a state, k exponents.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,18 +51,14 @@ def lyapunov_spectrum(
     Raises ValueError, naming the argument. Inside jit or vmap a state that stops being finite gives
     nan in its place. `step` is traced once for each function object: define it once, not in a loop.
     """
-    rates = local_exponents(
-        step,
-        x0,
-        inputs,
-        steps=steps,
-        blocks=1,
-        k=k,
-        transient=transient,
-        qr_every=qr_every,
-        key=key,
-    )
-    return -jnp.sort(-rates[0])
+    how: dict[str, Any] = {
+        "steps": steps,
+        "k": k,
+        "transient": transient,
+        "qr_every": qr_every,
+        "key": key,
+    }
+    return -jnp.sort(-local_exponents(step, x0, inputs, blocks=1, **how)[0])
 
 
 def leading_exponent(
@@ -79,9 +75,8 @@ def leading_exponent(
     Costs about two forward passes. Differentiable in x0, inputs and whatever `step` closes over.
     Arguments and errors as in `lyapunov_spectrum`.
     """
-    return local_exponents(
-        step, x0, inputs, steps=steps, blocks=1, k=1, transient=transient, key=key
-    )[0, 0]
+    how: dict[str, Any] = {"steps": steps, "k": 1, "transient": transient, "key": key}
+    return local_exponents(step, x0, inputs, blocks=1, **how)[0, 0]
 
 
 def local_exponents(
@@ -104,39 +99,35 @@ def local_exponents(
     """
     x0 = jax.tree.map(jnp.asarray, x0)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    size = _check(step, x0, inputs, steps, blocks, k, transient, qr_every)
+    plan = Plan(steps, blocks, k, transient, qr_every)
+    size = _check(step, x0, inputs, plan)
     key = jax.random.key(0) if key is None else key
-    rates, sound, tangents_sound = _run(
-        step, x0, inputs, key, steps, blocks, k or size, transient, qr_every
-    )
+    rates, sound, tangents_sound = _run(step, x0, inputs, key, plan._replace(k=k or size))
     if not isinstance(sound, jax.core.Tracer):
         if sound < transient + steps:
-            raise ValueError(
-                f"x0: the state stopped being finite in step {int(sound) + 1} of {transient + steps}"
-            )
+            at = f"step {int(sound) + 1} of {transient + steps}"
+            raise ValueError(f"x0: the state stopped being finite in {at}")
         if not tangents_sound:
-            remedy = (
-                f"qr_every={qr_every}: take fewer, for instance 1"
-                if qr_every > 1
-                else "step: look at its Jacobian"
-            )
+            fewer = f"qr_every={qr_every}: take fewer, for instance 1"
+            remedy = fewer if qr_every > 1 else "step: look at its Jacobian"
             raise ValueError(f"{remedy}; the tangents stopped being finite while the state did not")
     return rates
 
 
-@partial(jax.jit, static_argnames=("step", "steps", "blocks", "k", "transient", "qr_every"))
-def _run(
-    step: Step,
-    x0: Tree,
-    inputs: Tree,
-    key: Array,
-    steps: int,
-    blocks: int,
-    k: int,
-    transient: int,
-    qr_every: int,
-) -> tuple[Array, Array, Array]:
+class Plan(NamedTuple):
+    """What is measured: the arguments of `local_exponents` of these names."""
+
+    steps: int
+    blocks: int
+    k: Any
+    transient: int
+    qr_every: int
+
+
+@partial(jax.jit, static_argnames=("step", "plan"))
+def _run(step: Step, x0: Tree, inputs: Tree, key: Array, plan: Plan) -> tuple[Array, Array, Array]:
     """Exponents [blocks, k]; how many steps the state stayed finite; whether the tangents did."""
+    steps, blocks, k, transient, qr_every = plan
     flat, unravel = ravel_pytree(x0)
 
     def advance(carry: tuple[Array, Array, Array, Array], _: None) -> tuple[Any, None]:
@@ -228,21 +219,16 @@ def orthonormalise(tangents: Array) -> tuple[Array, Array]:
         # 42).
         filled = gram / jnp.outer(size, size) + jnp.diag(SHIFT + jnp.where(square > 0, 0.0, 1.0))
         factor = jnp.linalg.cholesky(filled)
-        inverse = jax.scipy.linalg.solve_triangular(
-            factor, jnp.eye(k, dtype=rows.dtype), lower=True
-        )
+        identity = jnp.eye(k, dtype=rows.dtype)
+        inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
         gained = jnp.where(square > 0, jnp.log(size) + jnp.log(jnp.diagonal(factor)), -jnp.inf)
         return (inverse / size) @ rows, growth + gained, jnp.min(jnp.diagonal(factor)), passes + 1
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
         return (carry[2] < 0.1) & (carry[3] < 5)
 
-    start = (
-        tangents,
-        jnp.zeros(k, tangents.dtype),
-        jnp.zeros((), tangents.dtype),
-        jnp.zeros((), jnp.int32),
-    )
+    zero = jnp.zeros((), tangents.dtype)
+    start = (tangents, jnp.zeros(k, tangents.dtype), zero, jnp.zeros((), jnp.int32))
     rows, growth, _, _ = jax.lax.while_loop(unfinished, again, again(start))
     return rows, growth
 
@@ -257,15 +243,12 @@ def bootstrap_interval(
     one value a sequence. Raises ValueError for fewer than two blocks.
     """
     if blocks.shape[0] < 2:
-        raise ValueError(
-            f"blocks: {blocks.shape[0]} of them; an interval needs 2 or more, better 20"
-        )
+        few = f"{blocks.shape[0]} of them; an interval needs 2 or more, better 20"
+        raise ValueError(f"blocks: {few}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: must be between 0 and 1, for instance 0.95")
-    count = blocks.shape[0]
-    drawn = jax.random.randint(
-        jax.random.key(0) if key is None else key, (resamples, count), 0, count
-    )
+    count, key = blocks.shape[0], jax.random.key(0) if key is None else key
+    drawn = jax.random.randint(key, (resamples, count), 0, count)
     # How often each block was drawn makes one product of all resamples.
     times = jax.vmap(lambda row: jnp.bincount(row, length=count))(drawn).astype(blocks.dtype)
     means = jnp.tensordot(times, blocks, 1) / count
@@ -285,9 +268,8 @@ def kaplan_yorke_dimension(exponents: Array) -> Array:
     j = jnp.sum(jnp.cumprod(sums >= 0))
     below = jnp.where(j > 0, sums[jnp.maximum(j - 1, 0)], 0.0)
     following = ordered[jnp.minimum(j, ordered.size - 1)]
-    return jnp.where(
-        j == ordered.size, j, j + below / jnp.where(following == 0, 1.0, jnp.abs(following))
-    )
+    part = below / jnp.where(following == 0, 1.0, jnp.abs(following))
+    return jnp.where(j == ordered.size, j, j + part)
 
 
 def entropy_rate(exponents: Array) -> Array:
@@ -295,17 +277,9 @@ def entropy_rate(exponents: Array) -> Array:
     return jnp.sum(jnp.maximum(exponents, 0))
 
 
-def _check(
-    step: Step,
-    x0: Tree,
-    inputs: Tree,
-    steps: int,
-    blocks: int,
-    k: int | None,
-    transient: int,
-    qr_every: int,
-) -> int:
+def _check(step: Step, x0: Tree, inputs: Tree, plan: Plan) -> int:
     """Refuse what cannot be measured, naming the argument; returns n."""
+    steps, blocks, k, transient, qr_every = plan
     leaves = jax.tree.leaves(x0)
     size = sum(leaf.size for leaf in leaves)
     if size == 0:
@@ -315,33 +289,23 @@ def _check(
             raise ValueError(f"x0: dtype {leaf.dtype}; must be floating, for instance float32")
         if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
             raise ValueError("x0: not finite; must be finite in all its numbers")
-    for name, value, least in (
-        ("steps", steps, 1),
-        ("blocks", blocks, 1),
-        ("qr_every", qr_every, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value}: must be {least} or more")
-    if transient < 0:
-        raise ValueError(f"transient={transient}: must be 0 or more")
+    for name, least in (("steps", 1), ("blocks", 1), ("qr_every", 1), ("transient", 0)):
+        if getattr(plan, name) < least:
+            raise ValueError(f"{name}={getattr(plan, name)}: must be {least} or more")
     if k is not None and not 1 <= k <= size:
         raise ValueError(f"k={k}: must be from 1 to {size}, the numbers of x0")
     if steps % blocks:
-        raise ValueError(
-            f"blocks={blocks}: must divide steps={steps}, for instance {_divisor(steps, blocks)}"
-        )
+        best = _divisor(steps, blocks)
+        raise ValueError(f"blocks={blocks}: must divide steps={steps}, for instance {best}")
     length = steps // blocks
     if length % qr_every:
+        wants = f"must divide the {length} steps of a block"
         best = _divisor(length, qr_every)
-        raise ValueError(
-            f"qr_every={qr_every}: must divide the {length} steps of a block, for instance {best}"
-        )
+        raise ValueError(f"qr_every={qr_every}: {wants}, for instance {best}")
     for leaf in jax.tree.leaves(inputs):
         if leaf.ndim == 0 or leaf.shape[0] < transient + steps:
-            need = f"transient + steps = {transient + steps}"
-            raise ValueError(
-                f"inputs: shape {leaf.shape}; the leading axis must have {need} entries"
-            )
+            need = f"transient + steps = {transient + steps} entries"
+            raise ValueError(f"inputs: shape {leaf.shape}; the leading axis must have {need}")
     u = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), inputs)
     after = jax.eval_shape(step, x0, u)
     made, given = str(jax.tree.structure(after)), str(jax.tree.structure(x0))

@@ -28,9 +28,7 @@ class Profile:
     def __init__(self, updates: str, home: Path):
         """Raises UserError where `home` is in a bucket."""
         if updates and in_bucket(home):
-            raise UserError(
-                f"train.profile={updates!r}: must be '' where {home} is in a bucket"
-            )
+            raise UserError(f"train.profile={updates!r}: must be '' where {home} is in a bucket")
         traced = updates if updates and multihost.first() else "1:0"
         self._first, self._last = map(int, traced.split(":"))
         self._home, self._tracing = home, False

@@ -2,7 +2,7 @@
 
 For: the effective rank of a matrix, how far a tree of parameters moved, the tangent kernel of any
 function and how far it turned, after arXiv 2310.08513. Not for: which function of a model is looked
-at (`experiments/learning.py`), or the ranks that weights start with (`Rule.alike`).
+at (`learning.py`), or the ranks that weights start with (`Rule.alike`).
 """
 
 from collections.abc import Callable
