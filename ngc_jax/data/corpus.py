@@ -7,8 +7,8 @@ tokens or batches.
 import hashlib
 import os
 import pathlib
+import platform
 import re
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,16 +18,8 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory, expand
 
 # Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
-SKIPPED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "pydoc_data",
-    "encodings",
-    "__pycache__",
-}
+SKIPPED = {"test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
+SKIPPED |= {"site-packages", "dist-packages"}
 
 Documents = dict[str, list[tuple[str, bytes]]]  # split -> (name, text)
 
@@ -43,9 +35,8 @@ class Corpus(NamedTuple):
 def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
     """The corpus that `config.data` names. Raises UserError if it is missing or unreadable."""
     if config.path and config.tfds_name:
-        raise UserError(
-            f"data.path={config.path!r} and data.tfds_name={config.tfds_name!r} are both set: give one of them"
-        )
+        both = f"data.path={config.path!r} and data.tfds_name={config.tfds_name!r}"
+        raise UserError(f"{both} are both set: give one of them")
     if config.tfds_name:
         return _prepared(config)
     if config.path:
@@ -63,15 +54,13 @@ def stdlib_documents() -> Documents:
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     documents: Documents = {"train": [], "validation": []}
-    paths = (
-        p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.relative_to(root).parts[:-1])
-    )
+    every = sorted(root.rglob("*.py"))
+    paths = (p for p in every if not SKIPPED & set(p.relative_to(root).parts[:-1]))
     for name, text in _unique(root, paths):
         documents["validation" if _hash(name) % 20 == 0 else "train"].append((name, text))
     if not documents["train"] or not documents["validation"]:
-        raise UserError(
-            f"this Python ships no library source under {root}: give a text of your own with data.path"
-        )
+        none = f"this Python ships no library source under {root}"
+        raise UserError(f"{none}: give a text of your own with data.path")
     return documents
 
 
@@ -82,26 +71,19 @@ def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     memory while it is prepared; a text of many gigabytes is better given as a TFDS set. Raises
     UserError.
     """
+    asked = f"data.path={str(path)!r}"
     try:
         if not path.exists():
-            raise UserError(
-                f"data.path={str(path)!r} does not exist: give a text file or a folder of them"
-            )
+            raise UserError(f"{asked} does not exist: give a text file or a folder of them")
         root, paths = path.parent, [path] if path.is_file() else []
         if path.is_dir():
-            root, paths = path, sorted(p for p in path.rglob("*") if p.is_file())
-            paths = [
-                p
-                for p in paths
-                if not any(part.startswith(".") for part in p.relative_to(root).parts)
-            ]
+            root, paths = path, [p for p in sorted(path.rglob("*")) if p.is_file()]
+            paths = [p for p in paths if "/." not in f"/{p.relative_to(root).as_posix()}"]
         found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
     except OSError as error:
-        raise UserError(f"data.path={str(path)!r} cannot be read: {error}") from error
+        raise UserError(f"{asked} cannot be read: {error}") from error
     if not found:
-        raise UserError(
-            f"data.path={str(path)!r} holds no text: give a file, or a folder of files, with text in it"
-        )
+        raise UserError(f"{asked} holds no text: give a file, or a folder of files, with text")
     if len(found) == 1:
         name, text = found[0]
         cut = round(len(text) * (1 - validation_fraction))
@@ -122,10 +104,8 @@ def _unique(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> Iterator[tuple
         if digest not in seen:
             seen.add(digest)
             # A name that is not UTF-8 is spelt with escapes.
-            yield (
-                os.fsencode(path.relative_to(root).as_posix()).decode(errors="backslashreplace"),
-                text,
-            )
+            name = os.fsencode(path.relative_to(root).as_posix())
+            yield name.decode(errors="backslashreplace"), text
 
 
 def _hash(name: str) -> int:
@@ -143,15 +123,12 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
     if not home.is_dir():
         with build_directory(home) as building:
             _write(name, documents, building)
-    counts = {
-        split: (len(texts), sum(len(text) for _, text in texts))
-        for split, texts in documents.items()
-    }
+    megabytes = {s: sum(len(text) for _, text in texts) / 1e6 for s, texts in documents.items()}
     summary = ", ".join(
-        f"{split} {files} files {size / 1e6:.2f} MB" for split, (files, size) in counts.items()
+        f"{split} {len(documents[split])} files {size:.2f} MB" for split, size in megabytes.items()
     )
     if name == "python_stdlib":
-        name = f"python_stdlib {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+        name = f"python_stdlib {platform.python_version()}"
     splits = {split: _Stored(home, split) for split in documents}
     return Corpus(fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
 
@@ -188,49 +165,36 @@ def _prepared(config: Any) -> Corpus:
         builder = tfds.builder(config.tfds_name, **where)
         info = builder.info
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
-        raise UserError(
-            f"{asked} is not a TFDS set, nor prepared in data.tfds_data_dir: {_line(error)}"
-        ) from error
+        where_not = "is not a TFDS set, nor prepared in data.tfds_data_dir"
+        raise UserError(f"{asked} {where_not}: {_line(error)}") from error
     for field in ("train_split", "validation_split"):
         wanted = config[field]
         if info.splits and re.split(r"[\[+]", wanted)[0] not in info.splits:
             raise UserError(f"data.{field}={wanted!r}: {info.full_name} has {sorted(info.splits)}")
-    features = info.features or {}
-    if config.text_key not in features or not isinstance(
-        features[config.text_key], tfds.features.Text
-    ):
-        raise UserError(
-            f"data.text_key={config.text_key!r} is no text feature of {info.full_name}: {sorted(features)}"
-        )
+    features, key = info.features or {}, config.text_key
+    if not isinstance(features.get(key), tfds.features.Text):
+        there = f"{info.full_name}: {sorted(features)}"
+        raise UserError(f"data.text_key={key!r} is no text feature of {there}")
+    splits = {split: config[f"{split}_split"] for split in ("train", "validation")}
+    unprepared = (AssertionError, FileNotFoundError, NotImplementedError, ImportError, ValueError)
     try:
-        source = {
-            split: builder.as_data_source(config[f"{split}_split"])
-            for split in ("train", "validation")
-        }
-    except (
-        AssertionError,
-        FileNotFoundError,
-        NotImplementedError,
-        ImportError,
-        ValueError,
-    ) as error:
-        arguments = "".join(f", {name}={value!r}" for name, value in where.items())
+        source = {name: builder.as_data_source(split) for name, split in splits.items()}
+    except unprepared as error:
+        given = "".join(f", {name}={value!r}" for name, value in where.items())
+        made = f"tfds.builder({config.tfds_name!r}, file_format='array_record'{given})"
         raise UserError(
-            f"{asked} is not prepared as ArrayRecord, which is what can be read without TensorFlow: prepare it once "
-            f"with tfds.builder({config.tfds_name!r}, file_format='array_record'{arguments}).download_and_prepare() "
-            f"({_line(error)})"
+            f"{asked} is not prepared as ArrayRecord, which is what can be read without "
+            f"TensorFlow: prepare it once with {made}.download_and_prepare() ({_line(error)})"
         ) from error
-    identity = (
-        f"{info.full_name} {config.train_split} {config.validation_split} {config.text_key} "
-        + " ".join(
-            f"{split}:{list(info.splits[split].shard_lengths)}:{info.splits[split].num_bytes}"
-            for split in sorted(info.splits)
-        )
+    sizes = (
+        f"{name}:{list(split.shard_lengths)}:{split.num_bytes}"
+        for name, split in sorted(info.splits.items())
     )
+    identity = " ".join([info.full_name, *splits.values(), key, *sizes])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    sizes = ", ".join(f"{split} {len(texts)} documents" for split, texts in source.items())
-    splits = {split: _Texts(texts, config.text_key) for split, texts in source.items()}
-    return Corpus(fingerprint, splits, f"{info.full_name}: {sizes}, fingerprint {fingerprint[:16]}")
+    counts = ", ".join(f"{split} {len(texts)} documents" for split, texts in source.items())
+    texts = {split: _Texts(of, key) for split, of in source.items()}
+    return Corpus(fingerprint, texts, f"{info.full_name}: {counts}, fingerprint {fingerprint[:16]}")
 
 
 class _Texts:

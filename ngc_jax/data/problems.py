@@ -68,7 +68,7 @@ def part_of(problem: Problem) -> str:
 def draw_set(
     task: str, low: int, high: int, counts: Mapping[str, int], seed: int
 ) -> dict[str, list[Problem]]:
-    """So many problems for each part, of random difficulties. Raises UserError if there are none."""
+    """Problems for each part, of random difficulties. Raises UserError if there are too few."""
     rng = np.random.default_rng([seed, low, high])
     drawn: dict[str, list[Problem]] = {part: [] for part in counts}
     vain = 0
@@ -82,8 +82,9 @@ def draw_set(
         if vain == PATIENCE:
             missing = [part for part, count in counts.items() if len(drawn[part]) < count]
             raise UserError(
-                f"data.task={task!r} has too few problems of difficulty {low} to {high} to have one "
-                f"for {' and '.join(missing)}: give harder ones, for instance {high + 3} (data.high)"
+                f"data.task={task!r} has too few problems of difficulty {low} to {high} to have "
+                f"one for {' and '.join(missing)}: give harder ones, for instance "
+                f"data.high={high + 3}"
             )
     return drawn
 

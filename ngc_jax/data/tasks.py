@@ -130,7 +130,7 @@ def hops(rng: Generator, count: int) -> Written:
 
 
 def addition(rng: Generator, digits: int) -> Written:
-    """The sum of two numbers of so many digits; all three are written with the lowest digit first."""
+    """The sum of two numbers of so many digits; all three have their lowest digit first."""
     a, b = rng.integers(10, size=(2, digits)).tolist()
     total, carried = [], 0
     for pair in zip(a, b, strict=True):
