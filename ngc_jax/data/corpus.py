@@ -113,7 +113,7 @@ def _hash(name: str) -> int:
 
 
 def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
-    """Write the documents once as a TFDS dataset of ArrayRecord files, named by their fingerprint."""
+    """Writes the documents once as a TFDS set of ArrayRecord files, named by fingerprint."""
     digest = hashlib.sha256()
     for split, texts in sorted(documents.items()):
         for key, text in texts:
@@ -171,7 +171,7 @@ def _prepared(config: Any) -> Corpus:
         wanted = config[field]
         if info.splits and re.split(r"[\[+]", wanted)[0] not in info.splits:
             raise UserError(f"data.{field}={wanted!r}: {info.full_name} has {sorted(info.splits)}")
-    features, key = info.features or {}, config.text_key
+    features, key = dict(info.features or {}), config.text_key
     if not isinstance(features.get(key), tfds.features.Text):
         there = f"{info.full_name}: {sorted(features)}"
         raise UserError(f"data.text_key={key!r} is no text feature of {there}")
