@@ -2,8 +2,8 @@
 
 For: what is recorded of a round inside the loop, and numbers that sequences of states have. Not
 for: exponents, which need tangent vectors (`lyapunov.py`), or bounds from the weights alone
-(`analysis/bounds.py`). The published method describes its stability metric in words only; these definitions
-are this project's.
+(`analysis/bounds.py`). The published method describes its stability metric in words only; these
+definitions are this project's.
 
 x_k is the state after k rounds, x_0 = e what the loop was started from. Norms are taken per token,
 over channels.

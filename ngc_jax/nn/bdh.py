@@ -54,9 +54,8 @@ class BDHShape:
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
-            raise ValueError(
-                f"hidden={self.hidden}: must be an even number of neurons for each of {self.heads} heads"
-            )
+            even = f"an even number of neurons for each of {self.heads} heads"
+            raise ValueError(f"hidden={self.hidden}: must be {even}")
 
 
 @dataclasses.dataclass(frozen=True)

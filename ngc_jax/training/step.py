@@ -111,9 +111,7 @@ def make_train_step(
     trained_info = partition(info, info)[0]
     chain = optimizer.make_optimizer(config, trained_info)
 
-    def summed(
-        trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def summed(trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn) -> tuple[Array, Any]:
         params, (key, rounds) = combine(trained, fixed), drawn
         noise, probe = jax.random.split(key)
         apply = model.apply if iteration is None else iteration.apply(rounds, noise)
@@ -125,17 +123,11 @@ def make_train_step(
         extra = 0.0 if penalty is None else penalty(params, batch, probe) * count
         return total + extra, (total, count)
 
-    def gradient(
-        trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn
-    ) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(
-            trained, fixed, batch, drawn
-        )
+    def gradient(*where: Any) -> tuple[Array, Array, Tree]:
+        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(*where)
         return nats, count, grads
 
-    def accumulated(
-        trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn
-    ) -> tuple[Array, Array, Tree]:
+    def accumulated(trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn) -> Any:
         # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all
         # it has in every part.
         every = config.accumulation
