@@ -27,6 +27,7 @@ from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.settings import MODEL, MODELS, ModelKind, rules_between_groups
+from ngc_jax.nn.shape import ModelShape
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field, help_text
 from ngc_jax.training import match_size
@@ -228,6 +229,10 @@ def test_the_defaults_are_in_their_ranges_and_valid():
         FIELDS, ""
     )
     validate(base())
+
+
+def test_the_defaults_of_a_shape_are_those_of_the_config():
+    assert model_shape(base(), Bytes.vocab) == ModelShape()
 
 
 def test_the_page_of_settings_is_up_to_date():

@@ -1,17 +1,16 @@
-"""What crosses the wire: `python -m ngc_jax.collectives --config=configs/defaults.py
---mesh=group:4`.
+"""Bytes between devices: `python -m ngc_jax.collectives --config=defaults --mesh=group:4`.
 
-For: compiling a config's step for a mesh of devices that need not be there, and counting the bytes
-that its collectives move, beside those of the dense model of the same sizes under ordinary tensor
-parallelism (heads and hidden neurons split, the stream whole on each device). Fields are changed as
-in `launch.py`: --config.model.heads=8. Not for: time.
+For: compiling a config's update for a mesh of devices that need not be there, and counting the
+bytes that its collectives move. Beside them stand those of the dense model of the same sizes under
+ordinary tensor parallelism: heads and hidden neurons are split, each device has the whole stream.
+Fields are set as in `launch.py`: --config.model.heads=8. Not for: time.
 
-Bytes are those that one device sends, by the usual ring algorithms, for n participants and b bytes
-of result: all-reduce 2 b (n - 1) / n, all-gather and all-to-all b (n - 1) / n, reduce-scatter b (n
-- 1), collective-permute b. They are read from the compiled program of each device, a loop's body
-counted as often as it runs, and divided by the tokens that the device takes part in computing:
-those of the batch / (mesh.data x mesh.fsdp). The program is XLA's for CPUs; for other devices it
-may split an all-reduce into a reduce-scatter and an all-gather, of the same bytes.
+Bytes are those that one device sends under the usual ring algorithms. For n participants and b
+bytes of result they are: all-reduce 2 b (n - 1) / n, all-gather and all-to-all b (n - 1) / n,
+reduce-scatter b (n - 1), collective-permute b. They are read from the compiled program of a device;
+a loop's body counts as often as it runs. They are divided by the tokens that the device helps to
+compute: those of the batch / (mesh.data x mesh.fsdp). The program is XLA's for CPUs. For other
+devices it may split an all-reduce into a reduce-scatter and an all-gather, of the same bytes.
 """
 
 import math
@@ -42,8 +41,11 @@ from ngc_jax.training.rounds import mark_of
 from ngc_jax.training.step import abstract_state, losses, make_train_step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-# sizes and parts of a layer that a model has in common with its dense counterpart
-KEPT = ("width", "hidden", "groups", "heads", "attend", "qk_norm", "qk_gain", "exchange_activation")
+# fields of a model that its dense counterpart has too
+KEPT = (
+    *("width", "hidden", "groups", "heads", "attend", "remat"),
+    *("exchange_activation", "qk_norm", "qk_gain"),
+)
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -52,11 +54,10 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
 def wire_bytes(hlo: str) -> dict[str, float]:
-    """Bytes that a device sends in one run of a compiled program (its text), by kind of collective;
-    see above.
+    """Bytes that a device sends in one run of a compiled program, by kind of collective.
 
-    Raises ValueError where that cannot be told: a loop of unknown length, or participants that are
-    not named.
+    `hlo` is the program as text. Raises ValueError for a loop of unknown length, and where the
+    participants of a collective are not named.
     """
     computations, entry = _computations(hlo)
     runs: Counter[str] = Counter({entry: 1})
@@ -76,9 +77,8 @@ def wire_bytes(hlo: str) -> dict[str, float]:
 
 def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
     """The loss of one accumulated part of a batch, compiled for a mesh; nothing is allocated."""
-    model, like, batch = _abstract(
-        config, mesh, config.train.batch_size // config.train.accumulation
-    )
+    part = config.train.batch_size // config.train.accumulation
+    model, like, batch = _abstract(config, mesh, part)
     dtype = jnp.dtype(config.train.compute_dtype)
 
     def forward(params: Any, batch: Any) -> Any:
@@ -137,19 +137,17 @@ def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
 
 
 class Traffic(NamedTuple):
-    """Of one model: by kind of collective, bytes that a device sends for a token; layers; and bytes
-    of memory.
-    """
+    """What one model sends and holds."""
 
-    forward: dict[str, float]
+    forward: dict[str, float]  # by kind of collective, bytes that a device sends for a token
     update: dict[str, float]
     layers: int
-    state: int  # parameters and optimizer on a device
-    peak: int  # the compiled update's memory, likewise
+    state: int  # bytes of parameters and optimizer on a device
+    peak: int  # bytes of memory of the compiled update on a device
 
 
 def traffic(config: ConfigDict, mesh: Mesh) -> Traffic:
-    """Compile a config for a mesh and count."""
+    """The traffic of a config that is compiled for a mesh."""
     forward, update = compile_forward(config, mesh), compile_update(config, mesh)
     tokens = config.train.batch_size * config.data.context / (mesh.size / mesh.shape["group"])
     part = tokens / config.train.accumulation
@@ -163,23 +161,15 @@ def traffic(config: ConfigDict, mesh: Mesh) -> Traffic:
 
 
 def table(model: Traffic, dense: Traffic) -> str:
-    """The two side by side, and how many times as much the dense model moves."""
-    head = [
-        "bytes sent per token and device",
-        "forward",
-        "dense",
-        "ratio",
-        "update",
-        "dense",
-        "ratio",
-    ]
-    rows = [head]
+    """The two side by side; a ratio says how many times as much the dense model sends."""
+    both = ("dense", "ratio")
+    rows = [["bytes sent per token and device", "forward", *both, "update", *both]]
 
     def row(name: str, *pairs: tuple[float, float]) -> None:
-        cells = [name]
+        rows.append([name])
         for ours, theirs in pairs:
-            cells += [f"{ours:,.1f}", f"{theirs:,.1f}", f"{theirs / ours:.2f}" if ours else ""]
-        rows.append(cells)
+            ratio = f"{theirs / ours:.2f}" if ours else ""
+            rows[-1] += [f"{ours:,.1f}", f"{theirs:,.1f}", ratio]
 
     for kind in KINDS:
         pairs = (
@@ -192,43 +182,34 @@ def table(model: Traffic, dense: Traffic) -> str:
     update = (sum(model.update.values()), sum(dense.update.values()))
     row("in all", forward, update)
     row("in all, per layer", *((a / model.layers, b / dense.layers) for a, b in (forward, update)))
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(head))]
-    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in rows]
-    memory = {
-        "parameters and optimizer": (model.state, dense.state),
-        "the whole update": (model.peak, dense.peak),
-    }
-    for what, (ours, theirs) in memory.items():
-        lines.append(
-            f"memory per device, {what}: {ours / 2**20:,.1f} MiB; dense {theirs / 2**20:,.1f} MiB"
-        )
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ["  ".join([c[0].ljust(first), *map(str.rjust, c[1:], others)]) for c in rows]
+    for what, ours, theirs in (
+        ("parameters and optimizer", model.state, dense.state),
+        ("the update", model.peak, dense.peak),
+    ):
+        sizes = f"{ours / 2**20:,.1f} MiB; dense {theirs / 2**20:,.1f} MiB"
+        lines.append(f"memory per device, {what}: {sizes}")
     return "\n".join(lines)
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """{"data": 1, "fsdp": 2, "group": 4} from "fsdp:2,group:4"; an axis that is not named is 1.
-    Raises UserError.
-    """
+    """{"data": 1, "fsdp": 2, "group": 4} from "fsdp:2,group:4". Raises UserError."""
     sizes = dict.fromkeys(meshes.MESH_AXES, 1)
     for item in text.split(","):
         name, _, size = item.partition(":")
         if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(
-                f"--mesh={text}: must be some of data:N,fsdp:N,group:N, for instance group:8"
-            )
+            wants = "some of data:N,fsdp:N,group:N, for instance group:8"
+            raise UserError(f"--mesh={text}: must be {wants}")
         sizes[name] = int(size)
     return sizes
 
 
 def main() -> None:
-    """Print the table for the flags."""
+    """Prints the table that the command line asks for."""
     own = flags.FlagValues()
-    mesh, width = (
-        "Axes and their sizes, such as fsdp:2,group:4.",
-        "Of the dense model; 0: the same.",
-    )
-    flags.DEFINE_string("mesh", "group:4", mesh, flag_values=own)
-    flags.DEFINE_integer("dense_width", 0, width, flag_values=own)
+    flags.DEFINE_string("mesh", "group:4", "Axes and their sizes: fsdp:2,group:4.", flag_values=own)
+    flags.DEFINE_integer("dense_width", 0, "Of the dense model; 0 = the same.", flag_values=own)
     config, _ = read_config(__doc__ or "", own)
     sizes = read_mesh(own.mesh)
     jax.config.update("jax_platforms", "cpu")

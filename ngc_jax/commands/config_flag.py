@@ -102,7 +102,7 @@ def _flags(own: flags.FlagValues) -> str:
     named = [("--config=NAME", "config of configs/NAME.py; or a file with get_config()")]
     for flag in itertools.chain(*(modules.get(name, []) for name in ours)):
         default = "" if flag.default in (None, []) else f" Default: {flag.default}."
-        named.append((f"--{flag.name}", flag.help.partition(";   ")[0] + default))
+        named.append((f"--{flag.name}", flag.help.partition(";\n")[0] + default))
     lines = [
         textwrap.fill(text, 100, initial_indent=f"{name:21}", subsequent_indent=" " * 21)
         for name, text in named

@@ -77,14 +77,6 @@ def _activations() -> tuple[str, ...]:
     return ("none", *GATES)
 
 
-def _of_the_state() -> tuple[str, ...]:
-    return ("none", *filter(None, STATE_ACTIVATIONS))
-
-
-def _wirings() -> tuple[str, ...]:
-    return ("complete", *WIRINGS, *DYNAMIC)
-
-
 def _decoder(config: Any, vocab: int) -> "LanguageModel":
     from ngc_jax.nn.decoder import Decoder
 
@@ -237,7 +229,7 @@ MODEL = Section("model",
     Field("p_inter", 3, "size of a state, or port, between groups", "[1, inf)", "numbers"),
     Field("message_activation", "none", "activation of the signal between groups", _activations),
     Field("wiring", "complete", "which groups hear which (rule 'addressed'); rewire changes the "
-          "dynamic ones", _wirings),
+          "dynamic ones", lambda: ("complete", *WIRINGS, *DYNAMIC)),
     Field("channels", 4, "groups that a group hears, unless wiring is 'complete' or 'others'; of a "
           "dynamic one at the start", "[1, inf)", "groups"),
     Field("wiring_seed", 0, "seed of random wirings", SEEDS),
@@ -257,7 +249,7 @@ MODEL = Section("model",
     Field("route", "state", "source of queries and keys: the round's state, or what the loop began "
           "with", ("state", "start")),
     Field("state_activation", "none", "activation of the loop's state after each round",
-          _of_the_state),
+          lambda: ("none", *filter(None, STATE_ACTIVATIONS))),
     Field("coda", 1, "stages after the loop", "[0, inf)", "stages"),
     Field("form", "weights", "'weights' = generate each W, then multiply; 'signals' = never form W",
           ("weights", "signals")),

@@ -21,7 +21,7 @@ from ngc_jax.runtime.errors import UserError
 Need = Callable[[bool, str, str], None]
 TYPES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
 SEEDS = "[0, 4294967295]"  # the values of a seed
-COLUMNS = (19, 12, 10, 22, 29)  # characters of the columns of `--help`, two spaces between
+COLUMNS = (19, 12, 10, 26, 25)  # characters of the columns of `--help`, two spaces between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,36 +49,38 @@ class Field:
             return "one of " + ", ".join(map(repr, self.options()))
         if not self.values:
             return ""
-        first, last, opens, closes = self._interval()
-        low, high = f"{first:,.15g}", f"{last:,.15g}"
-        if last == math.inf:
-            return f"{low} or more" if opens == "[" else f"above {low}"
-        if opens == "[":
-            return f"from {low} to {high}" if closes == "]" else f"from {low} to below {high}"
-        return f"above {low} and {'at most' if closes == ']' else 'below'} {high}"
+        least, most = _ends(self.values)
+        low, high = f"{least:,.15g}", f"{most:,.15g}"
+        if most == math.inf:
+            return f"{low} or more" if self.values[0] == "[" else f"above {low}"
+        if self.values[0] == "[":
+            return f"from {low} to {'' if self.values[-1] == ']' else 'below '}{high}"
+        return f"above {low} and {'at most' if self.values[-1] == ']' else 'below'} {high}"
 
     def fault(self, value: Any) -> str:
         """What the field must be, with a value that works; "" where this value may be."""
-        kind, words = type(self.default), self.range()
-        if not isinstance(self.values, str):
-            near = difflib.get_close_matches(str(value), self.options(), 1)
-            works = f", for instance {near[0]!r}" if near else ""
-            return "" if value in self.options() else words + works
+        kind, words, options = type(self.default), self.range(), self.options()
         typed = isinstance(value, (int, float) if kind is float else kind)
         typed = typed and isinstance(value, bool) == (kind is bool)
-        if typed and (kind is not float or math.isfinite(value)):
-            first, last, opens, closes = self._interval() if self.values else (0, 0, "", "")
-            above = not self.values or first < value or (value == first and opens == "[")
-            if above and (not self.values or value < last or (value == last and closes == "]")):
-                return ""
-        else:
-            words = ", ".join(filter(None, [TYPES[kind], words]))
+        typed = typed and (kind is not float or math.isfinite(value))
+        if typed and (value in options if options else self._within(value)):
+            return ""
+        if options:
+            near = difflib.get_close_matches(str(value), options, 1)
+            return words + "".join(f", for instance {name!r}" for name in near)
+        words = words if typed else ", ".join(filter(None, [TYPES[kind], words]))
         return f"{words}, for instance {self.default!r}"
 
-    def _interval(self) -> tuple[float, float, str, str]:
-        text = str(self.values)
-        low, high = map(float, text[1:-1].split(", "))
-        return low, high, text[0], text[-1]
+    def _within(self, value: Any) -> bool:
+        if not isinstance(self.values, str) or not self.values:
+            return True
+        least, most = _ends(self.values)
+        ends = [least] * (self.values[0] == "[") + [most] * (self.values[-1] == "]")
+        return least < value < most or value in ends
+
+
+def _ends(interval: str) -> list[float]:
+    return [float(end) for end in interval[1:-1].split(", ")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,12 +198,6 @@ def markdown(sections: Sequence[Section]) -> str:
 def _rows(section: Section) -> list[list[str]]:
     """Of each field: name, default, unit, values and help."""
     return [
-        [
-            f.name,
-            repr(f.default),
-            f.unit,
-            ", ".join(option or "''" for option in f.options()) or f.range(),
-            f.help,
-        ]
+        [f.name, repr(f.default), f.unit, f.range().removeprefix("one of "), f.help]
         for f in section.fields
     ]

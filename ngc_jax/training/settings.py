@@ -20,13 +20,6 @@ REGULARISERS = ("none", "contraction", "exponent")
 DTYPES = ("float32", "bfloat16")
 
 
-def _measures() -> tuple[str, ...]:
-    """Names of what can be measured, as they are now."""
-    from ngc_jax.training.stability_metrics import PROBES
-
-    return tuple(PROBES)
-
-
 def _unread_rewire(config: Any) -> dict[str, str]:
     if config.model.wiring in DYNAMIC:
         return {}
@@ -43,6 +36,8 @@ def _check_rewire(config: Any, need: Need) -> None:
     wants = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
     need(r.begin < r.end, "rewire.end", wants)
     span = round(r.end * steps) - round(r.begin * steps)
+    wants = f"later, since none of the {steps} updates comes between rewire.begin and it"
+    need(span >= 1, "rewire.end", f"{wants}, for instance 1.0")
     wants = f"from 1 to the {span} updates between rewire.begin and rewire.end"
     need(r.every <= span, "rewire.every", wants)
 
@@ -61,7 +56,7 @@ def _unread_iteration(config: Any) -> dict[str, str]:
 
 def _check_iteration(config: Any, need: Need) -> None:
     i, m, task = config.iteration, config.model, config.data.task
-    wants = f"another where data.task={task!r} lets tokens attend both ways, across marks"
+    wants = f"another where data.task={task!r} lets tokens attend both ways, for instance 'fixed'"
     need(i.rounds != "marked" or not both_ways(task), "iteration.rounds", wants)
     most, of = m.rounds, f"model.rounds={m.rounds}"
     if i.rounds != "fixed":
@@ -117,13 +112,15 @@ def _unread_stability(config: Any) -> dict[str, str]:
 
 
 def _check_stability(config: Any, need: Need) -> None:
+    from ngc_jax.training.stability_metrics import PROBES  # it takes a second
+
     s, m = config.stability, config.model
     wants = f"0 where model.kind={m.kind!r} has no stages to measure"
     need(kind_of(config).stages or s.every == 0, "stability.every", wants)
-    names = _measures()
-    wants = f"some of {','.join(names)}, for instance 'rounds,tokens'"
-    need(set(s.measures.split(",")) <= set(names), "stability.measures", wants)
-    need(s.low < s.high, "stability.low", f"below stability.high={s.high}")
+    wants = f"some of {','.join(PROBES)}, for instance 'rounds,tokens'"
+    need(set(s.measures.split(",")) <= set(PROBES), "stability.measures", wants)
+    wants = f"below stability.high={s.high}, for instance {s.high - 1}"
+    need(s.low < s.high, "stability.low", wants)
     wants = "'none' where the model has no loop of 2 rounds or more (model.core, rounds)"
     looped = has_loop(config) and m.rounds > 1
     need(s.regulariser == "none" or looped, "stability.regulariser", wants)
