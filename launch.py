@@ -2,8 +2,8 @@
 
 Run the same command again to go on with a run that was stopped. Exit codes: 0 done, 1 a failure of
 the machine, 2 a mistake in what was asked for, 3 training diverged, 4 it hung (train.hang_exit; run
-again), 75 asked to stop (saved; run again). On several hosts: the same command on each
-(docs/pods.md).
+again), 75 asked to stop (saved; run again), 130 a second Ctrl-C. On several hosts: the same command
+on each (docs/pods.md).
 """
 
 import sys
@@ -13,7 +13,7 @@ from etils import epath
 
 from ngc_jax.commands.config_flag import read_config
 from ngc_jax.runtime import multihost
-from ngc_jax.runtime.errors import UserError, fail
+from ngc_jax.runtime.errors import UserError, end_soon, fail
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/CONFIG.")
 join = multihost.define_flags()
@@ -26,22 +26,29 @@ def main() -> None:
     except UserError as error:
         fail(2, error)
     # Only now: these imports take seconds, which --help and a mistake need not wait for.
+    from ngc_jax.runtime.checkpoint import unraisable
     from ngc_jax.runtime.compilation_cache import keep_compiled
-    from ngc_jax.runtime.preemption import EXIT_CODE
+    from ngc_jax.runtime.preemption import EXIT_CODE, INTERRUPTED
     from ngc_jax.training.loop import run
     from ngc_jax.training.run import Diverged
     from ngc_jax.training.workdir import hold, workdir_of
 
     workdir = epath.Path(WORKDIR.value or workdir_of(file))
+    sys.unraisablehook = unraisable
     try:
         join()
         keep_compiled()
         with hold(workdir):
             done = run(config, workdir)
     except (UserError, Diverged) as error:
-        fail(2 if isinstance(error, UserError) else 3, error)
+        code = 2 if isinstance(error, UserError) else 3
+        end_soon(code)
+        fail(code, error)
     except BaseException as error:
         multihost.leave(error)
+        end_soon(1)
+        if isinstance(error, KeyboardInterrupt):
+            fail(INTERRUPTED, "interrupted: the same command continues from the last checkpoint")
         if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
             fail(1, error)
         raise

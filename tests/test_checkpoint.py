@@ -1,15 +1,19 @@
 """Checkpoints: what is saved comes back to the bit, and nothing unsound is ever read."""
 
+import hashlib
 import json
 import os
 import pathlib
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, digest
+from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, Foreign, SaveFailed, digest
+from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory, write_durably
 
 
@@ -59,7 +63,7 @@ def test_what_is_saved_comes_back_to_the_bit(three):
     for step in (1, 2, 3):
         read = checkpoints.restore(step, like(state(step)))
         assert digest(read.state) == digest(state(step))
-        assert read.meta == {"seconds": float(step)}
+        assert read.meta["seconds"] == float(step)
     checkpoints.close()
 
 
@@ -109,11 +113,245 @@ def test_damage_is_named_and_passed_over(three, kind):
     aside = checkpoints.set_aside(3)
     assert aside.is_dir()
     assert checkpoints.steps() == [1, 2]
-    checkpoints.save(3, state(30), {})  # the step can be made again
+    checkpoints.save(3, state(3), {})  # the step can be made again
     checkpoints.wait()
     assert checkpoints.newest_sound() == (3, {})
-    assert digest(checkpoints.restore(3, like(state(30))).state) == digest(state(30))
+    assert digest(checkpoints.restore(3, like(state(3))).state) == digest(state(3))
     checkpoints.close()
+
+
+def reseal(home, change):
+    """Changes a checkpoint, or what its manifest says, and seals it as if it had been saved so."""
+    manifest = json.loads((home / MANIFEST).read_text())
+    change(home, manifest)
+    manifest["files"] = {
+        str(path.relative_to(home)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in home.rglob("*")
+        if path.is_file() and path != home / MANIFEST
+    }
+    (home / MANIFEST).write_text(json.dumps(manifest))
+
+
+def write(name, text):
+    return lambda home, _: (home / name).write_text(text)
+
+
+def pipe(home):
+    os.mkfifo(home / "pipe")
+
+
+def replaced(make):
+    """The manifest in place of which `make` puts something."""
+    return lambda home: ((home / MANIFEST).unlink(), make(home / MANIFEST))
+
+
+def linked(home):
+    home.rename(home.parent.parent / "elsewhere")
+    home.symlink_to(home.parent.parent / "elsewhere")
+
+
+def swapped(home):
+    for old, new in (("3", "x"), ("2", "3"), ("x", "2")):
+        (home.parent / old).rename(home.parent / new)
+
+
+def as_step(step):
+    """One checkpoint under another's name, whose manifest was made to say so."""
+
+    def change(home):
+        shutil.rmtree(home)
+        shutil.copytree(home.parent / str(step), home)
+        reseal(home, lambda _, manifest: manifest.update(step=3))
+
+    return change
+
+
+def sparse(home):
+    with open(home / "large", "wb") as file:
+        file.truncate(1 << 40)
+
+
+DEEP = "[" * 200_000
+CANNOT_COUNT = {
+    "a copy of another step": (
+        lambda home: (shutil.rmtree(home), shutil.copytree(home.parent / "2", home)),
+        "it is checkpoint 2 under another name",
+    ),
+    "a copy that was sealed anew": (as_step(2), "its state is that after 2 updates"),
+    "an old seal of another step": (
+        lambda home: (as_step(1)(home), old_seal(home)),
+        "its state is that after 1 updates",
+    ),
+    "an empty manifest": (lambda home: (home / MANIFEST).write_text("{}"), "no manifest"),
+    "a list": (lambda home: (home / MANIFEST).write_text("[1]"), "no manifest"),
+    "a number for the step": (
+        lambda home: reseal(home, lambda _, m: m.update(step="3")),
+        "step is '3'",
+    ),
+    "seconds that are none": (
+        lambda home: reseal(home, lambda _, m: m["meta"].update(seconds=[])),
+        "seconds is []",
+    ),
+    "batches beyond all": (
+        lambda home: reseal(home, lambda _, m: m["meta"].update(passed=10**30)),
+        "out of range",
+    ),
+    "brackets": (lambda home: (home / MANIFEST).write_text(DEEP), "cannot be read"),
+    "invalid UTF-8": (lambda home: (home / MANIFEST).write_bytes(b"\xff"), "cannot be read"),
+    "bad metadata": (
+        lambda home: reseal(home, write("state/_METADATA", "{}")),
+        "cannot be restored",
+    ),
+    "deep metadata": (
+        lambda home: reseal(home, write("state/_METADATA", DEEP)),
+        "cannot be restored",
+    ),
+    "bad arrays": (
+        lambda home: reseal(home, write("state/manifest.ocdbt", "?")),
+        "cannot be restored",
+    ),
+    "no state": (
+        lambda home: reseal(home, lambda home, _: shutil.rmtree(home / "state")),
+        "cannot be restored",
+    ),
+    "a second manifest": (lambda home: (home / "state" / MANIFEST).write_text("{}"), "checksum"),
+    "a pipe": (pipe, "pipe is neither a file nor a directory"),
+    "a pipe for the manifest": (replaced(os.mkfifo), "neither a file nor a directory"),
+    "a device for the manifest": (
+        replaced(lambda path: path.symlink_to("/dev/zero")),
+        "neither a file nor a directory",
+    ),
+    "a link for a file": (
+        lambda home: (home / "extra").symlink_to("/dev/zero"),
+        "neither a file nor a directory",
+    ),
+    "a link": (linked, "it is a link"),
+    "a file as large as a disk": (sparse, "it has 10995"),
+}
+
+
+def old_seal(home):
+    """The manifest that versions before 0.2 wrote: {file: SHA-256}."""
+    (home / "meta").mkdir()
+    said = json.loads((home / MANIFEST).read_text())["meta"]
+    (home / "meta" / "metadata").write_text(json.dumps(said))
+    reseal(home, lambda *_: None)
+    sums = json.loads((home / MANIFEST).read_text())["files"]
+    (home / MANIFEST).write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize("kind", CANNOT_COUNT)
+def test_what_is_not_the_checkpoint_it_is_named_is_passed_over_and_set_aside(three, kind):
+    change, message = CANNOT_COUNT[kind]
+    change(three / "3")
+    with Checkpoints(three) as checkpoints:
+        read, faults = checkpoints.newest(like(state(3)))
+        assert read.step == 2
+        assert digest(read.state) == digest(state(2))
+        assert message in faults[3]
+        checkpoints.set_aside(3)
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_two_that_were_swapped_are_both_refused(three):
+    swapped(three / "3")
+    with Checkpoints(three, read_only=True) as checkpoints:
+        read, faults = checkpoints.newest(like(state(1)))
+    assert read.step == 1
+    assert faults == {
+        3: "it is checkpoint 2 under another name",
+        2: "it is checkpoint 3 under another name",
+    }
+
+
+def test_one_renamed_to_a_later_step_is_refused(three):
+    (three / "2").rename(three / "400")
+    with Checkpoints(three, read_only=True) as checkpoints:
+        read, faults = checkpoints.newest(like(state(1)))
+    assert (read.step, faults) == (3, {400: "it is checkpoint 2 under another name"})
+
+
+def test_one_of_another_config_or_tree_is_passed_over_and_never_replaced_by_nothing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, width in ((1, 8), (2, 9)):
+            checkpoints.save(step, state(step), {"config": {"width": width, "rule": "dense"}})
+            checkpoints.wait()
+        read, faults = checkpoints.newest(like(state(1)), {"width": 8, "newer": 1})
+        assert (read.step, faults) == (1, {2: "it is of another run: width was 9, is 8"})
+        other = like({**state(1), "more": jnp.zeros(3)})
+        with pytest.raises(Foreign, match=r"checkpoint 1: more is of shape None, not float32\[3\]"):
+            checkpoints.newest(other)
+        wider = like({**state(1), "step": jnp.zeros((), jnp.int16)})
+        with pytest.raises(Foreign, match=r"step is of shape int32\[\], not int16\[\]"):
+            checkpoints.restore(1, wider)
+
+
+def test_a_manifest_says_what_the_checkpoint_is(three):
+    manifest = json.loads((three / "3" / MANIFEST).read_text())
+    assert manifest["step"] == 3
+    assert manifest["tree"] == {
+        "params/a": "float32[64, 32]",
+        "params/b": "bfloat16[64, 32]",
+        "step": "int32[]",
+    }
+    held = {str(p.relative_to(three / "3")) for p in (three / "3").rglob("*") if p.is_file()}
+    assert manifest["files"].keys() == held - {MANIFEST}
+
+
+def test_a_seal_of_the_time_before_step_and_tree_were_sealed_still_holds(three):
+    old_seal(three / "3")
+    with Checkpoints(three, read_only=True) as checkpoints:
+        read, faults = checkpoints.newest(like(state(3)), {"width": 8})
+    assert (read.step, read.meta["seconds"], faults) == (3, 3.0, {})
+    assert digest(read.state) == digest(state(3))
+
+
+def test_no_link_leads_out_of_the_work_directory(three, tmp_path):
+    outside = tmp_path / "outside"
+    (outside / "3").mkdir(parents=True)
+    (outside / "3" / "thesis.tex").write_text("years of work")
+    (tmp_path / "damaged").symlink_to(outside)
+    checkpoints = Checkpoints(three)
+    with pytest.raises(OSError, match="damaged is a link, which is not followed"):
+        checkpoints.set_aside(3)
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2, 3]
+    (tmp_path / "linked").symlink_to(three)
+    with pytest.raises(UserError, match="linked is a link, which is not followed"):
+        Checkpoints(tmp_path / "linked")
+    (tmp_path / "damaged").unlink()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "3").symlink_to(outside)
+    Checkpoints(three).set_aside(3)
+    assert (outside / "3" / "thesis.tex").exists()
+
+
+def test_failed_saves_leave_no_thread_and_no_descriptor(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state(1), {})
+    checkpoints.wait()
+    home, here = tmp_path / "checkpoints", tmp_path / "moved"
+
+    def fail():
+        home.rename(here)
+        home.write_text("a file where a directory was")
+        with pytest.raises(SaveFailed, match="checkpoint 2 could not be saved"):
+            checkpoints.save(2, state(2), {})
+        home.unlink()
+        here.rename(home)
+
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    fail()
+    before = held()
+    for _ in range(5):
+        fail()
+    assert all(now <= then for now, then in zip(held(), before, strict=True))
+    checkpoints.save(2, state(2), {})
+    checkpoints.close()
+    with Checkpoints(home, read_only=True) as again:
+        assert again.newest_sound() == (2, {})
 
 
 def test_all_damaged_is_none(three):

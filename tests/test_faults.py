@@ -3,25 +3,39 @@
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
+import termios
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from experiments.chaos import outcome
 from ngc_jax.data import NOTHING
 from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, SaveFailed
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import write_durably
 from ngc_jax.runtime.metrics import Progress, read_rows
+from ngc_jax.runtime.preemption import EXIT_CODE as STOPPED
+from ngc_jax.runtime.preemption import INTERRUPTED, Preemption
 from ngc_jax.runtime.watchdog import EXIT_CODE, Watchdog
 from ngc_jax.training import loop as train
 from ngc_jax.training import loss_spikes as spikes
 from ngc_jax.training import run as run_module
+from ngc_jax.training.load import load
 from ngc_jax.training.run import Diverged
+from ngc_jax.training.workdir import hold, in_use
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +241,183 @@ def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(
     brief.train.profile = ""
     assert train.run(brief, stopped)
     assert outcome(stopped) == outcome(once)
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small file system of its own in memory, with these options. Skips where none may be."""
+    home = tmp_path / "mounted"
+    home.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", home], check=False)
+        if done.returncode:
+            pytest.skip("this user may not mount a file system")
+        return home
+
+    yield mount
+    subprocess.run(["umount", "--lazy", home], check=False, stderr=subprocess.DEVNULL)
+
+
+def ended(*line, seconds=10):
+    """Runs launch.py. Returns its exit code, its lines, and fails where it lives on after them."""
+    run = subprocess.Popen(
+        [sys.executable, "launch.py", *map(str, line)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert run.stdout
+    lines, last = [], time.monotonic()
+    for text in run.stdout:
+        lines.append(text)
+        last = time.monotonic()
+    code = run.wait(60)
+    assert time.monotonic() - last < seconds, lines[-3:]
+    return code, lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["size=20k", "nr_inodes=9"])
+def test_a_disk_without_room_is_one_line_and_the_process_ends(options, mounted, tiny_flags):
+    # Nine inodes: five are taken by what a run keeps, so that no checkpoint can be made whole.
+    code, lines = ended(
+        *tiny_flags, "--config.train.steps=20", f"--workdir={mounted(options) / 'run'}"
+    )
+    assert code == 1, lines
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "No space left on device" in lines[-1]
+    usual = r"data: |model: |starting from |step |NOT SAVED: |error: "
+    assert not [line for line in lines if not re.match(usual, line)]
+
+
+def test_checkpoints_that_are_a_file_are_one_error(brief, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with at(monkeypatch, {7: stop}):
+        assert train.run(brief, run) is False
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("")
+    before = threading.active_count()
+    with pytest.raises(OSError, match="File exists"):
+        train.run(brief, run)
+    assert threading.active_count() <= before
+
+
+def test_a_second_ctrl_c_interrupts_and_a_hangup_saves(brief, whole, tmp_path, monkeypatch):
+    assert train.run(brief, whole)
+    run = tmp_path / "run"
+    interrupt = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with at(monkeypatch, {7: lambda: (interrupt(), interrupt())}), pytest.raises(KeyboardInterrupt):
+        train.run(brief, run)
+    with at(monkeypatch, {12: lambda: signal.raise_signal(signal.SIGHUP)}):
+        assert train.run(brief, run) is False
+    assert load(run).step == 13
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    with Preemption() as asked:  # as under nohup
+        assert signal.SIGHUP not in asked._before
+    monkeypatch.undo()
+    assert train.run(brief, run)
+    assert outcome(run) == outcome(whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_compiling_is_one_line(tiny_flags, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "launch.py", *tiny_flags, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout
+    run.stdout.readline()  # what the data are
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == INTERRUPTED
+    assert said == "error: interrupted: the same command continues from the last checkpoint\n"
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_stops_and_saves(tiny_flags, tmp_path):
+    ours, theirs = os.openpty()
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            "launch.py",
+            *tiny_flags,
+            "--config.train.steps=100000",
+            f"--workdir={tmp_path / 'run'}",
+        ],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    seen = b""
+    while b"step 20/" not in seen:
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    assert run.wait(60) == STOPPED
+    assert load(tmp_path / "run").step >= 20
+
+
+def test_a_lock_says_who_holds_it_and_where_there_is_none_that_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    home = tmp_path / "run"
+    named = rf"is in use by process {os.getpid()} on \S+ since 20\d\d-\d\d-\d\dT[^ ]+: wait for it"
+    with hold(home):
+        with pytest.raises(UserError, match=named), hold(home):
+            pass
+        assert in_use(home)
+    assert not home.exists(), "it was empty but for the lock"
+    (tmp_path / ".lock").write_text("process 1 on elsewhere since 2000-01-01T00:00:00+00:00")
+
+    def refuse(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold(tmp_path):
+        said = capsys.readouterr().out
+    assert "cannot be locked ([Errno 37] No locks available)" in said
+    assert "the last one was process 1 on elsewhere" in said
+
+
+def test_a_link_in_a_work_directory_is_refused_and_none_is_written_through(
+    brief, tmp_path, monkeypatch
+):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    with at(monkeypatch, {7: stop}):
+        assert train.run(brief, run) is False
+    outside.mkdir()
+    for name in ("damaged", "tensorboard", "hang.txt", "card.md"):
+        kept = run / f"{name}.kept"
+        if (run / name).exists():
+            (run / name).rename(kept)
+        (run / name).symlink_to(outside)
+        with pytest.raises(UserError, match=f"{name} is a link, which a run does not follow"):
+            train.run(brief, run)
+        (run / name).unlink()
+    assert not any(outside.iterdir())
+
+
+def test_a_temporary_file_cannot_be_foreseen(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "replace", lambda old, new: names.append(os.path.basename(old)))
+    for _ in range(2):
+        write_durably(tmp_path / "a.json", "1")
+    assert names[0] != names[1]
+    assert str(os.getpid()) not in names[0].split(".")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "known")
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / ".a.json.known").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "a.json", "1")
+    assert (tmp_path / "precious").read_text() == "years of work"
 
 
 def test_a_hang_is_told_once_and_ends_the_process_if_so_told(tmp_path, monkeypatch):

@@ -1,10 +1,15 @@
 """Rows on disk: up to the step a run continues from, whole lines only, also for TensorBoard."""
 
+import errno
+import io
 import json
 import math
+import os
+import sys
 
 import pytest
 
+from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import Clock, Metrics, Progress, duration, read_rows
 from ngc_jax.training.costs import peak
 
@@ -29,6 +34,130 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     assert read_rows(tmp_path) == [{"step": 1}]
     write(tmp_path, 1, [{"step": 2}])
     assert read_rows(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+ROWS = [{"step": s, "train/loss": s / 8} for s in range(1, 7)]
+JUNK = {
+    "a blank line": b"\n",
+    "zeros": b"\0\0\0\n",
+    "garbage": b"%$?\n",
+    "half a row": b'{"step": 3, "train/lo\n',
+    "invalid UTF-8": b'{"step": 3, "\xff": 1}\n',
+    "no step": b'{"train/loss": 1.0}\n',
+    "no number": b'{"step": 3, "train/loss": "low"}\n',
+    "a list": b"[3]\n",
+    "brackets": b"[" * 100_000 + b"\n",
+    "a step beyond all": b'{"step": 1%s}\n' % (b"0" * 400),
+}
+
+
+def spoil(workdir, line, junk):
+    """Puts this before a line of the file, counted from 1."""
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines.insert(line - 1, junk)
+    (workdir / "metrics.jsonl").write_bytes(b"".join(lines))
+
+
+def counted(workdir, start):
+    """What a checkpoint of `start` keeps of the rows up to it."""
+    metrics = Metrics(workdir, start)
+    said = metrics.written()
+    metrics.close()
+    return said["rows"], said["rows_sha256"]
+
+
+@pytest.fixture
+def six(tmp_path):
+    write(tmp_path, 0, ROWS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", JUNK)
+def test_what_is_no_row_is_mended_where_no_row_is_lost(six, kind, capsys):
+    seal = counted(six, 4)
+    write(six, 4, ROWS[4:])
+    spoil(six, 3, JUNK[kind])
+    assert read_rows(six) == ROWS
+    Metrics(six, 4, *seal).close()
+    assert read_rows(six) == ROWS[:4]
+    assert ("dropped 1 lines that are no rows, from 3 on" in capsys.readouterr().out) == (
+        kind not in ("a blank line", "zeros")
+    )
+
+
+@pytest.mark.parametrize("kind", JUNK)
+def test_what_is_no_row_is_in_nobodys_way_after_the_checkpoint(six, kind):
+    spoil(six, 6, JUNK[kind])
+    Metrics(six, 4).close()  # of an old checkpoint, which has not counted its rows
+    assert read_rows(six) == ROWS[:4]
+
+
+def test_zeros_before_a_row_are_mended(six):
+    spoil(six, 3, b"\0" * 4096)
+    assert read_rows(six) == ROWS
+
+
+def test_rows_that_are_lost_and_not_made_again_are_refused_and_left_alone(six):
+    seal = counted(six, 4)
+    path = six / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    for left, said in (
+        ([*lines[:1], *lines[2:]], "of the 4 rows up to checkpoint 4, 3 are there, not all"),
+        ([lines[0], b"?\n", *lines[2:]], "3 are there, line 2 is no row"),
+        ([lines[1], lines[0], *lines[2:]], "not all as they were"),
+        ([*lines[:3], lines[3].replace(b"0.5", b"0.6")], "not all as they were"),
+        ([], "0 are there"),
+    ):
+        path.write_bytes(b"".join(left))
+        with pytest.raises(UserError, match=said):
+            Metrics(six, 4, *seal)
+        assert path.read_bytes() == b"".join(left)
+    path.write_bytes(b"".join([lines[0], b"?\n", *lines[2:]]))
+    with pytest.raises(UserError, match="line 2 is no row, and they cannot be made again"):
+        Metrics(six, 4)  # also where the checkpoint has not counted its rows
+
+
+def test_a_row_after_those_that_a_checkpoint_counted_is_kept(six):
+    seal = counted(six, 4)
+    late = {"step": 4, "eval/loss": 1.0}  # of an evaluation that was abandoned before the save
+    write(six, 4, [late, {"step": 5}])
+    Metrics(six, 4, *seal).close()
+    assert read_rows(six) == [*ROWS[:4], late]
+
+
+def test_rows_that_were_moved_away_are_said_to_be_missing(six, capsys):
+    seal = counted(six, 4)
+    (six / "metrics.jsonl").unlink()
+    Metrics(six, 4, *seal).close()
+    assert "the 4 rows up to step 4 are missing" in capsys.readouterr().out
+
+
+def test_a_file_of_rows_that_is_no_file_is_refused_and_links_are_not_followed(six):
+    path, other = six / "metrics.jsonl", six / "other"
+    path.rename(other)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir):
+        make(path)
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be read"):
+            Metrics(six, 4)
+        path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
+    path.symlink_to(other)
+    before = other.read_bytes()
+    write(six, 0, ROWS[:1])
+    assert other.read_bytes() == before
+    assert read_rows(six) == ROWS[:1]
+
+
+def test_a_lost_terminal_is_no_error(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    progress = Progress(steps=2)
+    progress.say("one")
+    progress.show(1, 1.0, {"tokens_per_second": 1.0}, 1.0)
+    sys.stdout.close()
 
 
 def test_what_is_not_finite_is_null(tmp_path):

@@ -12,6 +12,7 @@ from etils import epath
 
 from ngc_jax.commands.config_flag import EXTEND, extend
 from ngc_jax.runtime.errors import UserError, fail
+from ngc_jax.runtime.preemption import INTERRUPTED
 from ngc_jax.training.evaluation import Rounds, Settled
 
 
@@ -76,5 +77,7 @@ def command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         fail(2, error)
+    except KeyboardInterrupt:
+        fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:
         sys.exit(1)

@@ -1,12 +1,14 @@
-"""Checkpoints: saved in the background, sealed with checksums, and read only if the seal holds.
+"""Checkpoints: saved in the background, sealed, and read only where the seal and the state hold.
 
 For: the only file that touches Orbax. Checkpoint s is the state after s updates. Not for: when to
 save (`training/loop.py`).
 
 Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind.
-But it restores a step with a flipped byte in silence. So each committed step is sealed with the
-SHA-256 of its files, and a step whose seal is missing or broken is skipped for the newest sound
-one.
+But it restores a step with a flipped byte in silence, and any step under any name. So each
+committed step is sealed with MANIFEST.json: its step, what the run says of itself (`meta`), the
+parameter tree, and the SHA-256 of every other file. (A manifest before version 0.2 is a plain
+{file: SHA-256}.) Whatever cannot be read, or is not what it is named, is damaged. The seal finds
+accidents; against one who rewrites it there is no key.
 """
 
 import concurrent.futures
@@ -14,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -23,14 +26,28 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ngc_jax.runtime import multihost
-from ngc_jax.runtime.files import Path, files, in_bucket, move, sync, write_durably
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import Path, files, in_bucket, move, read, remove, sync, write_durably
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
+LARGEST = 1 << 26  # bytes of a manifest, and of what a checkpoint holds besides its arrays
+# What a run says of itself, where it says nothing: seconds of training, fingerprint of its data,
+# software, config {field: value}, and how many rows of metrics.jsonl there were, and their SHA-256.
+META = {"seconds": 0.0, "data": "", "versions": {}, "rewinds": 0, "passed": 0, "config": {}}
+META |= {"rows": 0, "rows_sha256": ""}
 
 
 class SaveFailed(OSError):
     """A checkpoint could not be written, on a full disk say; those before it are untouched."""
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read, or is not what its name says."""
+
+
+class Foreign(Damaged):
+    """A checkpoint is whole, but of another config or with another parameter tree."""
 
 
 class Restored(NamedTuple):
@@ -42,86 +59,152 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one directory. `read_only` never writes or moves anything there."""
+    """The checkpoints in one directory. `read_only` never writes or moves anything there.
+
+    As a context it is closed at the end. Raises UserError where the directory is a link.
+    """
 
     def __init__(self, directory: Path, keep: int = 3, read_only: bool = False):
         path = directory if in_bucket(directory) else os.path.abspath(directory)
-        self.directory = epath.Path(path)
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            cleanup_tmp_directories=False,  # Orbax would do it in the background; `save` does it
-            create=not read_only,
+        if os.path.islink(path):
+            raise UserError(f"{directory} is a link, which is not followed: give the place itself")
+        self.directory, self._keep = epath.Path(path), keep
+        if multihost.first() and not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler("state"),
+            # Where directories are made meanwhile, threads wait for one that cannot be made.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._sealing: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first, sound or not."""
-        return sorted(self._manager.all_steps()) if self.directory.is_dir() else []
+        found = self.directory.iterdir() if self.directory.is_dir() else ()
+        # Not "007", which is no name of ours.
+        return sorted(int(p.name) for p in found if p.name.isascii() and _is_step(p.name))
 
-    def fault(self, step: int) -> str | None:
-        """What is wrong with a step, or None if its seal holds."""
+    def fault(self, step: int, most: int | None = None) -> str | None:
+        """What is wrong with a step, or None if its seal holds. `most`: bytes that it may have."""
         home = self.directory / str(step)
         try:
-            manifest = json.loads((home / MANIFEST).read_text())
-            found = _checksums(home)
-        except FileNotFoundError:
-            return "it is not sealed: it is being written, or the run ended meanwhile"
-        except (OSError, ValueError) as error:
+            if os.path.islink(home):
+                return "it is a link, which is not followed"
+            held = {str(path.relative_to(home)): path for path in files(home)}
+            if MANIFEST not in held:
+                return "it is not sealed: it is being written, or the run ended meanwhile"
+            size = sum(path.stat().length for path in held.values())
+            if most is not None and size > most:
+                return f"it has {size} bytes, of a state that needs fewer than {most}"
+            named, sealed, _, _ = _manifest(home)
+            if named not in (None, step):
+                return f"it is checkpoint {named} under another name"
+            for name in sorted(sealed.keys() | held.keys() - {MANIFEST}):
+                if name not in held:
+                    return f"{name} is missing"
+                if _sha256(held[name]) != sealed.get(name):
+                    return f"{name} does not match its checksum"
+        except (OSError, ValueError, RecursionError) as error:
             return f"it cannot be read: {error}"
-        if not isinstance(manifest, dict):
-            return f"{MANIFEST} is no list of checksums"
-        for name in sorted(manifest.keys() | found.keys()):
-            if name not in found:
-                return f"{name} is missing"
-            if found[name] != manifest.get(name):
-                return f"{name} does not match its checksum"
         return None
 
-    def newest_sound(
-        self, among: Collection[int] | None = None
-    ) -> tuple[int | None, dict[int, str]]:
-        """The newest sound step, if any, of these or of all, and the faults of the steps after."""
+    def newest_sound(self) -> tuple[int | None, dict[int, str]]:
+        """The newest step whose seal holds, if any, and the faults of the steps after it."""
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
+            fault = self.fault(step)
+            if fault is None:
+                return step, faults
+            faults[step] = fault
+        return None, faults
+
+    def newest(
+        self,
+        abstract: Tree,
+        config: dict[str, Any] | None = None,
+        among: Collection[int] | None = None,
+    ) -> tuple[Restored | None, dict[int, str]]:
+        """The newest step, of these or of all, that `restore` reads; faults of those after it.
+
+        Raises Foreign where it reads none, and one is whole.
+        """
+        faults: dict[int, str] = {}
+        foreign: Foreign | None = None
+        for step in reversed(multihost.exchange(self.steps())[0]):
             if among is None or step in among:
-                fault = self.fault(step)
-                if fault is None:
-                    return step, faults
-                faults[step] = fault
+                try:
+                    return self.restore(step, abstract, config), faults
+                except Damaged as error:
+                    faults[step] = str(error)
+                    if isinstance(error, Foreign):
+                        foreign = Foreign(f"checkpoint {step}: {error}")
+        if foreign:
+            raise foreign
         return None, faults
 
     def set_aside(self, step: int) -> Path:
         """Moves an unsound step aside, so that it can be saved again. Returns its new place."""
         aside = self.directory.parent / "damaged" / str(step)
         move(self.directory / str(step), aside)
-        self.reload()
         return aside
 
-    def reload(self) -> None:
-        """Sees what another process has moved."""
-        self._manager.reload()
+    def restore(self, step: int, abstract: Tree, config: dict[str, Any] | None = None) -> Restored:
+        """A step, read into the shapes, dtypes and shardings of `abstract`; None: as saved.
 
-    def restore(self, step: int, abstract: Tree) -> Restored:
-        """A step, read into the shapes, dtypes and shardings of `abstract`."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-        )
-        read = self._manager.restore(step, args=items)
-        return Restored(step, read["state"], read["meta"])
+        Each field of `config` that the checkpoint has too must be the same there. Raises Damaged in
+        every process where one of them cannot read it, and Foreign.
+        """
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        most = None if abstract is None else 2 * needed + LARGEST
+        fault, found = self.fault(step, most) if multihost.first() else None, None
+        (fault, *_) = multihost.exchange(fault)
+        if fault is None:
+            try:
+                found = self._read(step, abstract, config or {})
+            except Foreign:
+                raise
+            except Exception as error:  # whatever Orbax and TensorStore raise for what they read
+                fault = f"it cannot be restored: {str(error).partition(' [tensorstore_spec')[0]}"
+            (fault, *_) = [*filter(None, multihost.exchange(fault)), None]
+        if fault is not None or found is None:
+            raise Damaged(fault)
+        return found
+
+    def _read(self, step: int, abstract: Tree, config: dict[str, Any]) -> Restored:
+        home = self.directory / str(step)
+        _, _, meta, tree = _manifest(home)
+        theirs = meta["config"]
+        for name in sorted(config.keys() & theirs.keys()):
+            if config[name] != theirs[name]:
+                raise Foreign(
+                    f"it is of another run: {name} was {theirs[name]!r}, is {config[name]!r}"
+                )
+        wanted = _shapes(abstract) if tree and abstract is not None else tree
+        for name in sorted(tree.keys() | wanted.keys()):
+            if tree.get(name) != wanted.get(name):
+                raise Foreign(
+                    f"{name} is of shape {tree.get(name)}, not {wanted.get(name)}: it is of "
+                    f"another model, or made by other software ({meta['versions']})"
+                )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._orbax.restore(home, args=items)["state"]
+        for name, leaf in _leaves(state):
+            if name == "step" and int(leaf) != step:
+                raise ValueError(f"its state is that after {int(leaf)} updates")
+        return Restored(step, state, meta)
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
         """Saves in the background, after the save before this one. Raises SaveFailed for both."""
         self.wait()
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state))
         if multihost.first():
             self._remove_begun()
             if in_bucket(self.directory):  # where a step has its name from the start
-                _remove(self.directory / str(step))
+                remove(self.directory / str(step))
         with self._attempt(step):
-            self._manager.save(step, args=items, force=True)
-        self._sealing = step, self._pool.submit(self._seal, step)
+            self._orbax.save(self.directory / str(step), args=items, force=True)
+        self._sealing = step, self._pool.submit(self._seal, step, meta, _shapes(state))
 
     def check(self) -> None:
         """Raises SaveFailed at once for a save in the background that has failed, if one did."""
@@ -137,9 +220,8 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes the checkpoints after a step; a run that continues from it makes them anew."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+        if multihost.first():
+            self._drop(later for later in self.steps() if later > step)
 
     def close(self) -> None:
         """Waits, then lets go of the directory."""
@@ -147,7 +229,18 @@ class Checkpoints:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._manager.close()
+            self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is KeyboardInterrupt:  # wants to leave at once
+            self._pool.shutdown(wait=False)
+            return
+        # An error that is under way says more than that of a save.
+        with contextlib.suppress(*[SaveFailed] * (kind is not None)):
+            self.close()
 
     @contextlib.contextmanager
     def _attempt(self, step: int) -> Iterator[None]:
@@ -156,30 +249,48 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:  # TensorStore's for a file that cannot be written
             # Many processes cannot go on: the others may be waiting for this one in the save.
-            if jax.process_count() == 1:
-                with contextlib.suppress(OSError, ValueError):
-                    self._manager.close()  # it would raise the same for every save to come
-                home = self.directory / str(step)
-                if not (home / MANIFEST).exists():
-                    _remove(home)
-                self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            home = self.directory / str(step)
+            if jax.process_count() == 1 and not (home / MANIFEST).exists():
+                remove(home)
             cause = str(error).partition(" [tensorstore_spec")[0]
             raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
 
-    def _seal(self, step: int) -> None:
-        self._manager.wait_until_finished()
+    def _seal(self, step: int, meta: dict[str, Any], tree: dict[str, str]) -> None:
+        self._orbax.wait_until_finished()
         if multihost.first():
             home = self.directory / str(step)
-            write_durably(home / MANIFEST, json.dumps(_checksums(home), indent=1))
+            sums = {str(path.relative_to(home)): _sha256(path) for path in files(home)}
+            sums.pop(MANIFEST, None)
+            seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
+            write_durably(home / MANIFEST, json.dumps(seal, indent=1))
             if not in_bucket(home):
                 sync(self.directory)  # where Orbax has given the step its name
+            self._drop(self.steps()[: -self._keep])
             # Again: Orbax's threads may write on for a while after a failed save was raised.
             self._remove_begun()
+
+    def _drop(self, steps: Collection[int] | Iterator[int]) -> None:
+        for step in steps:
+            home = self.directory / str(step)
+            if not in_bucket(home):  # a kill must not leave a half one
+                begun = home.with_name(f"{step}.orbax-checkpoint-tmp-dropped")
+                os.replace(home, begun)
+                home = begun
+            remove(home)
 
     def _remove_begun(self) -> None:
         """Removes what a kill or a failed save has left, while none is under way."""
         for begun in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            _remove(begun)
+            remove(begun)
+
+
+def unraisable(told: Any) -> None:
+    """A `sys.unraisablehook` that leaves out what TensorStore tells of a save that has failed.
+
+    It tells each part to Orbax, whose event loop is closed by then.
+    """
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)
 
 
 def digest(tree: Tree) -> str:
@@ -192,17 +303,40 @@ def digest(tree: Tree) -> str:
     return total.hexdigest()
 
 
-def _remove(home: Path) -> None:
-    with contextlib.suppress(OSError):
-        epath.Path(home).rmtree(missing_ok=True)
+def _leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def _checksums(home: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(home)): _sha256(path)
-        for path in files(home)
-        if MANIFEST not in path.name
-    }
+def _shapes(tree: Tree) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(tree)}
+
+
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
+
+
+def _manifest(home: Path) -> tuple[int | None, dict[str, str], dict[str, Any], dict[str, str]]:
+    """A checkpoint's step, checksums, meta and tree; of an old one None and {} where unsaid.
+
+    Raises ValueError for what is no manifest.
+    """
+    found = json.loads(read(home / MANIFEST, LARGEST))
+    if isinstance(found, dict) and isinstance(found.get("meta/metadata"), str):
+        said = json.loads(read(home / "meta" / "metadata", LARGEST))
+        found = {"step": None, "files": found, "meta": said, "tree": {}}
+    kinds = {"step": (int, type(None)), "files": dict, "meta": dict, "tree": dict}
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise ValueError(f"{MANIFEST} is no manifest")
+    meta = {**META, **found["meta"]}
+    for where, types in ((found, kinds), (meta, {name: type(META[name]) for name in META})):
+        for name, kind in types.items():
+            value = where[name]
+            if not isinstance(value, (kind, int) if kind is float else kind):
+                raise ValueError(f"{MANIFEST}: {name} is {value!r:.40}")
+            if isinstance(value, int | float) and not 0 <= value < 2**40:
+                raise ValueError(f"{MANIFEST}: {name}={value} is out of range")
+    return found["step"], found["files"], meta, found["tree"]
 
 
 def _sha256(path: Path) -> str:

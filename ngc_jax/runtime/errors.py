@@ -3,7 +3,10 @@
 For: all messages to users. Not for: errors of the program, which keep their traceback.
 """
 
+import contextlib
+import os
 import sys
+import threading
 from typing import NoReturn
 
 
@@ -13,7 +16,16 @@ class UserError(ValueError):
 
 def say(error: object) -> None:
     """Prints an error as a single line."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else " " for c in str(error))
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
+def end_soon(code: int, seconds: float = 8.0) -> None:
+    """Ends the process with this code after so long, also where threads of libraries live on."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def fail(code: int, error: object) -> NoReturn:

@@ -9,7 +9,9 @@ import contextlib
 import errno
 import os
 import pathlib
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -35,20 +37,60 @@ def in_bucket(path: Path) -> bool:
 
 
 def files(directory: Path) -> Iterator[Path]:
-    """All files below a directory."""
+    """All files below a directory. Raises OSError for a link, a pipe or a device among them."""
     for path in directory.iterdir():
-        yield from files(path) if path.is_dir() else [path]
+        mode = stat.S_IFREG if in_bucket(path) else os.lstat(path).st_mode
+        if path.is_dir() if in_bucket(path) else stat.S_ISDIR(mode):
+            yield from files(path)
+        elif stat.S_ISREG(mode):
+            yield path
+        else:
+            raise OSError(f"{path.relative_to(directory)} is neither a file nor a directory")
+
+
+def no_follow(path: str, flags: int) -> int:
+    """Opens a path for `open(..., opener=no_follow)`. Raises OSError where it is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+
+
+def read(path: Path, limit: int) -> bytes:
+    """A file's content. Raises OSError for a link, a pipe, a device, or more bytes than `limit`."""
+    if in_bucket(path):
+        return path.read_bytes()
+    with open(path, "rb", opener=no_follow) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} is no file")
+        if found.st_size > limit:
+            raise OSError(f"{path} has {found.st_size} bytes, more than the {limit} allowed")
+        return file.read(limit)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory with all in it, as far as it can; of a link, only the link."""
+    with contextlib.suppress(OSError, RecursionError):
+        if in_bucket(path):
+            epath.Path(path).rmtree(missing_ok=True)
+        elif os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
 
 
 def move(directory: Path, to: Path) -> None:
-    """Renames a directory, over an existing one. In a bucket, copies and then removes its files."""
+    """Renames a directory, over an existing one. In a bucket, copies and then removes its files.
+
+    Raises OSError where the directory to move into is a link.
+    """
     if in_bucket(directory):
         for path in files(directory):
             epath.Path(path).copy(to / path.relative_to(directory), overwrite=True)
-        epath.Path(directory).rmtree()
+        remove(directory)
         return
-    shutil.rmtree(to, ignore_errors=True)
     to.parent.mkdir(exist_ok=True)
+    if os.path.islink(to.parent):
+        raise OSError(f"{to.parent} is a link, which is not followed: remove it")
+    remove(to)
     os.replace(directory, to)
     sync(directory.parent)
     sync(to.parent)
@@ -59,15 +101,15 @@ def write_durably(path: Path, text: str) -> None:
     if in_bucket(path):
         path.write_text(text)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "x", opener=no_follow) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -90,7 +132,9 @@ class Log:
     def __init__(self, path: Path, text: str):
         write_durably(path, text)
         self._path, self._text, self._unwritten = path, text, b""
-        self._file = None if in_bucket(path) else open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._file = None
+        if not in_bucket(path):
+            self._file = open(path, "ab", 0, opener=no_follow)  # noqa: SIM115 (closed by close())
 
     def add(self, line: str) -> None:
         """Adds a line. A full disk raises no error yet."""

@@ -6,9 +6,10 @@ the later ones anew.
 """
 
 import contextlib
+import hashlib
 import json
 import math
-import shutil
+import os
 import sys
 import time
 import types
@@ -16,17 +17,44 @@ from collections.abc import Iterable
 from typing import Any
 
 from ngc_jax.runtime import multihost
-from ngc_jax.runtime.files import Log, Path, in_bucket
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import Log, Path, in_bucket, read, remove
 
 Row = dict[str, Any]
+LARGEST = 1 << 32  # bytes of metrics.jsonl that are read
 TIMES = ("seconds", "tokens_per_second", "mfu")  # the only values that repeating a run changes
 
 
 def read_rows(workdir: Path) -> list[Row]:
-    """All whole rows; a last line that a kill cut off is left out."""
+    """All rows that can be read: not one that a kill cut off, nor what is no row."""
+    return [row for _, row in _lines(workdir) if row]
+
+
+def _lines(workdir: Path) -> list[tuple[int, Row | None]]:
+    """The whole lines that are not blank: their numbers, and their rows; None for what is no row.
+
+    A blank line may hold NULs, which a crash of the machine leaves. Raises UserError where there is
+    no file that can be read.
+    """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = read(path, LARGEST).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    lines = [line.strip(b"\0 \t\r") for line in lines]
+    return [(at, _row(line)) for at, line in enumerate(lines, 1) if line]
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+        step, most = row["step"], sys.float_info.max
+        numbers = (abs(value) <= most for value in row.values() if value is not None)
+        return row if type(step) is int and 0 <= step < 2**53 and all(numbers) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def latest(rows: Iterable[Row]) -> Row:
@@ -38,24 +66,29 @@ class Metrics:
     """Appends rows. Opening it drops the rows after `start`, the step that the run continues from.
 
     `measured`: what the rows of `start` hold besides its update: "eval", "stability", "final",
-    "wiring". Of many processes the first one writes, and all must open it.
+    "wiring". Of many processes the first one writes, and all must open it. `rows`, `sha256`: how
+    many rows a checkpoint of `start` counted, and their digest; 0 where it did not. What is no row
+    is dropped. Raises UserError where a row up to `start` would be lost, or is: it is not made
+    again.
     """
 
-    def __init__(self, workdir: Path, start: int):
+    def __init__(self, workdir: Path, start: int, rows: int = 0, sha256: str = ""):
         writes = multihost.first()
-        rows = read_rows(workdir) if start and writes else []
-        kept = [row for row in rows if row["step"] <= start]
+        kept: list[Row] = []
+        with multihost.agreed():
+            if start and writes:
+                kept = _kept(workdir, start, rows, sha256)
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
         measured = {name.partition("/")[0] for row in others for name in row}
         self.measured = set(multihost.exchange(sorted(measured))[0])
         self._log = self._board = None
+        self._rows, self._sha256 = len(kept), hashlib.sha256(_text(kept).encode())
         if not writes:
             return
-        self._log = Log(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        self._log = Log(workdir / "metrics.jsonl", _text(kept))
         self._board = _Board.open(workdir / "tensorboard")
-        if self._board:
-            for row in kept:
-                self._board.write(row)
+        for row in kept:
+            self._show(row)
 
     def write(self, row: Row) -> None:
         """Adds a row, null for numbers that are not finite. A full disk raises no error yet."""
@@ -63,12 +96,21 @@ class Metrics:
             return
         finite = lambda v: not isinstance(v, float) or math.isfinite(v)  # noqa: E731
         row = {name: value if finite(value) else None for name, value in row.items()}
-        self._log.add(json.dumps(row) + "\n")
-        if self._board:
-            try:
+        self._log.add(_text([row]))
+        self._rows += 1
+        self._sha256.update(_text([row]).encode())
+        self._show(row)
+
+    def written(self) -> dict[str, Any]:
+        """How many rows there are, and their digest, for a checkpoint to keep."""
+        return {"rows": self._rows, "rows_sha256": self._sha256.hexdigest()}
+
+    def _show(self, row: Row) -> None:
+        try:
+            if self._board:
                 self._board.write(row)
-            except OSError:
-                self._board = None  # it is only a view, made anew when the run continues
+        except OSError:
+            self._board = None  # it is only a view, made anew when the run continues
 
     def sync(self) -> None:
         """Puts all rows on disk, before a checkpoint, which so never lacks the rows before it.
@@ -86,34 +128,70 @@ class Metrics:
                 self._board.close()
 
 
+def _text(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _kept(workdir: Path, start: int, rows: int, sha256: str) -> list[Row]:
+    """The rows up to `start`. Says what it drops; see Metrics."""
+    path, lines = workdir / "metrics.jsonl", _lines(workdir)
+    kept = [row for _, row in lines if row and row["step"] <= start]
+    bad = [at for at, row in lines if row is None]
+    before = max((at for at, row in lines if row and row["step"] <= start), default=0)
+    lost = f"line {bad[0]} is no row" if bad and bad[0] < before else ""
+    if rows and hashlib.sha256(_text(kept[:rows]).encode()).hexdigest() == sha256:
+        lost = ""  # whatever is no row there, none is missing
+    elif rows and path.exists():
+        lost = f"of the {rows} rows up to checkpoint {start}, {min(len(kept), rows)} are there"
+        lost += f", line {bad[0]} is no row" if bad else ", not all as they were"
+    if lost:
+        raise UserError(
+            f"{path}: {lost}, and they cannot be made again: put the file back as it was, or move "
+            "it away to go on without the rows so far"
+        )
+    if rows and not path.exists():
+        print(f"{path} is gone: the {rows} rows up to step {start} are missing", flush=True)
+    if bad:
+        print(f"{path}: dropped {len(bad)} lines that are no rows, from {bad[0]} on", flush=True)
+    return kept
+
+
 class _Board:
-    """TensorBoard event files, a view of the rows: rewritten each time a run continues."""
+    """A TensorBoard event file, a view of the rows: rewritten each time a run continues."""
 
     def __init__(self, directory: Path):
         # With this name importable TensorBoard does not load TensorFlow, where that is installed.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        shutil.rmtree(directory, ignore_errors=True)
-        self._writer = EventFileWriter(str(directory))
+        remove(directory)
+        os.mkdir(directory)
+        # Not TensorBoard's own writer, whose thread prints a traceback on a full disk.
+        path = directory / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
+        self._records = RecordWriter(open(path, "xb", buffering=0))  # noqa: SIM115
+        self._add(file_version="brain.Event:2")
 
     @classmethod
     def open(cls, directory: Path) -> "_Board | None":
         try:
             return None if in_bucket(directory) else cls(directory)
-        except ImportError:
+        except (ImportError, OSError):
             return None  # the extra is not installed; metrics.jsonl holds everything
 
     def write(self, row: Row) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         shown = {k: v for k, v in row.items() if k != "step" and v is not None}
         summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in shown.items()])
-        self._writer.add_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+        self._add(step=row["step"], summary=summary)
+
+    def _add(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
 
 
 class Clock:
@@ -157,11 +235,17 @@ class Progress:
         mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
         line = f"step {step}/{self.steps}  loss {loss:.4f}  {pace}  ETA {left}"
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        self._print(line, "" if self.live else "\n")
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        print(f"\r\x1b[K{text}" if self.live else text, flush=True)
+        self._print(text, "\n")
+
+    def _print(self, text: str, end: str) -> None:
+        try:
+            print(f"\r\x1b[K{text}" if self.live else text, end=end, flush=True)
+        except OSError:  # the terminal is gone; the run goes on, or is saved
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM (a scheduler) and the first Ctrl-C set a flag.
+"""Being asked to stop: SIGTERM (a scheduler), SIGHUP (a lost terminal) and the first Ctrl-C.
 
-For: one process, which reads the flag between updates and between batches of an evaluation. Not
-for: stopping many at the same update (`multihost.py`), or hangs (`watchdog.py`).
+For: one process, in which they set a flag that is read between updates and between batches of an
+evaluation. Not for: stopping many at the same update (`multihost.py`), or hangs (`watchdog.py`).
 """
 
 import signal
@@ -9,6 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+INTERRUPTED = 128 + signal.SIGINT  # the exit code of Ctrl-C, as shells count
 EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failure
 
 
@@ -19,16 +20,17 @@ class Asked(Exception):
 class Preemption:
     """`with Preemption() as asked: ... if asked: save and leave`.
 
-    A second Ctrl-C interrupts at once. Signals reach the main thread alone: in another one the flag
-    is never set.
+    A second Ctrl-C interrupts at once. SIGHUP counts where `nohup` does not have it ignored.
+    Signals reach the main thread alone: in another one the flag is never set.
     """
 
     def __enter__(self) -> "Preemption":
         self._asked = False
         self._before: dict[int, Any] = {}
         main = threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGTERM, signal.SIGINT) if main else ():
-            self._before[number] = signal.signal(number, self._ask)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if main else ():
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(

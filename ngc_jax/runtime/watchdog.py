@@ -12,7 +12,7 @@ import threading
 import time
 from datetime import datetime
 
-from ngc_jax.runtime.files import Path
+from ngc_jax.runtime.files import Path, no_follow
 
 EXIT_CODE = 4
 
@@ -58,11 +58,12 @@ class Watchdog:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         minutes = f"{self._seconds / 60:g}"
         told = f"\n{now}: nothing has finished for {minutes} minutes; where every thread stands:\n"
-        sys.stderr.write(told)
-        sys.stderr.flush()
-        faulthandler.dump_traceback(2)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            sys.stderr.write(told)
+            sys.stderr.flush()
+            faulthandler.dump_traceback(2)
         # A full disk may be what hangs.
-        with contextlib.suppress(OSError), open(self._report, "a") as file:
+        with contextlib.suppress(OSError), open(self._report, "a", opener=no_follow) as file:
             file.write(told)
             file.flush()
             faulthandler.dump_traceback(file)

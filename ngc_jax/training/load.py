@@ -34,7 +34,7 @@ from ngc_jax.training.loop import run
 from ngc_jax.training.rewiring import pruned
 from ngc_jax.training.rounds import Apply, mark_of
 from ngc_jax.training.step import TrainState, abstract_state, nats_of, predict
-from ngc_jax.training.workdir import hold, read_config
+from ngc_jax.training.workdir import hold, identity, read_config
 
 Array = jax.Array
 Text = str | bytes | Sequence[int] | np.ndarray | Array
@@ -222,23 +222,25 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     config, tokenizer = read_config(home), load_tokenizer(home)
     _check_registered(config, home)
     model = make_model(config, tokenizer.vocab)
-    checkpoints = Checkpoints(home / "checkpoints", read_only=True)
-    try:
-        wanted, faults = (step, {}) if step is not None else checkpoints.newest_sound()
-        for bad, damage in faults.items():
-            print(f"checkpoint {bad} is skipped: {damage}", file=sys.stderr)
+    abstract = jax.tree.map(_here, abstract_state(model, config.train))
+    with Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.steps()
-        if wanted is None or wanted not in steps:
-            named = "no sound checkpoint" if wanted is None else f"no checkpoint {wanted}"
+        if not steps or step not in (None, *steps):
+            named = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {named}; there are: {steps or 'none'}")
-        fault = checkpoints.fault(wanted)
-        if fault is not None:
-            raise UserError(f"checkpoint {wanted} in {workdir} is not sound: {fault}")
-        read = checkpoints.restore(wanted, jax.tree.map(_here, abstract_state(model, config.train)))
-    finally:
-        checkpoints.close()
-    model, params = pruned(model, read.state.params, config, wanted)
-    return Trained(home, config, model, params, tokenizer, wanted, read.state, read.meta)
+        try:
+            read, faults = checkpoints.newest(
+                abstract, identity(config), step if step is None else {step}
+            )
+        except UserError as error:
+            raise UserError(f"--workdir={workdir}: {error}") from error
+        if read is None:
+            found = "; ".join(f"checkpoint {bad}: {fault}" for bad, fault in faults.items())
+            raise UserError(f"--workdir={workdir} holds no sound checkpoint: {found}")
+        for bad, fault in faults.items():
+            print(f"checkpoint {bad} is skipped: {fault}", file=sys.stderr)
+    model, params = pruned(model, read.state.params, config, read.step)
+    return Trained(home, config, model, params, tokenizer, read.step, read.state, read.meta)
 
 
 def _check_registered(config: ConfigDict, home: Path) -> None:

@@ -61,10 +61,10 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     rewiring = changes(config) if programs.rewire else None
 
     # ---- Train -----------------------------------------------------------------------------------
-    with this.asked_to_stop, this.watchdog, profile:
+    with this.checkpoints, this.asked_to_stop, this.watchdog, profile:
         this.clock.start(this.step)
         while True:
-            # What comes after update `this.step`, also after the one that this start continues from.
+            # What comes after update `this.step`, also after that which this start continues from.
             profile.turn(this.step, this.state)
             stop, save = this.agreed_wishes()
             save = save or this.last or this.step % config.checkpoint.every_steps == 0
@@ -95,7 +95,6 @@ def run(config: ConfigDict, workdir: Path) -> bool:
                 this.metrics.write({"step": this.step, **row})
             with this.saving():
                 this.checkpoints.check()
-        this.checkpoints.close()
 
     # ---- End -------------------------------------------------------------------------------------
     this.metrics.close()

@@ -14,7 +14,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import multihost
-from ngc_jax.runtime.checkpoint import Checkpoints
+from ngc_jax.runtime.checkpoint import Checkpoints, Restored
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path
 from ngc_jax.runtime.metrics import Clock, Metrics, Progress
@@ -34,6 +35,7 @@ from ngc_jax.runtime.watchdog import Watchdog
 from ngc_jax.training.costs import peak, versions
 from ngc_jax.training.evaluation import held_out
 from ngc_jax.training.step import TrainState
+from ngc_jax.training.workdir import identity
 
 MEASURED = {"eval", "stability", "final"}  # kinds of rows made of the state between two updates
 
@@ -93,12 +95,12 @@ class Run:
 
     def _start(self) -> float:
         """Begins at the newest sound checkpoint, or at step 0. Returns earlier training seconds."""
-        start = self._newest_sound(self.checkpoints.steps())
-        if start is None:
+        found = self._newest()
+        if found is None:
             self._stand_at(0, self.do.init())
             print(f"starting from step 0 in {self.workdir}")
             return 0.0
-        step, state, meta = self.checkpoints.restore(start, self.do.state)
+        step, state, meta = found
         fingerprint, made_with = self.data.fingerprint, meta["versions"]
         if meta["data"] != fingerprint:
             raise UserError(
@@ -107,7 +109,7 @@ class Run:
                 "the library source: the same Python; for a task: the same ngc_jax), or another "
                 "--workdir"
             )
-        self._stand_at(step, state, meta.get("rewinds", 0), meta.get("passed", 0))
+        self._stand_at(step, state, meta["rewinds"], meta["passed"], meta)
         print(f"continuing from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
         if made_with != versions():
             print(
@@ -116,11 +118,18 @@ class Run:
             )
         return float(meta["seconds"])
 
-    def _stand_at(self, step: int, state: TrainState, rewinds: int = 0, passed: int = 0) -> None:
+    def _stand_at(
+        self,
+        step: int,
+        state: TrainState,
+        rewinds: int = 0,
+        passed: int = 0,
+        meta: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Stands after `step` updates, with the batches and rows that follow them."""
         jax.block_until_ready(state)
         size, steps = self.config.train.batch_size, self.config.train.steps
-        self.metrics = Metrics(self.workdir, step)
+        self.metrics = Metrics(self.workdir, step, meta.get("rows", 0), meta.get("rows_sha256", ""))
         self.batches = train_batches(
             self.data.train,
             batch_size=size,
@@ -135,15 +144,13 @@ class Run:
         self.saved = self.logged = step
         self.late, self.votes, self.broken, self.warned = None, (False, False), 0, 0
 
-    def _newest_sound(self, among: Collection[int]) -> int | None:
-        """The newest sound checkpoint of these; unsound ones are named and set aside."""
-        sound, faults = self.checkpoints.newest_sound(among) if multihost.first() else (None, {})
-        for bad, fault in faults.items():
+    def _newest(self, among: Collection[int] | None = None) -> Restored | None:
+        """The newest checkpoint of these that is this run's; others are named and set aside."""
+        found, faults = self.checkpoints.newest(self.do.state, identity(self.config), among)
+        for bad, fault in faults.items() if multihost.first() else ():
             aside = self.checkpoints.set_aside(bad)
             self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
-        (sound, *_) = multihost.exchange(sound)
-        self.checkpoints.reload()
-        return sound
+        return found
 
     # ---- What decides ----------------------------------------------------------------------------
 
@@ -256,6 +263,8 @@ class Run:
                 "versions": versions(),
                 "rewinds": self.rewinds,
                 "passed": self.passed,
+                "config": identity(self.config),
+                **self.metrics.written(),
             }
             self.checkpoints.save(self.step, self.state, meta)
             if ending:
@@ -273,7 +282,9 @@ class Run:
             yield
         except OSError as error:
             sound, _ = self.checkpoints.newest_sound()
-            kept = f"the last sound checkpoint, {sound}, is kept"
+            kept = "there is no sound checkpoint yet"
+            if sound is not None:
+                kept = f"the last sound checkpoint, {sound}, is kept"
             if ending or jax.process_count() > 1:
                 raise OSError(
                     f"{error}; {kept}; make room and give the same command again"
@@ -295,8 +306,10 @@ class Run:
         before = [at for at in self.checkpoints.steps() if at <= self.logged - self.broken]
         # Not one that a signal or the clock made: also a run that was never stopped must find it.
         planned = [at for at in before if at % every == 0]
-        sound = self._newest_sound(planned or before)
-        if sound is None or self.rewinds == train.max_rewinds:
+        del self.state  # its memory is needed
+        found = self._newest(planned or before)
+        if found is None or self.rewinds == train.max_rewinds:
+            sound = found and found.step
             warning = f"the warning stood from step {self.warned} on"
             raise Diverged(
                 f"stopped at step {self.logged}: {self.broken} updates in a row were skipped, not "
@@ -306,6 +319,7 @@ class Run:
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )
+        sound, state, meta = found
         logged, rewinds = self.logged, self.rewinds + 1
         left_out = logged - sound
         self.progress.say(
@@ -314,9 +328,7 @@ class Run:
         )
         self.checkpoints.drop_after(sound)
         self.metrics.close()
-        del self.state  # its memory is needed
-        step, state, _ = self.checkpoints.restore(sound, self.do.state)
-        self._stand_at(step, state, rewinds, self.passed + left_out)
+        self._stand_at(sound, state, rewinds, self.passed + left_out, meta)
         row = {"train/rewinds": rewinds, "train/passed": self.passed, "train/rewound_from": logged}
         # A row of the update to come: a run that continues from `sound` redoes it.
         self.metrics.write({"step": sound + 1, **row})

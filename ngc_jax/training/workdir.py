@@ -6,9 +6,11 @@ writing rows or checkpoints, or opening a trained model (`load.py`).
 """
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +22,9 @@ from ngc_jax.config import base, reset_unread
 from ngc_jax.data.tokens import Tokenizer, save_tokenizer
 from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, in_bucket, sync, write_durably
+from ngc_jax.runtime.files import Path, in_bucket, read, sync, write_durably
 
+HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: how often it is logged, evaluated and saved, and on
 # which devices it runs.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
@@ -52,6 +55,9 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     try:
+        links = [] if in_bucket(workdir) else [p for p in workdir.glob("*") if os.path.islink(p)]
+        if links:
+            raise UserError(f"{links[0]} is a link, which a run does not follow: remove it")
         if (workdir / "config.json").exists():
             changed = differences(read_config(workdir).to_dict(), config.to_dict())
             if changed:
@@ -81,7 +87,7 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 def _left_by_claim(path: Path) -> bool:
     """Whether a claim that was killed may have left this file."""
-    hidden = (".config.json", ".tokenizer.json")
+    hidden = (".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
     return path.name == "tokenizer.json" or path.name.startswith(hidden)
 
 
@@ -90,16 +96,23 @@ def hold(workdir: Path) -> Iterator[None]:
     """Keeps other trainers out of a work directory while the block runs.
 
     The first process holds a lock on the directory, which ends with the process, however that ends.
-    Buckets and some file systems have no locks. A directory that is empty at the end is removed.
-    Raises UserError where another trainer holds the directory.
+    A file in it says whose it is. Buckets and some file systems have no locks, and for a file
+    system that is said. A directory that is empty at the end is removed. Raises UserError where
+    another trainer holds the directory.
     """
     with multihost.agreed():
         handle = _lock(workdir) if multihost.first() and not in_bucket(workdir) else None
+        if handle is not None:
+            since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+            with contextlib.suppress(OSError):  # `claim` says what is wrong with it
+                write_durably(workdir / HOLDER, who)
     try:
         yield
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
+                (workdir / HOLDER).unlink(missing_ok=True)
                 os.rmdir(workdir)
             os.close(handle)
 
@@ -128,22 +141,45 @@ def _lock(workdir: Path) -> int | None:
     except BlockingIOError as error:
         os.close(handle)
         raise UserError(
-            f"--workdir={workdir} is in use by another process: wait for it, or give another"
+            f"--workdir={workdir} is in use by {_holder(workdir)}: wait for it, or give another"
         ) from error
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        print(
+            f"--workdir={workdir} cannot be locked ({error}): see to it that no other process "
+            f"trains in it; the last one was {_holder(workdir)}"
+        )
     return handle
+
+
+def _holder(workdir: Path) -> str:
+    """Who has locked a work directory, as far as is known."""
+    with contextlib.suppress(OSError, ValueError):
+        return read(workdir / HOLDER, 1000).decode()
+    return "a process that is not named"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields outside of FREE in which two configs differ, as "field: old -> new"."""
     a, b = (flatten_dict(config, sep=".") for config in (old, new))
-    names = sorted(name for name in a | b if not {name, name.partition(".")[0]} & FREE)
+    names = sorted(name for name in a | b if not _free(name))
     return [
         f"{name}: {a.get(name, 'absent')!r} -> {b.get(name, 'absent')!r}"
         for name in names
         if a.get(name) != b.get(name)
     ]
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """What a checkpoint keeps of its run's config: {field: value}, as JSON has them.
+
+    Not the fields in FREE, and not where the data lies: a fingerprint says what they are.
+    """
+    fields = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
+    return {name: fields[name] for name in fields if not _free(name) and name != "data.path"}
+
+
+def _free(name: str) -> bool:
+    return bool({name, name.partition(".")[0]} & FREE)
 
 
 def read_config(workdir: Path) -> ConfigDict:
