@@ -31,6 +31,7 @@ from ngc_jax.nn.shape import ModelShape
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field, help_text
 from ngc_jax.training import match_size
+from ngc_jax.training.stability_metrics import PROBES
 from ngc_jax.training.workdir import differences, read_config
 
 FIELDS = {section.path(field.name): field for section in SECTIONS for field in section.fields}
@@ -284,6 +285,11 @@ def test_tables_may_grow_after_they_are_imported(monkeypatch):
     validate(config)
     monkeypatch.setitem(wiring.WIRINGS, "mine", wiring.ring)
     config = base()
+    config.stability.measures = "rounds,mine"
+    with pytest.raises(UserError, match=r"stability.measures='rounds,mine': must be some of"):
+        validate(config)
+    monkeypatch.setitem(PROBES, "mine", PROBES["rounds"])
+    validate(config)
     config.model.wiring = "mine"
     validate(config)
 

@@ -17,7 +17,6 @@ from ngc_jax.nn.decoder import Decoder
 
 Array = jax.Array
 Penalty = Callable[[Any, Batch, Array], Array]
-REGULARISERS = ("none", "contraction", "exponent")
 
 
 def band(value: Array, low: float, high: float) -> Array:

@@ -27,7 +27,6 @@ from ngc_jax.nn.model import LanguageModel
 
 Array = jax.Array
 Apply = Callable[..., tuple[Array, Any]]  # (params, batch) -> logits [..., B, T, V]; and more
-DRAWS = ("fixed", "uniform", "lognormal_poisson", "marked")
 SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502.05171
 
 
