@@ -196,6 +196,14 @@ CANNOT_COUNT = {
         lambda home: reseal(home, lambda _, m: m["meta"].update(passed=10**30)),
         "out of range",
     ),
+    "an old seal with a list for what the run says": (
+        lambda home: (
+            old_seal(home),
+            (home / "meta" / "metadata").write_text("[]"),
+            (home / MANIFEST).write_text('{"meta/metadata": "0"}'),
+        ),
+        "meta is []",
+    ),
     "brackets": (lambda home: (home / MANIFEST).write_text(DEEP), "cannot be read"),
     "invalid UTF-8": (lambda home: (home / MANIFEST).write_bytes(b"\xff"), "cannot be read"),
     "bad metadata": (

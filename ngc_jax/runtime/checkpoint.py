@@ -31,6 +31,7 @@ from ngc_jax.runtime.files import Path, files, in_bucket, move, read, remove, sy
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
+UNSAID = 2**40 - 1  # as the step of a manifest: an old one, which names none
 LARGEST = 1 << 26  # bytes of a manifest, and of what a checkpoint holds besides its arrays
 # What a run says of itself, where it says nothing: seconds of training, fingerprint of its data,
 # software, config {field: value}, and how many rows of metrics.jsonl there were, and their SHA-256.
@@ -94,11 +95,11 @@ class Checkpoints:
             held = {str(path.relative_to(home)): path for path in files(home)}
             if MANIFEST not in held:
                 return "it is not sealed: it is being written, or the run ended meanwhile"
-            size = sum(path.stat().length for path in held.values())
+            size = sum(epath.Path(path).stat().length for path in held.values())
             if most is not None and size > most:
                 return f"it has {size} bytes, of a state that needs fewer than {most}"
             named, sealed, _, _ = _manifest(home)
-            if named not in (None, step):
+            if named not in (UNSAID, step):
                 return f"it is checkpoint {named} under another name"
             for name in sorted(sealed.keys() | held.keys() - {MANIFEST}):
                 if name not in held:
@@ -316,27 +317,32 @@ def _is_step(name: str) -> bool:
     return name.isdecimal() and name == str(int(name))
 
 
-def _manifest(home: Path) -> tuple[int | None, dict[str, str], dict[str, Any], dict[str, str]]:
-    """A checkpoint's step, checksums, meta and tree; of an old one None and {} where unsaid.
+def _manifest(home: Path) -> tuple[int, dict[str, str], dict[str, Any], dict[str, str]]:
+    """A checkpoint's step, checksums, meta and tree; of an old one UNSAID, and {} for the tree.
 
     Raises ValueError for what is no manifest.
     """
     found = json.loads(read(home / MANIFEST, LARGEST))
     if isinstance(found, dict) and isinstance(found.get("meta/metadata"), str):
         said = json.loads(read(home / "meta" / "metadata", LARGEST))
-        found = {"step": None, "files": found, "meta": said, "tree": {}}
-    kinds = {"step": (int, type(None)), "files": dict, "meta": dict, "tree": dict}
-    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        found = {"step": UNSAID, "files": found, "meta": said, "tree": {}}
+    like = {"step": 0, "files": {}, "meta": {}, "tree": {}}
+    if not isinstance(found, dict) or found.keys() != like.keys():
         raise ValueError(f"{MANIFEST} is no manifest")
+    _check(found, like)
     meta = {**META, **found["meta"]}
-    for where, types in ((found, kinds), (meta, {name: type(META[name]) for name in META})):
-        for name, kind in types.items():
-            value = where[name]
-            if not isinstance(value, (kind, int) if kind is float else kind):
-                raise ValueError(f"{MANIFEST}: {name} is {value!r:.40}")
-            if isinstance(value, int | float) and not 0 <= value < 2**40:
-                raise ValueError(f"{MANIFEST}: {name}={value} is out of range")
+    _check(meta, META)
     return found["step"], found["files"], meta, found["tree"]
+
+
+def _check(found: dict[str, Any], like: dict[str, Any]) -> None:
+    for name, example in like.items():
+        value = found[name]
+        number = isinstance(value, int | float) and isinstance(example, int | float)
+        if not number and type(value) is not type(example):
+            raise ValueError(f"{MANIFEST}: {name} is {value!r:.40}")
+        if number and not 0 <= value < 2**40:
+            raise ValueError(f"{MANIFEST}: {name}={value} is out of range")
 
 
 def _sha256(path: Path) -> str:
