@@ -233,6 +233,10 @@ CANNOT_COUNT = {
         lambda home: (home / "extra").symlink_to("/dev/zero"),
         "neither a file nor a directory",
     ),
+    "a pipe in its place": (
+        lambda home: (shutil.rmtree(home), os.mkfifo(home)),
+        "it cannot be read",
+    ),
     "a link": (linked, "it is a link"),
     "a file as large as a disk": (sparse, "it has 10995"),
 }

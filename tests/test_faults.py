@@ -321,6 +321,26 @@ def test_a_second_ctrl_c_interrupts_and_a_hangup_saves(brief, whole, tmp_path, m
     assert outcome(run) == outcome(whole)
 
 
+def test_swapped_checkpoints_and_spoilt_rows_change_no_bit(
+    brief, whole, tmp_path, monkeypatch, capsys
+):
+    assert train.run(brief, whole)
+    run = tmp_path / "run"
+    with at(monkeypatch, {12: stop}):
+        assert train.run(brief, run) is False
+    for old, new in (("13", "x"), ("10", "13"), ("x", "10")):
+        (run / "checkpoints" / old).rename(run / "checkpoints" / new)
+    rows = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([*rows[:3], b"\xff\n\n", *rows[3:]]))
+    capsys.readouterr()
+    assert train.run(brief, run)
+    said = capsys.readouterr().out
+    assert "checkpoint 13 is skipped: it is checkpoint 10 under another name; moved to" in said
+    assert "checkpoint 10 is skipped: it is checkpoint 13 under another name; moved to" in said
+    assert "dropped 1 lines that are no rows" in said
+    assert outcome(run) == outcome(whole)
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_compiling_is_one_line(tiny_flags, tmp_path):
     run = subprocess.Popen(

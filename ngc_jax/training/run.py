@@ -15,7 +15,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import multihost
-from ngc_jax.runtime.checkpoint import Checkpoints, Restored
+from ngc_jax.runtime.checkpoint import META, Checkpoints, Restored
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path
 from ngc_jax.runtime.metrics import Clock, Metrics, Progress
@@ -97,7 +96,7 @@ class Run:
         """Begins at the newest sound checkpoint, or at step 0. Returns earlier training seconds."""
         found = self._newest()
         if found is None:
-            self._stand_at(0, self.do.init())
+            self._stand_at(0, self.do.init(), META)
             print(f"starting from step 0 in {self.workdir}")
             return 0.0
         step, state, meta = found
@@ -109,7 +108,7 @@ class Run:
                 "the library source: the same Python; for a task: the same ngc_jax), or another "
                 "--workdir"
             )
-        self._stand_at(step, state, meta["rewinds"], meta["passed"], meta)
+        self._stand_at(step, state, meta)
         print(f"continuing from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
         if made_with != versions():
             print(
@@ -118,18 +117,12 @@ class Run:
             )
         return float(meta["seconds"])
 
-    def _stand_at(
-        self,
-        step: int,
-        state: TrainState,
-        rewinds: int = 0,
-        passed: int = 0,
-        meta: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
+    def _stand_at(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Stands after `step` updates, with the batches and rows that follow them."""
         jax.block_until_ready(state)
         size, steps = self.config.train.batch_size, self.config.train.steps
-        self.metrics = Metrics(self.workdir, step, meta.get("rows", 0), meta.get("rows_sha256", ""))
+        passed = meta["passed"]
+        self.metrics = Metrics(self.workdir, step, meta["rows"], meta["rows_sha256"])
         self.batches = train_batches(
             self.data.train,
             batch_size=size,
@@ -138,7 +131,7 @@ class Run:
             stop=steps + passed,
             rows=meshes.local_batch_rows(self.mesh, size),
         )
-        self.step, self.state, self.rewinds, self.passed = step, state, rewinds, passed
+        self.step, self.state, self.rewinds, self.passed = step, state, meta["rewinds"], passed
         # What was due after this step and was abandoned has yet to be made.
         self.unmeasured = MEASURED - self.metrics.measured
         self.saved = self.logged = step
@@ -328,7 +321,7 @@ class Run:
         )
         self.checkpoints.drop_after(sound)
         self.metrics.close()
-        self._stand_at(sound, state, rewinds, self.passed + left_out, meta)
+        self._stand_at(sound, state, {**meta, "rewinds": rewinds, "passed": self.passed + left_out})
         row = {"train/rewinds": rewinds, "train/passed": self.passed, "train/rewound_from": logged}
         # A row of the update to come: a run that continues from `sound` redoes it.
         self.metrics.write({"step": sound + 1, **row})
