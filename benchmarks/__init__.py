@@ -1,1 +1,1 @@
-"""Benchmarks: one command each, apart from the tests. They print ratios measured in the same run."""
+"""Benchmarks: one command each, outside the tests. They print ratios that one run measures."""

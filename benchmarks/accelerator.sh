@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole check of an accelerator, in under 9 minutes: numerics against float64, exact resume, the tables.
+# The whole check of an accelerator, in under 9 minutes: numerics against float64, exact resume, tables.
 #
 #     benchmarks/accelerator.sh [REPORT]
 #
-# For: a bare machine with Python 3.12 or so, jax and this package's needs in $PYTHON's environment (default python3).
-# Writes one Markdown file (default accelerator.md) with the device's name and the versions; exit code 1 if any part
-# failed or ran out of its time, and the file says which. SMALL=1 tries the script itself out, on a CPU. Not for:
-# installing anything.
+# For: a machine with Python 3.11 or later, jax and this package's dependencies in the environment of
+# $PYTHON (default python3). Writes one Markdown file (default accelerator.md) with the device's name
+# and the versions. Exit code 1 if a part failed or ran out of its time; the file says which. SMALL=1
+# tests the script itself, on a CPU. Not for: installing anything.
 set -uo pipefail
 report=$(realpath "${1:-accelerator.md}")
 cd "$(dirname "$0")/.." || exit 1
@@ -14,8 +14,8 @@ python=${PYTHON:-python3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export PYTHONPATH=$PWD JAX_COMPILATION_CACHE_DIR=$scratch/programs
-# A GPU's atomic additions come in any order, and an exact resume wants them in one; and what watches the runs opens
-# their checkpoints, so it must not keep the device's memory from them.
+# A GPU's atomic additions have no fixed order, but an exact resume needs one. The process that watches
+# the runs opens their checkpoints, so it must not reserve the device's memory.
 exact=(env XLA_PYTHON_CLIENT_PREALLOCATE=false "XLA_FLAGS=${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true")
 
 if [ -n "${SMALL:-}" ]; then
@@ -47,11 +47,13 @@ part() { # title, seconds it may take, command: its output becomes a section
 printf '# ngc_jax on an accelerator\n' >"$report"
 part "Machine" 30 "$python" -c '
 import platform, jax
-from ngc_jax.train import versions
-print(f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({jax.default_backend()}), Python {platform.python_version()}")
+from ngc_jax.training.costs import versions
+kind = jax.devices()[0].device_kind
+print(f"{len(jax.devices())} x {kind} ({jax.default_backend()}), Python {platform.python_version()}")
 print(*(f"{name} {version}" for name, version in versions().items()), sep=", ")'
 part "Numerics" 80 "$python" -m benchmarks.numerics
-part "Exact resume" 120 "${exact[@]}" "$python" -m experiments.chaos --rounds=3 --faults=kill --workdir="$scratch/chaos"
+part "Exact resume" 120 "${exact[@]}" "$python" -m experiments.chaos --rounds=3 --faults=kill \
+  --workdir="$scratch/chaos"
 part "Speed against dense" 110 "$python" -m benchmarks.speed "${speed[@]}"
 part "A kernel for a rule" 40 "$python" -m benchmarks.fused
 part "Our loop" 50 "$python" -m benchmarks.loop "${loop[@]}"

@@ -1,8 +1,8 @@
 """Does compile time grow with rounds or depth? `python -m benchmarks.compile_time`
 
-For: the train step of the default shape compiled at 4 and at 64 rounds, and at 2 and at 32 core
-stages, in turn, so that a machine that slows down slows both; prints medians and their ratio. Not
-for: run time, and no test: it asserts nothing about wall time.
+For: the train step of the default model, compiled at 4 and 64 rounds, and at 2 and 32 core stages.
+The two are compiled in turn, so that changes in the machine's speed affect both; the output has
+medians and their ratio. Not for: run time.
 """
 
 import argparse
@@ -22,9 +22,7 @@ from ngc_jax.training.step import abstract_state, make_train_step
 
 
 def seconds(**fields: int) -> float:
-    """Seconds to compile one train step (tracing included), from a cold start of everything but
-    Python.
-    """
+    """Seconds to trace and compile one train step, with empty caches of JAX."""
     config = base()
     config.model.update(fields)
     model = Decoder(model_shape(config, Bytes.vocab))
@@ -40,13 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    seconds()  # what only the first compilation of a process pays
+    seconds()  # the first compilation of a process costs more
     for few, many in (({"rounds": 4}, {"rounds": 64}), ({"core": 2}, {"core": 32})):
         pairs = [(seconds(**few), seconds(**many)) for _ in range(args.repeats)]
         a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(y / x for x, y in pairs)
         print(
-            f"{few}: {a:.2f} s   {many}: {b:.2f} s   ratio, median of {args.repeats} pairs: {ratio:.3f}",
+            f"{few}: {a:.2f} s   {many}: {b:.2f} s   "
+            f"ratio, median of {args.repeats} pairs: {ratio:.3f}",
             flush=True,
         )
 

@@ -1,10 +1,9 @@
-"""What exponents cost: time and memory against plain forward passes of the same step, in one run.
+"""The cost of exponents: time and memory relative to plain forward passes of the same step.
 
     python -m benchmarks.exponents
 
-For: the ratios that docs/stability.md quotes. Not for: correctness (`tests/test_lyapunov.py`). Each
-ratio is the median of paired rounds, forward and exponents one after the other, since machines are
-shared and drift.
+For: the ratios in docs/stability.md. Each is the median of pairs, forward and exponents in turn,
+because machines are shared and change speed. Not for: correctness (`tests/test_lyapunov.py`).
 """
 
 import argparse
@@ -32,7 +31,7 @@ def forward(step: Callable[[Any, Any], Any], x: Array) -> Array:
 
 
 def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
-    """A dense recurrent network on 64 states at once, and the loop of configs/defaults.py on 4
+    """A dense recurrent network with 64 states at once, and the loop of configs/defaults.py with 4
     sequences.
     """
     w = jax.random.normal(jax.random.key(0), (512, 512)) / 512**0.5
@@ -49,8 +48,8 @@ def systems() -> dict[str, tuple[Callable[[Any, Any], Any], Array]]:
 
 
 def watching() -> float:
-    """Time of what configs/defaults.py measures of stability, as a share of the updates between two
-    measurements.
+    """The time of the stability measures of configs/defaults.py, as a fraction of the updates
+    between two measurements.
     """
     config = base()
     model = Decoder(model_shape(config, Bytes.vocab))
@@ -70,9 +69,8 @@ def watching() -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}; time as a multiple of {STEPS} forward steps"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}; times as multiples of {STEPS} forward steps")
     for name, (step, x) in systems().items():
         plain = jax.jit(lambda x, step=step: forward(step, x))
         found = [
@@ -85,19 +83,17 @@ def main() -> None:
             found.append((f"k = {k}", k + 1.5, spectrum))
         for label, allowed, other in found:
             times = paired(plain, other, x).ratio
-            print(f"{name:22} {label:8} {times:6.2f}   (wanted: at most {allowed})", flush=True)
+            print(f"{name:22} {label:8} {times:6.2f}   (goal: at most {allowed})", flush=True)
         sizes = []
         for steps in (64, 1024):
             spectrum = jax.jit(
                 lambda x, step=step, steps=steps: lyapunov_spectrum(step, x, steps=steps, k=4)
             )
             memory = spectrum.lower(x).compile().memory_analysis()
-            assert memory is not None, "this backend does not say what memory a program needs"
+            assert memory is not None, "this backend does not report the memory of programs"
             sizes.append(memory.temp_size_in_bytes)
         print(f"{name:22} temporary memory, 1,024 steps over 64: {sizes[1] / sizes[0]:.3f}")
-    print(
-        f"what the defaults measure while they train: {watching():.2%} of the time of its updates (wanted: under 2%)"
-    )
+    print(f"measures of the defaults: {watching():.2%} of the time of updates (goal: under 2%)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Would a kernel that makes weights tile by tile, inside the product, beat XLA? `python -m
-benchmarks.fused`
+"""Is a kernel that makes weights tile by tile, inside the product, faster than XLA?
 
-For: the `distance` rule, in which each weight takes work of its own. XLA makes W once, writes it
-and reads it; the kernel keeps W on the chip, but makes it again for every tile of tokens. So it can
-win for few tokens; if it does on a GPU, it has earned a place in `core/`, and if not, none. It has
-no gradient. No GPU has run it yet: on a CPU it is interpreted, and its error alone is told. Not
-for: models, which do without it.
+    python -m benchmarks.fused
+
+For: the `distance` rule, in which each weight needs work of its own. XLA makes W once, writes it
+and reads it. The kernel keeps W on the chip, but makes it again for every tile of tokens, so it can
+only be faster for few tokens. If it is, on a GPU, it gets a place in `core/`. It has no gradient,
+and no GPU has run it yet: a CPU interprets it, and only its error is measured. Not for: models.
 """
 
 import argparse
@@ -27,10 +27,10 @@ Array = jax.Array
 def product(
     x: Array, pre: Array, post: dict[str, Array], tile: int = 64, interpret: bool = False
 ) -> Array:
-    """`transmit("distance", x, pre, post)` for x [N, n_in]: [N, n_out]. N, n_in, n_out: multiples
-    of `tile`.
+    """`transmit("distance", x, pre, post)` for x [N, n_in]: [N, n_out].
 
-    On a GPU `tile` is a power of two from 16 on. Raises ValueError for sizes that are no multiples.
+    tile: divides N, n_in and n_out; on a GPU a power of two, at least 16. Raises ValueError for
+    other sizes.
     """
     (tokens, n_in), (n_out, states) = x.shape, post["state"].shape
     if any(size % tile for size in (tokens, n_in, n_out)):
@@ -60,7 +60,7 @@ def product(
         ],
         out_specs=pl.BlockSpec((tile, tile), lambda t, o: (t, o)),
         out_shape=jax.ShapeDtypeStruct((tokens, n_out), x.dtype),
-        # which reads of a block what is asked for
+        # Triton loads only the parts of a block that are used
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )(x, pre, post["state"], post["gain"])
@@ -74,9 +74,8 @@ def main() -> None:
     pre, post = init(jax.random.key(0))
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}; distance, {n} to {n} neurons, states of 4, float32\n")
-    print(
-        "| tokens | relative difference | us XLA, kernel | XLA / kernel |\n| --- | --- | --- | --- |"
-    )
+    print("| tokens | relative difference | us XLA, kernel | XLA / kernel |")
+    print("| --- | --- | --- | --- |")
     for count in counts:
         x = jax.random.normal(jax.random.key(1), (count, n))
         ours = jax.jit(partial(product, interpret=on_cpu))
@@ -91,7 +90,7 @@ def main() -> None:
         )
         print(f"| {count} | {apart:.1e} | {seconds} |", flush=True)
         if not math.isfinite(apart) or apart > 1e-2:
-            raise SystemExit("error: beyond the limit of 1e-2")
+            raise SystemExit("error: above the limit of 1e-2")
 
 
 if __name__ == "__main__":

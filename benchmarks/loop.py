@@ -1,11 +1,11 @@
-"""What the training loop costs beside a bare step, and what its input and its checkpoints cost.
+"""The cost of the training loop relative to a bare step, and of its input and checkpoints.
 
     python -m benchmarks.loop
 
-For: three figures of `train.run` on configs/defaults.py. The loop's time for an update, as its log
-has it, over that of a step written by hand (the same model, optax's AdamW, no guard, no scalars but
-the loss) that is fed from memory; the input pipeline alone; and how long the loop waits at a
-checkpoint. Not for: what an update's parts cost.
+For: three measurements of `train.run` on configs/defaults.py. First, the loop's time of an update
+in its log, over that of a step written by hand: the same model and optax's AdamW, fed from memory,
+without checks and with the loss as only scalar. Second, the input pipeline alone. Third, how long
+the loop waits at a checkpoint. Not for: the parts of an update.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from ngc_jax.training.timing import model_of
 
 
 def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
-    """The defaults for a few updates on a text of this folder: nothing but updates until the last."""
+    """The defaults for a few updates on this package's source: no other work until the last."""
     text = b"".join(
         path.read_bytes()
         for path in sorted(pathlib.Path(__file__).parent.parent.rglob("ngc_jax/*.py"))
@@ -57,7 +57,7 @@ def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:
 
 
 def batches(config: ConfigDict) -> Iterator[Batch]:
-    """The run's input, from the start."""
+    """The batches of a run."""
     windows = load_data(config.data).train
     return train_batches(
         windows,
@@ -69,7 +69,7 @@ def batches(config: ConfigDict) -> Iterator[Batch]:
 
 
 def of_the_loop(config: ConfigDict, workdir: pathlib.Path) -> float:
-    """Seconds of an update by the log of a whole run: the median lap, without the first."""
+    """Seconds of an update in the log of a whole run: the median without the first laps."""
     with contextlib.redirect_stdout(io.StringIO()):
         run(config, workdir)
     tokens = config.train.batch_size * config.data.context
@@ -78,12 +78,12 @@ def of_the_loop(config: ConfigDict, workdir: pathlib.Path) -> float:
         for row in read_rows(workdir)
         if "tokens_per_second" in row
     ]
-    return statistics.median(laps[2:])  # the first holds one update, the second what warms up
+    return statistics.median(laps[2:])  # the first is one update, the second still warms up
 
 
 def bare(config: ConfigDict) -> Callable[[], float]:
-    """A step by hand; called, the seconds of an update: the median lap of as many updates as the
-    run makes.
+    """A function that trains with a step written by hand, for as many updates as the run, and
+    returns the median seconds of an update.
     """
     model, train = model_of(config), config.train
     rates = optax.warmup_cosine_decay_schedule(
@@ -121,7 +121,7 @@ def bare(config: ConfigDict) -> Callable[[], float]:
 
 
 def of_the_input(config: ConfigDict) -> float:
-    """Seconds of a batch, where nothing else runs."""
+    """Seconds of a batch, without training."""
     ahead = batches(config)
     next(ahead)
     began = time.perf_counter()
@@ -130,7 +130,7 @@ def of_the_input(config: ConfigDict) -> float:
 
 
 def of_a_save(config: ConfigDict, home: pathlib.Path, saves: int = 5) -> tuple[float, float]:
-    """Seconds that a save keeps the loop waiting, and until it is on disk and sealed: medians."""
+    """Median seconds that the loop waits for a save, and until the save is on disk and sealed."""
     state = jax.jit(lambda: init_state(model_of(config), config.train, 0))()
     jax.block_until_ready(state)
     checkpoints = Checkpoints(home)
@@ -160,20 +160,17 @@ def main() -> None:
         pairs = [(by_hand(), of_the_loop(config, home / str(pair))) for pair in range(args.pairs)]
         plain, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(b / a for a, b in pairs)
-        print(
-            f"jax {jax.__version__}, {jax.devices()[0].device_kind}; the defaults at width {args.width}"
-        )
-        print(
-            f"update: bare step {1e3 * plain:.1f} ms, our loop {1e3 * ours:.1f} ms; {len(pairs)} pairs: {ratio:.3f}"
-        )
+        device = jax.devices()[0].device_kind
+        print(f"jax {jax.__version__}, {device}; the defaults at width {args.width}")
+        print(f"update: bare step {1e3 * plain:.1f} ms, our loop {1e3 * ours:.1f} ms")
+        print(f"ratio, median of {len(pairs)} pairs: {ratio:.3f}")
         tokens, read = config.train.batch_size * config.data.context, of_the_input(config)
         print(
-            f"input alone: {tokens / read:,.0f} tokens/s, {ours / read:.0f} times what the loop takes"
+            f"input alone: {tokens / read:,.0f} tokens/s, {ours / read:.0f} times the loop's rate"
         )
         wait, whole = of_a_save(config, home / "saves")
-        print(
-            f"save: the loop waits {1e3 * wait:.0f} ms, {wait / ours:.2f} updates; sealed after {1e3 * whole:.0f} ms"
-        )
+        print(f"save: the loop waits {1e3 * wait:.0f} ms, {wait / ours:.2f} updates")
+        print(f"save: sealed after {1e3 * whole:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Does this device compute what float64 on its host computes? `python -m benchmarks.numerics`
 
-For: every rule's `transmit` against x @ W.T, and an update's loss and gradient in both forms, in
-float32 on the device, at the precision that the device takes by default (on some GPUs TF32) and at
-the highest; and attention in one kernel, in bfloat16, where there is one. Exit code 1 where an
-error is over its limit. Not for: whether the mathematics is right (`tests/`). The references are
-the same functions under x64, in which a model's norms, softmax and logits stay float32, as they are
-written.
+For: float32 on the device, at its default precision (TF32 on some GPUs) and at the highest:
+`transmit` of each rule against x @ W.T, and an update's loss and gradient in both forms. Also, in
+bfloat16, fused attention where the device has it. Exit code 1 if an error is above its limit. The
+references are the same functions in float64, in which norms, softmax and logits of a model remain
+float32. Not for: whether the mathematics is right (`tests/`).
 """
 
 import argparse
@@ -27,11 +26,11 @@ from ngc_jax.training.timing import model_of
 
 Tree = Any
 IN_BFLOAT16 = 2e-2
-LIMITS = {"highest": 1e-5, "default": 1e-2}  # of |found - reference| / |reference|
+LIMITS = {"highest": 1e-5, "default": 1e-2}  # largest |found - reference| / |reference|
 
 
 def in_float64(function: Callable[..., Tree], *args: Tree) -> Tree:
-    """What a function gives for float64 arguments on the host's processor, as NumPy arrays."""
+    """The result for float64 arguments on the host's processor, as NumPy arrays."""
     wide = jax.tree.map(
         lambda a: np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a, args
     )
@@ -40,14 +39,18 @@ def in_float64(function: Callable[..., Tree], *args: Tree) -> Tree:
 
 
 def error(found: Tree, reference: Tree) -> float:
-    """|found - reference| / |reference|, the norms taken over all arrays of a tree."""
-    a, b = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(t)]) for t in
-            (found, reference))  # fmt: skip
+    """|found - reference| / |reference|, norms over all arrays of a tree."""
+
+    def flat(tree: Tree) -> np.ndarray:
+        leaves = [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)]
+        return np.concatenate(leaves)
+
+    a, b = flat(found), flat(reference)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[Tree, ...]]]:
-    """For each name: what the device computes, the reference, and their arguments as NumPy arrays."""
+    """By name: the function for the device, the reference, and their arguments (NumPy)."""
     found: dict[str, Any] = {}
     for name, rule in RULES.items():
         init = jax.jit(partial(rule.init, groups=8, n_in=256, n_out=384, dim=4))
@@ -78,7 +81,7 @@ def cases() -> dict[str, tuple[Callable[..., Tree], Callable[..., Tree], tuple[T
 
 
 def one_kernel() -> float | None:
-    """The error in bfloat16 of attention and its gradients in one kernel; None where there is none."""
+    """The error of fused attention and its gradients in bfloat16; None without such a kernel."""
     heads = jax.random.normal(jax.random.key(4), (3, 4, 256, 8, 64)).astype(jnp.bfloat16)
     if not attention.fused(heads[0]):
         return None
@@ -101,14 +104,10 @@ def one_kernel() -> float | None:
 
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}: relative errors of float32 against float64\n"
-    )
-    print(
-        "| what | "
-        + " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items())
-        + " |"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}: relative errors of float32 against float64\n")
+    heads = " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items())
+    print(f"| computation | {heads} |")
     print("| --- " * (1 + len(LIMITS)) + "|")
     sound = True
     for name, (function, reference, args) in cases().items():
@@ -120,10 +119,10 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{e:.1e}" for e in errors) + " |", flush=True)
     attended = one_kernel()
     if attended is not None:
-        print(f"\nattention in one kernel, bfloat16, at most {IN_BFLOAT16:g}: {attended:.1e}")
+        print(f"\nfused attention, bfloat16, at most {IN_BFLOAT16:g}: {attended:.1e}")
         sound = sound and attended <= IN_BFLOAT16
     if not sound:
-        sys.exit("error: beyond the limit")
+        sys.exit("error: above the limit")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""NGC against dense, in time: an update, and one token of a text, at each width.
+"""NGC against dense in time: an update, and one token of generated text, at each width.
 
     python -m benchmarks.speed --widths=256,512,1024
 
-For: ratios of an NGC model to the dense one of the same width, stages and heads, in both forms;
-dense / NGC, so above 1 is faster. Ports are as many as give NGC the share of dense's matrix
-parameters at which ngc_small comes to dense_small (experiments/results/match_dense.md). Not for:
-what either learns at these widths.
+For: ratios dense / NGC for models of the same width, stages and heads, in both forms; above 1 NGC
+is faster. NGC has as many ports as give it SHARE of dense's parameters in matrices; at that share
+ngc_small reaches the loss of dense_small (experiments/results/match_dense.md). Not for: the quality
+of these models.
 """
 
 import argparse
@@ -21,21 +21,21 @@ from ngc_jax.training.costs import peak, update_flops
 from ngc_jax.training.match_size import cost
 from ngc_jax.training.timing import Paired, model_of, paired, update_of, zeros_of
 
-SHARE = 0.32  # of dense's parameters in matrices
-TOKENS = 20  # decoded in one timing, after one another
+SHARE = 0.32  # fraction of dense's parameters in matrices
+TOKENS = 20  # decoded in one timing
 
 
 class Row(NamedTuple):
-    """One NGC model beside the dense one."""
+    """One NGC model beside the dense model."""
 
-    share: float  # of dense's parameters in matrices
+    share: float  # fraction of dense's parameters in matrices
     flops: tuple[float, float]  # of an update: dense, NGC
-    update: Paired  # NGC is the plain one
+    update: Paired  # NGC is `plain`
     token: Paired
 
 
 def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDict, ConfigDict]:
-    """The configs of the dense model and of the NGC model that has SHARE of its matrices."""
+    """The configs of the dense model, and of the NGC model with SHARE of its parameters."""
     dense = base()
     dense.model.update(
         rule="dense", width=width, hidden=3 * width, p_intra=width, groups=groups, heads=groups
@@ -48,7 +48,7 @@ def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDic
     costs = []
     for ngc.model.p_inter in (1, 2):
         costs.append(cost(ngc))
-    # every further port costs as much as the second
+    # each further number in a port costs as much as the second
     more = (SHARE * cost(dense) - costs[0]) / (costs[1] - costs[0])
     ngc.model.p_inter = max(1, 1 + round(more))
     validate(ngc)
@@ -56,9 +56,7 @@ def models(width: int, groups: int, args: argparse.Namespace) -> tuple[ConfigDic
 
 
 def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
-    """A function that decodes TOKENS tokens of one text, each at the last place of a cache, which
-    is donated.
-    """
+    """A function that decodes TOKENS tokens of one text, each at the last position of the cache."""
     model = model_of(config)
     dtype = jnp.dtype(config.train.compute_dtype)
     params = jax.jit(
@@ -80,14 +78,14 @@ def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
 
 
 def flops(config: ConfigDict) -> float:
-    """Of the matrix products of an update."""
+    """FLOPs of the matrix products of an update."""
     model = model_of(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     return update_flops(model, params, jax.eval_shape(lambda: zeros_of(config)), None)
 
 
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
-    """The row of each form."""
+    """The row of each form: "weights", "signals"."""
     batch = zeros_of(dense)
     # decoding is the same in both forms
     token = paired(decoding(ngc), decoding(dense), pairs=pairs)
@@ -100,45 +98,48 @@ def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
 
 
 def used(flops: float, seconds: float, dtype: str) -> str:
-    """Share of the device's peak, where that is known (model FLOPs utilisation, arXiv 2204.02311,
-    appendix B).
-    """
+    """Model FLOPs utilization (arXiv 2204.02311, appendix B), "-" for an unknown peak."""
     most = peak(dtype)
     return f"{flops / seconds / most:.1%}" if most else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--widths", default="256,512,1024", help="with commas")
-    parser.add_argument("--groups", type=int, default=8, help="of every model, and its heads")
+    parser.add_argument("--widths", default="256,512,1024", help="separated by commas")
+    parser.add_argument("--groups", type=int, default=8, help="groups, and heads, of every model")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--pairs", type=int, default=9, help="that each ratio is the median of")
+    parser.add_argument("--pairs", type=int, default=9, help="pairs in each median")
     args = parser.parse_args()
     device = jax.devices()[0].device_kind
-    print(
-        f"jax {jax.__version__}, {device}; {args.stages} stages, {args.batch_size} x {args.context} tokens"
-    )
-    print(
-        f"{args.dtype}; medians of {args.pairs} pairs, one after the other; above 1: NGC is faster\n"
-    )
-    print("| width | groups x ports | share of matrices | form | GFLOPs dense, NGC | ms dense, NGC | update "
-          "| MFU dense, NGC | us a token dense, NGC | token |")  # fmt: skip
+    tokens = f"{args.batch_size} x {args.context} tokens"
+    print(f"jax {jax.__version__}, {device}; {args.stages} stages, {tokens}, {args.dtype}")
+    print(f"medians of {args.pairs} pairs, timed in turn; ratios above 1: NGC is faster\n")
+    heads = ["width", "groups x port", "fraction of matrices", "form", "GFLOPs dense, NGC"]
+    heads += ["ms dense, NGC", "update dense / NGC", "MFU dense, NGC"]
+    heads += ["us per token dense, NGC", "token dense / NGC"]
+    print(f"| {' | '.join(heads)} |")
     print("| --- " * 10 + "|")
     for width in map(int, args.widths.split(",")):
         dense, ngc = models(width, args.groups, args)
         for form, row in rows(dense, ngc, args.pairs).items():
             (plain, ours), update, token = row.flops, row.update, row.token
-            print(
-                f"| {width} | {args.groups} x {ngc.model.p_inter} | {row.share:.3f} | {form} "
-                f"| {plain / 1e9:.1f}, {ours / 1e9:.1f} | {1e3 * update.other:.1f}, {1e3 * update.plain:.1f} "
-                f"| {update.ratio:.2f} "
-                f"| {used(plain, update.other, args.dtype)}, {used(ours, update.plain, args.dtype)} "
-                f"| {1e6 * token.other / TOKENS:.0f}, {1e6 * token.plain / TOKENS:.0f} | {token.ratio:.2f} |",
-                flush=True,
-            )
+            used_by = used(plain, update.other, args.dtype), used(ours, update.plain, args.dtype)
+            cells = [
+                f"{width}",
+                f"{args.groups} x {ngc.model.p_inter}",
+                f"{row.share:.3f}",
+                form,
+                f"{plain / 1e9:.1f}, {ours / 1e9:.1f}",
+                f"{1e3 * update.other:.1f}, {1e3 * update.plain:.1f}",
+                f"{update.ratio:.2f}",
+                ", ".join(used_by),
+                f"{1e6 * token.other / TOKENS:.0f}, {1e6 * token.plain / TOKENS:.0f}",
+                f"{token.ratio:.2f}",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

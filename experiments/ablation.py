@@ -1,9 +1,8 @@
-"""Which part of NGC matters: groups, blocks within them, ports between them, wiring, activation,
-sharing or rounds?
+"""Which part of NGC matters: groups, blocks, ports, wiring, activation, sharing or rounds?
 
-One factor of ngc_small at a time, and the best pair, all at its share of dense_small's parameters
-in matrices: the width takes up what a change saves, but rounds are free of parameters. Learning
-rate as shipped.
+One change of `ngc_small` at a time, and the best pair of changes. All models have 0.32 of the
+parameters in matrices of `dense_small`: the width changes to keep that number. Rounds cost no
+parameters. The learning rate is that of `ngc_small` in the comparison.
 
     python -m experiments.run ablation
 """
@@ -16,7 +15,7 @@ from experiments.sweeps import cases, seeds
 CHANGES: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "4 groups": {"model.groups": 4},
-    # from which match starts
+    # the size from which the search of sizes starts
     "16 groups": {"model.groups": 16, "model.width": 160, "model.hidden": 480},
     "no block within groups": {"model.p_intra": 0, "model.wiring": "complete"},
     "4 numbers within groups": {"model.p_intra": 4},
@@ -29,7 +28,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "depth2 shared": {"model.sharing": "depth2"},
     "1 round": {"model.rounds": 1},
     "3 rounds": {"model.rounds": 3},
-    # the best pair
+    # the best pair of changes
     "silu on the signals, 3 rounds": {"model.message_activation": "silu", "model.rounds": 3},
 }
 STUDY = Study(
@@ -42,4 +41,8 @@ STUDY = Study(
         "rate": 1e-2,
     },
     baseline={"change": "as shipped"},
+    legend={
+        "change": "as shipped: `configs/ngc_small.py`; groups hear themselves: complete wiring, so "
+        "that a group also sends messages to itself; no ports: no messages between groups"
+    },
 )

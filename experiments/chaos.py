@@ -1,17 +1,17 @@
-"""Do to training runs what machines do to them, and see that they end where an unbroken run ends:
+"""Break training runs as machines do, and check that they end where an unbroken run ends:
 
     python -m experiments.chaos --rounds=20 --faults=kill,stop,damage,fill --workdir=runs/chaos
 
-For: a seeded series of faults, one a round, each followed by the same command as before:
+For: a seeded series of faults, one in each round, each followed by the same command as before:
 
-    kill    SIGKILL at a random instant, every second time while a checkpoint is being written
-    stop    SIGTERM at a random instant
-    damage  SIGKILL, and then a byte of the newest checkpoint is flipped, or a file of it cut in half, or removed
-    fill    no file can be written further (RLIMIT_FSIZE, as on a full disk) for a random while, and the run goes on
+    kill    SIGKILL at a random time, every second time while a checkpoint is written
+    stop    SIGTERM at a random time
+    damage  SIGKILL, then a flipped byte, a cut or a removed file in the newest checkpoint
+    fill    no file can grow (RLIMIT_FSIZE, as on a full disk) for a random time
 
-At the end of each run the state's SHA-256 and all rows of metrics, but for times, must equal those
-of a run that nothing happened to. A run that finishes before the rounds are used up is followed by
-another. Not for: faults of a device, bad batches (tests/test_faults.py), or many processes.
+At the end of each run, the state's SHA-256 and all rows of metrics, except times, must equal those
+of an unbroken run. If a run ends early, another one uses the remaining rounds. Not for: faults of a
+device, bad batches (tests/test_faults.py), or several processes.
 """
 
 import argparse
@@ -66,9 +66,7 @@ def await_write(process: Process, checkpoints: pathlib.Path) -> bool:
 
 
 class Chaos:
-    """The faults, a method each: it waits for its instant, does its harm, and says what it did (""
-    = too late).
-    """
+    """The faults: each method waits, breaks the run, and returns what it did ("" = too late)."""
 
     def __init__(self, seed: int, start_up: float, length: float):
         self.chance, self.start_up, self.length = random.Random(seed), start_up, length
@@ -92,7 +90,7 @@ class Chaos:
     def damage(self, process: Process, workdir: pathlib.Path) -> str:
         self._await_an_instant(process)
         done = self._send(process, signal.SIGKILL, "killed")
-        # it ended before the signal came, and is no run to go on from what is left of it
+        # it ended before the signal, so there is no run that must continue
         if process.wait() == 0:
             return ""
         steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
@@ -145,8 +143,9 @@ class Chaos:
 def campaign(
     home: pathlib.Path, flags: list[str], rounds: int, faults: tuple[str, ...], seed: int
 ) -> dict[str, int]:
-    """So many rounds of these faults in turn; how often each was. Raises RuntimeError where a run
-    ends otherwise.
+    """Run `rounds` rounds of these faults in turn; returns how often each occurred.
+
+    Raises RuntimeError if a run ends in another state than the unbroken one.
     """
     began = time.monotonic()
     process = start(flags, home / "unbroken")
@@ -172,8 +171,8 @@ def campaign(
                     print(f"round {done + 1} of {rounds}: {befell}", flush=True)
             process.communicate()
             returned = process.returncode
-            # Asked to stop before it listened for that, a run ends by the signal; a full disk is an
-            # error at the end.
+            # A run that is stopped before it listens ends by the signal. A full disk is an error at
+            # the end.
             if returned not in (
                 0,
                 1 if befell == FULL else 0,
@@ -186,11 +185,12 @@ def campaign(
         found = outcome(workdir)
         if found != expected:
             raise RuntimeError(
-                f"{workdir} ended elsewhere than {home / 'unbroken'}: {found[0]}, not {expected[0]}"
+                f"{workdir} ended in another state than {home / 'unbroken'}: {found[0]}, not "
+                f"{expected[0]}"
             )
     print(
-        f"{', '.join(f'{fault}: {times}' for fault, times in count.items())}; in {runs} runs, each of which ended with "
-        f"state sha256 {expected[0]} and the {len(expected[1])} rows of the unbroken run"
+        f"{', '.join(f'{fault}: {times}' for fault, times in count.items())}; {runs} runs, all "
+        f"with state sha256 {expected[0]} and the {len(expected[1])} rows of the unbroken run"
     )
     return count
 
@@ -199,11 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
-        "--faults", default=",".join(FAULTS), help="which, in turn; default: %(default)s"
+        "--faults", default=",".join(FAULTS), help="used in turn; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--workdir", type=pathlib.Path, default=pathlib.Path("runs/chaos"), help="emptied first"
+        "--workdir",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/chaos"),
+        help="emptied at the start",
     )
     parser.add_argument(
         "flags", nargs="*", default=["--config=configs/ngc_tiny.py"], help="of launch.py, after --"

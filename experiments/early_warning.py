@@ -1,13 +1,12 @@
-"""Can a coming divergence be foretold? The study behind `ngc_jax/stability/monitor.py`, by one
-command:
+"""Can divergence be predicted? The study behind `ngc_jax/training/early_warning.py`, one command:
 
     python -m experiments.early_warning --workdir=runs/early_warning --jobs=2
 
-For: many small runs whose peak learning rates span stable to diverging, each with a long warm-up,
-so that the limit is met at different times; statistics of the steps before, as warnings. 48 runs
-choose, 80 others judge, 16 of a dense model say whether it carries over. Killed, it goes on where
-it was. Writes results.md and warning.png beside the runs. A set's runs go through one program side
-by side, and so are none of `run.py`'s. Not for: the monitor itself.
+For: many small runs with peak learning rates from stable to diverging, each with a long warm-up, so
+that they diverge at different times. Statistics of earlier steps are candidate warnings. They are
+selected on 48 runs and tested on 80 others; 16 runs of a dense model test the transfer. The study
+continues after a kill, and writes results.md and warning.png beside the runs. All runs of a set
+share one program, so they are not runs of `run.py`. Not for: the warning itself.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import concurrent.futures
 import multiprocessing
 import pathlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import Batch, train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.report.figures import BLUE, RED, figure
 from ngc_jax.training.early_warning import HORIZON, THRESHOLD
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import init_state, make_train_step
@@ -36,12 +36,12 @@ STEPS, RUNS = 600, 16  # of a set
 # peak learning rates of a set, reached after two thirds of the steps
 RATES = np.logspace(-2.3, 0, RUNS)
 SETS = {
-    "chosen on": [("addressed", seed) for seed in (1, 2, 3)],
-    "judged on": [("addressed", seed) for seed in range(100, 105)],
-    "dense": [("dense", seed) for seed in (200,)],
+    "selection set": [("addressed", seed) for seed in (1, 2, 3)],
+    "test set": [("addressed", seed) for seed in range(100, 105)],
+    "dense model": [("dense", seed) for seed in (200,)],
 }
-MARGIN = 0.3  # nats by which the smoothed loss rises over its least when a run is said to diverge
-LEAD = 50  # updates before the divergence that the ranking may not look at
+MARGIN = 0.3  # nats: a run diverges if its smoothed loss is this far above its minimum
+LEAD = 50  # updates before the divergence that the AUROC may not use
 Run = dict[str, np.ndarray]
 
 
@@ -63,7 +63,7 @@ def settings(rule: str, cache_dir: str) -> Any:
 
 
 def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
-    """Train a set, 16 rates at once, on the same batches; every signal of every step to a file of
+    """Train a set, 16 rates at once, on the same batches; write all signals of all steps to a file,
     [steps, runs].
     """
     config = settings(rule, cache_dir)
@@ -85,7 +85,7 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
         )
         after, scalars = make_train_step(model, train)(state, batch)
         old, new = momentum(state.optimizer), momentum(after.optimizer)
-        # clipped, and times 1 - b1
+        # after clipping, times 1 - b1
         gradient = jax.tree.map(lambda n, o: n - config.train.b1 * o, new, old)
         cosine = optax.tree.vdot(gradient, old) / (
             optax.tree.norm(gradient) * optax.tree.norm(old) + 1e-12
@@ -104,17 +104,14 @@ def simulate(rule: str, seed: int, out: pathlib.Path, cache_dir: str) -> None:
     unfinished = out.with_suffix(".part.npz")
     np.savez_compressed(unfinished, **signals)  # type: ignore[arg-type]
     unfinished.rename(out)
-    print(
-        f"{out.stem}: {sum(d is not None for d in map(diverges, signals['train/loss'].T))} of {RUNS} diverge",
-        flush=True,
-    )
+    print(f"{out.stem}: {divergences(signals['train/loss'].T)} of {RUNS} runs diverge", flush=True)
 
 
-# ---- What is made of them ------------------------------------------------------------------------
+# ---- The statistics ------------------------------------------------------------------------------
 
 
 def smooth(values: np.ndarray, horizon: int) -> np.ndarray:
-    """Moving mean over `horizon` values, a plain mean until there are as many."""
+    """Moving mean over `horizon` values; at the beginning, the mean of the values so far."""
     out, level = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
         level += (value - level) / min(i + 1, horizon)
@@ -123,12 +120,17 @@ def smooth(values: np.ndarray, horizon: int) -> np.ndarray:
 
 
 def diverges(loss: np.ndarray) -> int | None:
-    """The step at which the smoothed loss has risen MARGIN over its least, or None. What is not
+    """The step at which the smoothed loss is MARGIN above its minimum, or None. A loss that is not
     finite counts as 20.
     """
     level = smooth(np.where(np.isfinite(loss), loss, 20.0), 20)
     risen = level > np.minimum.accumulate(level) + MARGIN
     return int(np.argmax(risen)) if risen.any() else None
+
+
+def divergences(losses: Iterable[np.ndarray]) -> int:
+    """The number of runs that diverge."""
+    return sum(diverges(loss) is not None for loss in losses)
 
 
 def logarithm(values: np.ndarray) -> np.ndarray:
@@ -139,13 +141,13 @@ MONITOR = "relative update"
 STATISTICS: dict[str, Callable[[Run], np.ndarray]] = {
     MONITOR: lambda r: smooth(logarithm(r["stability/relative_update"]), HORIZON),
     "gradient norm (rival)": lambda r: smooth(logarithm(r["train/grad_norm"]), HORIZON),
-    "gradient norm over its own mean": lambda r: (
+    "gradient norm over its moving mean": lambda r: (
         smooth(logarithm(r["train/grad_norm"]), 5) - smooth(logarithm(r["train/grad_norm"]), 100)
     ),
-    "loss's moving deviation (rival)": lambda r: np.sqrt(
+    "deviation of the loss from its moving mean (rival)": lambda r: np.sqrt(
         smooth((r["train/loss"] - smooth(r["train/loss"], HORIZON)) ** 2, HORIZON)
     ),
-    "loss over its own mean": lambda r: smooth(r["train/loss"], 5) - smooth(r["train/loss"], 50),
+    "loss over its moving mean": lambda r: smooth(r["train/loss"], 5) - smooth(r["train/loss"], 50),
     "gradient against momentum": lambda r: -smooth(r["alignment"], HORIZON),
     "growth of the parameters": lambda r: smooth(np.gradient(np.log(r["parameter_norm"])), HORIZON),
     "contraction per round": lambda r: smooth(
@@ -154,15 +156,15 @@ STATISTICS: dict[str, Callable[[Run], np.ndarray]] = {
     "boundedness": lambda r: smooth(logarithm(r["stability/boundedness"]), HORIZON),
     "drive ratio": lambda r: smooth(r["stability/drive_ratio"], HORIZON),
 }
-BEGIN = 30  # updates at the start, where every run is wild
+BEGIN = 30  # first updates, in which every run is unstable
 
 
 def judge(
     runs: list[Run], statistic: Callable[[Run], np.ndarray], threshold: float | None
 ) -> dict[str, Any]:
-    """Ranking up to LEAD updates before the end, and with a threshold: leads and false alarms.
+    """AUROC up to LEAD updates before divergence; leads and false alarms at a threshold.
 
-    Without a threshold it is set where 3% of the healthy runs would raise a false alarm.
+    Without a threshold, it is set where 3% of the healthy runs raise a false alarm.
     """
     ill, healthy, leads = [], [], []
     for run in runs:
@@ -193,21 +195,22 @@ def judge(
 
 
 def report(home: pathlib.Path) -> str:
-    """Markdown of all that was found."""
+    """All results as Markdown."""
     runs: dict[str, list[Run]] = {}
     for name, sets in SETS.items():
         loaded = [np.load(home / f"{rule}-{seed}.npz") for rule, seed in sets]
         runs[name] = [
             {key: data[key][:, i] for key in data} for data in loaded for i in range(RUNS)
         ]
-    lines = ["Made by `python -m experiments.early_warning`.", ""]
+    lines = ["`python -m experiments.early_warning` makes this report.", ""]
     thresholds: dict[str, float] = {}
     for name, members in runs.items():
-        ends = [diverges(run["train/loss"]) for run in members]
+        diverging = divergences(run["train/loss"] for run in members)
         lines += [
-            f"**{name.capitalize()}**: {len(members)} runs, {sum(e is not None for e in ends)} diverge.",
+            f"## {name.capitalize()}: {len(members)} runs, {diverging} diverge",
             "",
-            f"| statistic | AUROC, {LEAD} updates ahead (95%) | median lead | warned {LEAD} ahead | false alarms |",
+            f"| statistic | AUROC, {LEAD} updates ahead (95%) | median lead (updates) "
+            f"| warned {LEAD} updates ahead | false alarms |",
             "| --- | --- | --- | --- | --- |",
         ]
         shipped = f"the monitor, at its threshold of {THRESHOLD}"
@@ -223,41 +226,35 @@ def report(home: pathlib.Path) -> str:
             )
         lines.append("")
     lines.append(
-        f"3% of false alarms on the runs chosen on is a relative update of {np.exp(thresholds[MONITOR]):.4f}."
+        "On the selection set, a false-alarm rate of 3% corresponds to a relative update of "
+        f"{np.exp(thresholds[MONITOR]):.4f}."
     )
     return "\n".join(lines) + "\n"
 
 
 def draw(home: pathlib.Path) -> None:
-    """One set: loss and relative update of each run, those that diverge in red."""
-    from matplotlib.figure import Figure
+    """Draw loss and relative update of the runs of one set, those that diverge in red."""
+    data = np.load(home / f"addressed-{SETS['test set'][0][1]}.npz")
 
-    data = np.load(home / f"addressed-{SETS['judged on'][0][1]}.npz")
-    figure = Figure(figsize=(8, 5.5), dpi=130, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    for i in range(RUNS):
-        loss = data["train/loss"][:, i]
-        when = diverges(loss)
-        colour = "#0072b2" if when is None else "#d55e00"
-        above.plot(smooth(loss, 20), color=colour, linewidth=0.8)
-        below.semilogy(
-            np.exp(smooth(logarithm(data["stability/relative_update"][:, i]), HORIZON)),
-            color=colour,
-            lw=0.8,
-        )
-        if when is not None:
-            above.plot(when, smooth(loss, 20)[when], "o", color=colour, markersize=4)
-            below.axvline(when, color=colour, linewidth=0.3)
-    below.axhline(THRESHOLD, color="black", linewidth=0.8, linestyle="--")
-    above.set_ylabel("loss (nats per byte)")
-    above.set_ylim(1.8, 5)
-    below.set_ylabel("relative update")
-    below.set_xlabel("updates (warm-up to 400)")
-    above.set_title(
-        "16 peak learning rates; red: diverges, at the dot; dashed: where the monitor warns",
-        fontsize=9,
-    )
-    figure.savefig(home / "warning.png")
+    def panels(canvas: Any) -> None:
+        above, below = canvas.subplots(2, 1, sharex=True)
+        for i in range(RUNS):
+            loss = smooth(data["train/loss"][:, i], 20)
+            when = diverges(data["train/loss"][:, i])
+            colour = BLUE if when is None else RED
+            above.plot(loss, color=colour, linewidth=0.8)
+            moved = smooth(logarithm(data["stability/relative_update"][:, i]), HORIZON)
+            below.semilogy(np.exp(moved), color=colour, linewidth=0.8)
+            if when is not None:
+                above.plot(when, loss[when], "o", color=colour)
+                below.axvline(when, color=colour, linewidth=0.3)
+        below.axhline(THRESHOLD, color="black", linewidth=0.8, linestyle="--")
+        above.set(ylabel="loss (nats per byte)", ylim=(1.8, 5))
+        below.set(ylabel="relative update", xlabel="updates (warm-up to 400)")
+        above.set_title("16 peak learning rates. Red: diverges, at the dot. Dashed: threshold")
+
+    made = figure("warning", "", panels, height=5.5, width=8.0)
+    (home / "warning.png").write_bytes(made.files["warning.png"])
 
 
 def main() -> None:
@@ -265,7 +262,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/early_warning"))
     parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
     parser.add_argument(
-        "--cache_dir", default="", help="for prepared text; default as config.data.cache_dir"
+        "--cache_dir", default="", help="for prepared text; default: config.data.cache_dir"
     )
     args = parser.parse_args()
     home = args.workdir.absolute()

@@ -1,10 +1,10 @@
 """What do gates over groups change?
 
-The questions of structured neuron encapsulation: a dense model and NGC, each with gates and
-without, on two texts. On the library's source: held-out loss, how varied and how repetitive sampled
-text is, how differently successive stages look back. On sums of digits modulo five: how often a sum
-is answered alike in another order of its terms. And what gates add to the time and memory of an
-update, as multiples. Learning rates are those of earlier studies, the same with gates and without.
+The questions of structured neuron encapsulation, for a dense model and NGC, each with and without
+gates, on two texts. On the library's source: held-out loss, variety and repetition of sampled text,
+divergence of attention between successive stages. On sums of digits modulo five: how often a sum
+has the same answer when its terms change order. For both: time and memory of an update, relative to
+the model without gates. Learning rates are those of earlier studies, equal with and without gates.
 
     python -m experiments.run encapsulation
 """
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.blocks import Block, Words
 from experiments.overhead import Overhead, overhead
 from experiments.setting import DENSE, LARGER
 from experiments.study import Results, Study
@@ -36,6 +35,7 @@ from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.data.batches import Batch, Windows
 from ngc_jax.data.tokens import Bytes, load_data
 from ngc_jax.nn.generate import generate
+from ngc_jax.report.blocks import Block, paragraph
 from ngc_jax.training.load import Trained, load
 
 STEPS = 600
@@ -49,15 +49,14 @@ COMMON = {
     "eval.every": STEPS,
     "checkpoint.every_steps": STEPS,
 }
-TEXTS, PROMPT, LENGTH = 128, 32, 256  # continuations of held-out text, and their bytes
-WORDS = 40  # of each that are compared: as many for all, since what is counted depends on length
-TERMS, ASKED = (1, 2, 3, 4), (4, 5)  # of the sums that are learned, and of those that are asked for
+TEXTS, PROMPT, LENGTH = 128, 32, 256  # continuations of held-out text; bytes of each part
+TIME, MEMORY = "update time (without gates = 1)", "peak memory (without gates = 1)"
+WORDS = 40  # compared of each text, the same number for all: the measures depend on length
+TERMS, ASKED = (1, 2, 3, 4), (4, 5)  # terms of the sums in training, in the test
 
 
 def lexical(texts: Sequence[bytes]) -> dict[str, float]:
-    """How varied texts are, by their first words; a text without any, blank lines of code, says
-    nothing.
-    """
+    """Variety of texts, by their first words; a text without words (blank lines) is left out."""
     found = [words(text.decode(errors="replace"))[:WORDS] for text in texts]
     return {
         "distinct-1": distinct(found, 1),
@@ -68,7 +67,7 @@ def lexical(texts: Sequence[bytes]) -> dict[str, float]:
 
 
 def passages(trained: Trained) -> tuple[np.ndarray, list[bytes]]:
-    """Held-out prompts [TEXTS, PROMPT], evenly spaced, and how the text itself goes on."""
+    """Held-out prompts [TEXTS, PROMPT], evenly spaced, and the original continuations."""
     windows = load_data(trained.config.data).validation
     assert isinstance(windows, Windows)
     text = windows.tokens
@@ -80,8 +79,8 @@ def passages(trained: Trained) -> tuple[np.ndarray, list[bytes]]:
 
 
 def spoken(trained: Trained) -> dict[str, float]:
-    """What a model's text is like, sampled as `python -m ngc_jax.sample` does; and its attention,
-    on the prompts.
+    """Measures of a model's text, sampled as by `python -m ngc_jax.sample`, and of its attention on
+    the prompts.
     """
     prompts, _ = passages(trained)
     key, temperature, top_p = jax.random.key(0), jnp.float32(0.8), jnp.float32(0.95)
@@ -100,8 +99,8 @@ def spoken(trained: Trained) -> dict[str, float]:
 
 
 def answered(trained: Trained) -> dict[str, float]:
-    """Of held-out sums: how many answers are right, and how often those of one sum in two orders
-    agree.
+    """For held-out sums: the fraction of right answers, and the agreement between two orders of one
+    sum.
     """
     answer = jax.jit(
         lambda params, prompts: jnp.argmax(
@@ -124,34 +123,30 @@ def answered(trained: Trained) -> dict[str, float]:
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
-    """What the text that a run was trained on lets one ask."""
+    """The measures that belong to a run's text."""
     trained = load(workdir)
     return answered(trained) if trained.config.data.path else spoken(trained)
 
 
 def costs(configs: Sequence[ConfigDict]) -> list[dict[str, str]]:
-    """What an update costs against that of the same model without gates."""
+    """The cost of an update relative to the same model without gates."""
     found = []
     for config in configs:
         plain = config.copy_and_resolve_references()
         plain.model.gates = False
         (more,) = overhead(plain, [config]) if config.model.gates else [Overhead(1.0, 1.0, 0)]
-        found.append({"time of an update": f"{more.time:.2f}", "peak memory": f"{more.memory:.2f}"})
+        found.append({TIME: f"{more.time:.2f}", MEMORY: f"{more.memory:.2f}"})
     return found
 
 
 def answer(results: Results) -> list[Block]:
-    """How varied the held-out text itself is."""
+    """Variety of the original text."""
     trained = next(iter(results.workdirs(results.groups[0]).values()), None)
     if trained is None:
         return []
     real = lexical(passages(load(trained))[1])
-    return [
-        Words(
-            "The held-out text itself: "
-            + ", ".join(f"{what} {value:.3f}" for what, value in real.items())
-        )
-    ]
+    said = "; ".join(f"{what}: {value:.3f}" for what, value in real.items())
+    return [paragraph(f"The original held-out text. {said}.")]
 
 
 STUDY = Study(
@@ -165,5 +160,16 @@ STUDY = Study(
     measure=measure,
     baseline={"gates": "without gates"},
     costs=costs,
+    legend={
+        "distinct-1": "different words as a fraction of all words, over all texts",
+        "distinct-2": "different pairs of words as a fraction of all pairs",
+        "type-token ratio": "different words of a text as a fraction of its words, mean over texts",
+        "repeated 3-grams": "fraction of triples of words that occurred before in the text",
+        "divergence of attention": "between successive stages, Jensen-Shannon, in bits",
+        "right, 4 terms": "fraction of right answers for sums of 4 terms; 5 terms likewise",
+        "alike, 4 terms": "fraction of pairs of orders with equal answers; 5 terms likewise",
+        TIME: "measured on the same machine",
+        MEMORY: "of the compiled update",
+    },
     answer=answer,
 )

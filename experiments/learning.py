@@ -25,7 +25,7 @@ Params = dict[str, Any]
 
 
 def generated(model: Decoder, params: Params) -> dict[str, dict[str, np.ndarray]]:
-    """All weights, {stage: {"query": W [n_out, n_in], ...}}; under a message activation those of
+    """All weights, {stage: {"query": W [n_out, n_in], ...}}; under a message activation, those of
     open gates.
     """
     return of_synapses(

@@ -1,9 +1,8 @@
-"""Measure one trained run as its study asks: what `run.py` starts after a training run, on that
-run's cores.
+"""The study's measures of one trained run; `run.py` starts it after training, on the same cores.
 
     python -m experiments.measure STUDY RUN_FOLDER OUT.json
 
-Not for: by hand.
+Not for: use by hand.
 """
 
 import argparse

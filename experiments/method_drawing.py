@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ngc_jax.analysis.figures import BLUE, GREEN, ORANGE, RED, matplotlib
+from ngc_jax.report.figures import BLUE, GREEN, ORANGE, RED, matplotlib
 
 COLOURS = (BLUE, ORANGE, GREEN, RED)  # one a group
 INK, SOFT, PALE = "#222222", "#606060", "#f4f5f7"
@@ -57,13 +57,19 @@ class Canvas:
         for place, value in enumerate(values):
             corner = (at[0] + place * cell, at[1] - cell / 2)
             for face, alpha, line in (("white", 1, 0), (colour, value, 0), ("none", 1, 0.8)):
-                look = {"facecolor": face, "alpha": alpha, "linewidth": line, "edgecolor": INK}
+                look: dict[str, Any] = {
+                    "facecolor": face,
+                    "alpha": alpha,
+                    "linewidth": line,
+                    "edgecolor": INK,
+                }
                 self.axes.add_patch(Rectangle(corner, cell, cell, zorder=5, **look))
 
     def arrow(self, start: Point, end: Point, colour: str = INK, **more: Any) -> None:
         from matplotlib.patches import FancyArrowPatch
 
-        style = {"arrowstyle": "-|>", "mutation_scale": 12, "linewidth": 1.4} | more
+        style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 12, "linewidth": 1.4}
+        style |= more
         self.axes.add_patch(
             FancyArrowPatch(start, end, color=colour, shrinkA=0, shrinkB=0, **style)
         )
@@ -170,7 +176,7 @@ def rounds(canvas: Canvas, left: float) -> None:
             canvas.neuron((column + spot[0] + 1, height + spot[1] + 0.1), colour, 0.9)
         canvas.arrow((drive, height + 0.8), (column - 9.6, height + 0.8), SOFT)
         if number < 3:
-            dotted = {"linestyle": (0, (1, 1.5))} if number == 2 else {}
+            dotted: dict[str, Any] = {"linestyle": (0, (1, 1.5))} if number == 2 else {}
             canvas.arrow((column, height - 2.3), (column, height - 4.7), **dotted)
     canvas.axes.plot([drive, drive], [heights[2] + 0.8, 44.3], color=SOFT, lw=1.4)
     canvas.axes.plot([drive, column - 4], [44.3, 44.3], color=SOFT, lw=1.4)

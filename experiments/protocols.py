@@ -1,6 +1,6 @@
-"""What the comparison compares: the models, and how long and on what each protocol trains them.
+"""The models of the comparison, and the protocols: data, length and sizes of training.
 
-For: tables that a reader can argue with, and the sizes that follow from them. Not for: running or
+For: tables that a reader can check, and the sizes that follow from them. Not for: running or
 reporting (`compare.py`).
 """
 
@@ -17,11 +17,10 @@ DENSE = {"model.rule": "dense", "unlooped": True}
 LOW_RANK = {"model.rule": "broadcast", "model.p_intra": 0, "model.match_by": "p_inter"}
 CLASSIC = {"model.exchange_activation": "none", "model.qk_norm": False}
 STILL = {"stability.every": 0}
-# the quicker one for these; the other models' weights are made first
+# the faster form for these; the other models form their weights first
 SIGNALS = {"model.form": "signals"}
-# The fields in which each differs from its protocol's config; besides, the learning rate around
-# which others are tried, and whether its stages are as many as the config runs, all with states of
-# their own, in place of a loop.
+# The fields that differ from the protocol's config. "rate": the learning rate in the middle of
+# those tried. "unlooped": as many stages as the config runs, each with its own states, no loop.
 MODELS: dict[str, dict[str, Any]] = {
     "NGC": {"rate": 1e-2, "model.wiring": "others"},
     "NGC unlooped": {"rate": 1e-2, "model.wiring": "others", "unlooped": True},
@@ -47,30 +46,30 @@ MODELS: dict[str, dict[str, Any]] = {
         **STILL,
     },
 }
-SIZES = ("NGC", "dense")  # whose curve over sizes is asked for
+SIZES = ("NGC", "dense")  # models of all sizes
 SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is trained, and for how long."""
+    """Data, length and sizes of training."""
 
     common: dict[str, Any]  # fields of every run
-    # of dense's parameters, "0.32", or FLOPs, "1:flops": the models; () = all
+    # fraction of dense's parameters, "0.32", or FLOPs, "1:flops" -> models; () means all
     shares: dict[str, tuple[str, ...]]
-    # of a model's learning rate, that are tried; one alone is taken
+    # multiples of a model's learning rate that are tried; a single one is used without a trial
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
-    # of the steps, the length of a run that tries one: much shorter ones flatter high rates
+    # length of a trial, relative to a full run: much shorter trials prefer too high rates
     tuning: float = 0.8
-    measured: bool = True  # whether each is compiled for its peak memory and the time of an update
-    p_inter: int = 2  # numbers of NGC's ports
-    config: str = "defaults"  # of configs/: what a model's fields do not say
-    dense: str = "dense_small"  # of configs/: what shares are of
-    needs_path: bool = False  # whether the text is a file that must be given
+    measured: bool = True  # whether time and peak memory of an update are measured
+    p_inter: int = 2  # numbers in a port of NGC
+    config: str = "defaults"  # of configs/: the fields that a model does not set
+    dense: str = "dense_small"  # of configs/: the model that fractions refer to
+    needs_path: bool = False  # whether the text must be given
 
     @property
     def only_dense(self) -> "Protocol":
-        """The same with dense alone, at its own size."""
+        """The same protocol with only the dense model, at its own size."""
         return dataclasses.replace(self, shares={"1": ("dense",)})
 
 
@@ -88,18 +87,17 @@ PROTOCOLS = {
         factors=(1.0,),
         measured=False,
     ),
-    # At dense's FLOPs dense is itself, with all its parameters.
+    # At 1:flops the dense model is dense_small itself.
     "small": Protocol({}, shares={"0.12": SIZES, "0.22": SIZES, "0.32": (), "1:flops": ()}),
     # nanoGPT's setting for a CPU (4 layers of width 128, context 64, 12 x 64 x 2,000 tokens: loss
-    # 1.88), at four times its tokens; the first share is a quarter of a million parameters in
-    # matrices.
+    # 1.88) with four times its tokens. The first size has 250,000 parameters in matrices.
     "shakespeare_cpu": Protocol(
         {"data.context": 64, "train.batch_size": 48, "train.steps": 2000, "eval.windows": 0},
         shares={"0.29": (), "1": ("NGC", "dense")},
         needs_path=True,
     ),
-    # nanoGPT's for a GPU (6 layers of width 384, context 256, 64 x 256 x 5,000 tokens: 1.4697 with
-    # 10.65 M): 1.06 M parameters, a tenth of its own, and dense at its size.
+    # nanoGPT's setting for a GPU (6 layers of width 384, context 256, 64 x 256 x 5,000 tokens: loss
+    # 1.4697 with 10.65 M parameters): 1.06 M parameters, a tenth of that, and dense at that size.
     "shakespeare_gpu": Protocol(
         {
             "data.context": 256,
@@ -125,20 +123,19 @@ PROTOCOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sized:
-    """One model at one share."""
+    """One model at one size."""
 
     model: str
     share: str
-    rate: float  # around which learning rates are tried
-    fields: dict[str, Any]  # in which it differs from the protocol's config
-    config: ConfigDict  # all of it, with its sizes solved
+    rate: float  # the learning rate in the middle of those tried
+    fields: dict[str, Any]  # that differ from the protocol's config
+    config: ConfigDict  # with solved sizes
 
 
 def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
-    """The models of a protocol, at each share that it wants of them, with the sizes that the share
-    makes.
+    """The models of a protocol at their sizes, with widths solved.
 
-    `path` is of the text, "" for the protocol's own. Raises UserError where a share cannot be met.
+    `path`: the text; "" means the protocol's own. Raises UserError if a size cannot be met.
     """
     found = []
     for share, models in protocol.shares.items():
@@ -154,7 +151,7 @@ def sized(protocol: Protocol, chosen: list[str], path: str = "") -> list[Sized]:
                 fields["model.p_inter"] = protocol.p_inter
             if path:
                 fields["data.path"] = path
-            # whose groups are its heads, and what gates act on
+            # in a dense model, gates act on heads
             if fields.get("model.rule") == "dense":
                 fields["model.groups"] = config.model.heads
             if fields.pop("unlooped", False):

@@ -1,7 +1,7 @@
-"""Does a loop that is told to be stable learn better or worse?
+"""Does a penalty for stability improve learning?
 
-Four rounds; the contraction or the exponent per round held in a band by the loss, or the Jacobian
-made small.
+A loop of four rounds. A penalty in the loss holds the contraction or the exponent per round in a
+band, or makes the Jacobian small.
 
     python -m experiments.run regularised
 """
@@ -28,7 +28,7 @@ TOLD: dict[str, dict[str, Any]] = {
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
-    """Whether it obeys: what is measured on held-out text after the last update."""
+    """The effect of the penalty: measures on held-out text after the last update."""
     last = latest(read_rows(workdir))
     return {
         f"{name} per round": last[f"stability/{name}_per_round"]
@@ -42,4 +42,9 @@ STUDY = Study(
     larger=LARGER,
     measure=measure,
     baseline={"told": "nothing"},
+    legend={
+        "told": "what the penalty asks of the loop; nothing: no penalty",
+        "contraction per round": "a factor; below 1 the steps of rounds shrink",
+        "exponent per round": "leading exponent, in nats; below 0 neighbouring states approach",
+    },
 )

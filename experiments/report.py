@@ -1,11 +1,11 @@
-"""The report of a study: one page that opens anywhere, and the same as Markdown.
+"""The report of a study: one self-contained HTML page, and the same as Markdown.
 
     python -m experiments.report STUDY [--workdir=DIR]
 
-`experiments.run` makes it too, when all is done. Writes DIR/report.html (which needs nothing but
-itself), DIR/report.md, its figures as PNG, and DIR/rows.csv. Made from the records that
-`experiments.run` keeps, and so the same, byte for byte, however often runs were killed. Not for:
-running, drawing (`figures.py`), or what a study has to say of its own (its `answer`).
+For: DIR/report.html, DIR/report.md, the figures as PNG, and DIR/rows.csv with a row for each run.
+`experiments.run` calls it at its end. It reads the records of the runs, so the report does not
+depend on how often runs were killed. Not for: running, figures (`figures.py`), or a study's own
+blocks (its `answer`).
 """
 
 import argparse
@@ -13,113 +13,110 @@ import csv
 import io
 import math
 import pathlib
+import re
 from typing import Any
 
 from experiments import figures
-from experiments.blocks import Block, Heading, Listing, Table, Words, write
-from experiments.stats import adjusted, interval, paired
+from experiments.stats import adjusted, interval, p_value, paired
 from experiments.study import LOSS, Group, Results, find, groups, prepared, read_records
+from experiments.sweeps import SEED
 from ngc_jax.commands.arguments import command
+from ngc_jax.report import page
+from ngc_jax.report.blocks import Block, heading, listing, paragraph, table
+
+RATE = "learning rate"
+LEGEND = {
+    "seeds": "number of seeds with a result",
+    "parameters in matrices": "weights, neuron states and maps of linear layers, without "
+    "embeddings and norm scales",
+    "all parameters": "with embeddings and norm scales",
+    "FLOPs per token": "of the matrix products of a forward pass, 2 for each multiply-add",
+    RATE: "the best of those tried, by the loss of shorter runs",
+}
 
 
 def blocks(results: Results) -> list[Block]:
-    """All that a report holds, in order."""
+    """All blocks of a report, in order."""
     study = results.study
-    fields = ", ".join(
-        f"{name}={value}" for name, value in {**study.common, **study.changes}.items()
-    )
-    seeds = max(len(group.seeds) for group in results.groups)
-    means = "Means over seeds, with 95% intervals (Student's t)."
-    if study.baseline:
-        means += (
-            f" Difference: of the {study.outcome} from that of {' and '.join(study.baseline.values())}, paired by "
-            "seed; p: of the paired t test, corrected for the number of comparisons by Holm's method."
-        )
     drawn = [figures.curves(results), figures.pareto(results), figures.heat_map(results)]
     return [
-        Heading("What was varied"),
-        Table(
-            ["factor", "values"],
-            [[factor, "; ".join(labels)] for factor, labels in results.varied.items()],
-        ),
-        Words(
-            anywhere(
-                f"Config {study.config}{f' with {fields}' if fields else ''}; seeds: {seeds}.",
-                results.home,
-            )
-        ),
-        Heading("What came of it"),
-        Words(means),
+        heading("Setting"),
+        table(["factor", "values"], [[name, "; ".join(of)] for name, of in results.varied.items()]),
+        table(["field of all runs", "value"], setting(results)),
+        heading("Results"),
+        paragraph("Means over seeds, with 95% intervals (Student's t)."),
         *outcomes(results),
         *(study.answer(results) if study.answer else ()),
-        *(picture for picture in drawn if picture),
+        *(block for block in drawn if block),
         *failures(results),
-        Heading("What it was made with"),
+        heading("Provenance"),
         *provenance(results),
     ]
 
 
-def outcomes(results: Results) -> list[Table]:
-    """A row for each group: its measures, how they differ from the baseline's, what it costs.
+def setting(results: Results) -> list[list[str]]:
+    """Rows of fields and values that all runs share."""
+    study = results.study
+    fields = {"config": study.config, **study.common, **study.changes}
+    seeds = max(len(group.seeds) for group in results.groups)
+    rows = [[f"`{name}`", anywhere(str(value), results.home)] for name, value in fields.items()]
+    return [*rows, ["number of seeds", str(seeds)]]
 
-    Groups of which other things were measured stand in a table of their own.
+
+def outcomes(results: Results) -> list[Block]:
+    """A row for each group: measures, differences from the baseline, costs; then a legend.
+
+    Groups with other measures have a table of their own.
     """
     study = results.study
     compared = {}
     for group in results.groups:
         other = results.baseline(group)
         if other and study.baseline:
-            compared[group.name] = paired(
-                results.of(group, study.outcome), results.of(other, study.outcome)
-            )
+            values = results.of(group, study.outcome)
+            compared[group.name] = paired(values, results.of(other, study.outcome))
     chances = adjusted({name: result.p for name, result in compared.items()})
     tried = any(len(group.rates) > 1 for group in results.groups)
-    more = (
-        study.costs([cost.config for cost in results.costs])
-        if study.costs
-        else [{} for _ in results.groups]
-    )
+    empty: list[dict[str, str]] = [{} for _ in results.groups]
+    more = study.costs([cost.config for cost in results.costs]) if study.costs else empty
     tables: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for group, cost, columns in zip(results.groups, results.costs, more, strict=True):
         names = results.measures(group)
-        row = {
-            **group.labels,
-            **{name: interval([*results.of(group, name).values()], 4) for name in names},
-        }
+        row = {name: interval([*results.of(group, name).values()], 4) for name in names}
         if study.baseline:
-            result = compared.get(group.name)
-            known = result is not None and math.isfinite(result.p)
-            row |= {
-                "difference": str(result or ""),
-                "p": f"{chances[group.name]:.3f}" if known else "",
-            }
-        row |= {
-            "seeds": str(len(results.of(group, study.outcome))),
-            "parameters in matrices": f"{cost.matrices:,}",
-        }
-        row |= {
-            "all parameters": f"{cost.parameters:,}",
-            "FLOPs per token": f"{cost.flops:,}",
-            **columns,
-        }
-        tables.setdefault(tuple(names), []).append(
-            row | ({"learning rate": chosen(results, group)} if tried else {})
-        )
-    return [Table([*rows[0]], [[*row.values()] for row in rows]) for rows in tables.values()]
+            row["difference"] = str(compared.get(group.name, ""))
+            row["p"] = p_value(chances.get(group.name, math.nan))
+        row["seeds"] = str(len(results.of(group, study.outcome)))
+        row["parameters in matrices"] = f"{cost.matrices:,}"
+        row |= {"all parameters": f"{cost.parameters:,}", "FLOPs per token": f"{cost.flops:,}"}
+        row |= columns | ({RATE: chosen(results, group)} if tried else {})
+        tables.setdefault(tuple(names), []).append({**group.labels, **row})
+    made = [table([*rows[0]], [[*row.values()] for row in rows]) for rows in tables.values()]
+    known = {**LEGEND, **compare(results), **study.legend}
+    heads = dict.fromkeys(head for rows in tables.values() for head in rows[0])
+    return [*made, table(["column", "meaning"], [[h, known[h]] for h in heads if h in known])]
+
+
+def compare(results: Results) -> dict[str, str]:
+    """Meanings of the columns that compare groups."""
+    study = results.study
+    baseline = ", ".join((study.baseline or {}).values())
+    return {
+        "difference": f"{study.outcome}, minus that of the group with {baseline}; paired by seed",
+        "p": "of the paired t test, after Holm's correction for all comparisons; below 0.05 the "
+        "difference is significant",
+    }
 
 
 def chosen(results: Results, group: Group) -> str:
-    """The learning rate that a group was trained with."""
+    """The learning rate of a group's runs."""
     fields = [results.records[group.run(seed)]["fields"] for seed in results.of(group, LOSS)]
-    return (
-        f"{fields[0]['train.learning_rate']:g}"
-        if fields and "train.learning_rate" in fields[0]
-        else ""
-    )
+    rate = fields[0].get("train.learning_rate") if fields else None
+    return "" if rate is None else f"{rate:g}"
 
 
 def failures(results: Results) -> list[Block]:
-    """Runs that failed, diverged or are missing: none is dropped in silence."""
+    """Runs that failed, diverged or are missing, if any."""
     wanted = [group.run(seed) for group in results.groups for seed in group.seeds]
     rows = []
     for name in dict.fromkeys([*wanted, *results.records]):
@@ -130,24 +127,14 @@ def failures(results: Results) -> list[Block]:
             rows.append([name, record["error"]])
         elif not math.isfinite(record["measures"][LOSS]):
             rows.append([name, "diverged"])
-    return (
-        [Heading("Runs without a result"), Table(["run", "what became of it"], rows)]
-        if rows
-        else []
-    )
+    return [heading("Runs without a result"), table(["run", "status"], rows)] if rows else []
 
 
 def provenance(results: Results) -> list[Block]:
-    """What each run was made with; "all" where that is one thing, "all others" beside a thing of
-    fewer runs.
-    """
+    """Commits, versions, data and commands, and the runs that each belongs to."""
 
     def said(value: Any) -> str:
-        return (
-            value
-            if isinstance(value, str)
-            else ", ".join(f"{name} {version}" for name, version in value.items())
-        )
+        return value if isinstance(value, str) else ", ".join(" ".join(of) for of in value.items())
 
     lines = []
     for what in ("commit", "versions", "data"):
@@ -160,45 +147,60 @@ def provenance(results: Results) -> list[Block]:
             [what, value, rest if value == most else ", ".join(of)] for value, of in runs.items()
         ]
     commands = [anywhere(record["command"], results.home) for record in results.records.values()]
-    return [Table(["", "", "runs"], lines), Listing("Commands", commands)]
+    return [table(["what", "value", "runs"], lines), listing(commands, "Commands")]
 
 
 def anywhere(line: str, home: pathlib.Path) -> str:
-    """A line without the paths of this machine, which nobody else has."""
+    """A line without the paths of this machine."""
     return line.replace(str(home), "DIR").replace(str(pathlib.Path(__file__).parent.parent), ".")
 
 
 def rows(results: Results) -> str:
-    """Every run's measures, as CSV."""
-    named = list(
-        dict.fromkeys(name for record in results.records.values() for name in record["measures"])
-    )
+    """CSV with a row for each run: its factors, seed, learning rate, measures and error."""
+    records = results.records
+    by_run = {group.run(seed): group for group in results.groups for seed in group.seeds}
+    by_name = {group.name: group for group in results.groups}
+    named = dict.fromkeys(name for record in records.values() for name in record["measures"])
     out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["run", *named, "error"])
-    for name, record in results.records.items():
-        table.writerow(
-            [name, *(record["measures"].get(measure, "") for measure in named), record["error"]]
-        )
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", *results.varied, SEED, RATE, *named, "error"])
+    for name, record in records.items():
+        fields, measures = record["fields"], record["measures"]
+        rate = fields.get("train.learning_rate", "")
+        trial = re.fullmatch(r"tune-(.*?)-[\d.]+(e-?\d+)?", name)  # a run that tries a rate
+        group = by_name.get(trial[1]) if trial else by_run.get(name)
+        labels = group.labels if group else {}
+        values = (measures.get(measure, "") for measure in named)
+        known = [labels.get(factor, "") for factor in results.varied]
+        writer.writerow([name, *known, fields.get(SEED, ""), rate, *values, record["error"]])
     return out.getvalue()
 
 
-def report(results: Results, about: str) -> pathlib.Path:
-    """Write report.md, report.html, figures and rows.csv into the study's folder; `about`: the
-    study's docstring.
+def introduction(text: str) -> list[Block]:
+    """The paragraphs of a docstring; indented ones are listings."""
+    return [
+        listing([line.strip() for line in part.splitlines()])
+        if part.startswith("    ")
+        else paragraph(" ".join(part.split()))
+        for part in text.strip("\n").split("\n\n")
+        if part.strip()
+    ]
 
-    Returns the path of the page.
+
+def report(results: Results, about: str) -> pathlib.Path:
+    """Write report.md, report.html, figures and rows.csv into the study's folder.
+
+    about: the study's docstring, whose first line is the title. Returns the path of the page.
     """
     title, _, rest = about.strip().partition("\n")
-    said = [Words(paragraph) for paragraph in rest.strip().split("\n\n") if paragraph]
-    write(results.home, "report", title, [*said, *blocks(results)])
+    page.write(results.home, "report", title, [*introduction(rest), *blocks(results)])
     (results.home / "rows.csv").write_text(rows(results))
     return results.home / "report.html"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("study", help="a file of experiments/ by name, or a file.py of yours")
+    parser.add_argument("study", help="name of a file of experiments/, or path of your file")
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STUDY")
     args = parser.parse_args()
     name, study, about = find(args.study)

@@ -11,9 +11,9 @@ import itertools
 import pathlib
 from typing import Any
 
-from experiments.blocks import Table
-from experiments.figures import picture
 from experiments.study import LOSS
+from ngc_jax.report.blocks import table as block
+from ngc_jax.report.figures import BLACK, BLUE, GREY, figure
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE, PICTURE = ROOT / "docs" / "results.md", ROOT / "docs" / "results.png"
@@ -21,15 +21,14 @@ REPORT = ROOT / "experiments" / "results" / "small" / "report.md"
 BEGIN, END = "<!-- made by: python -m experiments.results_page -->\n", "<!-- end -->"
 COLUMNS = {  # of the report: as the page calls them
     "model": "model",
-    "share": "size",
+    "size": "size",
     "parameters in matrices": "parameters in matrices",
     "all parameters": "all parameters",
     LOSS: "loss (nats per byte)",
     "difference": "difference from dense of the same size",
-    "time of an update / dense's": "time of an update (dense_small = 1)",
+    "update time (dense_small = 1)": "time of an update (dense_small = 1)",
 }
-COLOURS = {"NGC": "#0072b2", "NGC unlooped": "#0072b2", "dense": "#000000"}
-OTHERS = "#8a8a8a"
+COLOURS = {"NGC": BLUE, "NGC unlooped": BLUE, "dense": BLACK}
 
 
 def rows(report: str) -> list[dict[str, str]]:
@@ -42,19 +41,19 @@ def rows(report: str) -> list[dict[str, str]]:
     ]
     every = [dict(zip(found[0], values, strict=True)) for values in found[2:]]
     done = [row for row in every if row[LOSS] != "-"]
-    return sorted(done, key=lambda row: (row["share"], -number(row[LOSS])[0]), reverse=True)
+    return sorted(done, key=lambda row: (row["size"], -number(row[LOSS])[0]), reverse=True)
 
 
 def table(report: str) -> str:
     """The table of the page, in Markdown."""
-    named = [row | {"share": size(row["share"])} for row in rows(report)]
-    return Table([*COLUMNS.values()], [[row[name] for name in COLUMNS] for row in named]).markdown()
+    named = [row | {"size": size(row["size"])} for row in rows(report)]
+    return block([*COLUMNS.values()], [[row[name] for name in COLUMNS] for row in named]).markdown
 
 
 def drawing(report: str) -> bytes:
     """The loss of each model with its interval, one panel a size, as a PNG."""
     sizes = {
-        share: [*group] for share, group in itertools.groupby(rows(report), lambda r: r["share"])
+        share: [*group] for share, group in itertools.groupby(rows(report), lambda r: r["size"])
     }
     full = number(next(row[LOSS] for row in sizes["1:flops"] if row["model"] == "dense"))[0]
 
@@ -65,7 +64,7 @@ def drawing(report: str) -> bytes:
         for panel, (share, group) in zip(panels, sizes.items(), strict=True):
             for place, row in enumerate(reversed(group)):
                 loss, interval = number(row[LOSS])
-                colour = COLOURS.get(row["model"], OTHERS)
+                colour = COLOURS.get(row["model"], GREY)
                 panel.errorbar(loss, place, xerr=interval, fmt="o", color=colour, capsize=3)
             panel.axvline(full, color="0.6", linestyle=":", linewidth=1)
             panel.set(yticks=range(len(group)), ylim=(-0.8, len(group) - 0.2))
@@ -75,7 +74,7 @@ def drawing(report: str) -> bytes:
             panel.spines[["top", "right"]].set_visible(False)
         panels[-1].set_xlabel("held-out loss (nats per byte): mean and 95% interval of three seeds")
 
-    return picture("results", "", draw, width=7.0, height=7.6).png
+    return figure("results", "", draw, height=7.6).files["results.png"]
 
 
 def size(share: str) -> str:

@@ -1,9 +1,9 @@
-"""Do weights of low rank at start make for richer learning?
+"""Do initial weights of low rank make learning richer?
 
-NGC and dense loops whose weights start with rank 4, 16 or as drawn (`model.init_rank`), the
-question that arXiv 2310.08513 asks of recurrent networks: held-out loss, effective ranks at start
-and at the end, how far parameters and weights moved, and how far the tangent kernel turned. It does
-not say which of the two models is better.
+NGC and dense loops whose initial weights have rank 4, 16 or full rank (`model.init_rank`), the
+question that arXiv 2310.08513 asks for recurrent networks. Measures: held-out loss, effective rank
+before and after training, how far parameters and weights moved, how far the tangent kernel rotated.
+The study does not compare NGC with dense.
 
     python -m experiments.run rich_or_lazy
 """
@@ -24,19 +24,19 @@ from ngc_jax.training.load import load
 from ngc_jax.training.step import init_state
 
 STEPS = 400
-WINDOWS = 32  # of held-out text, for the kernel
+WINDOWS = 32  # windows of held-out text for the kernel
 kernel = jax.jit(logit_kernel, static_argnums=0)
 
 
 def mean_rank(model: Decoder, params: Any) -> float:
-    """The mean of effective ranks over all weight matrices."""
+    """The mean effective rank of all weight matrices."""
     return statistics.mean(
         rank for stage in effective_ranks(model, params).values() for rank in stage.values()
     )
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
-    """What learning did to one run's model."""
+    """The changes of one run's model by training."""
     trained = load(workdir)
     config, model, after = trained.config, trained.decoder, trained.state.params
     before = jax.jit(lambda: init_state(model, config.train, config.seed).params)()
@@ -73,4 +73,12 @@ STUDY = Study(
     common=FIELDS,
     measure=measure,
     baseline={"at start": "as drawn"},
+    legend={
+        "at start": "rank of the initial weights; as drawn: full rank",
+        "effective rank at start": "mean over weight matrices",
+        "at the end": "effective rank after training, mean over weight matrices",
+        "parameters moved": "length of the change, relative to the initial length",
+        "weights moved": "the same for the weights that the parameters generate",
+        "kernel turned": "1 - alignment of the tangent kernels before and after training",
+    },
 )

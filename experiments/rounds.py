@@ -1,8 +1,8 @@
-"""Do trained loops settle, and may they go on for longer than they were trained?
+"""Do trained loops converge, and can they run for more rounds than in training?
 
-(a) Contraction and exponents over training, of models that were not told to contract, and of some
-that were; (b) held-out loss at 1 to 16 rounds at test time, and whether the exponent of the trained
-loop foretells what more rounds do. It does not say how good the models are.
+(a) Contraction and exponents during training, for models with and without a contraction penalty;
+(b) held-out loss at 1 to 16 rounds in the test, and whether the exponent of the trained loop
+predicts the effect of more rounds. The study does not compare the quality of the models.
 
     python -m experiments.run rounds
 """
@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.blocks import Block, Heading, Table, Words
-from experiments.figures import legend, picture
-from experiments.stats import interval
-from experiments.study import Results, Study
+from experiments.figures import legend, looks
+from experiments.stats import interval, p_value
+from experiments.study import LOSS, Results, Study
 from experiments.sweeps import cases, seeds
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.mesh import single_device
+from ngc_jax.report.blocks import Block, heading, paragraph, table
+from ngc_jax.report.figures import figure
 from ngc_jax.runtime.metrics import latest, read_rows
 from ngc_jax.training.evaluation import compile_eval, held_out
 from ngc_jax.training.load import load
@@ -56,7 +57,7 @@ WATCHED = {
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
-    """Held-out loss of a trained loop, run for other numbers of rounds than it was trained for."""
+    """Held-out loss of a trained loop at several numbers of rounds."""
     trained = load(workdir)
     config, shape = trained.config, trained.decoder.shape
     if not shape.core:
@@ -84,27 +85,29 @@ def over_training(results: Results) -> list[Block]:
             if curves.size:
                 drawn[group.name, name] = curves.mean(axis=0)
                 ends = (interval(curves[:, at, 1].tolist()) for at in (0, -1))
-                rows.append([group.name, label, *ends])
+                rows.append([group.title, label, *ends])
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots(1, 2)
         for axis, name, neutral in zip(axes, [*WATCHED][:2], (1, 0), strict=True):
-            for (model, watched), curve in drawn.items():
-                if watched == name:
-                    axis.plot(curve[:, 0], curve[:, 1], label=model)
+            for group in (group for group in results.groups if (group.name, name) in drawn):
+                steps, values = drawn[group.name, name].T
+                axis.plot(steps, values, label=group.title, **looks(results)[group.name])
             axis.set(xlabel="updates", ylabel=WATCHED[name])
             axis.axhline(neutral, color="black", linewidth=0.5)
         legend(canvas, axes[0])
 
     caption = (
-        "Below 1 a round's step shrinks; below 0 neighbouring states approach. Means over seeds."
+        "Contraction (left) and leading exponent (right) per round during training. Horizontal "
+        "axes: updates. Means over seeds. Below 1 the steps of rounds shrink. Below 0 neighbouring "
+        "states approach each other."
     )
-    table = Table(["model", "measure", "after 100 updates", "at the end"], rows)
-    return [Heading("Over training"), table, picture("over_training", caption, draw, width=9.0)]
+    made = table(["model", "measure", "after 100 updates", "at the end"], rows)
+    return [heading("During training"), made, figure("over_training", caption, draw, width=9.0)]
 
 
 def beyond(results: Results) -> list[Block]:
-    """Question (b): loss by rounds at test time, and the rank correlation of its rise with the
+    """Question (b): loss by rounds in the test, and the rank correlation of its rise with the
     exponent.
     """
     losses = {
@@ -114,36 +117,38 @@ def beyond(results: Results) -> list[Block]:
         for group in results.groups
         if f"loss, {TEST_ROUNDS[0]} rounds" in results.measures(group)
     }
+    looped = [group for group in results.groups if group.name in losses]
 
     def draw(canvas: Any) -> None:
         axis = canvas.subplots()
-        for model, found in losses.items():
-            axis.plot(TEST_ROUNDS, found.mean(axis=1), "o-", markersize=3, label=model)
-        axis.set(
-            xlabel="rounds at test time", ylabel="held-out loss (nats per token)", ylim=(None, 4)
-        )
+        for group in looped:
+            means, style = losses[group.name].mean(axis=1), looks(results)[group.name]
+            axis.plot(TEST_ROUNDS, means, label=group.title, **style)
+        axis.set(xlabel="rounds in the test", ylabel=LOSS, ylim=(None, 4))
         legend(canvas, axis)
 
     exponents, rises = [], []
-    for group in results.groups:
-        if group.name not in losses:
-            continue
+    for group in looped:
         for workdir in results.workdirs(group).values():
-            last = latest(read_rows(workdir))
-            exponents.append(last["stability/exponent_per_round"])
+            exponents.append(latest(read_rows(workdir))["stability/exponent_per_round"])
         trained = TEST_ROUNDS.index(group.fields["model.rounds"])
         rises += (losses[group.name][-1] - losses[group.name][trained]).tolist()
     ranks = [np.argsort(np.argsort(values)) for values in (exponents, rises)]
     observed = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     shuffle = np.random.default_rng(0)
     chance = [np.corrcoef(ranks[0], shuffle.permutation(ranks[1]))[0, 1] for _ in range(10_000)]
-    p = float(np.mean(np.abs(chance) >= abs(observed)))
+    p = p_value(float(np.mean(np.abs(chance) >= abs(observed))))
     said = (
-        f"Rank correlation, over {len(rises)} trained loops, of the leading exponent per round with the rise of the "
-        f"loss from the trained number of rounds to {TEST_ROUNDS[-1]}: {observed:.2f} (permutation p = {p:.4f})."
+        "Rank correlation between the leading exponent per round and the rise of the loss from the "
+        f"trained number of rounds to {TEST_ROUNDS[-1]}, over {len(rises)} trained loops: "
+        f"{observed:.2f}. p of the permutation test: {p}."
     )
-    caption = "Held-out loss at other numbers of rounds than trained; means over seeds."
-    return [Heading("More rounds at test time"), picture("more_rounds", caption, draw), Words(said)]
+    caption = (
+        f"Loss at other numbers of rounds than in training. Vertical axis: {LOSS}. Horizontal "
+        "axis: rounds in the test. Means over seeds."
+    )
+    drawn = figure("more_rounds", caption, draw)
+    return [heading("More rounds in the test"), drawn, paragraph(said)]
 
 
 def answer(results: Results) -> list[Block]:
@@ -152,5 +157,12 @@ def answer(results: Results) -> list[Block]:
 
 
 STUDY = Study(
-    sweep=cases("model", MODELS) * seeds(3), common=COMMON, measure=measure, answer=answer
+    sweep=cases("model", MODELS) * seeds(3),
+    common=COMMON,
+    measure=measure,
+    legend={
+        "model": "told to contract: with a penalty that holds the contraction below 0.5",
+        "loss, 1 rounds": "held-out loss (nats per token) at 1 round in the test; others likewise",
+    },
+    answer=answer,
 )

@@ -1,10 +1,10 @@
-"""What weights does each rule make? A picture of each, by one command:
+"""The weights that each rule makes: one picture for each rule, by one command:
 
     python -m experiments.rule_pictures --out=docs/rules
 
-For: docs/method.md: for every rule a generated weight matrix as it is before training, with lines
-between groups, and its singular values beside those of a Gaussian matrix of the same size and
-variance. Not for: trained models, whose pages show their own (`python -m ngc_jax.stability`).
+For: docs/method.md. A picture has a generated weight matrix before training, with lines between
+groups, and its singular values beside those of a Gaussian matrix of the same size and variance. Not
+for: trained models (`python -m ngc_jax.stability`).
 """
 
 import argparse
@@ -14,23 +14,23 @@ import jax
 import numpy as np
 
 from ngc_jax import RULES, weights
-from ngc_jax.analysis.figures import BLUE, RED, matplotlib
+from ngc_jax.report.figures import BLUE, RED, matplotlib
 
-# DIM: configs' p_inter; a block holds a number for each member of its group instead
+# DIM: as p_inter in configs; a block has one number for each member of its group instead
 GROUPS, NEURONS, DIM = 8, 64, 3
-LEAST = 1e-6  # of the largest, what a singular value computed in float32 is still told from 0
+LEAST = 1e-6  # relative to the largest: smaller singular values are 0 up to rounding in float32
 
 
 def draw(rule: str, out: pathlib.Path) -> None:
-    """W of `rule`, NEURONS by NEURONS in GROUPS groups, and its singular values, as a PNG."""
+    """Write a PNG of W of `rule`, NEURONS by NEURONS in GROUPS groups, and its singular values."""
     w = np.asarray(
         weights(rule, *RULES[rule].init(jax.random.key(0), GROUPS, NEURONS, NEURONS, DIM)),
         np.float64,
     )
     values = np.linalg.svd(w, compute_uv=False)
     gaussian = np.random.default_rng(0).normal(size=w.shape) * NEURONS**-0.5
-    # (sum of squares)^2 / sum of fourth powers: how many equal singular values would spread the
-    # variance so.
+    # (sum of squares)^2 / sum of fourth powers: the number of equal singular values with the same
+    # spread of variance
     spread = np.sum(values**2) ** 2 / np.sum(values**4)
     rank = int(np.sum(values > LEAST * values[0]))
 

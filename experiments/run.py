@@ -1,15 +1,15 @@
-"""Run a study: train what is missing, several runs at a time, and go on from wherever it was.
+"""Run a study: train the missing runs, several at a time, and continue from any state.
 
-    python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N] [--dry] [--report] [--larger]
-                              [--config.FIELD=VALUE ...]
+    python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N]
+                              [--dry] [--report] [--larger] [--config.FIELD=VALUE ...]
 
-STUDY is a file of experiments/ by name, or the path of a file of yours. Every run is an ordinary
-`launch.py` run on its own share of the cores. A run that fails is marked with its error and stops
-no other; the same command tries it again. For array jobs, `--index=I --count=N` takes every Nth
-group of runs. `--config.FIELD=VALUE` changes all runs of a study, which must then have a folder of
-its own; `--larger` sets what makes the study worth an accelerator. Kept in DIR: a folder and a log
-of each run, compiled programs, records/RUN.json, after which a run's folder may go unless the study
-itself looks into it, and, when all is done, the report (`report.py`). Not for: what a study is
+STUDY is a file of experiments/ by name, or the path of your file. Every run is a `launch.py` run on
+its own part of the cores. A run that fails gets a record with its error; the others continue, and
+the same command tries it again. For array jobs, `--index=I --count=N` takes every Nth group.
+`--config.FIELD=VALUE` sets a field of all runs; such a study needs its own folder. `--larger` uses
+the study's setting for an accelerator. DIR keeps a folder and a log of each run, compiled programs,
+and records/RUN.json. A run's folder may be deleted after that, unless the study reads it. When all
+runs have ended, the report is written (`report.py`). Not for: the description of studies
 (`study.py`).
 """
 
@@ -66,17 +66,16 @@ Record = dict[str, Any]
 def execute(
     study: Study, reference: str, home: pathlib.Path, jobs: int, mine: Sequence[Group]
 ) -> dict[str, Record]:
-    """Train what is missing of these groups; returns all records of the study's folder, by run.
+    """Train the missing runs of these groups; returns all records of the study's folder, by run.
 
-    `reference` is what `find` finds the study by. Raises UserError where a record is of another
-    study, and KeyboardInterrupt, with every run saved, when told to stop.
+    reference: the study's name or path, for `find`. Raises UserError for a record of another study,
+    and KeyboardInterrupt, after every run is saved, on a signal to stop.
     """
     records = read_records(home)
-    tried: set[str] = set()  # since this start: what failed before is tried again
+    tried: set[str] = set()  # since this start; earlier failures are tried again
     running: dict[str, subprocess.Popen[bytes]] = {}
     stopping = threading.Event()
-    # Seeds differ in no program: one compiles it for the others, on this machine, since another
-    # one's may not suit it.
+    # All seeds share one compiled program, but machines do not: theirs may differ.
     env = {"JAX_COMPILATION_CACHE_DIR": str(home / "programs" / platform.node()), **os.environ}
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
@@ -84,12 +83,12 @@ def execute(
         cores.put(set(available[job::jobs] or available))
 
     def python(run: Run, *line: str, on: set[int]) -> int:
-        """Run Python on some cores, its words going to the run's log; its exit code."""
+        """Run Python on some cores, with its output in the run's log; returns the exit code."""
         with open(home / "logs" / f"{run.name}.txt", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
             )
-            os.sched_setaffinity(process.pid, on)  # long before it starts threads, which inherit it
+            os.sched_setaffinity(process.pid, on)  # before it starts threads, which inherit it
             running[run.name] = process
             if stopping.is_set():
                 process.terminate()
@@ -100,10 +99,10 @@ def execute(
         return code
 
     def train(run: Run) -> Record | None:
-        """Train and measure one run; its record, or None where it was told to stop."""
+        """Train and measure one run; returns its record, or None after a signal to stop."""
         workdir = home / run.name
         while in_use(workdir) and not stopping.is_set():
-            time.sleep(1)  # a process that an earlier start, killed, has left behind
+            time.sleep(1)  # a process of an earlier, killed start is still at work
         on = cores.get()
         try:
             line = ["launch.py", *flags(study, run), f"--workdir={workdir}"]
@@ -152,7 +151,7 @@ def execute(
                     missing = run.name not in tried and (
                         run.name not in records or records[run.name]["error"]
                     )
-                    # no more yet: a group's runs come before the next group's
+                    # in the order of groups
                     if missing and len(at_work) < jobs:
                         tried.add(run.name)
                         at_work[pool.submit(train, run)] = run
@@ -183,36 +182,36 @@ def execute(
 
 
 def flags(study: Study, run: Run) -> list[str]:
-    """A run's arguments, but for its folder."""
+    """A run's arguments, except its folder."""
     return [f"--config=configs/{study.config}.py", *settings(run.fields)]
 
 
 def settings(fields: Mapping[str, Any]) -> list[str]:
-    """Fields as a command line sets them."""
+    """Fields as arguments of a command line."""
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def losses(records: Mapping[str, Record]) -> dict[str, float]:
-    """Those known so far; of a run that diverged or failed it is inf."""
+    """The losses known so far; inf for a run that diverged or failed."""
     return {name: record["measures"].get(LOSS, math.inf) for name, record in records.items()}
 
 
 def check(home: pathlib.Path, run: Run, record: Record | None) -> None:
-    """Raise UserError where a run was made, under its name, with other fields than it has now."""
+    """Raise UserError if the record of a run has other fields than the run has now."""
     fields = json.loads(json.dumps(dict(run.fields)))
     if record and record["fields"] != fields:
         changed = [
             k for k in sorted(fields | record["fields"]) if fields.get(k) != record["fields"].get(k)
         ]
         raise UserError(
-            f"{run.name} in --workdir={home} was made with other fields ({', '.join(changed)}): give another "
-            f"--workdir, or remove its folder and records/{run.name}.json"
+            f"{run.name} in --workdir={home} was made with other fields ({', '.join(changed)}): "
+            f"give another --workdir, or remove its folder and records/{run.name}.json"
         )
 
 
 @functools.cache
 def commit() -> str:
-    """The commit of this repository, and whether files differ from it; "" where there is none."""
+    """The commit of this repository, and whether files differ from it; "" without a repository."""
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
         head, changed = (
@@ -225,7 +224,7 @@ def commit() -> str:
 
 
 def ending(name: str, record: Record) -> str:
-    """What to say when a run has ended."""
+    """The message at the end of a run."""
     measures = ", ".join(f"{measure} {value:.4f}" for measure, value in record["measures"].items())
     return f"{name}: FAILED: {record['error']}" if record["error"] else f"{name}: {measures}"
 
@@ -238,7 +237,7 @@ def progress(
     began: float,
     before: int,
 ) -> Lines:
-    """The live view: what runs now, and how far everything is."""
+    """The live view: the runs at work, and the progress of the study."""
     table = Table("run", "update", "loss", box=None, header_style="bold")
     for name in sorted(running):
         rows = [row for row in read_rows(home / name) if "train/loss" in row]
@@ -258,20 +257,20 @@ def progress(
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
-    """What each command that runs a study takes."""
+    """The arguments of all commands that run a study."""
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STUDY")
     parser.add_argument(
         "--jobs",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="runs at a time; default: cores",
+        help="runs at a time; default: number of cores",
     )
-    parser.add_argument("--index", type=int, help="take groups index, index + count, ... only")
+    parser.add_argument("--index", type=int, help="run only groups index, index + count, ...")
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--dry", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--dry", action="store_true", help="print the runs, and run nothing")
     parser.add_argument(
-        "--report", action="store_true", help="report what there is so far, and run nothing"
+        "--report", action="store_true", help="report the results so far, and run nothing"
     )
     return parser
 
@@ -284,10 +283,9 @@ def carry_out(
     args: argparse.Namespace,
     changes: Sequence[str],
 ) -> None:
-    """Do what the command line asks, and report where that was all of the study; `about` as in
-    `report`.
+    """Do what the command line asks; if that completes the study, write its report.
 
-    Exits as `launch.py` does, with 1 where runs failed.
+    about: as in `report`. Exits as `launch.py` does, with 1 if runs failed.
     """
     home = (args.workdir or pathlib.Path("runs") / name).absolute()
     study = prepared(study, home, changes)
@@ -300,7 +298,8 @@ def carry_out(
                 ending(run.name, records[run.name]) if run.name in records else f"{run.name}: to do"
             )
             print(
-                f"{state}\n    python launch.py {shlex.join(flags(study, run))} --workdir={home / run.name}"
+                f"{state}\n    python launch.py {shlex.join(flags(study, run))} "
+                f"--workdir={home / run.name}"
             )
         return
     if args.report:
@@ -310,7 +309,7 @@ def carry_out(
     try:
         records = execute(study, reference, home, args.jobs, mine)
     except KeyboardInterrupt:
-        print("asked to stop: every run is saved; the same command goes on from there", flush=True)
+        print("stopped: every run is saved; the same command continues", flush=True)
         sys.exit(EXIT_CODE)
     if args.index is None:
         print(report(Results(study, home, everything, dict(sorted(records.items()))), about))
@@ -329,16 +328,16 @@ def carry_out(
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("study", help="a file of experiments/ by name, or a file.py of yours")
+    parser.add_argument("study", help="name of a file of experiments/, or path of your file")
     parser.add_argument(
-        "--larger", action="store_true", help="in the study's setting for an accelerator"
+        "--larger", action="store_true", help="use the study's setting for an accelerator"
     )
     args, changes = parser.parse_known_args()
     name, study, about = find(args.study)
     if args.larger:
         if not study.larger:
             raise UserError(
-                f"--larger: {name} has no larger setting: set fields by --config.FIELD=VALUE"
+                f"--larger: {name} has no larger setting: set fields with --config.FIELD=VALUE"
             )
         name, changes = f"{name}-larger", [*settings(study.larger), *changes]
     carry_out(study, args.study, name, about, args, changes)

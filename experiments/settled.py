@@ -1,9 +1,9 @@
-"""Are wrong answers less settled than right ones?
+"""Are wrong answers less converged than right ones?
 
-Looped models learn sums of digits modulo five, "3204=4", of one to five terms; then, at the "=" of
-sums of three to eight that they never saw: how far the last round still moved the state, for
-answers that were right and for those that were wrong. "AUROC" is how often a wrong answer has the
-larger value than a right one of as many terms; 0.5 says nothing.
+Looped models learn sums of digits modulo five, "3204=4", of one to five terms. The test has
+held-out sums of three to eight terms. At the "=" it measures how far the last round still moves the
+state, for right and for wrong answers. "AUROC" is the probability that a wrong answer has a larger
+value than a right answer with the same number of terms; 0.5 means no difference.
 
     python -m experiments.run settled
 """
@@ -28,7 +28,7 @@ from ngc_jax.dynamics.measures import contraction, norm
 from ngc_jax.training.load import load
 
 STEPS, ROUNDS = 1000, 4
-TRAINED, ASKED = (1, 2, 3, 4, 5), (3, 4, 5, 6, 7, 8)  # terms of a sum
+TRAINED, ASKED = (1, 2, 3, 4, 5), (3, 4, 5, 6, 7, 8)  # terms of a sum in training, in the test
 CONTEXT = 64
 COMMON = {
     "data.path": "{DIR}/sums.txt",
@@ -49,7 +49,7 @@ MEASURES = ("last step", "last contraction", "entropy of the answer")
 
 
 def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """For each held-out sum: its terms, whether the answer was right, and how settled the state was
+    """For each held-out sum: its terms, whether the answer is right, and the MEASURES of the state
     at its "=".
     """
     trained = load(workdir)
@@ -62,12 +62,12 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     def measure(params: Any, inputs: jax.Array) -> dict[str, jax.Array]:
         logits, _ = model.apply(params, Batch(inputs))
         states = round_states(model, params, Batch(inputs), ROUNDS)
-        share = jax.nn.softmax(logits)
+        p = jax.nn.softmax(logits)
         return {
-            "foretold": jnp.argmax(logits, axis=-1),
+            "prediction": jnp.argmax(logits, axis=-1),
             "last step": norm(states[-1] - states[-2]) / norm(states[-1]),
             "last contraction": contraction(states)[-1],
-            "entropy of the answer": -jnp.sum(share * jnp.log(share + 1e-9), axis=-1),
+            "entropy of the answer": -jnp.sum(p * jnp.log(p + 1e-9), axis=-1),
         }
 
     parts = [
@@ -82,17 +82,17 @@ def answers(workdir: pathlib.Path) -> dict[str, np.ndarray]:
         for at in np.flatnonzero(window[:-1] == equals):
             before = begins[begins < at]
             if not len(before):
-                continue  # the window does not hold the whole sum
+                continue  # the window begins inside this sum
             found["terms"].append(at - before[-1] - 1)
-            found["right"].append(seen["foretold"][row, at] == window[at + 1])
+            found["right"].append(seen["prediction"][row, at] == window[at + 1])
             for name in MEASURES:
                 found[name].append(seen[name][row, at])
     return {name: np.array(values) for name, values in found.items()}
 
 
 def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
-    """AUROC among sums of the same number of terms, averaged with the number of wrong answers as
-    weight.
+    """AUROC among sums with the same number of terms: mean weighted by the number of wrong
+    answers.
     """
     total, weight = 0.0, 0
     for terms in ASKED:
@@ -106,7 +106,7 @@ def within_difficulty(found: dict[str, np.ndarray], name: str) -> float:
 
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
-    """How many sums of each length are right, and what is told by how settled the state was."""
+    """The fraction of right answers by terms, and the AUROC of each of MEASURES."""
     found = answers(workdir)
     right = {
         f"right, {terms} terms": float(np.mean(found["right"][found["terms"] == terms]))
@@ -120,4 +120,10 @@ STUDY = Study(
     common=COMMON,
     prepare=partial(keep, terms=TRAINED),
     measure=measure,
+    legend={
+        "right, 3 terms": "fraction of right answers for sums of 3 terms; other terms likewise",
+        "AUROC of the last step": "of the length of the last round's step, relative to the state",
+        "AUROC of the last contraction": "of the last step over the previous one",
+        "AUROC of the entropy of the answer": "of the entropy of the predicted distribution",
+    },
 )

@@ -1,11 +1,11 @@
-"""Does everything that can be chosen train, and resume to the bit?
+"""Does every choice of the config train, and resume to the bit?
 
     python -m experiments.smoke --workdir=runs/smoke
 
-For: every rule, sharing, wiring and kind of iteration, recurrent models, and every model of the
-comparison, a few updates each at a tiny size. What a kill between two checkpoints leaves behind is
-given to the same run again, which must end with the state and the rows of the unbroken one. Not
-for: kills at random instants (`chaos.py`), or how well anything learns (`compare.py`).
+For: all rules, sharings, wirings, kinds of iteration, recurrent models, and models of the
+comparison, for a few updates at a tiny size. A run continues from an earlier checkpoint, as after a
+kill, and must end with the state and the rows of the unbroken run. Not for: kills at random times
+(`chaos.py`), or the quality of learning (`compare.py`).
 """
 
 import argparse
@@ -45,7 +45,7 @@ TINY = {
     "model.groups": 4,
     "model.heads": 2,
     "model.channels": 1,
-    "model.prelude": 0,  # the loop alone: each stack of stages is one more thing to compile
+    "model.prelude": 0,  # only the loop: each stack of stages adds compile time
     "model.coda": 0,
     "train.steps": 4,
     "train.batch_size": 4,
@@ -80,12 +80,12 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "model.wiring": "ring",
     },
 }
-# after each update
+# the wiring changes after each update
 CHANGING = {"model.channels": 2, "rewire.channels": 1, "rewire.every": 1, "rewire.end": 1.0}
 
 
 def choices() -> dict[str, dict[str, Any]]:
-    """What is chosen, by name: the fields that choose it."""
+    """The fields of each choice, by its name."""
     short = {
         name: TINY[name]
         for name in ("train.steps", "train.warmup_steps", "train.log_every", "eval.windows")
@@ -111,7 +111,7 @@ def choices() -> dict[str, dict[str, Any]]:
 
 
 def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
-    """Train twice, once with a break; the loss on held-out text. Raises RuntimeError where the two
+    """Train twice, once with a break; returns the held-out loss. Raises RuntimeError if the two
     differ.
     """
     config = base()
@@ -120,7 +120,7 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
     )
     reset_unread(config)
     unbroken, killed = home / "unbroken", home / "killed"
-    # the second run has those of the first
+    # the second run uses the compiled programs of the first
     jax.config.update("jax_compilation_cache_dir", str(home / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -130,7 +130,7 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
         train.run(config, killed)
     (expected, rows), found = outcome(unbroken), outcome(killed)
     if found != (expected, rows):
-        raise RuntimeError(f"{killed} ended elsewhere than {unbroken}: {found[0]}, not {expected}")
+        raise RuntimeError(f"{killed} and {unbroken} ended differently: {found[0]}, not {expected}")
     loss = float(str(rows[-1]["final/loss"]))
     if not math.isfinite(loss):
         raise RuntimeError(f"{unbroken} ended with a loss of {loss}")
@@ -147,7 +147,7 @@ def main() -> None:
     home = args.workdir.absolute()
     shutil.rmtree(home, ignore_errors=True)
     wanted = choices()
-    # Processes of their own, started anew: JAX's threads do not survive a fork.
+    # Spawned processes: JAX's threads do not survive a fork.
     anew = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         args.jobs, anew, logging.set_verbosity, (logging.ERROR,)

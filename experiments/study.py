@@ -1,8 +1,7 @@
-"""What a study is, and which runs it wants next.
+"""A study: its description, and the runs that it needs next.
 
-For: its description, and the plan as a pure function of the losses known so far, so that a study
-which was killed, or is shared by several machines, goes on from what there is. Not for: running
-(`run.py`) or reporting (`report.py`).
+For: the plan as a pure function of the losses known so far, so that a study continues after a kill
+and several machines can share it. Not for: running (`run.py`) or reporting (`report.py`).
 """
 
 import ast
@@ -19,45 +18,47 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from experiments.blocks import Block
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import count
 from ngc_jax.config import module_at, named, reset_unread
+from ngc_jax.report.blocks import Block
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import write_durably
 from ngc_jax.training.match_size import cost, prepare
 from ngc_jax.training.timing import model_of
 
-TUNING_SEED = 1000  # of the runs that try a learning rate; used for nothing else
-FURTHER = 2  # learning rates beyond those given that may be tried
+TUNING_SEED = 1000  # of the runs that search a learning rate, and of no others
+FURTHER = 2  # learning rates beyond the given ones that may be tried
 LOSS = "held-out loss (nats per token)"
 Fields = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """One question, and the runs that answer it. A file with a `STUDY` of this type can be run and
+    """A question, and the runs that answer it. A file with a `STUDY` of this type can be run and
     reported.
     """
 
     sweep: Sweep
-    config: str = "defaults"  # of configs/, from which variants differ
+    config: str = "defaults"  # of configs/: the fields that variants do not set
     common: Fields = dataclasses.field(default_factory=dict)  # fields of all runs
-    # what a command line sets in all runs, over the sweep
+    # fields of all runs from the command line, which replace those of the sweep
     changes: Fields = dataclasses.field(default_factory=dict)
-    # the same study for an accelerator: set in all runs
+    # fields of all runs when the study runs on an accelerator
     larger: Fields = dataclasses.field(default_factory=dict)
-    tuning: float = 0.5  # of train.steps, the length of a run that tries one of several rates
-    # makes files in the study's folder; "{DIR}" in fields is it
+    tuning: float = 0.5  # length of a run that tries a learning rate, relative to train.steps
+    # makes files in the study's folder, which fields call "{DIR}"
     prepare: Callable[[pathlib.Path], None] | None = None
-    # of a trained run's folder, beside its loss
+    # measures of a trained run's folder, besides its loss
     measure: Callable[[pathlib.Path], dict[str, float]] | None = None
     outcome: str = LOSS  # the measure by which variants are compared
-    # a group is compared, seed by seed, with the one that has these labels
+    # labels of the group with which another one is compared, seed by seed
     baseline: Mapping[str, str] | None = None
-    # of each group: columns of the table
+    # further columns of the table, for each group
     costs: Callable[[Sequence[ConfigDict]], list[dict[str, str]]] | None = None
-    # what the report says besides its tables and figures
+    # meanings of the study's own columns and factors, by their names
+    legend: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # further blocks of the report
     answer: Callable[["Results"], list[Block]] | None = None
 
 
@@ -66,20 +67,20 @@ class Run:
     """One training run."""
 
     name: str  # of its folder
-    fields: Fields  # in which it differs from the study's config
+    fields: Fields  # that differ from the study's config
 
     @property
     def trial(self) -> bool:
-        """Whether it only tries a learning rate, so that its loss is all that is asked of it."""
+        """Whether the run only tries a learning rate, so that only its loss is measured."""
         return self.fields.get(SEED) == TUNING_SEED
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The variants that differ in their seed alone."""
+    """The variants that differ in their seed only."""
 
-    name: str
-    labels: Mapping[str, str]
+    name: str  # in names of folders
+    labels: Mapping[str, str]  # factor -> value
     fields: Fields
     seeds: tuple[int, ...]
 
@@ -88,49 +89,63 @@ class Group:
         return f"{self.name}-seed{seed}"
 
     @property
+    def title(self) -> str:
+        """The name in figures."""
+        return ", ".join(self.labels.values())
+
+    @property
+    def others(self) -> str:
+        """The labels of all factors but the first."""
+        return ", ".join([*self.labels.values()][1:])
+
+    @property
     def rates(self) -> tuple[float, ...]:
-        """The learning rates to try first; () where the config's own is meant."""
+        """The learning rates to try first; () means the config's own."""
         given = self.fields.get("rate", ())
         return tuple(given) if isinstance(given, tuple | list) else (given,)
 
 
 class Cost(NamedTuple):
-    """What a group's models cost."""
+    """The cost of a group's models."""
 
-    config: ConfigDict  # sizes solved
+    config: ConfigDict  # with solved sizes
     shapes: Any  # of its parameters
     info: Any  # their records
     matrices: int  # parameters in matrices
-    parameters: int  # all of them
-    flops: int  # of the products of a forward pass, per token
+    parameters: int  # all parameters
+    flops: int  # of the matrix products of a forward pass, per token
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that came of a study."""
+    """All results of a study."""
 
     study: Study
     home: pathlib.Path
     groups: list[Group]
-    records: Mapping[str, dict[str, Any]]  # run -> what `run.py` kept of it
+    records: Mapping[str, dict[str, Any]]  # run -> the record that `run.py` keeps of it
 
     @functools.cached_property
     def costs(self) -> list[Cost]:
-        """Of each group."""
+        """The cost of each group."""
         return [cost_of(config_of(self.study, group.fields)) for group in self.groups]
 
     @property
     def varied(self) -> dict[str, list[str]]:
-        """Factor -> what its values are called."""
-        factors = self.groups[0].labels
+        """Factor -> names of its values."""
         return {
             factor: list(dict.fromkeys(group.labels[factor] for group in self.groups))
-            for factor in factors
+            for factor in self.groups[0].labels
         }
 
+    @property
+    def first(self) -> str:
+        """The first factor, which figures show by colours."""
+        return next(iter(self.groups[0].labels))
+
     def baseline(self, group: Group) -> Group | None:
-        """The group that a group is compared with: its own labels, but for those of the study's
-        baseline.
+        """The group with which a group is compared: it has the same labels, except those of the
+        study's baseline.
         """
         labels = {**group.labels, **(self.study.baseline or {})}
         return next(
@@ -138,7 +153,7 @@ class Results:
         )
 
     def of(self, group: Group, measure: str) -> dict[int, float]:
-        """Seed -> value, of the runs that have one."""
+        """Seed -> value, for the runs that have one."""
         found = {seed: self.records.get(group.run(seed), {"measures": {}}) for seed in group.seeds}
         return {
             seed: record["measures"][measure]
@@ -147,7 +162,7 @@ class Results:
         }
 
     def measures(self, group: Group) -> list[str]:
-        """What was measured of a group's runs, the outcome first."""
+        """The measures of a group's runs, the outcome first."""
         found = (self.records.get(group.run(seed), {"measures": {}}) for seed in group.seeds)
         return list(
             dict.fromkeys(
@@ -156,20 +171,21 @@ class Results:
         )
 
     def workdirs(self, group: Group) -> dict[int, pathlib.Path]:
-        """Seed -> the folder of a run that ended well."""
+        """Seed -> folder, for the runs that ended without an error."""
         return {seed: self.home / group.run(seed) for seed in self.of(group, LOSS)}
 
 
 def groups(study: Study) -> list[Group]:
-    """A study's groups, in order. Raises UserError where two variants have one name, or one has no
-    seed.
+    """The groups of a study, in order.
+
+    Raises UserError for two variants of one name, and for a variant without a seed.
     """
     found: dict[str, Group] = {}
     for variant in study.sweep:
         if SEED not in variant.labels:
             raise UserError(
-                "a study's sweep wants seeds, for instance `sweep * seeds(3)`; "
-                f"{variant.name} has none"
+                f"{variant.name} has no seed: give the study's sweep seeds, for instance "
+                "`sweep * seeds(3)`"
             )
         labels = {factor: label for factor, label in variant.labels.items() if factor != SEED}
         fields = {**study.common, **variant.fields, **study.changes}
@@ -180,23 +196,22 @@ def groups(study: Study) -> list[Group]:
         before = found.get(name, Group(name, labels, fields, ()))
         if before.labels != labels or seed in before.seeds:
             raise UserError(
-                f"two variants of the study are called {variant.name}: give them other labels"
+                f"two variants of the study have the name {variant.name}: give them other labels"
             )
         found[name] = dataclasses.replace(before, seeds=(*before.seeds, seed))
     if study.baseline and not any(
         study.baseline.items() <= group.labels.items() for group in found.values()
     ):
-        raise UserError(f"the study's baseline={dict(study.baseline)} are labels of no variant")
+        raise UserError(f"no variant has the labels of baseline={dict(study.baseline)}")
     return list(found.values())
 
 
 def plan(study: Study, of: Iterable[Group], losses: Mapping[str, float]) -> list[Run]:
-    """The runs that groups want, as far as the losses known so far tell; those with a loss among
-    them.
+    """The runs that groups need, given the losses known so far; finished runs are included.
 
-    A group with several learning rates first tries each at `study.tuning` of the length. Where the
-    best is the first or the last of them, one beyond it is tried, as far again, at most FURTHER
-    times: the rule is the same for all. Then the best is trained with every seed.
+    A group with several learning rates first tries each in a run of `study.tuning` of the length.
+    If the best is the lowest or highest, one further rate is tried, with the same ratio, at most
+    FURTHER times. Then each seed is trained with the best rate.
     """
     wanted = []
     for group in of:
@@ -239,19 +254,19 @@ def short(study: Study, group: Group, rate: float) -> dict[str, Any]:
 
 
 def at_rate(fields: Fields, rate: float) -> dict[str, Any]:
-    """Fields with both learning rates in the place of "rate"."""
+    """Fields with both learning rates in place of "rate"."""
     own = {name: value for name, value in fields.items() if name != "rate"}
     return {**own, "train.learning_rate": rate, "train.state_learning_rate": rate}
 
 
 def best(tried: Mapping[float, float]) -> float:
-    """The learning rate of the lowest loss, and of equal ones the lowest."""
+    """The learning rate of the lowest loss; of equal ones, the lowest rate."""
     return min(tried, key=lambda rate: (tried[rate], rate))
 
 
 def beyond(tried: Mapping[float, float]) -> list[float]:
-    """The learning rate to try next, if any, after these gave these losses: one beyond the end at
-    which the best is.
+    """The learning rate to try next, after `tried` (rate -> loss): beyond the end at which the best
+    is, if it is at an end.
     """
     ordered, found = sorted(tried), best(tried)
     if not math.isfinite(tried[found]):
@@ -262,7 +277,7 @@ def beyond(tried: Mapping[float, float]) -> list[float]:
 
 
 def config_of(study: Study, fields: Fields) -> ConfigDict:
-    """The config of a group or run, checked, sizes solved. Raises UserError."""
+    """The config of a group or run, checked, with solved sizes. Raises UserError."""
     config = _with_fields(study, fields)
     prepare(config)
     return config
@@ -276,13 +291,13 @@ def _with_fields(study: Study, fields: Fields) -> ConfigDict:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the study sets a field that no config has, or to what it cannot be: {error}"
+            f"the study sets a field that does not exist, or a value of another type: {error}"
         ) from error
     return config
 
 
 def cost_of(config: ConfigDict) -> Cost:
-    """Count a config's model."""
+    """The cost of a config's model."""
     model = model_of(config)
     shapes, info = jax.eval_shape(model.init, jax.random.key(0)), model.param_info()
     stored = count.parameters(shapes, info)
@@ -291,18 +306,16 @@ def cost_of(config: ConfigDict) -> Cost:
 
 
 def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> Study:
-    """A study with its folder made, and with the `--config.FIELD=VALUE` changes that the folder
-    keeps, or is given.
+    """The study with the `--config.FIELD=VALUE` changes that its folder has, or gets; makes the
+    folder.
 
-    Raises UserError for what is no change, and where the folder keeps other ones.
+    Raises UserError for any other argument, and for changes other than those of the folder.
     """
     given: dict[str, Any] = {}
     for change in changes:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", change)
         if not found:
-            raise UserError(
-                f"unexpected argument {change!r}: fields are set by --config.FIELD=VALUE"
-            )
+            raise UserError(f"unexpected argument {change!r}: set fields with --config.FIELD=VALUE")
         try:
             given[found[1]] = ast.literal_eval(found[2])
         except (ValueError, SyntaxError):
@@ -311,7 +324,7 @@ def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> S
     before = json.loads(kept.read_text()) if kept.exists() else given
     if changes and before != given:
         raise UserError(
-            f"--workdir={home} holds this study with other changes, {before}: give another"
+            f"--workdir={home} has this study with other changes, {before}: give another --workdir"
         )
     for folder in ("logs", "measures", "records"):
         (home / folder).mkdir(parents=True, exist_ok=True)
@@ -331,7 +344,7 @@ def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> S
 
 
 def read_records(home: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What is kept of each run that has ended, by name."""
+    """The records of all runs that have ended, by name."""
     return {
         path.stem: json.loads(path.read_text())
         for path in sorted((home / "records").glob("*.json"))
@@ -339,10 +352,10 @@ def read_records(home: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def find(wanted: str) -> tuple[str, Study, str]:
-    """A study by the name of its file in experiments/, or by the path of a file of yours: its name,
-    it, its words.
+    """A study by the name of its file in experiments/, or by the path of your file: its name, the
+    study, its docstring.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     path = pathlib.Path(wanted)
     try:

@@ -1,7 +1,6 @@
-"""Sums of digits modulo five, "3204=4": a task that is made, not collected, and has one right
-answer.
+"""Sums of digits modulo five, "3204=4": a generated task with one right answer for each problem.
 
-For: studies that ask when a model is right. Not for: the studies.
+For: studies about right and wrong answers. Not for: the studies themselves.
 """
 
 import pathlib
@@ -13,9 +12,9 @@ MODULUS = 5
 
 
 def sums(count: int, terms: Sequence[int], seed: int, held_out: bool) -> list[str]:
-    """Lines "3204=4", each of as many terms as is drawn from `terms`.
+    """`count` lines such as "3204=4"; the number of terms of each is drawn from `terms`.
 
-    A sum is held out, or never, by a hash of its terms: the two sides share none.
+    A hash of its terms decides whether a sum is held out, so training and test share no sum.
     """
     draw = random.Random(seed)
     lines: list[str] = []
@@ -28,12 +27,12 @@ def sums(count: int, terms: Sequence[int], seed: int, held_out: bool) -> list[st
 
 
 def keep(home: pathlib.Path, terms: Sequence[int]) -> None:
-    """Write the sums that are learned to HOME/sums.txt, for a study's `prepare`."""
+    """Write the sums for training to HOME/sums.txt; a study's `prepare`."""
     (home / "sums.txt").write_text("\n".join(sums(300_000, terms, seed=0, held_out=False)) + "\n")
 
 
 def reordered(lines: Sequence[str]) -> list[list[str]]:
-    """Of these sums, the sets of two or more that are the same sum with its terms in another order."""
+    """The sets of two or more of these sums that have the same terms in different orders."""
     sets: dict[str, list[str]] = {}
     for line in dict.fromkeys(lines):
         sets.setdefault("".join(sorted(line.partition("=")[0])), []).append(line)

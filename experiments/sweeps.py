@@ -1,9 +1,10 @@
-"""A small algebra of what a study varies: variants, their product, chain and zip, and seeds.
+"""The algebra of what a study varies: variants, their product, chain and zip, and seeds.
 
-    cases("model", {"NGC": {}, "dense": {"model.rule": "dense"}}) * vary("train.steps", (500, 1000)) * seeds(3)
+    models = cases("model", {"NGC": {}, "dense": {"model.rule": "dense"}})
+    models * vary("train.steps", (500, 1000)) * seeds(3)
 
-For: naming each variant and the config fields in which it differs. Not for: running (`run.py`) or
-reporting (`report.py`).
+For: a name and the config fields of each variant. Not for: running (`run.py`) or reporting
+(`report.py`).
 """
 
 import dataclasses
@@ -11,21 +12,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-SEED = "seed"  # the factor over which a report takes means
+SEED = "seed"  # the factor over which reports take means
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A point of a sweep."""
 
-    # factor -> what its value is called here; together they name the variant
+    # factor -> name of its value; together they name the variant
     labels: Mapping[str, str]
-    # of the config. "rate": both learning rates; several: the best of them is to be found
+    # of the config. "rate": both learning rates; of several, the best is searched
     fields: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        """For folders: letters, digits, dots and dashes; a seed is told from other numbers."""
+        """The name for folders: letters, digits, dots and dashes; a seed is marked as such."""
         said = (
             f"seed{label}" if factor == SEED else label for factor, label in self.labels.items()
         )
@@ -34,8 +35,8 @@ class Variant:
         )
 
     def joined(self, other: "Variant") -> "Variant":
-        """Both at once; of a field that both set, the other's value. Raises ValueError for a factor
-        that both have.
+        """Both together; `other` wins for a field that both set. Raises ValueError for a common
+        factor.
         """
         twice = self.labels.keys() & other.labels.keys()
         if twice:
@@ -44,7 +45,7 @@ class Variant:
 
 
 class Sweep(tuple[Variant, ...]):
-    """Variants in order. a * b: each of a with each of b; a + b: those of a, then those of b."""
+    """Variants in order. a * b: each of a with each of b. a + b: those of a, then those of b."""
 
     def __mul__(self, other: Any) -> "Sweep":
         return Sweep(a.joined(b) for a in self for b in other)
@@ -54,13 +55,14 @@ class Sweep(tuple[Variant, ...]):
 
 
 def cases(factor: str, of: Mapping[str, Mapping[str, Any]]) -> Sweep:
-    """One variant for each label, with the fields in which it differs."""
+    """One variant for each label, with its fields."""
     return Sweep(Variant({factor: label}, fields) for label, fields in of.items())
 
 
 def vary(field: str, values: Iterable[Any], factor: str = "") -> Sweep:
-    """One variant for each value of a config field; the factor is called as the field's last name,
-    or as given.
+    """One variant for each value of a config field.
+
+    factor: its name; default: the last part of the field's name.
     """
     name = factor or field.rpartition(".")[2]
     return cases(name, {f"{name} = {value}": {field: value} for value in values})
@@ -72,8 +74,8 @@ def seeds(count: int) -> Sweep:
 
 
 def zipped(*sweeps: Sequence[Variant]) -> Sweep:
-    """The first of each joined, the second of each, and so on. Raises ValueError where they differ
-    in length.
+    """The first variants joined, the second variants joined, and so on. Raises ValueError for
+    different lengths.
     """
     joined = list(sweeps[0])
     for sweep in sweeps[1:]:

@@ -1,6 +1,7 @@
 """How many rounds, how wide a port, how many groups, at equal parameters?
 
-The hidden layer takes up or gives what groups and ports cost; rounds cost FLOPs and no parameters.
+The hidden layer changes its size to keep the number of parameters. Rounds cost FLOPs but no
+parameters.
 
     python -m experiments.run which_form
 """

@@ -1,6 +1,6 @@
 """Which rule should make the weights between groups?
 
-All rules at equal parameters, a dense block inside each group in all of them: the size of states or
+All rules at equal parameters, each with a dense block inside every group. The size of states or
 ports is solved.
 
     python -m experiments.run which_rule
@@ -17,7 +17,7 @@ RATES = (2.5e-3, 5e-3, 1e-2)
 BY_WIDTH: dict[str, Any] = {
     "model.match_by": "width",
     "model.groups": 4,
-}  # dense, or blocks alone, which have no states to size
+}  # for dense, and for blocks alone: they have no states of variable size
 RULES: dict[str, dict[str, Any]] = {
     rule: {"model.rule": rule, "rate": RATES} for rule in rules_between_groups()
 }

@@ -1,7 +1,7 @@
-"""Which synapses may share what they send?
+"""Which synapses can share their sending states?
 
-Two stages in the loop, so that sharing over depth has stages to share. What sharing saves is not
-spent on anything.
+The loop has four stages, so that sharing over depth has stages to share. Saved parameters are not
+used elsewhere.
 
     python -m experiments.run which_sharing
 """

@@ -1,7 +1,7 @@
-"""Which groups should hear each other?
+"""Which groups should receive from which?
 
-Complete wiring against sparser ones, fixed and dynamic, with four of eight channels a group in the
-end: fewer parameters and FLOPs, which are not spent on anything.
+Complete wiring is compared with sparser ones, fixed and dynamic, with four of eight channels per
+group at the end. They have fewer parameters and FLOPs, which are not used elsewhere.
 
     python -m experiments.run which_wiring
 """

@@ -15,8 +15,8 @@ from experiments import (
     sums,
 )
 from experiments import text_measures as measures
-from experiments.blocks import Table
 from ngc_jax import RULES
+from ngc_jax.report.blocks import table
 from ngc_jax.training import match_size as budget
 
 
@@ -157,7 +157,7 @@ def test_the_results_page_has_the_committed_results_and_their_picture():
 
 def test_the_results_table_has_the_largest_first_and_the_better_before_the_worse():
     columns = list(results_page.COLUMNS)
-    head = ["model", "share", results_page.LOSS, *columns[2:4], *columns[5:]]
+    head = ["model", "size", results_page.LOSS, *columns[2:4], *columns[5:]]
     rows = [
         ["NGC", "0.12", "1.5 ± 0.1", "12", "13", "-0.1", "0.7"],
         ["dense", "0.32", "1.45 ± 0.1", "32", "33", "", "0.6"],
@@ -167,11 +167,11 @@ def test_the_results_table_has_the_largest_first_and_the_better_before_the_worse
         ["dense", "1:flops", "-", "99", "99", "", "1"],
     ]
     tables = (
-        Table(["factor", "values"], [["share", "all"]]),
-        Table(head, rows),
-        Table(["model"], [["NGC"]]),
+        table(["factor", "values"], [["size", "all"]]),
+        table(head, rows),
+        table(["model"], [["NGC"]]),
     )
-    lines = results_page.table("\n\n".join(table.markdown() for table in tables)).splitlines()
+    lines = results_page.table("\n\n".join(each.markdown for each in tables)).splitlines()
     assert lines[0].startswith(
         "| model | size | parameters in matrices | all parameters | loss (nats per byte) | "
     )

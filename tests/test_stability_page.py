@@ -17,6 +17,7 @@ from ngc_jax.commands.arguments import command
 from ngc_jax.commands.stability import main
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.rules import weights
+from ngc_jax.data.batches import Batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training import loop as train
@@ -59,7 +60,7 @@ def written(run, monkeypatch, capsys):
 
 
 def sections(text):
-    return dict(re.findall(r'<section id="(\w+)">\n(.*?)</section>', text, re.DOTALL))
+    return dict(re.findall(r'<h2 id="(\w+)">(.*?)(?=<h2|</body>)', text, re.DOTALL))
 
 
 def pixels(png):
@@ -93,7 +94,7 @@ def test_the_page_has_every_section_and_needs_nothing_but_itself(run, written):
 def test_the_page_says_what_was_measured(written):
     text, printed = written
     assert "Stability of a&lt;b&gt;, step 5" in text
-    assert f"48 tokens of held-out text, 3 windows of {WHOLE['data.context']}" in text
+    assert f"48 tokens of held-out text: 3 windows of {WHOLE['data.context']}" in text
     assert "4 groups" in text
     for unit in ("per round", "per stage", "per token", "nats per round"):
         assert f"<td>{unit}</td>" in text
@@ -110,7 +111,7 @@ def test_the_page_says_what_was_measured(written):
         ("spectrum", "per round, per stage or per token"),
         ("rounds", "a factor per round"),
         ("tokens", "per token"),
-        ("drive", "a share per round"),
+        ("drive", "a fraction per round"),
         ("traffic", "in units of the signal"),
         ("paths", "in units of the signal"),
         ("bounds", "a factor of lengths"),
@@ -146,7 +147,7 @@ def flat(tmp_path_factory):
     )
     model = Decoder(model_shape(config, Bytes.vocab))
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (2, 16), 0, 256), np.int32)
-    measured = measure(model, jax.jit(model.init)(jax.random.key(0)), tokens, 4)
+    measured = measure(model, jax.jit(model.init)(jax.random.key(0)), Batch(tokens), 4)
     out = tmp_path_factory.mktemp("page")
     page.write(out, measured, Bytes(), "dense", page.describe(config))
     return out, measured
@@ -171,9 +172,9 @@ def test_the_drive_is_told_as_the_loop_records_it(activation):
     config = tiny_config(**{"model.rounds": 3, "model.state_activation": activation})
     model = Decoder(model_shape(config, 40))
     params = jax.jit(model.init)(jax.random.key(0))
-    tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 6), 0, 40))
-    records = jax.jit(lambda params: model.apply(params, tokens, record=True)[1])(params)
-    loop = _loop(model, params, tokens, 4)
+    batch = Batch(np.asarray(jax.random.randint(jax.random.key(1), (2, 6), 0, 40)))
+    records = jax.jit(lambda params: model.apply(params, batch, record=True)[1])(params)
+    loop = _loop(model, params, batch, 4)
     np.testing.assert_allclose(loop.drive_ratio.mean(axis=(0, 2)), records.drive_ratio, rtol=1e-5)
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib.figure
 import pytest
 import scipy.stats
 from conftest import ROOT
@@ -21,7 +22,7 @@ from conftest import ROOT
 from experiments import compare, figures, stats
 from experiments.compare import study as comparison
 from experiments.protocols import PROTOCOLS, Protocol
-from experiments.report import report
+from experiments.report import report, rows
 from experiments.run import main
 from experiments.study import LOSS, Results, Study, config_of, find, groups, plan, prepared
 from experiments.sweeps import Sweep, cases, seeds, vary, zipped
@@ -56,13 +57,13 @@ def test_a_sweep_is_made_by_product_chain_and_zip():
 
 
 def test_a_study_that_cannot_be_told_apart_or_has_no_seeds_is_refused():
-    with pytest.raises(UserError, match="wants seeds"):
+    with pytest.raises(UserError, match="give the study's sweep seeds"):
         groups(Study(MODELS))
-    with pytest.raises(UserError, match="two variants of the study are called a-b-seed0"):
+    with pytest.raises(UserError, match="two variants of the study have the name a-b-seed0"):
         groups(Study(cases("x", {"a b": {}, "a-b": {"seed": 1}}) * seeds(1)))
-    with pytest.raises(UserError, match="labels of no variant"):
+    with pytest.raises(UserError, match="no variant has the labels"):
         groups(Study(MODELS * seeds(1), baseline={"model": "dense"}))
-    with pytest.raises(UserError, match="no config has"):
+    with pytest.raises(UserError, match="a field that does not exist"):
         config_of(Study(MODELS), {"model.widht": 3})
     with pytest.raises(UserError, match="there is no study 'nonsense'"):
         find("nonsense")
@@ -160,18 +161,21 @@ def test_paired_differences_and_holms_correction():
     assert stats.adjusted({"a": 0.5, "b": 0.6}) == {"a": 1, "b": 1}
 
 
-def made_up(home, study, losses):
-    """Results of runs that never were."""
+def made_up(home, study, losses, curves=None):
+    """Results of runs that never were; their losses and loss curves by name."""
     study = prepared(study, home)
     records = {
         name: {
-            "fields": {"train.learning_rate": 0.01},
+            "fields": {
+                "train.learning_rate": 0.01,
+                "seed": 1000 if name.startswith("tune") else int(name[-1]),
+            },
             "command": f"python launch.py --workdir={home / name}",
             "commit": "abc",
             "versions": {"jax": "1"},
             "data": "text",
             "measures": {} if loss is None else {LOSS: loss},
-            "curve": [],
+            "curve": (curves or {}).get(name, []),
             "error": "" if loss is not None else "exit code 1: out of memory",
         }
         for name, loss in losses.items()
@@ -182,9 +186,11 @@ def made_up(home, study, losses):
 def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
     study = comparison(PROTOCOLS["smoke"], ["NGC"], 4)
     losses = {"NGC-0.25-seed0": 1.5, "NGC-0.25-seed1": 1.7, "NGC-0.25-seed2": None}
-    page = report(made_up(tmp_path, study, losses), "Title\n\nWords <of> it.").read_text()
+    page = report(
+        made_up(tmp_path, study, losses), "Title\n\nWords\n<of> it.\n\n    python x\n"
+    ).read_text()
     text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# Title\n\nWords <of> it.\n")
+    assert text.startswith("# Title\n\nWords \\<of> it.\n\n    python x\n")
     assert "<h1>Title</h1>" in page
     assert "Words &lt;of&gt; it." in page
     assert re.search(r"\| NGC \| 0.25 \| 1.6000 ± 1.2706 \| 2 \| 2\d\d,\d{3} \|", text)
@@ -192,7 +198,10 @@ def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
     assert "| NGC-0.25-seed3 | not run yet |" in text
     assert f"python launch.py --workdir={tmp_path}" not in text
     assert "python launch.py --workdir=DIR/NGC-0.25-seed0" in text
-    assert (tmp_path / "rows.csv").read_text().splitlines()[1] == "NGC-0.25-seed0,1.5,"
+    assert (tmp_path / "rows.csv").read_text().splitlines()[:2] == [
+        f"run,model,size,seed,learning rate,{LOSS},error",
+        "NGC-0.25-seed0,NGC,0.25,0,0.01,1.5,",
+    ]
 
     home = tmp_path / "paired"
     study = Study(MODELS * seeds(2), config="ngc_tiny", baseline={"model": "NGC"})
@@ -212,15 +221,109 @@ def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
     assert not (home / "curves.png").exists()  # of runs that have no rows
 
 
-def test_a_figure_shows_no_cost_that_does_not_vary_and_tells_twenty_kinds_apart(tmp_path):
-    def drawn(sweep):
+def drawn(make, results, monkeypatch):
+    """The axes of a figure of a report, after it was drawn."""
+    canvases = []
+
+    def figure(name, caption, draw, height=4.0, width=7.0):
+        canvases.append(matplotlib.figure.Figure((width, height), layout="constrained"))
+        draw(canvases[0])
+        return name
+
+    monkeypatch.setattr(figures, "figure", figure)
+    assert make(results) == make.__name__
+    return canvases[0].axes
+
+
+def test_a_figure_shows_no_cost_that_does_not_vary(tmp_path):
+    def pareto(sweep):
         study = Study(sweep * seeds(1), config="ngc_tiny")
         names = [group.run(0) for group in groups(study)]
         return figures.pareto(made_up(tmp_path / names[0], study, dict.fromkeys(names, 1.0)))
 
-    assert drawn(cases("rate", {"low": {}, "high": {"train.learning_rate": 0.1}})) is None
-    assert drawn(cases("size", {"small": {}, "large": {"model.hidden": 192}})).name == "pareto"
-    assert len({tuple(figures.look(place).values()) for place in range(20)}) == 20
+    assert pareto(cases("rate", {"low": {}, "high": {"train.learning_rate": 0.1}})) is None
+    found = pareto(cases("size", {"small": {}, "large": {"model.hidden": 192}}))
+    assert [*found.files] == ["pareto.png"]
+    assert "parameters in matrices (above), FLOPs per token (below)" in found.markdown
+
+
+@pytest.mark.parametrize(("kinds", "sizes"), [(3, 2), (12, 1)])
+def test_a_group_looks_the_same_in_all_figures_of_a_report(tmp_path, monkeypatch, kinds, sizes):
+    models = cases("model", {f"m{i}": {"model.hidden": 64 * (i + 1)} for i in range(kinds)})
+    study = Study(models * vary("model.p_inter", range(1, sizes + 1), "p") * seeds(2), "ngc_tiny")
+    names = [group.run(seed) for group in groups(study) for seed in (0, 1)]
+    losses = {name: 1 + place / 10 for place, name in enumerate(names)}
+    curves = {name: [[1, 2.0], [2, 1.5], [3, loss]] for name, loss in losses.items()}
+    results = made_up(tmp_path, study, losses, curves)
+    style = {
+        group.title: (look["color"], look["marker"])
+        for group, look in zip(results.groups, figures.looks(results).values(), strict=True)
+    }
+    assert len(set(style.values())) == kinds * sizes
+    (axes,) = drawn(figures.curves, results, monkeypatch)
+    lines = {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines}
+    assert lines.items() <= style.items()
+    assert len(lines) == min(kinds * sizes, figures.MOST)
+    panel = drawn(figures.pareto, results, monkeypatch)[0]
+    points = [line for line in panel.lines if len(line.get_xdata()) == 1]
+    for group, cost in zip(results.groups, results.costs, strict=True):
+        at = cost.matrices, pytest.approx(sum(results.of(group, LOSS).values()) / 2)
+        (point,) = [one for one in points if (one.get_xdata()[0], one.get_ydata()[0]) == at]
+        assert (point.get_color(), point.get_marker()) == style[group.title]
+
+
+def test_figures_name_their_axes(tmp_path, monkeypatch):
+    models = vary("model.p_inter", (1, 2, 3)) * vary("model.rounds", (1, 2, 3))
+    study = Study(models * seeds(1), "ngc_tiny")
+    names = [group.run(0) for group in groups(study)]
+    curves = {name: [[1, 2.0], [2, 1.0]] for name in names}
+    results = made_up(tmp_path, study, dict.fromkeys(names, 1.0), curves)
+    of = {
+        make.__name__: [
+            (axes.get_xlabel(), axes.get_ylabel()) for axes in drawn(make, results, monkeypatch)
+        ]
+        for make in (figures.curves, figures.pareto, figures.heat_map)
+    }
+    assert of["curves"] == [("updates", LOSS)]
+    assert of["pareto"] == [("parameters in matrices", LOSS), ("FLOPs per token", LOSS)]
+    assert of["heat_map"] == [("rounds", "p_inter"), ("", LOSS)]  # the map, the bar of colours
+
+
+def test_a_small_p_is_not_printed_as_zero():
+    assert [stats.p_value(p) for p in (0.2955, 0.001, 0.0004, 0.0, math.nan)] == [
+        "0.295",
+        "0.001",
+        "< 0.001",
+        "< 0.001",
+        "",
+    ]
+
+
+def test_each_column_of_a_report_is_explained_and_a_phone_shows_that_it_scrolls(tmp_path):
+    protocol = dataclasses.replace(PROTOCOLS["smoke"], measured=True)
+    study = comparison(protocol, ["NGC", "dense"], 1)
+    measured = [{"peak memory (MiB)": "1", "update time (dense_small = 1)": "2"}] * 2
+    study = dataclasses.replace(study, costs=lambda configs: measured)
+    losses = {"NGC-0.25-seed0": 1.5, "dense-0.25-seed0": 1.7}
+    page = report(made_up(tmp_path, study, losses), "Title").read_text()
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    head = next(line for line in lines if LOSS in line).strip("| ").split(" | ")
+    meanings = lines[lines.index("| column | meaning |") :]
+    explained = {line.split(" | ")[0].strip("| ") for line in meanings[: meanings.index("")]}
+    assert set(head) - explained == {"model", LOSS}
+    assert f"Scroll this table sideways: {len(head)} columns." in page
+
+
+def test_rows_have_factors_seeds_and_learning_rates_of_trials_too(tmp_path):
+    study = Study(MODELS * vary("model.rounds", (1, 2)) * seeds(1), "ngc_tiny")
+    losses = {"NGC-p1-rounds2-seed0": 1.0, "tune-NGC-rounds1-0.01": 2.0, "other-seed0": 3.0}
+    results = made_up(tmp_path, study, losses)
+    assert rows(results).splitlines() == [
+        f"run,model,rounds,seed,learning rate,{LOSS},error",
+        'NGC-p1-rounds2-seed0,"NGC, p = 1",rounds = 2,0,0.01,1.0,',
+        "tune-NGC-rounds1-0.01,NGC,rounds = 1,1000,0.01,2.0,",
+        "other-seed0,,,0,0.01,3.0,",
+    ]
 
 
 def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_the_largest(
@@ -235,7 +338,7 @@ def test_a_comparison_sets_each_model_beside_dense_of_its_share_and_ngc_beside_t
     report(made_up(tmp_path, study, losses), "Title")
     text = (tmp_path / "report.md").read_text()
     assert "| NGC | 0.25 | 1.6000 ± 7.6237 | -0.4000 ± 1.2706 | 0.156 | 2 |" in text
-    assert "over that of dense with 42" in text
+    assert "the largest dense model, with 42" in text
     assert re.search(r"\| NGC \| 0.25 \| 2\d\d,\d{3} \| 1.0500 ± 0.6353 \|", text)
 
 

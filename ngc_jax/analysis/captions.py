@@ -1,124 +1,141 @@
-"""What the stability page says: the meaning of each headline number, and a caption for each figure
-and table.
+"""The sentences of the stability page: the meaning of each headline number, and the captions.
 
-For: plain sentences, with units, that need no more than the README. Not for: the page's shape
-(`page.py`), or which question to ask of which number (docs/stability.md).
+For: what is drawn, the axes with units, how to read it, and what it does not show, for a reader who
+knows the README. Not for: the order of the page (`page.py`), or which question needs which number
+(docs/stability.md).
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ngc_jax.analysis.stability import RESOLVED, Headline, Measured
 
 BAND = "The band is the 95% interval of the mean over sequences (bootstrap)."
+POSITION = "Horizontal axis: position in the window, in tokens."
 
 
 def meaning(row: Headline) -> str:
-    """One sentence about a headline number."""
+    """What a headline number means, in one or two sentences."""
     if not math.isfinite(row.mean):
-        return "Not finite: the state, or a direction of it, was lost while it was followed."
-    return {
-        "exponent": _exponent,
-        "contraction": _contraction,
-        "drive ratio": lambda row: (
-            f"Of what a round adds to the state, {row.mean:.0%} by length is the drive back to "
-            "the input, and the rest is what the groups made of it."
-        ),
-        "boundedness": lambda row: (
-            f"At its longest, a token's state is {row.mean:.2f} times as long as at the start."
-        ),
-        "departure": _departure,
-        "token contraction": _token_contraction,
-        "Kaplan-Yorke dimension": _dimension,
-        "entropy rate": lambda row: (
-            "The sum of the positive exponents that were measured: information that the loop "
-            "itself would make, at most, if it went on so."
-        ),
-    }[row.kind](row)
+        return "Not finite: the state, or its direction, became infinite or undefined."
+    return MEANINGS[row.kind](row)
 
 
-def _verdict(row: Headline) -> str:
+def _growth(row: Headline) -> str:
     factor = math.exp(row.mean)
     if row.low <= 0 <= row.high:
-        return f"neither grows nor shrinks as far as these sequences can tell (factor {factor:.3f})"
-    return (
-        f"grows by a factor of {factor:.3f}"
-        if row.mean > 0
-        else f"shrinks to {factor:.3f} of its size"
-    )
+        return f"is not significantly different from 1 (factor {factor:.3f})"
+    return f"is {factor:.3f}: the change {'grows' if row.mean > 0 else 'shrinks'}"
 
 
 def _exponent(row: Headline) -> str:
     if row.unit == "per token":
-        return f"The trace that a change of the first token leaves in later ones {_verdict(row)} with each token."
-    return (
-        f"A small change of a sequence's states {_verdict(row)} {row.unit.replace('per', 'each')}."
-    )
+        return (
+            "A small change of the first token changes later tokens. The factor of that effect "
+            f"from one token to the next {_growth(row)}."
+        )
+    return f"A small change of all states is multiplied {row.unit}. The factor {_growth(row)}."
 
 
 def _contraction(row: Headline) -> str:
-    tells = (
-        "its steps shrink"
-        if row.high < 1
-        else "its steps grow"
-        if row.low > 1
-        else "to these sequences, no change"
+    grows = "steps grow" if row.low > 1 else "no significant change"
+    return (
+        f"Each round moves a token's state {row.mean:.3f} times as far as the previous round: "
+        f"{'steps shrink' if row.high < 1 else grows}."
     )
-    return f"Each round moves a token's state {row.mean:.3f} times as far as the round before: {tells}."
+
+
+def _drive_ratio(row: Headline) -> str:
+    return (
+        f"{row.mean:.0%} of what a round adds to the state, by length, is the drive (the loop's "
+        "input). The rest comes from the groups."
+    )
+
+
+def _boundedness(row: Headline) -> str:
+    return f"The largest length of a token's state is {row.mean:.2f} times its initial length."
 
 
 def _departure(row: Headline) -> str:
-    what = (
-        "no group hears another"
-        if row.where.startswith("messages")
-        else "nothing pulls the loop back to its input"
+    off = "messages" if row.where.startswith("messages") else "drive"
+    return (
+        f"Without {off}, the last stage has another state. The distance is {row.mean:.2f} times "
+        "the length of that state."
     )
-    return f"If {what}, the last stage's state is another one: the distance is {row.mean:.2f} times that state's length."
 
 
 def _token_contraction(row: Headline) -> str:
-    percent = math.expm1(row.mean)
-    tells = (
-        "by no amount that these sequences can tell from 0"
-        if row.low <= 0 <= row.high
-        else f"by {percent:+.2%}"
-    )
-    return f"The distance between the states of two neighbouring tokens changes {tells} with each token read."
+    change = f"changes by {math.expm1(row.mean):+.2%}"
+    if row.low <= 0 <= row.high:
+        change = "does not change significantly"
+    return f"The distance between the states of neighbouring tokens {change} with each token."
 
 
 def _dimension(row: Headline) -> str:
     measured = int("".join(filter(str.isdigit, row.unit)))
     if row.mean >= measured - 0.01:
-        return "All directions that were measured together do not shrink: the dimension is this or more."
-    return "About so many directions keep a cloud of close states from shrinking to a point; 0 says that it does."
+        return "The measured directions together do not shrink: the dimension is this or more."
+    return (
+        "The number of directions in which a cloud of close states keeps its size. At 0 the cloud "
+        "shrinks to a point."
+    )
 
 
-def caption(name: str, measured: Measured) -> str:
-    """What figure or table `name` shows: what is drawn, the axes, how to read it, what it does not
-    say.
-    """
+def _entropy_rate(row: Headline) -> str:
+    return (
+        "The sum of the measured positive exponents: the information that the loop itself would "
+        "create, at most, if it continued at this rate."
+    )
+
+
+MEANINGS: dict[str, Callable[[Headline], str]] = {
+    "exponent": _exponent,
+    "contraction": _contraction,
+    "drive ratio": _drive_ratio,
+    "boundedness": _boundedness,
+    "departure": _departure,
+    "token contraction": _token_contraction,
+    "Kaplan-Yorke dimension": _dimension,
+    "entropy rate": _entropy_rate,
+}
+
+
+def caption(name: str, measured: Any) -> str:
+    """The caption of figure or table `name` of a page about `measured`."""
     return CAPTIONS[name](measured)
+
+
+def _numbers(_: None) -> str:
+    return (
+        "Means over sequences, each with its 95% interval below (bootstrap over sequences). The "
+        "interval is for other text of this kind and this one trained model. Other seeds of "
+        "training may differ by more."
+    )
 
 
 def _spectrum(measured: Measured) -> str:
     loop = measured.loop
-    ways = "depth (every stage that a token passes, rounds counted) and tokens"
-    drop = ""
+    along = "depth (all stages in order, rounds included) and along tokens"
+    later = ""
     if loop is not None:
-        ways = "rounds, " + ways
-        drop = (
-            f" The loop is followed to round {loop.followed}; its first {loop.dropped} rounds, in which changes turn "
-            "to the directions that grow most, are left out of the second series."
+        along = f"rounds, along {along}"
+        later = (
+            f" The loop is followed to round {loop.followed}. The second series leaves out the "
+            f"first {loop.dropped} rounds, in which the changes turn to the directions of largest "
+            "growth."
         )
     return (
-        f"The {measured.depth.shape[1]} largest Lyapunov exponents along {ways}. Up: natural logarithm of the factor "
-        "by which a small change grows in one step, per round, per stage or per token; right: number of the exponent. "
-        f"Bars are 95% intervals over sequences (bootstrap).{drop} Above 0 changes grow, below 0 they fade; several "
-        "above 0 mean several independent ways to grow. It does not say that growth is bad (a model must tell inputs "
-        "apart), nor what happens to large changes. Over a few steps the changes have not yet turned to the direction "
-        "that grows most, so these are rates of those steps, not limits."
+        f"The {measured.depth.shape[1]} largest Lyapunov exponents along {along}. Vertical axis: "
+        "natural logarithm of the factor by which a small change grows per round, per stage or "
+        "per token. Horizontal axis: index of the exponent. Bars: 95% intervals over sequences "
+        f"(bootstrap).{later} Above 0 changes grow, below 0 they decay. Several exponents above 0 "
+        "are several independent directions of growth. The figure does not say that growth is "
+        "harmful: a model must separate its inputs. It does not describe large changes. Over few "
+        "steps the changes have not yet turned to the direction of largest growth, so these are "
+        "rates of these steps, not limits."
     )
 
 
@@ -126,29 +143,34 @@ def _rounds(measured: Measured) -> str:
     assert measured.loop is not None
     loop = measured.loop
     lost = float(np.mean(np.isnan(loop.contraction)))
-    left_out = f" {lost:.0%} of the ratios are left out: their step is below {RESOLVED:g} of the state, rounding error."
+    left_out = (
+        f" {lost:.0%} of the ratios are left out, because a step is below {RESOLVED:g} of the "
+        "state and so rounding error."
+    )
     return (
-        "How the steps of a token's state shrink or grow from round to round. Up: length of a round's step over that "
-        "of the round before, a factor per round; right: round. The line is the median over tokens, the band holds 90% "
-        "of them. Below the dotted line at 1 the loop settles, above it the steps grow. The dashed line stands at the "
-        f"last round of training, {loop.trained}: what is right of it the model was never trained to do."
-        f"{left_out if lost else ''} It does not say where the state settles, nor that a settled state predicts better."
+        "Contraction of a token's state by round. Vertical axis: length of a round's step over "
+        "the length of the previous step, a factor per round. Horizontal axis: round. The line is "
+        "the median over tokens, the band holds 90% of them. Below the dotted line at 1 steps "
+        "shrink, above it they grow. The dashed line is the last round of training, "
+        f"{loop.trained}: the model was not trained for later rounds.{left_out if lost else ''} "
+        "The figure does not say where the state converges, or that a converged state predicts "
+        "better."
     )
 
 
 def _tokens(measured: Measured) -> str:
     same = float(np.mean(np.isnan(measured.moves)))
     repeats = (
-        f" At {same:.1%} of the positions the distance is 0 to rounding, as where a window starts with one token over "
-        "and over: they are left out."
+        f" {same:.1%} of the positions are left out, because their distance is 0 up to rounding. "
+        "A window that begins with a repeated token has such positions."
     )
     return (
-        "How far the last stage's state moves from each token to the next. Up: natural logarithm of the distance "
-        "between neighbouring tokens' states over the mean length of a state (no unit); right: position in the window, "
-        f"in tokens. {BAND} The dashed line is the least-squares fit, and its slope, per token, the token contraction: "
-        "falling, a sequence settles as it is read; rising, it becomes more restless. It does not say that a change "
-        "fades (that is the exponent along tokens), and text that becomes harder moves the curve too."
-        f"{repeats if same else ''}"
+        "Distance of the last stage's state between neighbouring tokens. Vertical axis: natural "
+        "logarithm of the distance, relative to the mean length of a state (no unit). "
+        f"{POSITION} {BAND} The dashed line is the least-squares fit. Its slope, per token, is the "
+        "token contraction: below 0 states of neighbours approach each other, above 0 they "
+        "separate. The figure does not say that a change decays: the exponent along tokens does. "
+        f"Text that becomes harder also moves the curve.{repeats if same else ''}"
     )
 
 
@@ -156,53 +178,58 @@ def _drive(measured: Measured) -> str:
     said = []
     if measured.loop is not None:
         said.append(
-            "Drive ratio: length of the drive over the sum of its length and that of the groups' update, a share per "
-            "round from 0 (only the groups speak) to 1 (only the input does)."
+            "Drive ratio: length of the drive over the sum of its length and the length of the "
+            "groups' update, a fraction per round. At 0 only the groups act, at 1 only the input."
         )
     if measured.departures:
         said.append(
-            "Departure: distance of the last stage's state from that of the same model with its "
-            f"{' or its '.join(measured.departures)} off, in lengths of the latter: 0 says that nothing hangs on it."
+            "Departure: distance of the last stage's state from the state of the same model with "
+            f"{' or '.join(measured.departures)} off, relative to the length of the latter. At 0 "
+            "that part has no effect."
         )
     return (
-        f"{' '.join(said)} Right: position in the window, in tokens. {BAND} It does not say how much worse the model "
-        "would predict, or how it would do if it had been trained that way."
+        f"{' '.join(said)} {POSITION} {BAND} The figure does not say how much worse the model "
+        "would predict, or what training without that part would give."
     )
 
 
 def _traffic(measured: Measured) -> str:
     return (
-        "Who talks to whom, how loudly, one map a stage, all on one colour scale. Row: the group that listens; column: "
-        "the group that speaks. Colour: root mean square, over tokens and the listener's neurons, of what arrives by "
-        "messages through all synapses of the stage, in units of the signal. The diagonal is what a group sends itself "
-        "by messages; what its neurons say to each other directly is not drawn. A bright column is a group that many "
-        "hear, a bright row one that hears much. It does not say that what is loud is of use."
+        "Messages between groups: one map for each stage, all on one colour scale. Row: the "
+        "receiving group. Column: the sending group. Colour: root mean square of what arrives by "
+        "messages, over tokens, over the receiver's neurons and over all synapses of the stage, in "
+        "units of the signal. The diagonal is what a group sends itself by messages; direct "
+        "connections inside a group are not drawn. A bright column is a group that many receive "
+        "from, a bright row a group that receives much. The figure does not say that a large "
+        "message is useful."
     )
 
 
 def _paths(measured: Measured) -> str:
     assert measured.loop is not None
-    loop = measured.loop
     return (
-        "Where the states of a few tokens of the first sequence go over rounds, in the plane of the two directions in "
-        "which these states differ most; both axes in units of the signal, with the share of variance that each shows. "
-        f"Hollow: before the loop; filled: after the last round of training, {loop.trained}; dots: each round up to "
-        f"{loop.followed}. Dots that come together have settled; paths that run on have not. It does not show "
-        "the other directions: paths that cross here need not meet."
+        "States of a few tokens of the first sequence over rounds, in the plane of the two "
+        "directions in which these states differ most. Both axes are in units of the signal and "
+        "name their fraction of the variance. Hollow mark: before the loop. Filled mark: after "
+        f"the last round of training, {measured.loop.trained}. Dots: each round up to "
+        f"{measured.loop.followed}. Dots that come together have converged. The figure does not "
+        "show the other directions: paths that cross here need not meet."
     )
 
 
 def _bounds(measured: Measured) -> str:
     return (
-        "The most that each synapse of each stage can stretch the difference of two signals that it is given, a factor "
-        "of lengths: an upper bound of the spectral norm of its weights, from the neurons' states alone, true for "
-        "every input. A stage of the loop acts with the same synapses in each round. Small numbers cannot blow a "
-        "difference up. Large ones only say that they might: real signals need not lie that way, and the norm and the "
-        "attention around a synapse are not in the number."
+        "The largest factor by which each synapse of each stage can multiply the difference of two "
+        "inputs, a factor of lengths. It is an upper bound of the spectral norm of the weights, "
+        "computed from the neurons' states, and holds for every input. A stage of the loop uses "
+        "the same synapses in each round. A small number excludes large growth. A large number can "
+        "only say that growth is possible: real signals may not use that direction. Normalization "
+        "and attention around a synapse are not included."
     )
 
 
-CAPTIONS: dict[str, Callable[[Measured], str]] = {
+CAPTIONS: dict[str, Callable[[Any], str]] = {
+    "numbers": _numbers,
     "spectrum": _spectrum,
     "rounds": _rounds,
     "tokens": _tokens,

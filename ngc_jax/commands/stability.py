@@ -1,15 +1,16 @@
 """How stable a trained model is, as a page: `python -m ngc_jax.stability --workdir=DIR`.
 
 For: measuring a checkpoint on held-out text and writing OUT/index.html with its figures. Changes
-nothing else. Not for: what is measured (`measures.py`) or what the page says (`page.py`).
+nothing else. Not for: what is measured or said (`ngc_jax/analysis/`).
 """
 
 import pathlib
 
-from ngc_jax.analysis import figures, page
+from ngc_jax.analysis import page
 from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
 from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.data.batches import Batch, Examples, held_out_batches
+from ngc_jax.report.figures import matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.load import load
 
@@ -49,7 +50,7 @@ def main() -> None:
         raise UserError(f"--sequences={args.sequences}: must be 2 or more, for instance 16")
     if args.rounds < LEAST_ROUNDS:
         raise UserError(f"--rounds={args.rounds}: must be {LEAST_ROUNDS} or more, for instance 16")
-    figures.matplotlib()
+    matplotlib()
     trained = load(args.workdir, args.step)
     config = trained.config
     decoder = trained.decoder
@@ -60,10 +61,11 @@ def main() -> None:
     except OSError as error:
         raise page.unwritable(out, error) from error
     measured = measure(decoder, trained.params, batch, args.rounds)
+    sequences, length = batch.inputs.shape
     about = (
-        f"{page.describe(config)} Read from the checkpoint of update {trained.step:,} and measured "
-        f"on {batch.inputs.size:,} tokens of held-out text, {len(batch.inputs)} windows of "
-        f"{batch.inputs.shape[1]}, evenly spread."
+        f"{page.describe(config)} Checkpoint of update {trained.step:,}, measured on "
+        f"{batch.inputs.size:,} tokens of held-out text: {sequences} windows of {length}, evenly "
+        "spread."
     )
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"
     for row in page.write(out, measured, trained.tokenizer, title, about):

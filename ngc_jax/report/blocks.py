@@ -1,0 +1,106 @@
+"""The blocks of a page, in Markdown and HTML: headings, paragraphs, tables, images, listings.
+
+For: writing one content in two forms. Text is plain: what Markdown or HTML would read as markup is
+escaped. The one exception is `code` between backticks. Not for: whole pages (`page.py`).
+"""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+CODE = re.compile(r"(`[^`\n]+`)")
+# What Markdown reads as markup inside a line, and at its beginning.
+INSIDE = re.compile(
+    r"(\\|`|\*(?=\S)|(?<=\S)\*|~|(?<!\w)_|_(?!\w)|<(?=[\w/!?])|\](?=[(\[:])|&(?=\S+;))"
+)
+FIRST = re.compile(r"^(\s*\d*)([#>+.)-])(?=\s)", re.MULTILINE)
+NUMBER = re.compile(r"[-\d.,]+( ± [\d.,]+)?")
+FEW = 3  # columns that fit on the screen of a phone
+
+
+class Block(NamedTuple):
+    """A part of a page in its two forms, and files that the Markdown refers to."""
+
+    markdown: str
+    html: str
+    files: Mapping[str, bytes] = {}
+
+
+def to_html(text: str) -> str:
+    """Plain text as HTML: `code` as an element, all lines but the first in small print."""
+    first, *rest = CODE.sub(lambda code: f"<code>{code[0][1:-1]}</code>", escape(text)).split("\n")
+    return first + "".join(f"<br><small>{line}</small>" for line in rest)
+
+
+def to_markdown(text: str) -> str:
+    """Plain text as Markdown, `code` unchanged."""
+    parts = CODE.split(text)  # every second one is code
+    parts[::2] = [FIRST.sub(r"\1\\\2", INSIDE.sub(r"\\\1", part)) for part in parts[::2]]
+    return "".join(parts)
+
+
+def heading(text: str, anchor: str = "") -> Block:
+    """A heading. `anchor`: a name for links to it."""
+    name = f' id="{escape(anchor)}"' if anchor else ""
+    return Block(f"## {to_markdown(text)}", f"<h2{name}>{to_html(text)}</h2>")
+
+
+def paragraph(text: str) -> Block:
+    return Block(to_markdown(text), f"<p>{to_html(text)}</p>")
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", stacked: bool = False
+) -> Block:
+    """Column heads, rows of as many cells, and a caption that explains the columns.
+
+    A cell may hold several lines. On a phone, a `stacked` table shows the cells of a row below each
+    other; another one of more than FEW columns tells the reader to scroll.
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[to_markdown(c).replace("|", "\\|").replace("\n", "<br>") for c in of] for of in lines]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    heads = "".join(f"<th>{to_html(cell)}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+    html = f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    if stacked:
+        html = f'<table class="stack">{html}'
+    else:
+        html = (
+            f'<div class="wide" tabindex="0" role="region" aria-label="table"><table>{html}</div>'
+        )
+        if len(head) > FEW:
+            html = f'<p class="cue">Scroll this table sideways: {len(head)} columns.</p>\n{html}'
+    if caption:
+        text += f"\n\n{to_markdown(caption)}"
+        html += f'\n<p class="caption">{to_html(caption)}</p>'
+    return Block(text, html)
+
+
+def _cell(text: str) -> str:
+    number = NUMBER.fullmatch(text.partition("\n")[0])  # which is not broken over lines
+    return f'<td class="number">{to_html(text)}</td>' if number else f"<td>{to_html(text)}</td>"
+
+
+def image(name: str, png: bytes, caption: str) -> Block:
+    """A figure: NAME.png beside the Markdown, and inside the HTML."""
+    instead = re.split(r"[.:]\s", caption)[0]  # of the image, where it cannot be shown
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return Block(
+        f"![{to_markdown(instead)}]({name}.png)\n\n{to_markdown(caption)}",
+        f'<figure><img alt="{escape(instead)}" src="{source}">\n'
+        f"<figcaption>{to_html(caption)}</figcaption></figure>",
+        {f"{name}.png": png},
+    )
+
+
+def listing(lines: Sequence[str], title: str = "") -> Block:
+    """Lines of a terminal or a file. A listing with a title is folded in the HTML."""
+    text = "\n".join(f"    {line}" for line in lines)
+    html = '<pre class="wide">' + escape("\n".join(lines)) + "</pre>"
+    if title:
+        text = f"{to_markdown(title)}:\n\n{text}"
+        html = f"<details><summary>{to_html(title)}</summary>{html}</details>"
+    return Block(text, html)

@@ -1,0 +1,62 @@
+"""Whole pages: one self-contained HTML file, and the same content as Markdown.
+
+For: titles, style and files. A page follows the reader's light or dark theme and fits a phone. Not
+for: the parts of a page (`blocks.py`).
+"""
+
+import pathlib
+from collections.abc import Sequence
+from html import escape
+
+from ngc_jax.report.blocks import Block, to_markdown
+from ngc_jax.runtime.files import write_durably
+
+# A wide table has a shadow at each end that can be scrolled to: two gradients of the page's colour
+# scroll with the table and cover the two shadows, which do not.
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --shadow: #888a; }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: break-word; background: Canvas; color: CanvasText; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+p, figure { max-width: 46rem; } figure, .wide { margin: 1.2rem 0; }
+img { width: 100%; height: auto; border-radius: 4px; background: #fff; }
+figcaption, .caption, .cue, pre { font-size: 0.9rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 0.3rem 0.5rem; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.wide { overflow-x: auto; background:
+  linear-gradient(to right, Canvas 2rem, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, Canvas 2rem, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--shadow), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shadow), transparent) right / 1rem 100% no-repeat scroll; }
+.cue { display: none; margin-bottom: -1rem; font-style: italic; }
+@media (max-width: 40rem) {
+  .cue { display: block; }
+  .stack thead { display: none; }
+  .stack tr { display: block; border-bottom: 1px solid var(--line); padding: 0.4rem 0; }
+  .stack td { display: block; border: 0; padding: 0.1rem 0; }
+  .stack td:first-child { font-weight: bold; }
+}
+"""
+
+
+def write(
+    home: pathlib.Path, name: str, title: str, blocks: Sequence[Block], markdown: bool = True
+) -> None:
+    """Write HOME/NAME.html, the files of its blocks and, if `markdown`, HOME/NAME.md.
+
+    Raises OSError where HOME cannot be written.
+    """
+    for file, data in (item for block in blocks for item in block.files.items()):
+        (home / file).write_bytes(data)
+    if markdown:
+        text = "\n\n".join([f"# {to_markdown(title)}", *(block.markdown for block in blocks)])
+        write_durably(home / f"{name}.md", text + "\n")
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *(block.html for block in blocks)])
+    head = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+    )
+    write_durably(home / f"{name}.html", f"{head}<body>\n{body}\n</body>\n</html>\n")
