@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 import struct
 import sys
 import zlib
@@ -218,7 +219,7 @@ def test_mistakes_are_one_line(run, monkeypatch, capsys, tmp_path, flags, messag
 def test_another_text_is_refused(run, monkeypatch, capsys, tmp_path, text):
     other = tmp_path / "run"
     other.mkdir()
-    (other / "checkpoints").symlink_to(run / "checkpoints")
+    shutil.copytree(run / "checkpoints", other / "checkpoints")
     (tmp_path / "words.txt").write_text(text.read_text()[:-100])
     config = (run / "config.json").read_text().replace(str(text), str(tmp_path / "words.txt"))
     (other / "config.json").write_text(config)
