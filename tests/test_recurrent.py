@@ -224,6 +224,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(tiny, tmp_path):
     tiny.update_from_flattened_dict(
         {**KIND, "model.rule": "none", "model.chunk": 8, "data.isolate_documents": True}
     )
+    reset_unread(tiny)
     tiny.train.steps, tiny.checkpoint.every_steps, tiny.eval.every = 6, 3, 6
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     train.run(tiny, unbroken)
