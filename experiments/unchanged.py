@@ -247,8 +247,10 @@ def outcome(workdir: Path) -> Record:
             digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
             at = jax.tree_util.keystr(path, simple=True, separator="/")
             found["arrays"][at] = [str(array.dtype), list(array.shape), digest]
-        beside = json.loads((last / "meta" / "metadata").read_text())
-        found["beside"] = {k: beside[k] for k in beside if k not in ("seconds", "versions")}
+        old = last / "meta" / "metadata"  # where 0.1 had it
+        manifest = json.loads((last / "MANIFEST.json").read_text())
+        beside = json.loads(old.read_text()) if old.exists() else manifest["meta"]
+        found["beside"] = {k: beside[k] for k in ("data", "rewinds", "passed") if k in beside}
     return found
 
 
