@@ -1,8 +1,8 @@
 """Communication along tokens: a state that hears one token after another, at any length.
 
 For: the loop over tokens, with some rounds for each, and its parts for truncated back-propagation
-through time. Not for: what a round does (`nn/layers.py`, `Cell`), or rounds with all tokens at once
-(`communicate.py`).
+through time. Not for: what a round does (`Cell`, `nn/recurrent.py`), or rounds with all tokens at
+once (`communicate.py`).
 
 Axes: T tokens, in front; B sequences, n neurons.
 """

@@ -1,13 +1,13 @@
 """Layers that hold parameters: NGC's dense layer, attention and MLP, for any Flax model, and the
-stages and cells that our own models are made of.
+stages that our own models are made of.
 
-For: holding parameters, one Flax module for each thing that owns some. Not for: loops over stages,
-rounds or cells (`decoder.py`, `recurrent.py`), nor mathematics (`core/`).
+For: holding parameters, one Flax module for each thing that owns some. Not for: loops over stages
+and rounds (`decoder.py`), cells (`recurrent.py`), nor mathematics (`core/`).
 
 Axes: B batch, T tokens, D width, F hidden, G groups, H heads.
 """
 
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from ngc_jax.core import attention
 from ngc_jax.core.gating import encapsulate
 from ngc_jax.core.params import ParamInfo
-from ngc_jax.core.recurrence import along_tokens, time_scales
-from ngc_jax.core.rules import GATES
+from ngc_jax.core.rules import GATES, RULES, signal_rule
+from ngc_jax.core.rules.base import per_group
+from ngc_jax.core.wiring import DYNAMIC, WIRINGS
 from ngc_jax.nn.mesh import constrain, num_shards
 from ngc_jax.nn.params import declare, declare_scale
 from ngc_jax.nn.shape import Connectivity, ModelShape
@@ -66,56 +67,109 @@ class Gates(nn.Module):
 
 
 class NGCLayer(nn.Module, kw_only=True):
-    """What the NGC layers have in common: how their neurons are joined.
+    """What the NGC layers have in common: how the neurons on their two sides are joined.
 
-    groups: groups of neurons; must divide the numbers of neurons on both sides. rule: a name of
-    `RULES`, "none" (groups do not talk) or "dense" (an ordinary matrix). ports: numbers of a port,
-    or of a state. intra: numbers of a state within its group, 0 for no such part; by default a
-    dense block. activation: of the signal between groups, a name of `GATES`. wiring: "complete",
-    "others", or a name of `WIRINGS` with so many channels a group. form: "weights" (generate each
-    W, then multiply) or "signals" (never form W; faster where layers are wide).
+    Neurons lie in groups of neighbours. A weight between two neurons of one group is stored (or, by
+    `intra`, made of states); one between two groups is made of their neurons' states by a rule.
+
+    groups: groups of neurons; must divide the numbers of neurons on both sides.
+    rule: between groups, a name of `RULES`; "none": groups do not talk; "dense": no groups, an
+        ordinary matrix.
+    ports: numbers of a port (rule "addressed") or of a state (all others).
+    intra: numbers of a state within its group; 0: no such part; None: a dense block.
+    message_activation: of the signal between groups, a name of `GATES`; None: linear.
+    wiring: of rule "addressed", which groups a group hears: "others", "complete" (itself as well),
+        or a name of `WIRINGS` with `channels` groups, drawn from `wiring_seed`.
+    init_rank: rank of the weights at the start, a multiple of groups; 0: as drawn.
+    form: "weights" makes each W, then multiplies; "signals" never forms it. Results are equal to
+        rounding; signals are faster where layers are wide and ports few.
+
+    Raises ValueError, with values that work, where fields do not go together or are unknown.
     """
 
     groups: int = 8
     rule: str = "addressed"
     ports: int = 2
     intra: int | None = None
-    activation: str | None = None
-    wiring: str = "others"
+    message_activation: str | None = None
+    wiring: str | None = None
     channels: int = 4
     wiring_seed: int = 0
     init_rank: int = 0
     form: str = "weights"
 
     def synapse(self, n_in: int, n_out: int, **more: Any) -> Synapse:
-        """Synapses from n_in to n_out neurons. Raises ValueError where groups do not divide them."""
-        for count in (n_in, n_out):
-            if self.rule != "dense" and count % self.groups:
-                raise ValueError(
-                    f"groups={self.groups}: must divide {count} neurons, for instance "
-                    f"groups={next(g for g in range(self.groups, 0, -1) if count % g == 0)}"
-                )
-        wiring = self.wiring if self.rule == "addressed" else "complete"
+        """Synapses from n_in to n_out neurons."""
+        wiring = self._wiring()
+        self._check(wiring, n_in, n_out)
         joined = Connectivity(
             rule=self.rule,
             groups=self.groups,
             p_intra=max(n_in, n_out) if self.intra is None else self.intra,
             p_inter=self.ports,
-            message_activation=self.activation,
-            wiring=wiring if self.groups > 1 else "complete",
+            message_activation=self.message_activation,
+            wiring=wiring,
             channels=self.channels,
             wiring_seed=self.wiring_seed,
             init_rank=self.init_rank,
         )
         return Synapse(joined.parts(n_in, n_out), n_in, n_out, self.form, **more)
 
+    def _wiring(self) -> str:
+        if self.wiring is not None:
+            return self.wiring
+        return "others" if self.rule == "addressed" and self.groups > 1 else "complete"
+
+    def _check(self, wiring: str, n_in: int, n_out: int) -> None:
+        rules = [name for name, rule in RULES.items() if not rule.inside]
+        one_of(self, "rule", [*rules, "none", "dense"])
+        one_of(self, "form", ["weights", "signals"])
+        if self.rule == "dense":
+            return
+        per_group(self.groups, n_in, n_out)
+        need(self, "ports", self.ports >= 1, "1 or more")
+        need(self, "intra", self.intra is None or self.intra >= 0, "0 or more, or None")
+        silent = self.rule == "none" and self.intra == 0
+        need(self, "intra", not silent, "1 or more, or None, where groups do not talk")
+        need(self, "init_rank", self.init_rank % self.groups == 0, f"a multiple of {self.groups}")
+        if self.message_activation is not None:
+            one_of(self, "message_activation", GATES)
+            if self.rule != "none":
+                signal_rule(self.rule)
+        if wiring != "complete":
+            if wiring not in DYNAMIC:  # they change in training, by `training/rewiring.py`
+                one_of(self, "wiring", ["complete", *WIRINGS], wiring)
+            need(self, "wiring", self.rule == "addressed", "None where the rule is another")
+            need(self, "wiring", self.groups > 1, "None where there is one group")
+        if wiring not in ("complete", "others"):
+            islands = [k for k in range(1, self.groups) if self.groups % (k + 1) == 0]
+            able = islands if wiring == "block" else range(1, self.groups)
+            wants = f"one of {', '.join(map(str, able))} with groups={self.groups}"
+            need(self, "channels", self.channels in able, wants)
+
+
+def need(module: nn.Module, field: str, fits: bool, wants: str) -> None:
+    """Raises ValueError where a field of a layer does not fit."""
+    if not fits:
+        raise ValueError(f"{field}={getattr(module, field)!r}: must be {wants}")
+
+
+def one_of(module: nn.Module, field: str, names: Iterable[str], value: Any = None) -> None:
+    """Raises ValueError, with all names, where a field of a layer is none of them."""
+    known = [*names]
+    need(module, field, (value or getattr(module, field)) in known, f"one of {', '.join(known)}")
+
 
 class NGCDense(NGCLayer):
     """A dense layer whose weights are made of neurons' states: x [..., n_in] -> [..., features].
 
-    In place of `nn.Dense(features)`, with fewer parameters: see `NGCLayer` for the fields. At start
-    unit-variance x gives y of variance gain^2. Raises ValueError where groups do not divide the
-    neurons of a side.
+    In place of `nn.Dense(features)`, with fewer parameters: n_in features / G in blocks inside
+    groups, ports (G - 1) (n_in + features) between them, and `features` in the bias. At the start
+    unit-variance x gives y of variance gain^2. `NGCLayer` has the other fields and the errors.
+
+        layer = NGCDense(256, groups=8, rule="addressed", ports=2)
+        params = layer.init(key, x)  # x [..., 128]
+        y = layer.apply(params, x)  # [..., 256]
     """
 
     features: int
@@ -135,12 +189,22 @@ class NGCDense(NGCLayer):
 class NGCAttention(NGCLayer):
     """Attention across tokens whose projections are synapses: x [B, T, D] -> [B, T, D].
 
-    heads: a divisor of groups, since a head is one group or several. causal: a token sees none
-    after it. context: tokens that it looks back on, itself included; None: all. Positions are
-    rotary; D / heads must be even. Queries and keys are normalised in each head if `qk_norm` (arXiv
-    2302.05442, section 2). With `gates`, a token sets how loudly each group speaks to the last
-    synapse. `senders`: for query, key and value, whose send states each has. The collection
-    "intermediates", where it is asked for, holds "attention", the weights [B, H, T, S].
+    heads: a divisor of groups, for a head is one group or several; D / heads must be even, since
+        positions are rotary.
+    causal: a token sees none after it.
+    context: tokens that it looks back on, itself included; None: all.
+    qk_norm: queries and keys are normalised in each head (arXiv 2302.05442, section 2); the learned
+        scale of queries starts at qk_gain.
+    gates: a token sets how loudly each group speaks to the last synapse.
+    gain: standard deviation of the result for unit-variance values, at the start.
+    senders: for query, key and value, whose send states each has; (0, 0, 0): all the same.
+
+    The collection "intermediates", where it is asked for, holds "attention", the weights [B, H, T,
+    S]. `NGCLayer` has the other fields and the errors.
+
+        layer = NGCAttention(heads=4, groups=8)
+        params = layer.init(key, x)  # x [B, T, 128]
+        y = layer.apply(params, x, segments)  # [B, T, 128]; segments [B, T] or None
     """
 
     heads: int = 4
@@ -154,6 +218,8 @@ class NGCAttention(NGCLayer):
 
     def __call__(self, x: Array, segments: Array | None = None) -> Array:
         """segments [B, T], if given, number the documents; a token sees its own."""
+        if x.ndim != 3:
+            raise ValueError(f"x: shape {[*x.shape]}; must be [batch, tokens, width]")
         return self.attend(x, jnp.arange(x.shape[1]), segments)[0]
 
     @nn.compact
@@ -171,6 +237,10 @@ class NGCAttention(NGCLayer):
         whom is then a matter of the route, and what is passed on one of x.
         """
         width, context = x.shape[-1], self.context or x.shape[1]
+        even = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
+        able = [n for n in even if self.rule == "dense" or self.groups % n == 0]
+        wants = f"one of {', '.join(map(str, able))} for width {width} and groups={self.groups}"
+        need(self, "heads", self.heads in able, wants)
         if self.context is None and cache is not None:
             context = cache["key"].shape[1]
         heads = (*x.shape[:2], self.heads, width // self.heads)
@@ -210,27 +280,38 @@ class NGCAttention(NGCLayer):
 class NGCMLP(NGCLayer):
     """A gated MLP whose matrices are synapses: x [..., D] -> [..., D], down(phi(gate x) * up x).
 
-    hidden: neurons of the hidden layer, a multiple of groups. activation_of_gate: phi(z) = z g(z)
-    with g a name of `GATES`; None: a plain product. `senders`: of gate and up, whose send states
-    each has. In our own models this is what joins groups at each token.
+    hidden: neurons of the hidden layer, a multiple of groups.
+    activation: phi(z) = z g(z) with g a name of `GATES`; None: a plain product.
+    gates: a token sets how loudly each group speaks to `down`.
+    gain: standard deviation of the result for unit-variance hidden neurons, at the start.
+    senders: of gate and up, whose send states each has; (0, 0): the same.
+
+    In our own models this is what joins groups at each token. `NGCLayer` has the other fields and
+    the errors.
+
+        layer = NGCMLP(384, groups=8)
+        params = layer.init(key, x)  # x [..., 128]
+        y = layer.apply(params, x)  # [..., 128]
     """
 
     hidden: int
-    activation_of_gate: str | None = "silu"
+    activation: str | None = "silu"
     gates: bool = False
     gain: float = 1.0
     senders: tuple[int, ...] = (0, 1)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        if self.activation is not None:
+            one_of(self, "activation", GATES)
         up = self.synapse(x.shape[-1], self.hidden, senders=self.senders, name="gate_up")
         down = self.synapse(self.hidden, x.shape[-1], gain=self.gain, split="in", name="down")
         heard = up(x)
         if heard.ndim == 4:
             heard = constrain(heard, "window", None, None, "group")
         gate, value = members_of(heard)
-        if self.activation_of_gate is not None:
-            gate = gate * GATES[self.activation_of_gate](gate)
+        if self.activation is not None:
+            gate = gate * GATES[self.activation](gate)
         said = gate * value
         if self.gates:
             said = Gates(self.groups, name="exchange_gates")(x, said)
@@ -260,7 +341,7 @@ class Stage(nn.Module):
             "rule": s.rule,
             "ports": s.p_inter,
             "intra": s.p_intra,
-            "activation": s.message_activation,
+            "message_activation": s.message_activation,
             "wiring": s.wiring,
             "channels": s.channels,
             "wiring_seed": s.wiring_seed,
@@ -285,66 +366,13 @@ class Stage(nn.Module):
         x = constrain(x + heard, *s.stream_axes)
         mlp = NGCMLP(
             hidden=s.hidden,
-            activation_of_gate=s.exchange_activation,
+            activation=s.exchange_activation,
             senders=s.shared.of("gate_up"),
             **joined,
         )
         nn.share_scope(self, mlp)
         heard = mlp(RMSNorm(name="exchange_norm")(x))
         return constrain(x + heard, *s.stream_axes), cache
-
-
-class Cell(nn.Module):
-    """A state that hears the stream token by token: x [B, T, D], state [B, D] -> (x, state).
-
-    With e the normed stream and n(h) = h / rms(h), a round at a token is
-
-        h <- keep h + pace (drive e + MLP(n(h), e)),   keep = exp(-softplus(leak)),
-                                                       pace = sqrt(1 - keep^2)
-
-    where the MLP is that of a `Stage` with two readers: gate and up each sum what the state says
-    and what the token says. So the token multiplies the state; without that no linear recurrence
-    keeps track of even a parity (arXiv 2404.08819). Neurons forget at time scales of their own;
-    pace keeps a state's variance at 1 whatever its scale (LRU, arXiv 2303.06349). What the tokens
-    say is one product over all of them, before the loop, and weights are made once. The state is
-    float32 whatever x is. first [B, T], bool: where a document, and so a new state, begins.
-    """
-
-    shape: ModelShape
-
-    @nn.compact
-    def __call__(self, x: Array, state: Array, first: Array | None = None) -> tuple[Array, Array]:
-        s = self.shape
-        senders, half = s.shared.of("gate_up"), 0.5**0.5  # two readers' sum has unit variance
-        reader = partial(
-            Synapse, s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders, half
-        )
-        back = partial(Synapse, n_out=s.width, form=s.form, split="in")
-        e = RMSNorm(name="norm")(x)
-        told = reader(name="token")(e)
-        listen = reader(name="gate_up").opened()
-        down = back(s.parts(s.hidden, s.width), s.hidden, name="down").opened()
-        rounds = s.rounds * time_scales(s.width, s.groups, s.context)  # that neurons remember for
-        start = jnp.log(jnp.expm1(1 / jnp.asarray(rounds, jnp.float32)))
-        leak = declare_scale(self, "leak", lambda _, shape: start.reshape(shape), (s.width,))
-        keep = jnp.exp(-jax.nn.softplus(leak.astype(jnp.float32)))
-        pace = jnp.sqrt(1 - jnp.square(keep))
-        ones = nn.initializers.ones
-        drive = declare_scale(self, "drive", ones, (s.width,)) if s.drive else 0.0
-
-        def turn(h: Array, said: tuple[Array, Array]) -> Array:
-            e, told = said
-            both = told + listen(rms_normalize(h).astype(told.dtype))
-            gate, heard = both[:, 0], both[:, 1]
-            if s.exchange_activation is not None:
-                gate = gate * GATES[s.exchange_activation](gate)
-            return keep * h + pace * (drive * e + down(gate * heard)[:, 0])
-
-        remat = s.remat != "none"
-        said, first = jax.tree.map(lambda a: a.swapaxes(0, 1), ((e, told), first))
-        state, states = along_tokens(turn, state, said, first, rounds=s.rounds, remat=remat)
-        out = back(s.parts(s.width, s.width), s.width, gain=s.core**-0.5, name="out")
-        return x + out(rms_normalize(states.swapaxes(0, 1)).astype(x.dtype))[..., 0, :], state
 
 
 def unembed(x: Array, matrix: Array) -> Array:

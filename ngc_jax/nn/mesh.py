@@ -11,7 +11,7 @@ Models say what an axis of an array counts; no model knows which devices there a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def num_shards(axis: str) -> int:
     """Parts into which an axis that counts this is split on the current mesh; 1 without one."""
-    return _num_shards(jax.sharding.get_abstract_mesh().shape, axis)
+    return _num_shards(_current(), axis)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -81,7 +81,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     An axis whose parts would not be equal (one sequence, say) is left to the compiler.
     """
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if math.prod(_current().values()) <= 1:
         return x
     fits = [
         axis is None or size % num_shards(axis) == 0
@@ -181,6 +181,12 @@ def param_axes(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     if left:
         axes[max(left, key=lambda axis: shape[axis])] = "stored"
     return tuple(axes)
+
+
+def _current() -> Mapping[str, int]:
+    """The axes of the mesh of the moment and their sizes; none where it is not one of ours."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return sizes if all(name in sizes for name in MESH_AXES) else {}
 
 
 def _num_shards(sizes: Any, axis: str) -> int:

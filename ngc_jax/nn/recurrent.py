@@ -1,9 +1,9 @@
 """The recurrent model: embed, a stack of cells that hear the stream token by token, logits.
 
 For: streams. What a cell has heard is one state, however long that was, so a token costs the same
-at any length. The functions are those of `model.py`. Not for: what a cell holds (`layers.py`), the
-loop over tokens (`core/recurrence.py`), or what only the decoder has: attention, prelude and coda,
-gates, wirings that change.
+at any length. The functions are those of `model.py`. Not for: the loop over tokens
+(`core/recurrence.py`), or what only the decoder has: attention, prelude and coda, gates, wirings
+that change.
 
 Axes: B batch, T tokens, D width, V vocabulary, C cells.
 """
@@ -14,20 +14,76 @@ from functools import partial
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ngc_jax.core.params import ParamInfo
-from ngc_jax.core.recurrence import in_chunks
+from ngc_jax.core.recurrence import along_tokens, in_chunks, time_scales
+from ngc_jax.core.rules import GATES
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn.decoder import end_info
-from ngc_jax.nn.layers import Cell, RMSNorm, unembed
+from ngc_jax.nn.layers import RMSNorm, rms_normalize, unembed
 from ngc_jax.nn.mesh import constrain, gathered
-from ngc_jax.nn.params import describe, stacked
+from ngc_jax.nn.params import declare_scale, describe, stacked
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.synapse import Synapse
 
 Array = jax.Array
 Params = dict[str, Any]
+
+
+class Cell(nn.Module):
+    """A state that hears the stream token by token: x [B, T, D], state [B, D] -> (x, state).
+
+    With e the normed stream and n(h) = h / rms(h), a round at a token is
+
+        h <- keep h + pace (drive e + MLP(n(h), e)),   keep = exp(-softplus(leak)),
+                                                       pace = sqrt(1 - keep^2)
+
+    where the MLP is that of a `Stage` with two readers: gate and up each sum what the state says
+    and what the token says. So the token multiplies the state; without that no linear recurrence
+    keeps track of even a parity (arXiv 2404.08819). Neurons forget at time scales of their own;
+    pace keeps a state's variance at 1 whatever its scale (LRU, arXiv 2303.06349). What the tokens
+    say is one product over all of them, before the loop, and weights are made once. The state is
+    float32 whatever x is. first [B, T], bool: where a document, and so a new state, begins.
+    """
+
+    shape: ModelShape
+
+    @nn.compact
+    def __call__(self, x: Array, state: Array, first: Array | None = None) -> tuple[Array, Array]:
+        s = self.shape
+        senders, half = s.shared.of("gate_up"), 0.5**0.5  # two readers' sum has unit variance
+        reader = partial(
+            Synapse, s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders, half
+        )
+        back = partial(Synapse, n_out=s.width, form=s.form, split="in")
+        e = RMSNorm(name="norm")(x)
+        told = reader(name="token")(e)
+        listen = reader(name="gate_up").opened()
+        down = back(s.parts(s.hidden, s.width), s.hidden, name="down").opened()
+        rounds = s.rounds * time_scales(s.width, s.groups, s.context)  # that neurons remember for
+        start = jnp.log(jnp.expm1(1 / jnp.asarray(rounds, jnp.float32)))
+        leak = declare_scale(self, "leak", lambda _, shape: start.reshape(shape), (s.width,))
+        keep = jnp.exp(-jax.nn.softplus(leak.astype(jnp.float32)))
+        pace = jnp.sqrt(1 - jnp.square(keep))
+        ones = nn.initializers.ones
+        drive = declare_scale(self, "drive", ones, (s.width,)) if s.drive else 0.0
+
+        def turn(h: Array, said: tuple[Array, Array]) -> Array:
+            e, told = said
+            both = told + listen(rms_normalize(h).astype(told.dtype))
+            gate, heard = both[:, 0], both[:, 1]
+            if s.exchange_activation is not None:
+                gate = gate * GATES[s.exchange_activation](gate)
+            return keep * h + pace * (drive * e + down(gate * heard)[:, 0])
+
+        remat = s.remat != "none"
+        said, first = jax.tree.map(lambda a: a.swapaxes(0, 1), ((e, told), first))
+        state, states = along_tokens(turn, state, said, first, rounds=s.rounds, remat=remat)
+        out = back(s.parts(s.width, s.width), s.width, gain=s.core**-0.5, name="out")
+        return x + out(rms_normalize(states.swapaxes(0, 1)).astype(x.dtype))[..., 0, :], state
 
 
 @dataclasses.dataclass(frozen=True)
