@@ -140,7 +140,7 @@ def test_a_model_of_a_task_reads_tokens_and_no_text(tiny, tmp_path):
     params = jax.jit(model.init)(jax.random.key(0))
     of_task = Trained(tmp_path, tiny, model, params, symbols, 0, None, {})
     assert of_task.logits([0, 1, 0]).shape == (3, symbols.vocab)
-    with pytest.raises(UserError, match="reads symbols and no text"):
+    with pytest.raises(UserError, match="reads no text"):
         of_task.generate("0 1")
 
 

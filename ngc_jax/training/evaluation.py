@@ -27,8 +27,7 @@ from ngc_jax.training.rounds import Apply, mark_of, marked
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import make_eval_step
 
-# Pairs of positions in a batch at most, so that attention over long problems fits in memory.
-ATTENDED = 2**23
+ATTENDED = 2**23  # pairs of positions in a batch at most, so that long problems fit in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +48,15 @@ def at_rounds(
 
     Raises UserError where a number of rounds is asked of a model without a loop.
     """
-    decoder = model if isinstance(model, Decoder) else None
     if rounds is None:
         return model, marked(model, config)
-    if decoder is None or not decoder.shape.core:
+    if not isinstance(model, Decoder) or not model.shape.core:
         raise UserError(f"rounds={rounds}: must not be given for a model without a loop")
     if isinstance(rounds, Settled):
-        settle = partial(decoder.settle, tolerance=rounds.tolerance, cap=rounds.cap)
-        return model, settle
+        return model, partial(model.settle, tolerance=rounds.tolerance, cap=rounds.cap)
     if rounds < 1:
         raise UserError(f"rounds={rounds}: must be 1 or more, for instance 8")
-    return decoder.at(rounds), None
+    return model.at(rounds), None
 
 
 def attending(model: LanguageModel, length: int) -> LanguageModel:
@@ -88,10 +85,9 @@ def held_out(
 ) -> dict[str, float]:
     """Means over `limit` examples (0: all), by a `step` of `make_eval_step`.
 
-    "loss" is in nats per target. Text has "bits_per_byte", which divides by the bytes of the text
-    and so compares over tokenizers. Problems have "exact", the share with every answer right. A
-    loop that runs until it settles has "rounds" per target. `between` is called before each batch,
-    and may raise to abandon all.
+    "loss" is in nats per target. Text has "bits_per_byte", comparable over tokenizers. Problems
+    have "exact", the share with every answer right. A loop that runs until it settles has "rounds"
+    per target. `between` is called before each batch, and may raise to abandon all.
     """
     batches = held_out_batches(
         examples, batch_size=batch_size, limit=limit, rows=meshes.local_batch_rows(mesh, batch_size)
@@ -107,17 +103,18 @@ def held_out(
         means["exact"] = total["solved"] / total["problems"]
     else:
         means["bits_per_byte"] = total["nats"] / math.log(2) / total["bytes"]
-    return means | ({"rounds": total["rounds"] / total["targets"]} if "rounds" in total else {})
+    if "rounds" in total:
+        means["rounds"] = total["rounds"] / total["targets"]
+    return means
 
 
 def compile_watch(
     model: Decoder, config: Any, mesh: Mesh, data: Data
 ) -> Callable[[Any], dict[str, float]]:
-    """The stability measures of `config.stability` on held-out data: params -> {"stability/...":
-    value}.
+    """The measures of `config.stability` on held-out data: params -> {"stability/...": value}.
 
-    They are means over windows, `config.stability.tokens` in all or as many as there are. Every
-    window counts equally often, also where there are fewer windows than parts of the mesh.
+    They are means over windows of `config.stability.tokens` tokens in all, or as many as there are.
+    Each window counts equally often, also where there are fewer windows than parts of the mesh.
     """
     parts, available = mesh.size // mesh.shape["group"], len(data.validation)
     wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
@@ -133,9 +130,8 @@ def compile_watch(
     options = {"xla_backend_optimization_level": 1}
     watch = meshes.with_mesh(mesh, make_watch(model, config.stability))
     step = jax.jit(watch, out_shardings=meshes.replicated(mesh), compiler_options=options)
-    return lambda params: {
-        name: float(value) for name, value in jax.device_get(step(params, batch)).items()
-    }
+    found = lambda params: jax.device_get(step(params, batch)).items()  # noqa: E731
+    return lambda params: {name: float(value) for name, value in found(params)}
 
 
 def score(
@@ -164,15 +160,11 @@ def examine(
     Training has not seen them (`data/problems.py`). Attention looks back on `attend` tokens, 0: on
     all of a problem; None: as `model.attend` has it in training.
     """
-    data = config.data
-    found = problem_set(
-        data.task, difficulty, difficulty, {"test": examples}, seed, cache_directory(data)
-    )
-    mark = mark_of(config)
+    data, cache, mark = config.data, cache_directory(config.data), mark_of(config)
+    found = problem_set(data.task, difficulty, difficulty, {"test": examples}, seed, cache)
     ends = boundary(data.task) if mark is None else mark
     problems = Problems(found.home, "test", found.longest, ends)
     attend = config.model.attend if attend is None else attend
-    model, settle = at_rounds(
-        attending(model, attend or max(found.longest, data.context)), config, rounds
-    )
+    model = attending(model, attend or max(found.longest, data.context))
+    model, settle = at_rounds(model, config, rounds)
     return score(model, params, config, problems, settle)

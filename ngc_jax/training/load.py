@@ -23,6 +23,7 @@ from ngc_jax.config import SECTIONS, make_model, named
 from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
 from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokenizer
+from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.generate import generate
 from ngc_jax.nn.model import LanguageModel, Params
@@ -67,25 +68,20 @@ class Trained:
     @property
     def decoder(self) -> Decoder:
         """The model, where its stages are needed. Raises UserError for a model without stages."""
-        if not isinstance(self.model, Decoder):
-            raise UserError(
-                f"model.kind={self.config.model.kind!r} has no stages to measure; 'decoder' has"
-            )
-        return self.model
+        if isinstance(self.model, Decoder):
+            return self.model
+        raise UserError(f"model.kind={self.config.model.kind!r} has no stages; 'decoder' has")
 
     def data(self) -> Data:
-        """What the run was trained on, and what was held out.
-
-        Raises UserError where this is something else by now.
-        """
-        data = load_data(self.config.data, mark_of(self.config))
-        if self.meta["data"] != data.fingerprint:
-            raise UserError(
-                f"this is not what {self.workdir} was trained on (another Python version, changed "
-                f"files at data.path, or another ngc_jax): fingerprint {data.fingerprint[:16]}, "
-                f"trained on {self.meta['data'][:16]}"
-            )
-        return data
+        """The data trained on and held out. Raises UserError where they have changed since."""
+        data, trained_on = load_data(self.config.data, mark_of(self.config)), self.meta["data"]
+        if trained_on == data.fingerprint:
+            return data
+        raise UserError(
+            f"this is not what {self.workdir} was trained on (another Python version, or changed "
+            f"files at data.path, or another ngc_jax): fingerprint {data.fingerprint[:16]}, "
+            f"trained on {trained_on[:16]}"
+        )
 
     def generate(
         self,
@@ -112,22 +108,15 @@ class Trained:
         ):
             if not holds:
                 raise UserError(f"{name}={value}: must be {wants}")
-        model = self.model if rounds is None else at_rounds(self.model, self.config, rounds)[0]
-        made = generate(
-            model,
-            self.params,
-            jnp.asarray(self._encode(prompt)[None]),
-            tokens,
-            jax.random.key(seed),
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-        )
-        return self.tokenizer.decode(made[0].tolist()).decode(errors="replace")
+        model, _ = at_rounds(self.model, self.config, rounds)
+        start, key = jnp.asarray(self._encode(prompt)[None]), jax.random.key(seed)
+        sampling = jnp.float32(temperature), jnp.float32(top_p)
+        (made,) = generate(model, self.params, start, tokens, key, *sampling)
+        return self.tokenizer.decode(made.tolist()).decode(errors="replace")
 
     def logits(self, text: Text) -> Array:
         """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
-        batch = self._batch(text)
-        return self._as_given(text, _logits(self._apply, self.params, batch))
+        return self._as_given(text, _logits(self._apply, self.params, self._batch(text)))
 
     def loss(self, text: str | bytes) -> Loss:
         """The loss of a text, each token predicted from those before it in a window of the run's.
@@ -142,12 +131,13 @@ class Trained:
         apply, dtype = self._apply, self.config.train.compute_dtype
         size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
-            nats, counts = jax.device_get(_nats(apply, self.params, batch, dtype))
+            logits = _logits(apply, self.params, batch, dtype)
+            nats, counts = jax.device_get(nats_of(logits, batch.targets))
             counts = counts & real[:, None]
-            lengths = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]
-            found.append(np.stack([nats[counts].astype(np.float64), lengths]))
-        nats, lengths = np.concatenate(found, axis=1)  # in bytes
-        return Loss(float(np.mean(nats)), float(np.sum(nats) / np.sum(lengths) / math.log(2)))
+            length = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]  # bytes
+            found.append(np.stack([nats[counts].astype(np.float64), length]))
+        nats, length = np.concatenate(found, axis=1)
+        return Loss(float(np.mean(nats)), float(np.sum(nats) / np.sum(length) / math.log(2)))
 
     def activations(self, text: Text) -> dict[str, Array]:
         """The stream [T, D], or [B, T, D], after the embedding, each stage and each round, by name.
@@ -176,13 +166,12 @@ class Trained:
     def _boundary(self) -> int | None:
         """The token across which attention does not look, as in training."""
         mark, data = mark_of(self.config), self.config.data
-        if mark is None and data.isolate_documents:
-            return self.tokenizer.mark
-        return boundary(data.task) if mark is None else mark
+        ends = self.tokenizer.mark if data.isolate_documents else boundary(data.task)
+        return ends if mark is None else mark
 
     def _batch(self, text: Text) -> Batch:
-        tokens = self._encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
-        tokens = np.atleast_2d(tokens)
+        given = self._encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
+        tokens = np.atleast_2d(given)
         return Batch(tokens, segments=segments_of(tokens, self._boundary))
 
     @staticmethod
@@ -193,10 +182,8 @@ class Trained:
     def _encode(self, text: str | bytes) -> np.ndarray:
         """The tokens of a document that begins with this text, its mark included: [T] int32."""
         if isinstance(self.tokenizer, Symbols):
-            raise UserError(
-                f"{self.workdir} holds a model of data.task={self.config.data.task!r}, which reads "
-                "symbols and no text: ask ngc_jax.solve"
-            )
+            task = self.config.data.task
+            raise UserError(f"a model of data.task={task!r} reads no text: ask ngc_jax.solve")
         raw = text.encode() if isinstance(text, str) else text
         return np.array([self.tokenizer.mark, *self.tokenizer.encode(raw)], np.int32)
 
@@ -222,12 +209,12 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
     config, tokenizer = read_config(home), load_tokenizer(home)
     _check_registered(config, home)
     model = make_model(config, tokenizer.vocab)
-    abstract = jax.tree.map(_here, abstract_state(model, config.train))
+    abstract = abstract_state(model, config.train, meshes.single_device())
     with Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
-            named = "no checkpoint" if step is None else f"no checkpoint {step}"
-            raise UserError(f"--workdir={workdir} holds {named}; there are: {steps or 'none'}")
+            missing = "no checkpoint" if step is None else f"no checkpoint {step}"
+            raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
         try:
             read, faults = checkpoints.newest(
                 abstract, identity(config), step if step is None else {step}
@@ -255,19 +242,9 @@ def _check_registered(config: ConfigDict, home: Path) -> None:
                 )
 
 
-@partial(jax.jit, static_argnames="apply")
-def _logits(apply: Apply, params: Params, batch: Batch) -> Array:
-    return apply(params, batch)[0]
-
-
 @partial(jax.jit, static_argnames=("apply", "dtype"))
-def _nats(apply: Apply, params: Params, batch: Batch, dtype: str) -> tuple[Array, Array]:
-    return nats_of(predict(apply, params, batch, jnp.dtype(dtype))[0], batch.targets)
+def _logits(apply: Apply, params: Params, batch: Batch, dtype: str = "float32") -> Array:
+    return predict(apply, params, batch, jnp.dtype(dtype))[0]
 
 
-_activations = partial(jax.jit, static_argnums=0)(probes.activations)
-
-
-def _here(leaf: Any) -> jax.ShapeDtypeStruct:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+_activations = jax.jit(probes.activations, static_argnums=0)

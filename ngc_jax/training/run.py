@@ -40,9 +40,7 @@ MEASURED = {"eval", "stability", "final"}  # kinds of rows made of the state bet
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row were skipped, as not finite or as spikes, and rewinding did not
-    help.
-    """
+    """Too many updates in a row were skipped, and rewinding did not help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +88,6 @@ class Run:
         self.clock = Clock(self._start())
         self.last_save = time.monotonic()
 
-    # ---- Where it stands -------------------------------------------------------------------------
-
     def _start(self) -> float:
         """Begins at the newest sound checkpoint, or at step 0. Returns earlier training seconds."""
         found = self._newest()
@@ -100,21 +96,17 @@ class Run:
             print(f"starting from step 0 in {self.workdir}")
             return 0.0
         step, state, meta = found
-        fingerprint, made_with = self.data.fingerprint, meta["versions"]
-        if meta["data"] != fingerprint:
+        if meta["data"] != self.data.fingerprint:
             raise UserError(
                 f"the text has changed since checkpoint {step} of --workdir={self.workdir}: "
-                f"fingerprint {fingerprint[:16]}, was {meta['data'][:16]}; give the same text (for "
-                "the library source: the same Python; for a task: the same ngc_jax), or another "
+                f"fingerprint {self.data.fingerprint[:16]}, was {meta['data'][:16]}; give the same "
+                "text (library source: the same Python; a task: the same ngc_jax), or another "
                 "--workdir"
             )
         self._stand_at(step, state, meta)
         print(f"continuing from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
-        if made_with != versions():
-            print(
-                f"it was made with {made_with}, this is {versions()}: results are equal up to "
-                "rounding, not to the bit"
-            )
+        if meta["versions"] != versions():
+            print(f"made with {meta['versions']}, now {versions()}: equal up to rounding only")
         return float(meta["seconds"])
 
     def _stand_at(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
@@ -145,8 +137,6 @@ class Run:
             self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
         return found
 
-    # ---- What decides ----------------------------------------------------------------------------
-
     @property
     def last(self) -> bool:
         """Whether all updates are made."""
@@ -167,8 +157,6 @@ class Run:
         kinds = ["eval", "stability"] if self.do.watch else ["eval"]
         due = [kind for kind in kinds if self.step and (self.last or self.step % every[kind] == 0)]
         return [kind for kind in due + ["final"] * self.last if kind in self.unmeasured]
-
-    # ---- What is done ----------------------------------------------------------------------------
 
     def advance(self, outputs: Any) -> None:
         """Notes an update that has been started; its scalars are logged later."""
@@ -199,18 +187,15 @@ class Run:
             self.progress.show(at, row["train/loss"], speed, per_step)
         likely = row["stability/warning"] > 0
         if likely and not self.warned:
-            self.progress.say(
-                f"step {at}: divergence likely: the parameters change by "
-                f"{row['stability/relative_update']:.1%} in an update; a smaller learning rate is "
-                "safer"
-            )
+            change = f"the parameters change by {row['stability/relative_update']:.1%} in an update"
+            advice = "a smaller learning rate is safer"
+            self.progress.say(f"step {at}: divergence likely: {change}; {advice}")
         self.warned = (self.warned or at) if likely or (self.broken and self.warned) else 0
         if self.broken:
             loss, norm = row["train/loss"], row["train/grad_norm"]
             fault = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
-            self.progress.say(
-                f"step {at}: loss {loss}, gradient norm {norm}, {fault}: update skipped"
-            )
+            losses = f"loss {loss}, gradient norm {norm}"
+            self.progress.say(f"step {at}: {losses}, {fault}: update skipped")
 
     def measure(self, kinds: Iterable[str]) -> bool:
         """Writes the rows of these kinds. False: asked to stop meanwhile, and abandoned."""
@@ -229,18 +214,11 @@ class Run:
             raise Asked
 
     def _hold_out(self, kind: str) -> dict[str, float]:
-        settings, final = self.config.eval, kind == "final"
-        result = held_out(
-            self.do.evaluate,
-            self.state.params,
-            self.mesh,
-            self.data.validation,
-            settings.batch_size,
-            0 if final else settings.windows,
-            self._between,
-        )
+        c, examples, params = self.config.eval, self.data.validation, self.state.params
+        limit, part = (0, "all held-out") if kind == "final" else (c.windows, "held-out")
+        amount = examples, c.batch_size, limit
+        result = held_out(self.do.evaluate, params, self.mesh, *amount, self._between)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
-        part = "all held-out" if final else "held-out"
         self.progress.say(f"step {self.step}: {part} {shown}")
         return {f"{kind}/{name}": value for name, value in result.items()}
 
@@ -279,12 +257,11 @@ class Run:
             if sound is not None:
                 kept = f"the last sound checkpoint, {sound}, is kept"
             if ending or jax.process_count() > 1:
-                raise OSError(
-                    f"{error}; {kept}; make room and give the same command again"
-                ) from error
+                again = "make room and give the same command again"
+                raise OSError(f"{error}; {kept}; {again}") from error
             every = self.config.checkpoint
-            again = (self.step // every.every_steps + 1) * every.every_steps
-            soon = f"next try after step {again}, or in {every.every_minutes:g} minutes"
+            later = (self.step // every.every_steps + 1) * every.every_steps
+            soon = f"next try after step {later}, or in {every.every_minutes:g} minutes"
             self.progress.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
 
     def rewind(self) -> None:
@@ -292,20 +269,19 @@ class Run:
 
         Raises Diverged where there is none, or `train.max_rewinds` are made.
         """
-        train, every = self.config.train, self.config.checkpoint.every_steps
+        train, logged, every = self.config.train, self.logged, self.config.checkpoint.every_steps
         with self.saving():
             self.checkpoints.wait()
         jax.block_until_ready(self.state)
-        before = [at for at in self.checkpoints.steps() if at <= self.logged - self.broken]
-        # Not one that a signal or the clock made: also a run that was never stopped must find it.
-        planned = [at for at in before if at % every == 0]
+        before = [at for at in self.checkpoints.steps() if at <= logged - self.broken]
         del self.state  # its memory is needed
-        found = self._newest(planned or before)
+        # Not one that a signal or the clock made: also a run that was never stopped must find it.
+        found = self._newest([at for at in before if at % every == 0] or before)
         if found is None or self.rewinds == train.max_rewinds:
             sound = found and found.step
             warning = f"the warning stood from step {self.warned} on"
             raise Diverged(
-                f"stopped at step {self.logged}: {self.broken} updates in a row were skipped, not "
+                f"stopped at step {logged}: {self.broken} updates in a row were skipped, not "
                 f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: {sound}; "
                 f"{warning if self.warned else 'no warning came before it'}; try a smaller "
                 f"train.learning_rate={train.learning_rate:g} or "
@@ -313,8 +289,7 @@ class Run:
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )
         sound, state, meta = found
-        logged, rewinds = self.logged, self.rewinds + 1
-        left_out = logged - sound
+        rewinds, left_out = self.rewinds + 1, logged - sound
         self.progress.say(
             f"step {logged}: rewound to checkpoint {sound}, {rewinds} of at most "
             f"{train.max_rewinds} times; the {left_out} batches since then are skipped"
