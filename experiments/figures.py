@@ -145,8 +145,10 @@ def name_looks(axis: Any, results: Results, groups: Sequence[Group]) -> None:
         return
     for kind in (kind for kind in results.varied[results.first] if kind in kinds):
         axis.plot([], [], label=kind, color=kinds[kind]["color"])
+    factor = [*results.varied][1]
     for other in reversed(others):
-        axis.plot([], [], label=other, color="0.3", marker=others[other]["marker"], linestyle="")
+        label = other if factor in other else f"{factor} {other}"
+        axis.plot([], [], label=label, color="0.3", marker=others[other]["marker"], linestyle="")
 
 
 def apart(values: Sequence[float], factor: float) -> bool:

@@ -48,25 +48,6 @@ def _contraction(row: Headline) -> str:
     )
 
 
-def _drive_ratio(row: Headline) -> str:
-    return (
-        f"{row.mean:.0%} of what a round adds to the state, by length, is the drive (the loop's "
-        "input). The rest comes from the groups."
-    )
-
-
-def _boundedness(row: Headline) -> str:
-    return f"The largest length of a token's state is {row.mean:.2f} times its initial length."
-
-
-def _departure(row: Headline) -> str:
-    off = "messages" if row.where.startswith("messages") else "drive"
-    return (
-        f"Without {off}, the last stage has another state. The distance is {row.mean:.2f} times "
-        "the length of that state."
-    )
-
-
 def _token_contraction(row: Headline) -> str:
     change = f"changes by {math.expm1(row.mean):+.2%}"
     if row.low <= 0 <= row.high:
@@ -84,22 +65,26 @@ def _dimension(row: Headline) -> str:
     )
 
 
-def _entropy_rate(row: Headline) -> str:
-    return (
-        "The sum of the measured positive exponents: the information that the loop itself would "
-        "create, at most, if it continued at this rate."
-    )
-
-
 MEANINGS: dict[str, Callable[[Headline], str]] = {
     "exponent": _exponent,
     "contraction": _contraction,
-    "drive ratio": _drive_ratio,
-    "boundedness": _boundedness,
-    "departure": _departure,
+    "drive ratio": lambda row: (
+        f"{row.mean:.0%} of what a round adds to the state, by length, is the drive (the loop's "
+        "input). The rest comes from the groups."
+    ),
+    "boundedness": lambda row: (
+        f"The largest length of a token's state is {row.mean:.2f} times its initial length."
+    ),
+    "departure": lambda row: (
+        f"Without {row.where.split()[0]}, the last stage has another state. The distance is "
+        f"{row.mean:.2f} times the length of that state."
+    ),
     "token contraction": _token_contraction,
     "Kaplan-Yorke dimension": _dimension,
-    "entropy rate": _entropy_rate,
+    "entropy rate": lambda row: (
+        "The sum of the measured positive exponents: the information that the loop itself would "
+        "create, at most, if it continued at this rate."
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ngc_jax.analysis.stability import Loop, Measured, interval
+from ngc_jax.analysis.stability import Measured, interval
 from ngc_jax.report.figures import BLUE, ORANGE, PURPLE, RED, look
 
 ALONG = "position in the window (tokens)"
@@ -44,7 +44,8 @@ def spectrum(figure: Any, measured: Measured) -> None:
 
 def rounds(figure: Any, measured: Measured) -> None:
     """Contraction by round: median and 90% band over tokens."""
-    loop = _loop(measured)
+    loop = measured.loop
+    assert loop is not None  # see `page.parts`
     ratios = loop.contraction.transpose(1, 0, 2).reshape(loop.contraction.shape[1], -1)
     known = np.isfinite(ratios).any(axis=1)
     at = np.arange(2, len(ratios) + 2)[known]
@@ -132,7 +133,8 @@ def paths(figure: Any, measured: Measured, labels: dict[int, str]) -> None:
     """The states of some tokens of the first sequence, {position: text}, over rounds, in the plane
     of their two principal directions.
     """
-    loop = _loop(measured)
+    loop = measured.loop
+    assert loop is not None  # see `page.parts`
     plane, fractions = principal(loop.path[:, list(labels)])
     axes = figure.add_subplot()
     for place, (at, text) in enumerate(labels.items()):
@@ -164,12 +166,6 @@ def principal(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     signs = np.sign(vectors[np.argmax(np.abs(vectors), axis=0), range(len(values))])
     plane = flat @ (vectors * signs)[:, :-3:-1]
     return plane.reshape(*states.shape[:-1], 2), values[:-3:-1] / max(values.sum(), 1e-30)
-
-
-def _loop(measured: Measured) -> Loop:
-    if measured.loop is None:
-        raise ValueError("measured.loop: None; this figure needs a model with a loop")
-    return measured.loop
 
 
 def _by_position(axes: Any, values: np.ndarray, color: str, label: str) -> None:

@@ -16,7 +16,7 @@ INSIDE = re.compile(
     r"(\\|`|\*(?=\S)|(?<=\S)\*|~|(?<!\w)_|_(?!\w)|<(?=[\w/!?])|\](?=[(\[:])|&(?=\S+;))"
 )
 FIRST = re.compile(r"^(\s*\d*)([#>+.)-])(?=\s)", re.MULTILINE)
-NUMBER = re.compile(r"[-\d.,]+( ± [\d.,]+)?")
+NUMBER = re.compile(r"(< )?[-\d.,]+( ± [\d.,]+)?")
 FEW = 3  # columns that fit on the screen of a phone
 
 

@@ -15,7 +15,7 @@ from ngc_jax.runtime.files import write_durably
 # scroll with the table and cover the two shadows, which do not.
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --shadow: #888a; }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.5 system-ui, sans-serif;
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 1rem/1.5 system-ui, sans-serif;
   overflow-wrap: break-word; background: Canvas; color: CanvasText; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 p, figure { max-width: 46rem; } figure, .wide { margin: 1.2rem 0; }
