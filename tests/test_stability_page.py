@@ -1,4 +1,4 @@
-"""The stability page of a trained run: whole, self-contained, and plain about what it leaves out."""
+"""The stability page of a trained run: complete, self-contained, clear about what it leaves out."""
 
 import base64
 import re
