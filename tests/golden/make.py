@@ -131,7 +131,8 @@ def main():
 
 
 def write(name, header, runs):
-    about = f"Made by make.py beside this file: {header}. torch 2.15.0 on a CPU, evaluation mode, float64 parameters."
+    made = "torch 2.15.0 on a CPU, evaluation mode, float64 parameters"
+    about = f"Made by make.py beside this file: {header}. {made}."
     text = (
         json.dumps({"about": about, **runs}, indent=0)
         .replace(",\n", ", ")
