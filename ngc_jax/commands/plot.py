@@ -8,23 +8,20 @@ import argparse
 import pathlib
 
 from ngc_jax.commands.arguments import command
+from ngc_jax.report.figures import look, matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 
 
 def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Draws train loss (thin) and held-out loss (points) over updates, one colour a run.
+    """Draws train loss (thin) and held-out loss (points) over updates, one look for each run.
 
     Raises UserError where nothing can be read or written, and without matplotlib.
     """
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise UserError("plotting needs matplotlib: pip install 'ngc_jax[plot]'") from error
-    figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = matplotlib().figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     low, high = [], []
-    for workdir in workdirs:
+    for place, workdir in enumerate(workdirs):
         rows = read_rows(workdir)
         train, held_out = (
             [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -32,11 +29,11 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
         )
         if not train:
             raise UserError(f"{workdir} has no rows in metrics.jsonl: give a run's work directory")
-        (line,) = axes.plot(*zip(*train, strict=True), linewidth=0.7, alpha=0.45)
+        style = look(place)
+        axes.plot(*zip(*train, strict=True), color=style["color"], linewidth=0.7, alpha=0.45)
         if held_out:
             label = f"{workdir.name}: held out {held_out[-1][1]:.3f}"
-            color = line.get_color()
-            axes.plot(*zip(*held_out, strict=True), "o-", color=color, markersize=4, label=label)
+            axes.plot(*zip(*held_out, strict=True), markersize=4, label=label, **style)
         low.append(min(loss for _, loss in train))
         high.append(sorted(loss for _, loss in train)[int(0.95 * (len(train) - 1))])
     axes.set_ylim(0.95 * min(low), 1.05 * max(high))
