@@ -65,9 +65,7 @@ def decoding(config: ConfigDict) -> Callable[[], jax.Array]:
         )
     )()
     step = jax.jit(model.decode, donate_argnums=2)
-    token = jnp.zeros((1, 1), jnp.int32)
-    # copies: stages may share the zeros that they begin with, but each is donated
-    cache = jax.tree.map(jnp.copy, model.init_cache(1, config.data.context, dtype))
+    token, cache = jnp.zeros((1, 1), jnp.int32), model.init_cache(1, config.data.context, dtype)
     position = jnp.int32(config.data.context - 1)
 
     def decode() -> jax.Array:

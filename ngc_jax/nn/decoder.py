@@ -202,8 +202,10 @@ class Decoder:
 
         def caches(stages: int, *leading: int) -> tuple[Params, ...]:
             shape = (*leading, batch, length, s.heads, s.width // s.heads)
-            one = {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
-            return tuple(dict(one) for _ in range(stages))
+            # Arrays of its own for each, so that a step may donate them.
+            return tuple(
+                {name: jnp.zeros(shape, dtype) for name in ("key", "value")} for _ in range(stages)
+            )
 
         return {
             "prelude": caches(s.prelude),
