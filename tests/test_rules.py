@@ -328,6 +328,19 @@ def test_a_wiring_is_one_of_so_many_groups():
         RING.init(jax.random.key(0), 8, 24, 16, 2)
 
 
+@pytest.mark.parametrize("rule", [r for r in RULES if RULES[r].grouped and r != "block"])
+def test_states_of_different_numbers_of_groups_are_refused(rule):
+    """One group's states, above all, which a product would broadcast. (A block has no pre.)"""
+    one, four = (RULES[rule].init(jax.random.key(0), g, N_IN, N_OUT, DIM) for g in (1, G))
+    for pre, post in ((one[0], four[1]), (four[0], one[1])):
+        for call in (
+            partial(ngc_jax.transmit, rule, jnp.ones(N_IN)),
+            partial(ngc_jax.weights, rule),
+        ):
+            with pytest.raises(ValueError, match=r"pre, post: of . and . groups; must be of equ"):
+                call(pre, post)
+
+
 @pytest.mark.parametrize("size", [G, N_OUT, N_IN + G, None])
 @pytest.mark.parametrize("rule", [*RULES, "ring", "rewirable"])
 def test_an_input_of_another_size_is_refused(rule, size):

@@ -49,8 +49,7 @@ class Rule(abc.ABC):
         """n_in, which x must have, by the states; None where they do not say."""
         if isinstance(pre, tuple):
             return None
-        shape = (pre["state"] if isinstance(pre, dict) else pre).shape
-        return math.prod(shape[: 1 + self.grouped])
+        return math.prod(numbers_of(pre).shape[: 1 + self.grouped])
 
     def info(self, pre: States, post: States) -> tuple[Any, Any]:
         """Records (`ParamInfo`) of states, or of their shapes, as trees parallel to them."""
@@ -78,7 +77,7 @@ class Rule(abc.ABC):
         group; then W is rescaled. Source: ours, for the question of arXiv 2310.08513, what the rank
         of initial weights does to learning.
         """
-        state = pre["state"] if isinstance(pre, dict) else pre
+        state = numbers_of(pre)
         by_group = state.reshape(-1, len(kind), *state.shape[1 + self.grouped :])
         tied = in_kinds(by_group, kind, axis=1).reshape(state.shape)
         pre = pre | {"state": tied} if isinstance(pre, dict) else tied
@@ -115,6 +114,11 @@ class SignalRule(Rule):
     def to_speakers(self, pre: States, post: States) -> tuple[States, States]:
         """States of `by_speakers` that make the weights of these."""
         return pre, post
+
+
+def numbers_of(states: States) -> Array:
+    """The numbers of one side that each belong to one neuron."""
+    return states["state"] if isinstance(states, dict) else states
 
 
 def per_group(groups: int, n_in: int, n_out: int) -> tuple[int, int]:

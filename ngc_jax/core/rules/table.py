@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.core.rules import addressed, generated, signal
-from ngc_jax.core.rules.base import Rule, SignalRule, States
+from ngc_jax.core.rules.base import Rule, SignalRule, States, numbers_of
 
 Array = jax.Array
 
@@ -58,9 +58,9 @@ def transmit(
 
     `rule` is a name, or a rule such as `Addressed(wiring)`. `activation` names an entry of `GATES`,
     applied to the signal. Raises KeyError for an unknown rule or activation, ValueError for an
-    activation of a generated rule, which has no signal, and for x without n_in numbers.
+    activation of a generated rule, which has no signal, and where x, pre and post do not fit.
     """
-    _check_input(named(rule), x, pre, post)
+    _check(named(rule), pre, post, x)
     if activation is None and not isinstance(named(rule), SignalRule):
         return x @ named(rule).weights(pre, post).T
     return signal_rule(rule).receive(emit(rule, x, pre, activation), post)
@@ -68,7 +68,7 @@ def transmit(
 
 def emit(rule: str | Rule, x: Array, pre: States, activation: str | None = None) -> Array:
     """The signal after the activation. Arguments and errors as in `transmit`."""
-    _check_input(named(rule), x, pre, ())
+    _check(named(rule), pre, (), x)
     signal = signal_rule(rule).send(x, pre)
     return signal if activation is None else signal * gate(activation)(signal)
 
@@ -87,13 +87,14 @@ def weights(
     Raises KeyError for an unknown rule or activation.
     """
     if activation is None:
+        _check(named(rule), pre, post)
         return named(rule).weights(pre, post)
     gated = signal_rule(rule)
     if x is None or x.ndim != 1:
         raise ValueError(
             f"activation={activation!r}: the weights depend on the token: give x of shape [n_in]"
         )
-    _check_input(gated, x, pre, post)
+    _check(gated, pre, post, x)
     return gated.weights(pre, post, gate(activation)(gated.send(x, pre)))
 
 
@@ -113,10 +114,13 @@ def _entry(field: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
-def _check_input(rule: Rule, x: Array, pre: States, post: States) -> None:
-    """Refuses x that the states are not for: a product would broadcast one number a group."""
+def _check(rule: Rule, pre: States, post: States, x: Array | None = None) -> None:
+    """Refuses what a product would broadcast: one number a group, or the states of one group."""
+    sides = [numbers_of(side).shape[0] for side in (pre, post) if not isinstance(side, tuple)]
+    if rule.grouped and len(set(sides)) > 1:
+        raise ValueError(f"pre, post: of {sides[0]} and {sides[1]} groups; must be of equally many")
     n_in = rule.inputs(pre, post)
-    if n_in is not None and x.shape[-1:] != (n_in,):
+    if x is not None and n_in is not None and x.shape[-1:] != (n_in,):
         raise ValueError(f"x: shape {[*x.shape]}; must be [..., {n_in}], a number for each sender")
 
 
