@@ -25,7 +25,10 @@ CELLS = {"model.kind": "recurrent", "model.core": 2}
 STAGES = {"model.prelude": 1, "model.core": 2, "model.coda": 1}
 MODELS = {
     **{f"rule {name}": {"model.rule": name} for name in RULES if not RULES[name].inside},
-    **{name: {"model.wiring": name, "model.channels": 2} for name in WIRINGS},
+    **{
+        name: {"model.wiring": name, "model.channels": 1 if name == "block" else 2}
+        for name in WIRINGS
+    },
     "dynamic": {"model.wiring": "dynamic", "model.channels": 2},
     "dynamic ports, shared": {
         "model.wiring": "dynamic_ports",
