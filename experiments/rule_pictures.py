@@ -35,7 +35,7 @@ def draw(rule: str, out: pathlib.Path) -> None:
     rank = int(np.sum(values > LEAST * values[0]))
 
     figure = matplotlib().figure.Figure(
-        figsize=(6.4, 3.1), dpi=90, layout="constrained", facecolor="white"
+        figsize=(6.8, 3.1), dpi=90, layout="constrained", facecolor="white"
     )
     left, right = figure.subplots(1, 2)
     limit = np.quantile(np.abs(w[w != 0]), 0.98)
@@ -49,17 +49,22 @@ def draw(rule: str, out: pathlib.Path) -> None:
         xlabel="sending neuron, by groups",
         ylabel="receiving neuron, by groups",
     )
-    figure.colorbar(image, ax=left, fraction=0.046, pad=0.03)
+    figure.colorbar(image, ax=left, fraction=0.046, pad=0.03, label="weight")
     at = np.arange(1, NEURONS + 1)
     right.semilogy(
-        at, np.linalg.svd(gaussian, compute_uv=False), color="0.5", linestyle="--", label="Gaussian"
+        at,
+        np.linalg.svd(gaussian, compute_uv=False),
+        color="0.5",
+        linestyle="--",
+        label="Gaussian matrix",
     )
     right.semilogy(at[:rank], values[:rank], "o", color=BLUE, markersize=3, label=rule)
     if rank < NEURONS:
         right.axvline(
-            rank + 0.5, color=RED, linewidth=1, linestyle=":", label="the rest: 0 to rounding"
+            rank + 0.5, color=RED, linewidth=1, linestyle=":", label="beyond: 0 up to rounding"
         )
-    right.set(ylim=(1e-3, 60), xlim=(0, NEURONS + 1), xlabel="number of the singular value")
+    right.set(ylim=(1e-3, 60), xlim=(0, NEURONS + 1))
+    right.set(xlabel="index of the singular value", ylabel="singular value")
     right.set_title(f"rank {rank}, spread {spread:.1f} of {NEURONS}", fontsize=10)
     right.legend(frameon=False, fontsize=8, loc="upper right")
     figure.savefig(out)
