@@ -4,6 +4,7 @@ For: the lines that a run prints before it begins, and the peak of its devices. 
 (`count.py`).
 """
 
+import sys
 from typing import Any
 
 import flax
@@ -11,7 +12,6 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-import ngc_jax
 from ngc_jax import count
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.training.rounds import Iteration
@@ -68,4 +68,5 @@ def devices(mesh: Mesh) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {module.__name__: module.__version__ for module in (ngc_jax, jax, flax, optax)}
+    own = sys.modules["ngc_jax"]  # loaded before all of its parts, which stand below it
+    return {module.__name__: module.__version__ for module in (own, jax, flax, optax)}
