@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, python
 
 PACKAGE = sorted((ROOT / "ngc_jax").rglob("*.py"))
+STUDIES = sorted(p for room in ("experiments", "benchmarks") for p in (ROOT / room).glob("*.py"))
 
 
 @pytest.mark.slow
@@ -71,6 +72,15 @@ def test_a_room_imports_from_lower_rooms_only():
     assert upwards == {("config", "training")}  # its settings, which are tables
 
 
+def test_the_drawing_of_the_rooms_shows_their_table():
+    table = {room: allowed - {"nothing"} for room, allowed in rooms().items()}
+    arrows = {(room, other) for room, allowed in table.items() for other in allowed}
+    implied = {(room, last) for room, other in arrows for last in table[other]}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.findall(r"^ +(\w+)(?:\[.*\])? --> (\w+)$", text, re.MULTILINE)
+    assert sorted(drawn) == sorted(arrows - implied)
+
+
 def test_the_config_imports_settings_and_none_of_their_readers():
     told = {m for m in imports(ROOT / "ngc_jax" / "config.py") if m.startswith("ngc_jax.")}
     of_training = {m for m in told if m.startswith("ngc_jax.training")}
@@ -125,11 +135,20 @@ def test_nobody_reads_what_a_parameter_is_from_its_name():
 
 
 def test_files_can_be_read_in_one_sitting():
-    for path in [*PACKAGE, *(ROOT / "experiments").glob("*.py")]:
-        text = path.read_text()
-        assert text.startswith('"""'), f"{path}: says first what it is for"
-        assert len(text.splitlines()) <= 400, path
+    for path in [*PACKAGE, *STUDIES]:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 400, path
+        assert max(map(len, lines), default=0) <= 100, path
     assert len((ROOT / "launch.py").read_text().splitlines()) <= 80
+
+
+def test_a_file_says_first_what_it_is_for():
+    for path in [*PACKAGE, *STUDIES]:
+        told = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+        assert told, path
+        if path in PACKAGE and path.stem != "__init__":
+            assert "For: " in told, path
+            assert "Not for: " in told, path
 
 
 def test_importing_the_package_is_quiet():

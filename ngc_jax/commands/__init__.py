@@ -1,1 +1,1 @@
-"""One file a command, run as `python -m ngc_jax.<file>`; they share `arguments.py` alone."""
+"""One file a command, run as `python -m ngc_jax.FILE`; commands share `arguments.py`."""
