@@ -151,6 +151,27 @@ def test_a_file_says_first_what_it_is_for():
             assert "Not for: " in told, path
 
 
+def test_links_between_pages_lead_somewhere():
+    def anchors(page):
+        heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
+
+    pages = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "experiments").rglob("*.md"),
+    ]
+    for page in pages:
+        prose = re.sub(r"```.*?```|`[^`\n]*`|^    [^\n]*$", "", page.read_text(), flags=re.S | re.M)
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            file, _, anchor = link.partition("#")
+            if re.match(r"\w+:", link):
+                continue
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
 def test_importing_the_package_is_quiet():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "import ngc_jax, ngc_jax.training.loop"],
