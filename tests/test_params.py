@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, shaken
+from conftest import TINY, drawn
 from flax.traverse_util import flatten_dict
 
 from ngc_jax.analysis import gain_bound, traffic
@@ -154,7 +154,7 @@ def test_signals_of_a_rule_of_ones_own_are_watched_and_silenced(monkeypatch):
     config = base()
     config.update_from_flattened_dict(fields)
     model = make_model(config, 20)
-    params = shaken(jax.jit(model.init)(jax.random.key(0)))
+    params = drawn(model)
     batch = Batch(np.random.default_rng(0).integers(0, 20, (2, 16)).astype(np.int32))
     still = silenced_channels(model, params, groups=[1])
     apply = jax.jit(lambda params: model.apply(params, batch)[0])

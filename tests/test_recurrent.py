@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, shaken
+from conftest import TINY, drawn, shaken
 from test_decoder import numpy_norm
 
 import ngc_jax
@@ -38,11 +38,9 @@ def settings(**fields):
 
 
 def build(**fields):
-    """A model of two cells with two rounds, and parameters away from the special values of the
-    start.
-    """
+    """A model of two cells with two rounds, and parameters."""
     model = make_model(settings(**{"core": 2, **fields}), VOCAB)
-    return model, shaken(jax.jit(model.init)(jax.random.key(0)))
+    return model, drawn(model)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,9 @@ def small():
 
 @pytest.fixture(scope="module")
 def plain():
-    """The least of them."""
-    return build(core=1, rounds=1, rule="dense")
+    """The least of them, as it starts but for a little."""
+    model, _ = build(core=1, rounds=1, rule="dense")
+    return model, shaken(jax.jit(model.init)(jax.random.key(0)))
 
 
 TOKENS = np.array(jax.random.randint(jax.random.key(5), (2, LENGTH), 0, VOCAB))

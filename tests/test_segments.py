@@ -6,12 +6,13 @@ the forward pass that training differentiates.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import WHOLE, make_text, shaken
+from conftest import WHOLE, drawn, make_text
 
 import ngc_jax
 from ngc_jax.analysis.probes import (
@@ -38,7 +39,8 @@ from ngc_jax.training.stability_metrics import PROBES, make_watch
 from ngc_jax.training.step import init_state, make_train_step
 
 VOCAB, ROUNDS = 20, 3
-LOOP = {"model.prelude": 0, "model.coda": 0, "model.drive": False}
+CORE = {"model.prelude": 0, "model.coda": 0}  # each stack is one more thing to compile
+LOOP = {**CORE, "model.drive": False}
 
 
 def build(causal=True, **fields):
@@ -46,8 +48,7 @@ def build(causal=True, **fields):
     config.update_from_flattened_dict({**WHOLE, "model.rounds": ROUNDS, **fields})
     model = make_model(config, VOCAB)
     model = Decoder(dataclasses.replace(model.shape, causal=causal))
-    params = shaken(jax.jit(model.init)(jax.random.key(0)))
-    return config, model, params
+    return config, model, drawn(model)
 
 
 def documents():
@@ -61,7 +62,7 @@ def documents():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_measures_of_stability_are_those_of_documents_alone(causal):
-    config, model, params = build(causal, **{"stability.measures": "rounds,departure"})
+    config, model, params = build(causal, **CORE, **{"stability.measures": "rounds,departure"})
     watch = jax.jit(make_watch(model, config.stability))
     apart, rows, one = (
         {name: float(value) for name, value in watch(params, batch).items()}
@@ -75,12 +76,12 @@ def test_measures_of_stability_are_those_of_documents_alone(causal):
         "stability/contraction_per_round",
         "stability/contraction_per_round_max",
     }
-    assert apart == pytest.approx(rows, rel=1e-4)
-    assert all(abs(apart[name] / one[name] - 1) > 1e-3 for name in apart)
+    assert apart == pytest.approx(rows, rel=1e-5)
+    assert all(abs(apart[name] / one[name] - 1) > 1e-4 for name in apart)
 
 
 def test_what_is_looked_at_is_what_a_document_alone_shows():
-    _, model, params = build()
+    _, model, params = build(**{"model.prelude": 0, "model.rounds": 1})
 
     @jax.jit
     def look(params, batch):
@@ -148,16 +149,16 @@ def test_exponents_are_of_the_trained_map(loop):
 def test_penalties_are_of_the_trained_map(loop, asked):
     config, model, params, streams, stretches = loop
     stability = config.stability.copy_and_resolve_references()
-    stability.update({"low": 0.5, "high": 1.0, "weight": 2.0})  # above what it is
+    stability.update({"low": 2.0, "high": 3.0, "weight": 2.0})  # above what it is
     stability.update({"jacobian": 2.0} if asked == "jacobian" else {"regulariser": asked})
     key, (apart, _, one) = jax.random.key(3), documents()
 
     def expected(batch):
         states = streams(params, batch)
         if asked == "contraction":
-            return 2 * (0.5 - np.mean(np.log(contraction(states)))) ** 2
+            return 2 * (2.0 - np.mean(np.log(contraction(states)))) ** 2
         if asked == "exponent":
-            return 2 * (0.5 - np.mean(stretches(params, batch)) / ROUNDS) ** 2
+            return 2 * (2.0 - np.mean(stretches(params, batch)) / ROUNDS) ** 2
         step = lambda x: model.at(1).stream(params, x, batch.segments)[0]  # noqa: E731
         v = jax.random.normal(key, states[-1].shape)
         return 2 * np.mean(np.square(jax.jit(lambda x: jax.vjp(step, x)[1](v)[0])(states[-1])))
@@ -181,7 +182,7 @@ def test_the_watch_of_a_run_knows_the_documents_of_its_text(tiny, tmp_path, monk
     tiny.stability.tokens = 10**6  # all there are
     data = load_data(tiny.data)
     model = make_model(tiny, data.tokenizer.vocab)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = drawn(model)
     (row,) = compile_watch(model, tiny, meshes.single_device(), data)(params).items()
     windows = [data.validation[i].inputs for i in range(len(data.validation))]
     expected = np.mean(np.cumsum(np.array(windows) == data.tokenizer.mark, axis=1))
@@ -190,7 +191,7 @@ def test_the_watch_of_a_run_knows_the_documents_of_its_text(tiny, tmp_path, monk
 
 
 def test_a_change_fades_within_its_document():
-    _, model, params = build()
+    _, model, params = build(**CORE)
     rates = jax.jit(lambda batch: token_exponents(model, params, batch, k=2))
     apart, rows, one = (rates(batch) for batch in documents())
     np.testing.assert_allclose(apart, rows[::2], rtol=1e-3, atol=1e-4)
@@ -208,33 +209,32 @@ class Seeing(Decoder):
 
 
 def test_all_that_works_on_embeddings_takes_a_model_that_reads_no_tokens():
-    asked = {"stability.jacobian": 0.1, "stability.measures": "rounds"}
+    asked = {"stability.jacobian": 0.1, "stability.measures": "exponents"}
     asked |= {"rewire.channels": 1, "rewire.regrow": "correlation", "iteration.backprop": 1}
     dynamic = {"model.wiring": "dynamic", "model.channels": 2, "model.p_intra": 0}
-    config, model, _ = build(**LOOP, **dynamic, **asked)
-    model = Seeing(model.shape)
+    config, model, params = build(**LOOP, **dynamic, **asked)
+    model, params = Seeing(model.shape), {**params, "embed": params["unembed"][:, :2].T}
     draw = np.random.default_rng(0)
     points = draw.standard_normal((4, 8, 2)).astype(np.float32)
     batch = Batch({"points": points}, (points[..., 0] > 0).astype(np.int32))
-    state = jax.jit(lambda: init_state(model, config.train, 0))()
-    step = jax.jit(make_train_step(model, config.train))
-    losses = []
-    for _ in range(10):
-        state, scalars = step(state, batch)
-        losses.append(float(scalars["train/loss"]))
-    assert losses[-1] < losses[0] - 0.1
-    penalty, watch = make_penalty(model, config.stability), make_watch(model, config.stability)
+    stream = model.stream(params, points @ params["embed"])[0]
+    np.testing.assert_array_equal(model.apply(params, batch)[0], model.unembed(params, stream))
+    # The rest is seen while it is traced: nothing asks for tokens.
+    state = jax.eval_shape(lambda: init_state(model, config.train, 0))
+    step, watch = make_train_step(model, config.train), make_watch(model, config.stability)
+    penalty, rewire = make_penalty(model, config.stability), make_rewire(model, config)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = partial(jax.tree.map, jnp.shape)
+    assert shapes(jax.eval_shape(step, state, batch)[0]) == shapes(state)
+    assert shapes(jax.eval_shape(rewire, state, batch, number, number)[0]) == shapes(state)
     assert jax.eval_shape(penalty, state.params, batch, jax.random.key(0)).shape == ()
-    assert "stability/boundedness" in jax.eval_shape(watch, state.params, batch)
-    after, _ = jax.eval_shape(make_rewire(model, config), state, batch, jnp.int32(1), jnp.int32(1))
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert "stability/exponent_per_round" in jax.eval_shape(watch, state.params, batch)
     assert make_iteration(model, config).flops(state.params, batch) > 0
-    assert type(attending(model, 4)) is Seeing
+    assert type(attending(model, 4)) is type(model.at(2)) is Seeing
 
 
 def test_queries_and_keys_of_a_route_are_made_once_of_what_they_read():
-    fields = {"model.prelude": 0, "model.coda": 0, "model.p_intra": 0}
-    _, model, params = build(**fields, **{"model.route": "start"})
+    _, model, params = build(**CORE, **{"model.p_intra": 0, "model.route": "start"})
     plain = Decoder(dataclasses.replace(model.shape, route="state"))
     batch = token_batch(2, 16)
     assert forward_flops(model.apply, params, batch) == forward_flops(plain.apply, params, batch)

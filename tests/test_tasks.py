@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, shaken
+from conftest import TINY, drawn
 from ml_collections import ConfigDict
 
 from ngc_jax.commands import solve
@@ -250,7 +250,7 @@ def test_a_grid_in_place_is_seen_whole_and_what_fills_it_up_is_not(cache):
     )
     config.data.update({"context": 26, "problems": 20, "cache_dir": str(cache)})
     model = make_model(config, len(TASKS["maze_in_place"].symbols))
-    params = shaken(jax.jit(model.init)(jax.random.key(0)))
+    params = drawn(model)
     end = boundary("maze_in_place")
     held_out = load_data(config.data).validation
     for example in (held_out[i] for i in range(len(held_out))):
