@@ -39,7 +39,7 @@ Path = pathlib.Path
 Record = dict[str, Any]
 Run = dict[str, str]  # fields of the config, and those of HOW
 TIMES = re.compile("second|mfu|memory")  # in the names of values that no two runs share
-LIMIT, STOPPED = 900, 75  # seconds that a process may take; launch.py's exit code after SIGTERM
+LIMIT, STOPPED = 3600, 75  # seconds that a process may take; launch.py's exit code after SIGTERM
 # `config`: of configs/, with TINY where none is named. `broken`: "lost", its later checkpoints are
 # removed and it starts again, or "stop", by SIGTERM. `code`: of launch.py's exit, 3 = it diverged.
 HOW = {"config": "ngc_tiny", "broken": "", "devices": "1", "code": "0"}
