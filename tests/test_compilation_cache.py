@@ -27,3 +27,22 @@ def test_where_programs_are_kept(monkeypatch, tmp_path, backend, asked, kept):
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_that_others_may_write_are_not_used(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    home = tmp_path / ".cache" / "ngc_jax" / "compiled"
+    home.mkdir(parents=True)
+    home.chmod(0o777)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+        assert "not kept: others may write" in capsys.readouterr().out
+        home.chmod(0o700)
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(home)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -49,7 +49,7 @@ def write(
     Raises OSError where HOME cannot be written.
     """
     for file, data in (item for block in blocks for item in block.files.items()):
-        (home / file).write_bytes(data)
+        write_durably(home / file, data)
     if markdown:
         text = "\n\n".join([f"# {to_markdown(title)}", *(block.markdown for block in blocks)])
         write_durably(home / f"{name}.md", text + "\n")

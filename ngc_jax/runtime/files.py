@@ -7,6 +7,7 @@ disk. Not for: checkpoints, which Orbax writes.
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import secrets
@@ -14,7 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from etils import epath
 
@@ -66,6 +67,38 @@ def read(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def read_json(path: Path, limit: int) -> Any:
+    """What a JSON file holds. Raises OSError as `read` does, and ValueError for what is no JSON."""
+    try:
+        return json.loads(read(path, limit))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+
+
+def make_private(directory: pathlib.Path) -> None:
+    """Makes a directory that is its user's alone, or checks that nobody else may write to it.
+
+    Raises OSError, also where others may: what lies there might be theirs.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(0o700)
+    check_private(directory)
+
+
+def check_private(directory: pathlib.Path) -> None:
+    """Raises OSError for what is no directory, is another user's, or may be changed by others."""
+    found = os.stat(directory)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{directory} is no directory")
+    if found.st_uid not in (0, os.getuid()):
+        raise PermissionError(f"{directory} belongs to another user, number {found.st_uid}")
+    # In a sticky directory, such as /tmp, one changes what is one's own alone.
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        mode = f"mode {stat.S_IMODE(found.st_mode):o}"
+        raise PermissionError(f"others may write to {directory} ({mode}): chmod go-w it")
+
+
 def remove(path: Path) -> None:
     """Removes a file, or a directory with all in it, as far as it can; of a link, only the link."""
     with contextlib.suppress(OSError, RecursionError):
@@ -96,15 +129,16 @@ def move(directory: Path, to: Path) -> None:
     sync(to.parent)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all; it and its name are on disk when this returns."""
+    content = content.encode() if isinstance(content, str) else content
     if in_bucket(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "x", opener=no_follow) as file:
-            file.write(text)
+        with open(temporary, "xb", opener=no_follow) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
