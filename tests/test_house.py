@@ -1,12 +1,14 @@
 """Rules of the house that a reader relies on."""
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, python
+from packaging.requirements import Requirement
 
 PACKAGE = sorted((ROOT / "ngc_jax").rglob("*.py"))
 STUDIES = sorted(p for room in ("experiments", "benchmarks") for p in (ROOT / room).glob("*.py"))
@@ -180,3 +182,20 @@ def test_importing_the_package_is_quiet():
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_locked_releases_are_within_bounds_that_are_closed_above():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    lines = [line for text in listed for line in text.splitlines() if line]
+    lock = (ROOT / ".ci" / "lock.txt").read_text()
+    assert "://" not in lock  # a registry's address would be of one place only
+    locked = re.findall(r"^([\w-]+)==(\S+)(?: ; .*)? \\\n +--hash=sha256:\w{64}", lock, re.M)
+    for asked in map(Requirement, lines):
+        if asked.name == "ngc_jax" or asked.extras & {"tpu", "cuda12"}:
+            continue  # this package, and jax again
+        found = [version for name, version in locked if name == asked.name.replace("_", "-")]
+        assert found, f"{asked.name}: run .ci/lock"
+        assert all(map(asked.specifier.contains, found)), f"{asked} but {found}: run .ci/lock"
+        assert {"<", "=="} & {bound.operator for bound in asked.specifier}, f"{asked}: no end"
