@@ -12,12 +12,19 @@ from etils import epath
 
 from ngc_jax.commands.config_flag import EXTEND, extend
 from ngc_jax.runtime.errors import UserError, fail
+from ngc_jax.runtime.fields import Field
 from ngc_jax.runtime.preemption import INTERRUPTED
 from ngc_jax.training.evaluation import Rounds, Settled
 
+ROUNDS = (
+    Field("rounds", "", "of the loop: a number, or 'settled'; default: as in training"),
+    Field("tolerance", Settled.tolerance, "of 'settled': |change| / |state|", "(0, inf)"),
+    Field("cap", Settled.cap, "of 'settled': rounds at most", "[1, inf)"),
+)
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every command on a work directory takes; `read` reads them."""
+
+def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
+    """The arguments that every command on a work directory takes, and `options`, for `read`."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     arguments.add_argument(
         "--workdir", type=epath.Path, required=True, help="work directory of a run"
@@ -26,48 +33,32 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--step", type=int, help="checkpoint to read; default: the newest sound one"
     )
     arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
+    for option in options:
+        told = ", ".join(filter(None, [option.help, option.range()]))
+        kind, default = type(option.default), option.default
+        arguments.add_argument(f"--{option.name}", type=kind, default=default, help=told)
+    arguments.set_defaults(options=options)
     return arguments
 
 
 def read(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     """The values of the command line; files of --extend have been run. Raises UserError."""
     args = arguments.parse_args()
+    for option in args.options:
+        value = getattr(args, option.name)
+        if fault := option.fault(value):
+            raise UserError(f"--{option.name}={value}: must be {fault}")
     extend(args.extend)
     return args
 
 
-def add_rounds(arguments: argparse.ArgumentParser) -> None:
-    """Adds what `rounds_of` reads."""
-    arguments.add_argument(
-        "--rounds", help="of the loop: a number, or 'settled'; default: as in training"
-    )
-    arguments.add_argument(
-        "--tolerance",
-        type=float,
-        default=Settled.tolerance,
-        help="of 'settled', > 0: |change| / |state|",
-    )
-    arguments.add_argument(
-        "--cap", type=int, default=Settled.cap, help="of 'settled', >= 1: rounds at most"
-    )
-
-
 def rounds_of(args: argparse.Namespace) -> Rounds:
-    """The rounds that a command line asks for. Raises UserError."""
-    if args.tolerance <= 0:
-        raise UserError(f"--tolerance={args.tolerance}: must be above 0, for instance 0.01")
-    if args.cap < 1:
-        raise UserError(f"--cap={args.cap}: must be 1 or more, for instance {Settled.cap}")
+    """The rounds that the options ROUNDS ask for. Raises UserError."""
     if args.rounds == "settled":
         return Settled(args.tolerance, args.cap)
-    return None if args.rounds is None else number_of_rounds(args.rounds)
-
-
-def number_of_rounds(text: str) -> int:
-    """A number of rounds as it is written on a command line. Raises UserError."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--rounds={text}: must be 1 or more, for instance 8")
-    return int(text)
+    if args.rounds and not (args.rounds.isdecimal() and int(args.rounds)):
+        raise UserError(f"--rounds={args.rounds}: must be 1 or more, for instance 8")
+    return int(args.rounds) if args.rounds else None
 
 
 def command(main: Callable[[], None]) -> None:

@@ -1,22 +1,19 @@
 """Bytes between devices: `python -m ngc_jax.collectives --config=defaults --mesh=group:4`.
 
 For: compiling a config's update for a mesh of devices that need not be there, and counting the
-bytes that its collectives move. Beside them stand those of the dense model of the same sizes under
-ordinary tensor parallelism: heads and hidden neurons are split, each device has the whole stream.
-Fields are set as in `launch.py`: --config.model.heads=8. Not for: time.
+bytes that its collectives move, per token that a device helps to compute: those of the batch /
+(mesh.data x mesh.fsdp). Beside them stand those of the dense model of the same sizes under ordinary
+tensor parallelism: heads and hidden neurons are split, each device has the whole stream. Fields are
+set as in `launch.py`: --config.model.heads=8. Not for: time.
 
-Bytes are those that one device sends under the usual ring algorithms. For n participants and b
-bytes of result they are: all-reduce 2 b (n - 1) / n, all-gather and all-to-all b (n - 1) / n,
-reduce-scatter b (n - 1), collective-permute b. They are read from the compiled program of a device;
-a loop's body counts as often as it runs. They are divided by the tokens that the device helps to
-compute: those of the batch / (mesh.data x mesh.fsdp). The program is XLA's for CPUs. For other
-devices it may split an all-reduce into a reduce-scatter and an all-gather, of the same bytes.
+The program is XLA's for CPUs. For other devices it may split an all-reduce into a reduce-scatter
+and an all-gather, of the same bytes.
 """
 
+import functools
 import math
 import re
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +31,7 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.settings import head_counts, kind_of
+from ngc_jax.report.blocks import aligned
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.match_size import prepare
 from ngc_jax.training.penalty import make_penalty
@@ -42,13 +40,18 @@ from ngc_jax.training.step import abstract_state, losses, make_train_step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 # fields of a model that its dense counterpart has too
-KEPT = (
-    *("width", "hidden", "groups", "heads", "attend", "remat"),
-    *("exchange_activation", "qk_norm", "qk_gain"),
+KEPT = ("width", "hidden", "groups", "heads", "attend", "remat", "exchange_activation")
+KEPT += ("qk_norm", "qk_gain")
+HEAD = ["bytes sent per token and device", "forward", "dense", "ratio", "update", "dense", "ratio"]
+Costs = tuple[dict[str, list[float]], dict[str, int]]  # of a model: see `costs`
+
+_COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+_OPERATION = re.compile(
+    r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$", re.MULTILINE
 )
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|(?:true|false)_computation|branch_computations)=(\{[^}]*\}|[^\s,]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
@@ -56,23 +59,32 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 def wire_bytes(hlo: str) -> dict[str, float]:
     """Bytes that a device sends in one run of a compiled program, by kind of collective.
 
-    `hlo` is the program as text. Raises ValueError for a loop of unknown length, and where the
-    participants of a collective are not named.
+    `hlo` is the program as text; a loop's body counts as often as it runs. Bytes are those of the
+    usual ring algorithms. For n participants and b bytes of result: all-reduce 2 b (n - 1) / n,
+    all-gather and all-to-all b (n - 1) / n, reduce-scatter b (n - 1), collective-permute b. Raises
+    ValueError for a loop of unknown length, and where the participants are not named.
     """
-    computations, entry = _computations(hlo)
-    runs: Counter[str] = Counter({entry: 1})
-    total = dict.fromkeys(KINDS, 0.0)
-    for name in _callers_first(computations, entry):
-        for line in computations[name]:
-            found = _OPERATION.match(line)
-            if found is None:
-                continue
-            kind = found["name"].removesuffix("-start")
+    computations = {entry or name: body for entry, name, body in _COMPUTATION.findall(hlo)}
+
+    @functools.cache
+    def sent(computation: str) -> dict[str, float]:
+        total = dict.fromkeys(KINDS, 0.0)
+        for operation in _OPERATION.finditer(computations[computation]):
+            result, name, rest = operation.groups()
+            kind, times = name.removesuffix("-start"), 1
             if kind in KINDS:
-                total[kind] += runs[name] * _sent(kind, found["type"], found["rest"])
-            for called in _called(line):
-                runs[called] += runs[name] * _times(found["name"], line)
-    return total
+                total[kind] += _sent(kind, result, rest)
+            if name == "while":
+                trips = _TRIPS.search(rest)
+                if trips is None:
+                    raise ValueError(f"a loop of unknown length: {operation[0].strip()[:200]}")
+                times = int(trips[1])
+            for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
+                for kind, size in sent(called).items():
+                    total[kind] += times * size
+        return total
+
+    return sent("ENTRY")
 
 
 def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
@@ -136,59 +148,34 @@ def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
     return dense
 
 
-class Traffic(NamedTuple):
-    """What one model sends and holds."""
+def costs(config: ConfigDict, mesh: Mesh) -> Costs:
+    """What a device sends for a token, by kind of collective and in all, and bytes that it holds.
 
-    forward: dict[str, float]  # by kind of collective, bytes that a device sends for a token
-    update: dict[str, float]
-    layers: int
-    state: int  # bytes of parameters and optimizer on a device
-    peak: int  # bytes of memory of the compiled update on a device
-
-
-def traffic(config: ConfigDict, mesh: Mesh) -> Traffic:
-    """The traffic of a config that is compiled for a mesh."""
+    The former are pairs: bytes in a forward pass and in an update.
+    """
     forward, update = compile_forward(config, mesh), compile_update(config, mesh)
     tokens = config.train.batch_size * config.data.context / (mesh.size / mesh.shape["group"])
+    one, all_parts = wire_bytes(forward.as_text()), wire_bytes(update.as_text())
     part = tokens / config.train.accumulation
-    return Traffic(
-        {kind: sent / part for kind, sent in wire_bytes(forward.as_text()).items()},
-        {kind: sent / tokens for kind, sent in wire_bytes(update.as_text()).items()},
-        layers(config),
-        bytes_of_state(config, mesh),
-        count.peak_memory(update),
-    )
+    sent = {kind: [one[kind] / part, all_parts[kind] / tokens] for kind in KINDS}
+    sent["in all"] = [sum(column) for column in zip(*sent.values(), strict=True)]
+    sent["in all, per layer"] = [total / layers(config) for total in sent["in all"]]
+    state, peak = bytes_of_state(config, mesh), count.peak_memory(update)
+    return sent, {"parameters and optimizer": state, "the update": peak}
 
 
-def table(model: Traffic, dense: Traffic) -> str:
+def table(model: Costs, dense: Costs) -> str:
     """The two side by side; a ratio says how many times as much the dense model sends."""
-    both = ("dense", "ratio")
-    rows = [["bytes sent per token and device", "forward", *both, "update", *both]]
-
-    def row(name: str, *pairs: tuple[float, float]) -> None:
-        rows.append([name])
-        for ours, theirs in pairs:
-            ratio = f"{theirs / ours:.2f}" if ours else ""
-            rows[-1] += [f"{ours:,.1f}", f"{theirs:,.1f}", ratio]
-
-    for kind in KINDS:
-        pairs = (
-            (model.forward[kind], dense.forward[kind]),
-            (model.update[kind], dense.update[kind]),
-        )
-        if any(map(any, pairs)):
-            row(kind, *pairs)
-    forward = (sum(model.forward.values()), sum(dense.forward.values()))
-    update = (sum(model.update.values()), sum(dense.update.values()))
-    row("in all", forward, update)
-    row("in all, per layer", *((a / model.layers, b / dense.layers) for a, b in (forward, update)))
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ["  ".join([c[0].ljust(first), *map(str.rjust, c[1:], others)]) for c in rows]
-    for what, ours, theirs in (
-        ("parameters and optimizer", model.state, dense.state),
-        ("the update", model.peak, dense.peak),
-    ):
-        sizes = f"{ours / 2**20:,.1f} MiB; dense {theirs / 2**20:,.1f} MiB"
+    rows = [HEAD]
+    for name, ours in model[0].items():
+        both = list(zip(ours, dense[0][name], strict=True))
+        if name not in KINDS or any(map(any, both)):
+            rows.append([name])
+            for a, b in both:
+                rows[-1] += [f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}" if a else ""]
+    lines = [aligned(rows)]
+    for what, size in model[1].items():
+        sizes = f"{size / 2**20:,.1f} MiB; dense {dense[1][what] / 2**20:,.1f} MiB"
         lines.append(f"memory per device, {what}: {sizes}")
     return "\n".join(lines)
 
@@ -222,53 +209,7 @@ def main() -> None:
         validate(dense)
     except UserError as error:
         raise UserError(f"the dense model to compare with: {error}") from error
-    print(table(*(traffic(model, meshes.make_mesh(model.mesh)) for model in (config, dense))))
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a program, by name, and the name of the one that is run."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in hlo.splitlines():
-        begun = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
-        if begun and not line.startswith(" "):
-            lines = computations.setdefault(begun[2], [])
-            entry = begun[2] if begun[1] else entry
-        else:
-            lines.append(line)
-    return computations, entry
-
-
-def _called(line: str) -> list[str]:
-    branches = [
-        name.strip().lstrip("%") for found in _BRANCHES.findall(line) for name in found.split(",")
-    ]
-    return _CALLED.findall(line) + branches
-
-
-def _callers_first(computations: dict[str, list[str]], entry: str) -> list[str]:
-    """Computations in an order in which each comes after all that call it."""
-    done: dict[str, None] = {}
-
-    def visit(name: str) -> None:
-        if name not in done:
-            for line in computations[name]:
-                for called in _called(line):
-                    visit(called)
-            done[name] = None
-
-    visit(entry)
-    return list(reversed(done))
-
-
-def _times(operation: str, line: str) -> int:
-    """How often an operation runs the computations that it calls."""
-    if operation != "while":
-        return 1
-    trips = _TRIPS.search(line)
-    if trips is None:
-        raise ValueError(f"a loop of unknown length: {line.strip()[:200]}")
-    return int(trips[1])
+    print(table(*(costs(model, meshes.make_mesh(model.mesh)) for model in (config, dense))))
 
 
 def _sent(kind: str, result: str, rest: str) -> float:
@@ -284,9 +225,7 @@ def _sent(kind: str, result: str, rest: str) -> float:
 
 
 def _participants(rest: str) -> int:
-    """Devices that take part together, from replica_groups: {{0,1},{2,3}}, [2,2]<=[4],
-    mesh['a'=2,'b'=2] {'b'}.
-    """
+    """How many take part: of {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):

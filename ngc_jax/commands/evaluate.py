@@ -8,32 +8,25 @@ For: the command line. Not for: the evaluation itself (`training/evaluation.py`)
 difficulty (`solve.py`).
 """
 
-from ngc_jax.commands.arguments import add_rounds, command, parser, read, rounds_of
+from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import Field
 from ngc_jax.training.evaluation import at_rounds, compile_eval, compile_watch, held_out
 from ngc_jax.training.load import load
+
+WINDOWS = Field("windows", 0, "held-out windows or problems, 0: all", "[0, inf)")
 
 
 def main() -> None:
     """Prints the held-out loss of a checkpoint."""
-    arguments = parser(__doc__)
-    arguments.add_argument(
-        "--windows", type=int, default=0, help="held-out windows or problems; default 0: all"
-    )
-    add_rounds(arguments)
-    args = read(arguments)
-    if args.windows < 0:
-        raise UserError(f"--windows={args.windows}: must be 1 or more, or 0 for all")
-    rounds = rounds_of(args)
-    trained = load(args.workdir, args.step)
+    args = read(parser(__doc__, WINDOWS, *ROUNDS))
+    rounds, trained = rounds_of(args), load(args.workdir, args.step)
     config, data, mesh = trained.config, trained.data(), meshes.single_device()
     model, settle = at_rounds(trained.model, config, rounds)
     step = compile_eval(model, config, mesh, data, settle)
-    result = held_out(
-        step, trained.params, mesh, data.validation, config.eval.batch_size, args.windows
-    )
+    amount = data.validation, config.eval.batch_size, args.windows
+    result = held_out(step, trained.params, mesh, *amount)
     # The measures are those of a loop with a fixed number of rounds.
     if isinstance(model, Decoder) and settle is None:
         result |= compile_watch(model, config, mesh, data)(trained.params)

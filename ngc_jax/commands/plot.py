@@ -19,26 +19,24 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     Raises UserError where nothing can be read or written, and without matplotlib.
     """
     figure = matplotlib().figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    low, high = [], []
+    axes, low, high = figure.add_subplot(), [], []
     for place, workdir in enumerate(workdirs):
-        rows = read_rows(workdir)
+        rows, style = read_rows(workdir), look(place)
         train, held_out = (
             [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             for name in ("train/loss", "eval/loss")
         )
         if not train:
             raise UserError(f"{workdir} has no rows in metrics.jsonl: give a run's work directory")
-        style = look(place)
         axes.plot(*zip(*train, strict=True), color=style["color"], linewidth=0.7, alpha=0.45)
         if held_out:
             label = f"{workdir.name}: held out {held_out[-1][1]:.3f}"
             axes.plot(*zip(*held_out, strict=True), markersize=4, label=label, **style)
-        low.append(min(loss for _, loss in train))
-        high.append(sorted(loss for _, loss in train)[int(0.95 * (len(train) - 1))])
+        losses = sorted(loss for _, loss in train)
+        low.append(losses[0])
+        high.append(losses[int(0.95 * (len(losses) - 1))])
     axes.set_ylim(0.95 * min(low), 1.05 * max(high))
-    axes.set_xlabel("updates")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set(xlabel="updates", ylabel="loss (nats per token)")
     axes.set_title("points: held-out text; thin: each logged training batch", fontsize=9)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -51,9 +49,8 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 def main() -> None:
     """Draws the runs of a command line."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("curve.png"), help="PNG, SVG or PDF"
-    )
+    default = pathlib.Path("curve.png")
+    arguments.add_argument("--out", type=pathlib.Path, default=default, help="PNG, SVG or PDF")
     arguments.add_argument("workdirs", nargs="+", type=pathlib.Path)
     args = arguments.parse_args()
     draw(args.workdirs, args.out)

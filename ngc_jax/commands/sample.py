@@ -6,40 +6,31 @@ serving.
 
 import os
 
-from ngc_jax.commands.arguments import command, number_of_rounds, parser, read
+from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import SEEDS, Field
 from ngc_jax.training.load import load
+
+OPTIONS = (
+    Field("prompt", "", "text to continue; default: the start of a document"),
+    Field("tokens", 200, "tokens to add", "[1, inf)"),
+    Field("temperature", 0.8, "of the logits, 0: the likeliest token each time", "[0, inf)"),
+    Field("top_p", 0.95, "share of the probability to draw from", "(0, 1]"),
+    Field("seed", 0, "of the draw of tokens", SEEDS),
+)
 
 
 def main() -> None:
     """Prints the prompt and its continuation."""
-    arguments = parser(__doc__)
-    arguments.add_argument(
-        "--prompt", default="", help="text to continue; default: the start of a document"
-    )
-    arguments.add_argument("--tokens", type=int, default=200, help="tokens to add, >= 1")
-    arguments.add_argument(
-        "--temperature", type=float, default=0.8, help=">= 0; 0 = the likeliest token each time"
-    )
-    arguments.add_argument("--top_p", type=float, default=0.95, help="in (0, 1]")
-    arguments.add_argument("--rounds", help="of the loop, >= 1; default: model.rounds")
-    arguments.add_argument("--seed", type=int, default=0)
-    args = read(arguments)
+    args = read(parser(__doc__, *OPTIONS, ROUNDS[0]))
     if args.rounds == "settled":
         raise UserError(
             "--rounds=settled: a cache keeps what each round made, so their number is fixed; give "
             "a number"
         )
-    rounds = None if args.rounds is None else number_of_rounds(args.rounds)
-    text = load(args.workdir, args.step).generate(
-        os.fsencode(args.prompt),
-        tokens=args.tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        rounds=rounds,
-    )
-    print(args.prompt + text)
+    asked = {name: getattr(args, name) for name in ("tokens", "temperature", "top_p", "seed")}
+    trained, prompt = load(args.workdir, args.step), os.fsencode(args.prompt)
+    print(args.prompt + trained.generate(prompt, **asked, rounds=rounds_of(args)))
 
 
 if __name__ == "__main__":

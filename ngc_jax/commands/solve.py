@@ -13,11 +13,18 @@ from typing import Any
 
 import scipy.stats
 
-from ngc_jax.commands.arguments import add_rounds, command, parser, read, rounds_of
+from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.data.tasks import TASKS, check
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import SEEDS, Field
 from ngc_jax.training.evaluation import examine
 from ngc_jax.training.load import load
+
+OPTIONS = (
+    Field("difficulties", "", "such as 5,10,20; default: those of training, and beyond"),
+    Field("examples", 200, "problems of each", "[1, inf)"),
+    Field("seed", 0, "of the draw of problems", SEEDS),
+)
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -31,18 +38,13 @@ def difficulties(given: str, data: Any) -> Sequence[int]:
 
     By default the least, middle and greatest of training, and twice the greatest. Raises UserError.
     """
+    middle, beyond = (data.low + data.high) // 2, min(2 * data.high, TASKS[data.task].highest)
     try:
-        usual = {
-            data.low,
-            (data.low + data.high) // 2,
-            data.high,
-            min(2 * data.high, TASKS[data.task].highest),
-        }
-        asked = [int(n) for n in given.split(",")] if given else sorted(usual)
+        asked = [int(n) for n in given.split(",")] if given else None
     except ValueError as error:
-        raise UserError(
-            f"--difficulties={given}: must be whole numbers with commas, for instance 5,10"
-        ) from error
+        wants = "whole numbers with commas, for instance 5,10"
+        raise UserError(f"--difficulties={given}: must be {wants}") from error
+    asked = asked or sorted({data.low, middle, data.high, beyond})
     for difficulty in asked:
         check(data.task, difficulty, "--difficulties")
     return asked
@@ -50,26 +52,16 @@ def difficulties(given: str, data: Any) -> Sequence[int]:
 
 def main() -> None:
     """Prints the score at each difficulty."""
-    arguments = parser(__doc__)
-    arguments.add_argument(
-        "--difficulties", default="", help="such as 5,10,20; default: those of training, and beyond"
-    )
-    arguments.add_argument("--examples", type=int, default=200, help="problems of each, >= 1")
-    arguments.add_argument("--seed", type=int, default=0, help="of the draw of problems, >= 0")
+    arguments = parser(__doc__, *OPTIONS, *ROUNDS)
     arguments.add_argument(
         "--attend",
         type=int,
         help="tokens that attention looks back on, 0: all; default: as in training (model.attend)",
     )
-    add_rounds(arguments)
     args = read(arguments)
     if args.attend is not None and args.attend < 0:
         raise UserError(f"--attend={args.attend}: must be 1 or more, or 0 for all")
-    if args.examples < 1:
-        raise UserError(f"--examples={args.examples}: must be 1 or more, for instance 200")
-    if args.seed < 0:
-        raise UserError(f"--seed={args.seed}: must be 0 or more")
-    rounds = rounds_of(args)
+    how = {"seed": args.seed, "attend": args.attend, "rounds": rounds_of(args)}
     trained = load(args.workdir, args.step)
     data = trained.config.data
     if not data.task:
@@ -77,23 +69,12 @@ def main() -> None:
             f"--workdir={args.workdir} holds a model of text: data.task is '' in its config"
         )
     asked = difficulties(args.difficulties, data)
-    unit = TASKS[data.task].unit
-    print(
-        f"{args.workdir}, step {trained.step}: {data.task}, "
-        f"trained on {data.low} to {data.high} {unit}"
-    )
+    about = f"trained on {data.low} to {data.high} {TASKS[data.task].unit}"
+    print(f"{args.workdir}, step {trained.step}: {data.task}, {about}")
     print(f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  95% interval")
+    model = trained.model, trained.params, trained.config
     for difficulty in asked:
-        result = examine(
-            trained.model,
-            trained.params,
-            trained.config,
-            difficulty,
-            args.examples,
-            seed=args.seed,
-            attend=args.attend,
-            rounds=rounds,
-        )
+        result = examine(*model, difficulty, args.examples, **how)
         low, high = interval(result["exact"], args.examples)
         taken = f", {result['rounds']:.1f} rounds" if "rounds" in result else ""
         shown = f"{result['exact']:>7.2%}  {low:.2%} to {high:.2%}{taken}"

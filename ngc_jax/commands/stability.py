@@ -12,7 +12,13 @@ from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.data.batches import Batch, Examples, held_out_batches
 from ngc_jax.report.figures import matplotlib
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import Field
 from ngc_jax.training.load import load
+
+OPTIONS = (
+    Field("sequences", 16, "held-out windows to measure on", "[2, inf)"),
+    Field("rounds", 16, "to follow the loop for", f"[{LEAST_ROUNDS}, inf)"),
+)
 
 
 def held_out(examples: Examples, context: int, count: int) -> Batch:
@@ -35,25 +41,14 @@ def held_out(examples: Examples, context: int, count: int) -> Batch:
 
 def main() -> None:
     """Writes the page and prints its headline numbers."""
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, *OPTIONS)
     arguments.add_argument(
         "--out", type=pathlib.Path, help="directory of the page; default: DIR/stability"
     )
-    arguments.add_argument(
-        "--sequences", type=int, default=16, help="held-out windows to measure on, >= 2"
-    )
-    arguments.add_argument(
-        "--rounds", type=int, default=16, help="to follow the loop for, >= 2; no fewer than trained"
-    )
     args = read(arguments)
-    if args.sequences < 2:
-        raise UserError(f"--sequences={args.sequences}: must be 2 or more, for instance 16")
-    if args.rounds < LEAST_ROUNDS:
-        raise UserError(f"--rounds={args.rounds}: must be {LEAST_ROUNDS} or more, for instance 16")
     matplotlib()
     trained = load(args.workdir, args.step)
-    config = trained.config
-    decoder = trained.decoder
+    config, decoder = trained.config, trained.decoder
     batch = held_out(trained.data().validation, config.data.context, args.sequences)
     out = args.out or args.workdir / "stability"
     try:

@@ -104,3 +104,11 @@ def listing(lines: Sequence[str], title: str = "") -> Block:
         text = f"{to_markdown(title)}:\n\n{text}"
         html = f"<details><summary>{to_html(title)}</summary>{html}</details>"
     return Block(text, html)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table for a terminal, its first `left` columns flush left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    put = [zip(sides, row, widths, strict=True) for row in rows]
+    return "\n".join("  ".join(side(cell, n) for side, cell, n in line) for line in put)
