@@ -401,6 +401,18 @@ def test_a_failed_save_is_raised(tmp_path, monkeypatch):
     checkpoints.close()
 
 
+def test_one_that_cannot_be_read_back_takes_no_older_ones_place(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state(1), {})
+    checkpoints.save(2, state(2), {"passed": -1})  # which no checkpoint may say
+    with pytest.raises(SaveFailed, match=r"checkpoint 2 could not be saved: .*passed=-1"):
+        checkpoints.wait()
+    assert checkpoints.newest_sound()[0] == 1
+    checkpoints.save(3, state(3), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [3]
+
+
 def test_another_shape_is_refused(three):
     checkpoints = Checkpoints(three)
     wrong = like(

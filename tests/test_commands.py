@@ -1,5 +1,8 @@
 """What a person does with a finished run: sample, evaluate, inspect, plot."""
 
+import re
+import shlex
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +11,13 @@ from conftest import python
 
 from ngc_jax.commands import evaluate, sample
 from ngc_jax.commands.inspect import parameter_table
+from ngc_jax.count import Parameters
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn.generate import choose, generate
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training import card
 from ngc_jax.training import loop as train
 from ngc_jax.training.load import load
 
@@ -133,3 +138,17 @@ def test_mistakes_are_one_line(run, command, flags, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_card_shows_names_as_they_are_and_commands_that_work(run, tiny, tmp_path):
+    odd = tmp_path / "a`b $(x) <i> | '"
+    odd.mkdir()
+    (odd / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    stored = Parameters(3, 2, 1)
+    card.write(odd, tiny, "of `x`\n# <script>", stored, 5)
+    text = (odd / "card.md").read_text()
+    assert text.startswith("# a\\`b \\$(x) \\<i> | '\n")
+    assert "**Data.** of `x`\n\\# \\<script>." in text
+    commands = re.findall(r"^    (python .*)$", text, re.MULTILINE)
+    assert [shlex.split(line)[3] for line in commands] == [f"--workdir={odd}"] * 3
+    assert f"    run = ngc_jax.load({str(odd)!r})\n" in text

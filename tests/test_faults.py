@@ -230,10 +230,8 @@ def test_spikes_are_skipped_rewound_and_not_learnt_from_also_if_stopped(
     skipped = [row for row in read_rows(once) if row.get("train/bad_in_a_row")]
     changes = [(row["step"], row["stability/relative_update"]) for row in skipped]
     assert changes == [(9, 0.0)], "the parameters are unchanged; rows of what was rewound are gone"
-    warned, losses = (
-        Checkpoints(once / "checkpoints", read_only=True).restore(20, None).state["monitor"]
-    )
-    assert (int(warned["seen"]), int(losses["seen"])) == (19, 19)
+    warned, losses = load(once).state.monitor
+    assert (int(warned.seen), int(losses.seen)) == (19, 19)
     brief.train.profile = "3:4"
     with at(monkeypatch, {13: stop}):
         assert train.run(brief, stopped) is False

@@ -103,3 +103,12 @@ def test_only_the_report_room_writes_html():
         if path.parent.name != "report":
             assert "<html" not in path.read_text(), path
             assert "max-width" not in path.read_text(), path
+
+
+def test_no_text_ends_a_heading_a_listing_or_a_row():
+    text = "a\n# b\n\n---\n> `c\n* d | e\n\n    f"
+    assert heading(text).markdown == r"## a # b --- > \`c * d | e f"
+    assert all(line[:4] == "    " for line in listing([text]).markdown.split("\n"))
+    assert len(table([text, "x"], [[text, text]]).markdown.splitlines()) == 3
+    assert paragraph(text).markdown.splitlines()[1:5] == [r"\# b", "", r"\---", r"\> \`c"]
+    assert paragraph("===\n- - -\n+ a\n-0.5").markdown == "\\===\n\\- - -\n\\+ a\n-0.5"

@@ -40,8 +40,8 @@ from ngc_jax.training.step import abstract_state, losses, make_train_step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 # fields of a model that its dense counterpart has too
-KEPT = ("width", "hidden", "groups", "heads", "attend", "remat", "exchange_activation")
-KEPT += ("qk_norm", "qk_gain")
+KEPT = ["width", "hidden", "groups", "heads", "attend", "remat", "exchange_activation"]
+KEPT += ["qk_norm", "qk_gain"]
 HEAD = ["bytes sent per token and device", "forward", "dense", "ratio", "update", "dense", "ratio"]
 Costs = tuple[dict[str, list[float]], dict[str, int]]  # of a model: see `costs`
 

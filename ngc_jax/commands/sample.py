@@ -29,8 +29,9 @@ def main() -> None:
             "a number"
         )
     asked = {name: getattr(args, name) for name in ("tokens", "temperature", "top_p", "seed")}
-    trained, prompt = load(args.workdir, args.step), os.fsencode(args.prompt)
-    print(args.prompt + trained.generate(prompt, **asked, rounds=rounds_of(args)))
+    asked["rounds"] = rounds_of(args)
+    text = load(args.workdir, args.step).generate(os.fsencode(args.prompt), **asked)
+    print(args.prompt + text)
 
 
 if __name__ == "__main__":

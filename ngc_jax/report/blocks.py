@@ -13,9 +13,9 @@ from typing import NamedTuple
 CODE = re.compile(r"(`[^`\n]+`)")
 # What Markdown reads as markup inside a line, and at its beginning.
 INSIDE = re.compile(
-    r"(\\|`|\*(?=\S)|(?<=\S)\*|~|(?<!\w)_|_(?!\w)|<(?=[\w/!?])|\](?=[(\[:])|&(?=\S+;))"
+    r"(\\|`|\*(?=\S)|(?<=\S)\*|~|\$|(?<!\w)_|_(?!\w)|<(?=[\w/!?])|\](?=[(\[:])|&(?=\S+;))"
 )
-FIRST = re.compile(r"^(\s*\d*)([#>+.)-])(?=\s)", re.MULTILINE)
+FIRST = re.compile(r"^(\s*\d*)(>|#(?=#*\s)|[+*.)-](?=\s)|[=-](?=[=-]*\s*$))", re.MULTILINE)
 NUMBER = re.compile(r"(< )?[-\d.,]+( ± [\d.,]+)?")
 FEW = 3  # columns that fit on the screen of a phone
 
@@ -37,14 +37,15 @@ def to_html(text: str) -> str:
 def to_markdown(text: str) -> str:
     """Plain text as Markdown, `code` unchanged."""
     parts = CODE.split(text)  # every second one is code
-    parts[::2] = [FIRST.sub(r"\1\\\2", INSIDE.sub(r"\\\1", part)) for part in parts[::2]]
-    return "".join(parts)
+    parts[::2] = [INSIDE.sub(r"\\\1", part) for part in parts[::2]]
+    return FIRST.sub(r"\1\\\2", "".join(parts))
 
 
-def heading(text: str, anchor: str = "") -> Block:
-    """A heading. `anchor`: a name for links to it."""
-    name = f' id="{escape(anchor)}"' if anchor else ""
-    return Block(f"## {to_markdown(text)}", f"<h2{name}>{to_html(text)}</h2>")
+def heading(text: str, anchor: str = "", level: int = 2) -> Block:
+    """A heading, in one line. `anchor`: a name for links to it."""
+    text, name = " ".join(text.split()), f' id="{escape(anchor)}"' if anchor else ""
+    tag = f"h{level}"
+    return Block(f"{'#' * level} {to_markdown(text)}", f"<{tag}{name}>{to_html(text)}</{tag}>")
 
 
 def paragraph(text: str) -> Block:
@@ -59,18 +60,17 @@ def table(
     A cell may hold several lines. On a phone, a `stacked` table shows the cells of a row below each
     other; another one of more than FEW columns tells the reader to scroll.
     """
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[to_markdown(c).replace("|", "\\|").replace("\n", "<br>") for c in of] for of in lines]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    cells = [[to_markdown(c).replace("|", "\\|") for c in row] for row in [head, *rows]]
+    cells.insert(1, ["---"] * len(head))
+    text = "\n".join(f"| {' | '.join(row)} |".replace("\n", "<br>") for row in cells)
     heads = "".join(f"<th>{to_html(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
     html = f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table>"
     if stacked:
         html = f'<table class="stack">{html}'
     else:
-        html = (
-            f'<div class="wide" tabindex="0" role="region" aria-label="table"><table>{html}</div>'
-        )
+        frame = '<div class="wide" tabindex="0" role="region" aria-label="table">'
+        html = f"{frame}<table>{html}</div>"
         if len(head) > FEW:
             html = f'<p class="cue">Scroll this table sideways: {len(head)} columns.</p>\n{html}'
     if caption:
@@ -98,8 +98,9 @@ def image(name: str, png: bytes, caption: str) -> Block:
 
 def listing(lines: Sequence[str], title: str = "") -> Block:
     """Lines of a terminal or a file. A listing with a title is folded in the HTML."""
-    text = "\n".join(f"    {line}" for line in lines)
-    html = '<pre class="wide">' + escape("\n".join(lines)) + "</pre>"
+    shown = "\n".join(lines)
+    text = "    " + "\n    ".join(shown.split("\n"))
+    html = f'<pre class="wide">{escape(shown)}</pre>'
     if title:
         text = f"{to_markdown(title)}:\n\n{text}"
         html = f"<details><summary>{to_html(title)}</summary>{html}</details>"

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from html import escape
 
-from ngc_jax.report.blocks import Block, to_markdown
+from ngc_jax.report.blocks import Block, heading
 from ngc_jax.runtime.files import write_durably
 
 # A wide table has a shadow at each end that can be scrolled to: two gradients of the page's colour
@@ -44,19 +44,19 @@ th, td { padding: 0.3rem 0.5rem; text-align: left; vertical-align: top;
 def write(
     home: pathlib.Path, name: str, title: str, blocks: Sequence[Block], markdown: bool = True
 ) -> None:
-    """Write HOME/NAME.html, the files of its blocks and, if `markdown`, HOME/NAME.md.
+    """Writes HOME/NAME.html, the files of its blocks and, if `markdown`, HOME/NAME.md.
 
     Raises OSError where HOME cannot be written.
     """
-    for file, data in (item for block in blocks for item in block.files.items()):
+    parts = [heading(title, level=1), *blocks]
+    for file, data in (item for part in parts for item in part.files.items()):
         write_durably(home / file, data)
     if markdown:
-        text = "\n\n".join([f"# {to_markdown(title)}", *(block.markdown for block in blocks)])
-        write_durably(home / f"{name}.md", text + "\n")
-    body = "\n".join([f"<h1>{escape(title)}</h1>", *(block.html for block in blocks)])
+        write_durably(home / f"{name}.md", "\n\n".join(part.markdown for part in parts) + "\n")
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
     )
+    body = "\n".join(part.html for part in parts)
     write_durably(home / f"{name}.html", f"{head}<body>\n{body}\n</body>\n</html>\n")

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -84,9 +85,9 @@ class Checkpoints:
         """Committed steps, oldest first, sound or not."""
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         # Not "007", which is no name of ours.
-        return sorted(int(p.name) for p in found if p.name.isascii() and _is_step(p.name))
+        return sorted(int(p.name) for p in found if re.fullmatch("0|[1-9][0-9]*", p.name))
 
-    def fault(self, step: int, most: int | None = None) -> str | None:
+    def fault(self, step: int, most: float = float("inf")) -> str | None:
         """What is wrong with a step, or None if its seal holds. `most`: bytes that it may have."""
         home = self.directory / str(step)
         try:
@@ -96,9 +97,10 @@ class Checkpoints:
             if MANIFEST not in held:
                 return "it is not sealed: it is being written, or the run ended meanwhile"
             size = sum(epath.Path(path).stat().length for path in held.values())
-            if most is not None and size > most:
+            if size > most:
                 return f"it has {size} bytes, of a state that needs fewer than {most}"
-            named, sealed, _, _ = _manifest(home)
+            manifest = _manifest(home)
+            named, sealed = manifest["step"], manifest["files"]
             if named not in (UNSAID, step):
                 return f"it is checkpoint {named} under another name"
             for name in sorted(sealed.keys() | held.keys() - {MANIFEST}):
@@ -121,10 +123,7 @@ class Checkpoints:
         return None, faults
 
     def newest(
-        self,
-        abstract: Tree,
-        config: dict[str, Any] | None = None,
-        among: Collection[int] | None = None,
+        self, like: Tree, config: dict[str, Any] | None = None, among: Collection[int] | None = None
     ) -> tuple[Restored | None, dict[int, str]]:
         """The newest step, of these or of all, that `restore` reads; faults of those after it.
 
@@ -135,7 +134,7 @@ class Checkpoints:
         for step in reversed(multihost.exchange(self.steps())[0]):
             if among is None or step in among:
                 try:
-                    return self.restore(step, abstract, config), faults
+                    return self.restore(step, like, config), faults
                 except Damaged as error:
                     faults[step] = str(error)
                     if isinstance(error, Foreign):
@@ -150,46 +149,51 @@ class Checkpoints:
         move(self.directory / str(step), aside)
         return aside
 
-    def restore(self, step: int, abstract: Tree, config: dict[str, Any] | None = None) -> Restored:
-        """A step, read into the shapes, dtypes and shardings of `abstract`; None: as saved.
+    def restore(self, step: int, like: Tree, config: dict[str, Any] | None = None) -> Restored:
+        """A step, read into the shapes, dtypes and shardings of `like`.
 
         Each field of `config` that the checkpoint has too must be the same there. Raises Damaged in
         every process where one of them cannot read it, and Foreign.
         """
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        most = None if abstract is None else 2 * needed + LARGEST
-        fault, found = self.fault(step, most) if multihost.first() else None, None
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        fault = self.fault(step, 2 * needed + LARGEST) if multihost.first() else None
         (fault, *_) = multihost.exchange(fault)
         if fault is None:
             try:
-                found = self._read(step, abstract, config or {})
+                found = self._read(step, like, config or {})
             except Foreign:
                 raise
             except Exception as error:  # whatever Orbax and TensorStore raise for what they read
-                fault = f"it cannot be restored: {str(error).partition(' [tensorstore_spec')[0]}"
+                fault = f"it cannot be restored: {_cause(error)}"
             (fault, *_) = [*filter(None, multihost.exchange(fault)), None]
-        if fault is not None or found is None:
+        if fault is not None:
             raise Damaged(fault)
         return found
 
-    def _read(self, step: int, abstract: Tree, config: dict[str, Any]) -> Restored:
+    def _read(self, step: int, like: Tree, config: dict[str, Any]) -> Restored:
         home = self.directory / str(step)
-        _, _, meta, tree = _manifest(home)
+        manifest = _manifest(home)
+        meta, tree = manifest["meta"], manifest["tree"]
         theirs = meta["config"]
         for name in sorted(config.keys() & theirs.keys()):
             if config[name] != theirs[name]:
                 raise Foreign(
                     f"it is of another run: {name} was {theirs[name]!r}, is {config[name]!r}"
                 )
-        wanted = _shapes(abstract) if tree and abstract is not None else tree
+        wanted = _shapes(like) if tree else {}  # an old manifest names none
         for name in sorted(tree.keys() | wanted.keys()):
             if tree.get(name) != wanted.get(name):
                 raise Foreign(
                     f"{name} is of shape {tree.get(name)}, not {wanted.get(name)}: it is of "
                     f"another model, or made by other software ({meta['versions']})"
                 )
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self._orbax.restore(home, args=items)["state"]
+        # By itself, without a barrier: one that fails here would leave the others waiting at it.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(me, {me}, f"process{me}")
+        handler = ocp.CompositeCheckpointHandler("state")
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            state = orbax.restore(home, args=items)["state"]
         for name, leaf in _leaves(state):
             if name == "step" and int(leaf) != step:
                 raise ValueError(f"its state is that after {int(leaf)} updates")
@@ -253,30 +257,29 @@ class Checkpoints:
             home = self.directory / str(step)
             if jax.process_count() == 1 and not (home / MANIFEST).exists():
                 remove(home)
-            cause = str(error).partition(" [tensorstore_spec")[0]
-            raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
+            raise SaveFailed(f"checkpoint {step} could not be saved: {_cause(error)}") from error
 
     def _seal(self, step: int, meta: dict[str, Any], tree: dict[str, str]) -> None:
         self._orbax.wait_until_finished()
-        if multihost.first():
-            home = self.directory / str(step)
-            sums = {str(path.relative_to(home)): _sha256(path) for path in files(home)}
-            sums.pop(MANIFEST, None)
-            seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
-            write_durably(home / MANIFEST, json.dumps(seal, indent=1))
-            if not in_bucket(home):
-                sync(self.directory)  # where Orbax has given the step its name
-            self._drop(self.steps()[: -self._keep])
-            # Again: Orbax's threads may write on for a while after a failed save was raised.
-            self._remove_begun()
+        if not multihost.first():
+            return
+        home = self.directory / str(step)
+        sums = {str(path.relative_to(home)): _sha256(path) for path in files(home)}
+        sums.pop(MANIFEST, None)
+        seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
+        write_durably(home / MANIFEST, json.dumps(seal, indent=1))
+        if not in_bucket(home):
+            sync(self.directory)  # where Orbax has given the step its name
+        _manifest(home)  # One that could not be read back must not take the place of older ones.
+        self._drop(self.steps()[: -self._keep])
+        # Again: Orbax's threads may write on for a while after a failed save was raised.
+        self._remove_begun()
 
     def _drop(self, steps: Collection[int] | Iterator[int]) -> None:
         for step in steps:
             home = self.directory / str(step)
             if not in_bucket(home):  # a kill must not leave a half one
-                begun = home.with_name(f"{step}.orbax-checkpoint-tmp-dropped")
-                os.replace(home, begun)
-                home = begun
+                home = home.replace(home.with_name(f"{step}.orbax-checkpoint-tmp-dropped"))
             remove(home)
 
     def _remove_begun(self) -> None:
@@ -313,12 +316,12 @@ def _shapes(tree: Tree) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(tree)}
 
 
-def _is_step(name: str) -> bool:
-    return name.isdecimal() and name == str(int(name))
+def _cause(error: Exception) -> str:
+    return str(error).partition(" [tensorstore_spec")[0]
 
 
-def _manifest(home: Path) -> tuple[int, dict[str, str], dict[str, Any], dict[str, str]]:
-    """A checkpoint's step, checksums, meta and tree; of an old one UNSAID, and {} for the tree.
+def _manifest(home: Path) -> dict[str, Any]:
+    """A checkpoint's step, files, meta and tree; of an old one UNSAID, and {} for the tree.
 
     Raises ValueError for what is no manifest.
     """
@@ -330,16 +333,15 @@ def _manifest(home: Path) -> tuple[int, dict[str, str], dict[str, Any], dict[str
     if not isinstance(found, dict) or found.keys() != like.keys():
         raise ValueError(f"{MANIFEST} is no manifest")
     _check(found, like)
-    meta = {**META, **found["meta"]}
-    _check(meta, META)
-    return found["step"], found["files"], meta, found["tree"]
+    found["meta"] = META | found["meta"]
+    _check(found["meta"], META)
+    return found
 
 
 def _check(found: dict[str, Any], like: dict[str, Any]) -> None:
     for name, example in like.items():
-        value = found[name]
-        number = isinstance(value, int | float) and isinstance(example, int | float)
-        if not number and type(value) is not type(example):
+        value, number = found[name], isinstance(example, int | float)
+        if not isinstance(value, int | float if number else type(example)):
             raise ValueError(f"{MANIFEST}: {name} is {value!r:.40}")
         if number and not 0 <= value < 2**40:
             raise ValueError(f"{MANIFEST}: {name}={value} is out of range")

@@ -1,7 +1,7 @@
 """Tables of settings: the name, default, help, range and unit of each field, written once.
 
-For: what is made of such tables: defaults, checks and their messages, the lines of `--help`, and
-docs/settings.md. Not for: the fields themselves (`settings.py` of each room) or what reads them.
+For: what is made of such tables: defaults, checks and their messages, the lines of `--help`. Not
+for: the fields themselves (`settings.py` of each room) or what reads them.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from ngc_jax.runtime.errors import UserError
 Need = Callable[[bool, str, str], None]
 TYPES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
 SEEDS = "[0, 4294967295]"  # the values of a seed
-COLUMNS = (19, 12, 10, 26, 25)  # characters of the columns of `--help`, two spaces between
+# Columns of a table, and their characters in `--help`, where two spaces stand between them.
+COLUMNS = {"field": 19, "default": 12, "unit": 10, "values": 26, "help": 25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,8 @@ class Field:
             return "one of " + ", ".join(map(repr, self.options()))
         if not self.values:
             return ""
-        least, most = _ends(self.values)
-        low, high = f"{least:,.15g}", f"{most:,.15g}"
-        if most == math.inf:
+        low, high = (f"{end:,.15g}" for end in _ends(self.values))
+        if high == "inf":
             return f"{low} or more" if self.values[0] == "[" else f"above {low}"
         if self.values[0] == "[":
             return f"from {low} to {'' if self.values[-1] == ']' else 'below '}{high}"
@@ -169,35 +169,23 @@ def check_unread(config: Any, sections: Sequence[Section]) -> None:
         raise UserError("; ".join(parts))
 
 
-def help_text(sections: Sequence[Section]) -> str:
-    """The tables as text of at most 100 columns."""
-    lines = []
-    for section in sections:
-        lines += ["", f"{section.name or 'config'}: {section.about}"]
-        for row in _rows(section):
-            row[1] = row[1].replace(",", ", ")  # a default such as "rounds,tokens" breaks there
-            cells = [textwrap.wrap(cell, width) for cell, width in zip(row, COLUMNS, strict=True)]
-            cells[1] = [line.replace(", ", ",") for line in cells[1]]
-            for line in itertools.zip_longest(*cells, fillvalue=""):
-                lines.append("  ".join(map(str.ljust, line, COLUMNS)).rstrip())
-    return "\n".join(lines)
-
-
-def markdown(sections: Sequence[Section]) -> str:
-    """The tables as Markdown."""
-    lines = []
-    for section in sections:
-        lines += ["", f"## {section.name or 'config'}", "", section.about, ""]
-        lines += ["| field | default | unit | values | help |", "| --- | --- | --- | --- | --- |"]
-        for row in _rows(section):
-            name, default, *rest = (cell.replace("|", "\\|") for cell in row)
-            lines.append(f"| `{name}` | `{default}` | {' | '.join(rest)} |")
-    return "\n".join(lines)
-
-
-def _rows(section: Section) -> list[list[str]]:
-    """Of each field: name, default, unit, values and help."""
+def rows_of(section: Section) -> list[list[str]]:
+    """Of each field the COLUMNS: name, default, unit, values and help."""
     return [
         [f.name, repr(f.default), f.unit, f.range().removeprefix("one of "), f.help]
         for f in section.fields
     ]
+
+
+def help_text(sections: Sequence[Section]) -> str:
+    """The tables as text of at most 100 columns."""
+    lines, widths = [], COLUMNS.values()
+    for section in sections:
+        lines += ["", f"{section.name or 'config'}: {section.about}"]
+        for row in rows_of(section):
+            row[1] = row[1].replace(",", ", ")  # a default such as "rounds,tokens" breaks there
+            cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+            cells[1] = [line.replace(", ", ",") for line in cells[1]]
+            for line in itertools.zip_longest(*cells, fillvalue=""):
+                lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
+    return "\n".join(lines)

@@ -74,43 +74,31 @@ class Metrics:
 
     def __init__(self, workdir: Path, start: int, rows: int = 0, sha256: str = ""):
         writes = multihost.first()
-        kept: list[Row] = []
         with multihost.agreed():
-            if start and writes:
-                kept = _kept(workdir, start, rows, sha256)
+            kept = _kept(workdir, start, rows, sha256) if start and writes else []
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
         measured = {name.partition("/")[0] for row in others for name in row}
         self.measured = set(multihost.exchange(sorted(measured))[0])
-        self._log = self._board = None
-        self._rows, self._sha256 = len(kept), hashlib.sha256(_text(kept).encode())
-        if not writes:
-            return
-        self._log = Log(workdir / "metrics.jsonl", _text(kept))
-        self._board = _Board.open(workdir / "tensorboard")
+        self._rows, self._sha256 = len(kept), hashlib.sha256(_text(*kept).encode())
+        self._log = Log(workdir / "metrics.jsonl", _text(*kept)) if writes else None
+        self._board = _open_board(workdir / "tensorboard") if writes else None
+        self._add_event(file_version="brain.Event:2")
         for row in kept:
             self._show(row)
 
     def write(self, row: Row) -> None:
         """Adds a row, null for numbers that are not finite. A full disk raises no error yet."""
-        if not self._log:
-            return
-        finite = lambda v: not isinstance(v, float) or math.isfinite(v)  # noqa: E731
-        row = {name: value if finite(value) else None for name, value in row.items()}
-        self._log.add(_text([row]))
-        self._rows += 1
-        self._sha256.update(_text([row]).encode())
-        self._show(row)
+        if self._log:
+            wrong = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+            row = {**row, **dict.fromkeys(wrong)}
+            self._log.add(_text(row))
+            self._rows += 1
+            self._sha256.update(_text(row).encode())
+            self._show(row)
 
     def written(self) -> dict[str, Any]:
         """How many rows there are, and their digest, for a checkpoint to keep."""
         return {"rows": self._rows, "rows_sha256": self._sha256.hexdigest()}
-
-    def _show(self, row: Row) -> None:
-        try:
-            if self._board:
-                self._board.write(row)
-        except OSError:
-            self._board = None  # it is only a view, made anew when the run continues
 
     def sync(self) -> None:
         """Puts all rows on disk, before a checkpoint, which so never lacks the rows before it.
@@ -127,71 +115,68 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self._board.close()
 
+    def _show(self, row: Row) -> None:
+        if self._board:
+            from tensorboard.compat.proto.summary_pb2 import Summary
 
-def _text(rows: Iterable[Row]) -> str:
+            shown = {k: v for k, v in row.items() if k != "step" and v is not None}
+            values = [Summary.Value(tag=k, simple_value=v) for k, v in shown.items()]
+            self._add_event(step=row["step"], summary=Summary(value=values))
+
+    def _add_event(self, **content: Any) -> None:
+        if self._board:
+            from tensorboard.compat.proto.event_pb2 import Event
+
+            try:
+                self._board.write(Event(wall_time=time.time(), **content).SerializeToString())
+            except OSError:
+                self._board = None  # it is only a view, made anew when the run continues
+
+
+def _text(*rows: Row) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _kept(workdir: Path, start: int, rows: int, sha256: str) -> list[Row]:
     """The rows up to `start`. Says what it drops; see Metrics."""
     path, lines = workdir / "metrics.jsonl", _lines(workdir)
-    kept = [row for _, row in lines if row and row["step"] <= start]
+    up_to = [(at, row) for at, row in lines if row and row["step"] <= start]
+    kept, last = [row for _, row in up_to], max((at for at, _ in up_to), default=0)
     bad = [at for at, row in lines if row is None]
-    before = max((at for at, row in lines if row and row["step"] <= start), default=0)
-    lost = f"line {bad[0]} is no row" if bad and bad[0] < before else ""
-    if rows and hashlib.sha256(_text(kept[:rows]).encode()).hexdigest() == sha256:
+    lost = f"line {bad[0]} is no row" if bad and bad[0] < last else ""
+    if rows and hashlib.sha256(_text(*kept[:rows]).encode()).hexdigest() == sha256:
         lost = ""  # whatever is no row there, none is missing
     elif rows and path.exists():
         lost = f"of the {rows} rows up to checkpoint {start}, {min(len(kept), rows)} are there"
         lost += f", line {bad[0]} is no row" if bad else ", not all as they were"
+    elif rows:
+        print(f"{path} is gone: the {rows} rows up to step {start} are missing", flush=True)
     if lost:
         raise UserError(
             f"{path}: {lost}, and they cannot be made again: put the file back as it was, or move "
             "it away to go on without the rows so far"
         )
-    if rows and not path.exists():
-        print(f"{path} is gone: the {rows} rows up to step {start} are missing", flush=True)
     if bad:
         print(f"{path}: dropped {len(bad)} lines that are no rows, from {bad[0]} on", flush=True)
     return kept
 
 
-class _Board:
-    """A TensorBoard event file, a view of the rows: rewritten each time a run continues."""
-
-    def __init__(self, directory: Path):
-        # With this name importable TensorBoard does not load TensorFlow, where that is installed.
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+def _open_board(directory: Path) -> Any:
+    """A TensorBoard event file, a view of the rows, made anew; None where there can be none."""
+    # With this name importable TensorBoard does not load TensorFlow, where that is installed.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+    try:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        if in_bucket(directory):
+            return None
         remove(directory)
         os.mkdir(directory)
         # Not TensorBoard's own writer, whose thread prints a traceback on a full disk.
         path = directory / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
-        self._records = RecordWriter(open(path, "xb", buffering=0))  # noqa: SIM115
-        self._add(file_version="brain.Event:2")
-
-    @classmethod
-    def open(cls, directory: Path) -> "_Board | None":
-        try:
-            return None if in_bucket(directory) else cls(directory)
-        except (ImportError, OSError):
-            return None  # the extra is not installed; metrics.jsonl holds everything
-
-    def write(self, row: Row) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        shown = {k: v for k, v in row.items() if k != "step" and v is not None}
-        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in shown.items()])
-        self._add(step=row["step"], summary=summary)
-
-    def _add(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
-
-    def close(self) -> None:
-        self._records.close()
+        return RecordWriter(open(path, "xb", buffering=0))
+    except (ImportError, OSError):
+        return None  # the extra is not installed; metrics.jsonl holds everything
 
 
 class Clock:
@@ -211,9 +196,8 @@ class Clock:
     def lap(self, step: int) -> float:
         """Seconds per step since the last lap."""
         last, then = self._mark
-        now = self.seconds()
-        self._mark = (step, now)
-        return (now - then) / max(1, step - last)
+        self.start(step)
+        return (self._mark[1] - then) / max(1, step - last)
 
     def __enter__(self) -> "Clock":
         self._paused = time.monotonic()
@@ -235,13 +219,10 @@ class Progress:
         mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
         line = f"step {step}/{self.steps}  loss {loss:.4f}  {pace}  ETA {left}"
-        self._print(line, "" if self.live else "\n")
+        self.say(line, "" if self.live else "\n")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, end: str = "\n") -> None:
         """Prints a line that stays."""
-        self._print(text, "\n")
-
-    def _print(self, text: str, end: str) -> None:
         try:
             print(f"\r\x1b[K{text}" if self.live else text, end=end, flush=True)
         except OSError:  # the terminal is gone; the run goes on, or is saved

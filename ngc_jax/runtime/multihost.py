@@ -12,6 +12,7 @@ other's messages. One process alone passes through all of this without a wait.
 import contextlib
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -52,22 +53,16 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 
 def define_flags() -> Callable[[], None]:
     """Defines a command's flags for `join`, and returns the call of it with their values."""
-    coordinator = flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where the cluster does not tell."
-    )
-    processes = flags.DEFINE_integer(
-        "processes", None, "How many processes there are; 1: alone, whatever the cluster."
-    )
-    process = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
-    minutes = flags.DEFINE_float(
-        "join_minutes", 5.0, "How long to wait for the others to start.", lower_bound=0.01
-    )
-    lost = flags.DEFINE_integer(
-        "lost_seconds", 100, "After how long without a sign one is lost.", lower_bound=5
-    )
-    return lambda: join(
-        coordinator.value, processes.value, process.value, minutes.value, lost.value
-    )
+    given: list[flags.FlagHolder[Any]] = [
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster tells it."),
+        flags.DEFINE_integer("processes", None, "How many there are; 1: alone, also in a cluster."),
+        flags.DEFINE_integer("process", None, "Which of them this one is, from 0."),
+        flags.DEFINE_float("join_minutes", 5.0, "How long to wait for others.", lower_bound=0.01),
+        flags.DEFINE_integer(
+            "lost_seconds", 100, "Silence after which one is lost.", lower_bound=5
+        ),
+    ]
+    return lambda: join(*(flag.value for flag in given))
 
 
 def join(
@@ -91,32 +86,25 @@ def join(
     if processes == 1 or (by_cluster and not cluster(os.environ)):
         return
     if missing and not by_cluster:
-        raise UserError(
-            f"{', '.join(missing)} must be given too: all of {', '.join(given)}, or none of them"
-        )
+        wants = f"all of {', '.join(given)}, or none of them"
+        raise UserError(f"{', '.join(missing)} must be given too: {wants}")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process={process}: must be from 0 to --processes - 1 = {processes - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise UserError(
-            f"--coordinator={coordinator!r}: must be HOST:PORT of process 0, for instance "
-            "host0:1234"
-        )
+        wants = "HOST:PORT of process 0, for instance host0:1234"
+        raise UserError(f"--coordinator={coordinator!r}: must be {wants}")
     found = f"process {process} of {processes}, coordinator {coordinator}"
     if by_cluster:
         found = f"{cluster(os.environ)} says"
-
-    def give_up() -> None:
-        others = {None: "one of them", 0: "one or more of the others"}
-        missed = others.get(process, f"process 0 at {coordinator}, or another,")
-        _end(
-            "the processes of this run did not come together within "
-            f"--join_minutes={minutes:g} ({found}): {missed} is missing; {CHECK}"
-        )
-
-    print(
-        f"waiting for all processes of this run ({found}), at most {minutes:g} minutes", flush=True
+    others = {None: "one of them", 0: "one or more of the others"}
+    missed = others.get(process, f"process 0 at {coordinator}, or another,")
+    late = (
+        "the processes of this run did not come together within "
+        f"--join_minutes={minutes:g} ({found}): {missed} is missing; {CHECK}"
     )
-    deadline = threading.Timer(60 * minutes, give_up)  # jax's own deadline aborts, and says less
+    waiting = f"waiting for all processes of this run ({found}), at most {minutes:g} minutes"
+    print(waiting, flush=True)
+    deadline = threading.Timer(60 * minutes, _end, [late])  # jax's own aborts, and says less
     deadline.daemon = True
     deadline.start()
     try:
@@ -175,13 +163,10 @@ def agreed() -> Iterator[None]:
 def same(**values: str) -> None:
     """Raises UserError in each process where not all have the same values."""
     everyone = exchange(values)
-    for name in values:
-        for process, theirs in enumerate(everyone):
-            if theirs[name] != everyone[0][name]:
-                raise UserError(
-                    f"process {process} has another {name} than process 0: give all of them the "
-                    "same"
-                )
+    for name, (process, theirs) in itertools.product(values, enumerate(everyone)):
+        if theirs[name] != everyone[0][name]:
+            wants = "give all of them the same"
+            raise UserError(f"process {process} has another {name} than process 0: {wants}")
 
 
 def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
@@ -193,9 +178,8 @@ def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
     if jax.process_count() == 1:
         return None
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
-    return jax.make_array_from_callback(
-        (mesh.size, len(votes)), by_device, lambda _: np.array([votes])
-    )
+    shape = (mesh.size, len(votes))
+    return jax.make_array_from_callback(shape, by_device, lambda _: np.array([votes]))
 
 
 def tally(cast: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -210,10 +194,9 @@ def leave(error: BaseException) -> None:
     returns.
     """
     if jax.distributed.is_initialized():
-        _end(
-            f"process {jax.process_index()} of {jax.process_count()} failed, or lost another one, "
-            f"whose message then says more: {error or type(error).__name__}"
-        )
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        told = str(error) or type(error).__name__
+        _end(f"{who} failed, or lost another one, whose message then says more: {told}")
 
 
 def _end(message: str) -> None:

@@ -6,7 +6,7 @@ evaluation. Not for: stopping many at the same update (`multihost.py`), or hangs
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of Ctrl-C, as shells count
@@ -33,12 +33,7 @@ class Preemption:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -19,14 +19,13 @@ def traceable(updates: str) -> bool:
 
 
 class Profile:
-    """Traces the updates "first:last", and what is done between them, into a directory.
+    """Traces the updates "first:last" ("": none), and what is done between them, into a directory.
 
-    "" traces none. As a context it ends a trace that is under way. Of many processes only the first
-    is traced.
+    As a context it ends a trace that is under way. Of many processes only the first is traced.
+    Raises UserError where `home` is in a bucket.
     """
 
     def __init__(self, updates: str, home: Path):
-        """Raises UserError where `home` is in a bucket."""
         if updates and in_bucket(home):
             raise UserError(f"train.profile={updates!r}: must be '' where {home} is in a bucket")
         traced = updates if updates and multihost.first() else "1:0"

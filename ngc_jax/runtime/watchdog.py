@@ -56,8 +56,8 @@ class Watchdog:
 
     def _tell(self) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        minutes = f"{self._seconds / 60:g}"
-        told = f"\n{now}: nothing has finished for {minutes} minutes; where every thread stands:\n"
+        hung = f"nothing has finished for {self._seconds / 60:g} minutes"
+        told = f"\n{now}: {hung}; where every thread stands:\n"
         with contextlib.suppress(OSError):  # the terminal is gone
             sys.stderr.write(told)
             sys.stderr.flush()

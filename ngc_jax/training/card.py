@@ -3,11 +3,13 @@
 For: writing card.md from the config and the rows of a run. Not for: measuring anything.
 """
 
+import shlex
 from typing import Any
 
 import jax
 
 from ngc_jax.count import Parameters
+from ngc_jax.report.blocks import heading, listing, table, to_markdown
 from ngc_jax.runtime.files import Path, write_durably
 from ngc_jax.runtime.metrics import duration, latest, read_rows
 
@@ -28,22 +30,29 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     m, t, task = config.model, config.train, config.data.task
     seen = t.steps * t.batch_size * config.data.context / 1e6
     measures = HELD_OUT | {name: name for name in sorted(last) if name.startswith("stability/")}
-    shown = {said: _number(last[name]) for name, said in measures.items() if name in last}
-    table = "\n".join(f"| {said} | {value} |" for said, value in shown.items())
+    shown = [[said, _number(last[name])] for name, said in measures.items() if name in last]
     curve = [f"{_number(r['eval/loss'])} at {r['step']}" for r in rows if "eval/loss" in r]
-    use = f'sample --workdir={workdir} --prompt="def " --tokens=200'
+    home = shlex.quote(str(workdir))
+    use = f"sample --workdir={home} --prompt='def ' --tokens=200"
     limits = "Trained on this unfiltered text alone: it continues text, and states no facts."
     if task:
-        use, limits = f"solve --workdir={workdir}", "Trained on this task alone; it knows no other."
-    text = f"""# {workdir.name}
+        use, limits = f"solve --workdir={home}", "Trained on this task alone; it knows no other."
+    lines = [
+        f"python -m ngc_jax.{use}",
+        f"python -m ngc_jax.evaluate --workdir={home}",
+        f"python -m ngc_jax.inspect --workdir={home}",
+        "",
+        f"run = ngc_jax.load({str(workdir)!r})",
+    ]
+    text = f"""{heading(workdir.name, level=1).markdown}
 
-**What.** A model trained from scratch, {_kind(m)}.
+**What.** A model trained from scratch, {to_markdown(_kind(m))}.
 Width {m.width}, hidden {m.hidden}, {_sizes(config)}
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
 {stored.embeddings:,} in embeddings; {generated:,} weights are generated in a forward pass.
 
-**Data.** {data}.
-Tokens: {task or config.data.tokenizer}; windows of {config.data.context}.
+**Data.** {to_markdown(data)}.
+Tokens: {to_markdown(task or config.data.tokenizer)}; windows of {config.data.context}.
 
 **How.** {t.steps:,} updates of {t.batch_size} windows ({seen:.2f} M tokens), {t.optimizer},
 peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule},
@@ -55,19 +64,13 @@ Updates skipped: {last["train/skipped"]}; batches skipped by rewinding:
 
 **How good**, at the end, on data that was not trained on:
 
-| measure | value |
-| --- | --- |
-{table}
+{table(["measure", "value"], shown).markdown}
 
 Held-out loss on the way: {", ".join(curve)}.
 
-**Use.**
+**Use**, on the command line and in Python:
 
-    python -m ngc_jax.{use}
-    python -m ngc_jax.evaluate --workdir={workdir}
-    python -m ngc_jax.inspect --workdir={workdir}
-
-In Python: `run = ngc_jax.load("{workdir}")`.
+{listing(lines).markdown}
 
 **Limits.** {limits}
 """
