@@ -8,34 +8,38 @@ on each (docs/pods.md).
 
 import sys
 
-from absl import flags, logging
-from etils import epath
-
-from ngc_jax.commands.config_flag import read_config
-from ngc_jax.runtime import multihost
-from ngc_jax.runtime.errors import UserError, end_soon, fail
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/CONFIG.")
-join = multihost.define_flags()
+from ngc_jax.runtime import preemption
 
 
 def main() -> None:
     """Train as the command line asks, and end with one of the exit codes above."""
+    preemption.end_at_ctrl_c()  # The imports below take seconds.
+    from absl import flags, logging
+
+    from ngc_jax.commands.config_flag import read_config
+    from ngc_jax.runtime import multihost
+    from ngc_jax.runtime.errors import UserError, end_soon, fail
+
+    logging.set_verbosity(logging.FATAL)  # an error is raised, and printed as one line
+    given = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/CONFIG.")
+    join = multihost.define_flags()
     try:
         config, file = read_config(__doc__ or "")
     except UserError as error:
         fail(2, error)
-    # Only now: these imports take seconds, which --help and a mistake need not wait for.
+    # Only now: --help and a mistake need not wait for these.
+    from etils import epath
+
     from ngc_jax.runtime.checkpoint import unraisable
     from ngc_jax.runtime.compilation_cache import keep_compiled
-    from ngc_jax.runtime.preemption import EXIT_CODE, INTERRUPTED
     from ngc_jax.training.loop import run
     from ngc_jax.training.run import Diverged
     from ngc_jax.training.workdir import hold, workdir_of
 
-    workdir = epath.Path(WORKDIR.value or workdir_of(file))
+    workdir = epath.Path(given.value or workdir_of(file))
     sys.unraisablehook = unraisable
     try:
+        preemption.raise_at_ctrl_c()
         join()
         keep_compiled()
         with hold(workdir):
@@ -48,13 +52,13 @@ def main() -> None:
         multihost.leave(error)
         end_soon(1)
         if isinstance(error, KeyboardInterrupt):
-            fail(INTERRUPTED, "interrupted: the same command continues from the last checkpoint")
+            told = "interrupted: the same command continues from the last checkpoint"
+            fail(preemption.INTERRUPTED, told)
         if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
             fail(1, error)
         raise
-    sys.exit(0 if done else EXIT_CODE)
+    sys.exit(0 if done else preemption.EXIT_CODE)
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.FATAL)  # an error is raised, and printed as one line
     main()

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import re
+import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import count
-from ngc_jax.config import module_at, named, reset_unread
+from ngc_jax.config import named, reset_unread
 from ngc_jax.report.blocks import Block
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import write_durably
@@ -360,15 +361,15 @@ def find(wanted: str) -> tuple[str, Study, str]:
     path = pathlib.Path(wanted)
     try:
         module = (
-            module_at(path)
+            runpy.run_path(wanted)
             if path.suffix == ".py"
-            else importlib.import_module(f"experiments.{wanted}")
+            else vars(importlib.import_module(f"experiments.{wanted}"))
         )
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"there is no study {wanted!r} ({error}): give one of experiments/, or a file.py"
         ) from error
-    study = getattr(module, "STUDY", None)
+    study = module.get("STUDY")
     if not isinstance(study, Study):
         raise UserError(f"{wanted!r} has no STUDY = Study(...): see experiments/README.md")
-    return path.stem, study, module.__doc__ or path.stem
+    return path.stem, study, module["__doc__"] or path.stem

@@ -6,6 +6,7 @@ is imported where it is first used. Not for: anything else.
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ _HOMES = {"load": "training.load", "train": "training.load"}
 
 # `python -m ngc_jax.sample` finds the command in commands/sample.py.
 __path__.append(os.path.join(os.path.dirname(__file__), "commands"))
+
+if sys.argv[:1] == ["-m"]:  # while such a command is looked for; it is imported next
+    from ngc_jax.runtime.preemption import end_at_ctrl_c
+
+    end_at_ctrl_c()
 
 
 def __getattr__(name: str) -> Any:

@@ -5,40 +5,31 @@ For: `base()`, which config files start from, `validate`, `make_model`, and the 
 """
 
 import difflib
-import importlib.util
 import pathlib
-from types import ModuleType
+import runpy
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+import ngc_jax.training.settings as training
 from ngc_jax.data.settings import DATA
 from ngc_jax.nn.settings import MODEL, kind_of, model_shape
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import check_fields, check_unread, refusals
-from ngc_jax.training.settings import (
-    CHECKPOINT,
-    EVAL,
-    ITERATION,
-    MESH,
-    REWIRE,
-    RUN,
-    STABILITY,
-    TRAIN,
-)
 
 if TYPE_CHECKING:
     from ngc_jax.nn.model import LanguageModel
 
 __all__ = ["base", "make_model", "model_shape", "named", "reset_unread", "validate"]
 
-SECTIONS = (RUN, DATA, MODEL, REWIRE, ITERATION, TRAIN, EVAL, CHECKPOINT, MESH, STABILITY)
+SECTIONS = [training.RUN, DATA, MODEL, training.REWIRE, training.ITERATION, training.TRAIN]
+SECTIONS += [training.EVAL, training.CHECKPOINT, training.MESH, training.STABILITY]
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def base() -> ConfigDict:
     """Every field at its default, as in `configs/defaults.py`."""
-    config = RUN.defaults()
+    config = training.RUN.defaults()
     for section in SECTIONS[1:]:
         config[section.name] = section.defaults()
     return config
@@ -82,29 +73,16 @@ def config_path(given: str) -> pathlib.Path:
 
     Raises UserError, with the names that there are.
     """
-    path, known = pathlib.Path(given), config_names()
-    if path.is_file():
-        return path
-    if given.removesuffix(".py") in known:
-        return CONFIGS / f"{given.removesuffix('.py')}.py"
+    path, name, known = pathlib.Path(given), given.removesuffix(".py"), config_names()
+    if path.is_file() or name in known:
+        return path if path.is_file() else CONFIGS / f"{name}.py"
     near = difflib.get_close_matches(path.stem, known, 1)
-    hint = "".join(f". Did you mean {name!r}?" for name in near)
-    raise UserError(
-        f"there is no config {given!r}: give a file, or one of {', '.join(known)}{hint}"
-    )
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    wants = f"give a file, or one of {', '.join(known)}{hint}"
+    raise UserError(f"there is no config {given!r}: {wants}")
 
 
 def named(name: str) -> ConfigDict:
     """The config of a file, or of a name in `configs/`. Raises UserError where there is none."""
-    config: ConfigDict = module_at(config_path(name)).get_config()
+    config: ConfigDict = runpy.run_path(str(config_path(name)))["get_config"]()
     return config
-
-
-def module_at(path: pathlib.Path) -> ModuleType:
-    """The module of a file that need not be in a package. Raises FileNotFoundError."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

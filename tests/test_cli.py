@@ -160,6 +160,23 @@ def test_help_lists_flags_and_fields_soon_and_without_a_config(tmp_path):
     assert width.split()[:6] == ["width", "128", "neurons", "1", "or", "more"]
 
 
+@pytest.mark.parametrize("late", ["jax", "orbax"])
+@pytest.mark.parametrize("command", [["launch.py", "--config=ngc_tiny"], ["-m", "ngc_jax.sample"]])
+def test_ctrl_c_during_the_imports_of_a_command_is_one_line(command, late, tmp_path):
+    # A module of that name in its place is where the import is when Ctrl-C comes.
+    (tmp_path / late).mkdir()
+    interrupt = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / late / "__init__.py").write_text(interrupt)
+    done = python(*command, f"--workdir={tmp_path / 'run'}", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_ctrl_c_is_as_usual_where_the_package_is_imported():
+    script = "import signal; was = signal.getsignal(2); import ngc_jax.commands.sample; "
+    done = python("-c", script + "print(signal.getsignal(2) is was)")
+    assert done.stdout == "True\n", done.stderr
+
+
 HELPED = """
 import contextlib, io, runpy, sys
 for module in sys.argv[1:]:

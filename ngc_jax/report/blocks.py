@@ -1,7 +1,7 @@
-"""The blocks of a page, in Markdown and HTML: headings, paragraphs, tables, images, listings.
+"""The blocks of a page: headings, paragraphs, tables, images, listings.
 
-For: writing one content in two forms. Text is plain: what Markdown or HTML would read as markup is
-escaped. The one exception is `code` between backticks. Not for: whole pages (`page.py`).
+For: one content in Markdown and in HTML. Text is plain: what they would read as markup is escaped,
+but for `code` between backticks. Not for: whole pages (`page.py`).
 """
 
 import base64
@@ -69,10 +69,9 @@ def table(
     if stacked:
         html = f'<table class="stack">{html}'
     else:
+        cue = f'<p class="cue">Scroll this table sideways: {len(head)} columns.</p>\n'
         frame = '<div class="wide" tabindex="0" role="region" aria-label="table">'
-        html = f"{frame}<table>{html}</div>"
-        if len(head) > FEW:
-            html = f'<p class="cue">Scroll this table sideways: {len(head)} columns.</p>\n{html}'
+        html = f"{cue if len(head) > FEW else ''}{frame}<table>{html}</div>"
     if caption:
         text += f"\n\n{to_markdown(caption)}"
         html += f'\n<p class="caption">{to_html(caption)}</p>'
@@ -88,12 +87,10 @@ def image(name: str, png: bytes, caption: str) -> Block:
     """A figure: NAME.png beside the Markdown, and inside the HTML."""
     instead = re.split(r"[.:]\s", caption)[0]  # of the image, where it cannot be shown
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return Block(
-        f"![{to_markdown(instead)}]({name}.png)\n\n{to_markdown(caption)}",
-        f'<figure><img alt="{escape(instead)}" src="{source}">\n'
-        f"<figcaption>{to_html(caption)}</figcaption></figure>",
-        {f"{name}.png": png},
-    )
+    text = f"![{to_markdown(instead)}]({name}.png)\n\n{to_markdown(caption)}"
+    html = f'<figure><img alt="{escape(instead)}" src="{source}">\n'
+    html += f"<figcaption>{to_html(caption)}</figcaption></figure>"
+    return Block(text, html, {f"{name}.png": png})
 
 
 def listing(lines: Sequence[str], title: str = "") -> Block:

@@ -18,6 +18,8 @@ PURPLE, BLACK, GREY, BROWN, OLIVE = "#cc79a7", "#000000", "#8a8a8a", "#7f4f24", 
 COLOURS = (BLUE, RED, GREEN, ORANGE, SKY, PURPLE, BLACK, GREY, BROWN, OLIVE)
 MARKS = "osD^vPX<>p"
 LINES = ("-", "--", ":", "-.")
+STYLE: dict[str, Any] = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9}
+STYLE |= {"legend.frameon": False, "lines.linewidth": 1.3, "lines.markersize": 4.5}
 
 
 def matplotlib() -> ModuleType:
@@ -37,11 +39,9 @@ def figure(
     height, width: in inches. The same drawing gives the same bytes each time.
     """
     library, out = matplotlib(), io.BytesIO()
-    style: dict[str, Any] = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9}
-    style |= {"legend.frameon": False, "lines.linewidth": 1.3, "lines.markersize": 4.5}
     with library.rc_context():
         library.rcdefaults()  # a user's own style may be dark
-        library.rcParams.update(style)
+        library.rcParams.update(STYLE)
         canvas = library.figure.Figure((width, height), 150, layout="constrained")
         draw(canvas)
         canvas.savefig(out, format="png", metadata={"Software": None})
@@ -53,10 +53,7 @@ def look(kind: int, variant: int = 0, variants: int = 1) -> dict[str, str]:
 
     Ten kinds have ten colours. Their variants, and further kinds, have other marks and lines.
     """
-    at = kind // len(COLOURS) * variants + variant
-    marks, lines = len(MARKS), len(LINES)
-    return {
-        "color": COLOURS[kind % len(COLOURS)],
-        "marker": MARKS[at % marks],
-        "linestyle": LINES[(at + at // marks) % lines],
-    }
+    turn, colour = divmod(kind, len(COLOURS))
+    at = turn * variants + variant
+    mark, line = MARKS[at % len(MARKS)], LINES[(at + at // len(MARKS)) % len(LINES)]
+    return {"color": COLOURS[colour], "marker": mark, "linestyle": line}

@@ -1,7 +1,6 @@
 """Whole pages: one self-contained HTML file, and the same content as Markdown.
 
-For: titles, style and files. A page follows the reader's light or dark theme and fits a phone. Not
-for: the parts of a page (`blocks.py`).
+For: style (light or dark, and for phones) and files. Not for: the parts of a page (`blocks.py`).
 """
 
 import pathlib
@@ -49,8 +48,9 @@ def write(
     Raises OSError where HOME cannot be written.
     """
     parts = [heading(title, level=1), *blocks]
-    for file, data in (item for part in parts for item in part.files.items()):
-        write_durably(home / file, data)
+    for part in parts:
+        for file, data in part.files.items():
+            write_durably(home / file, data)
     if markdown:
         write_durably(home / f"{name}.md", "\n\n".join(part.markdown for part in parts) + "\n")
     head = (

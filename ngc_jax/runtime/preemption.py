@@ -4,10 +4,13 @@ For: one process, in which they set a flag that is read between updates and betw
 evaluation. Not for: stopping many at the same update (`multihost.py`), or hangs (`watchdog.py`).
 """
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+from ngc_jax.runtime.errors import say
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of Ctrl-C, as shells count
 EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failure
@@ -15,6 +18,23 @@ EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failur
 
 class Asked(Exception):
     """Raised in the middle of something long, to abandon it."""
+
+
+def end_at_ctrl_c() -> None:
+    """Makes Ctrl-C end this process with a line, at once: while the modules of a command load."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_at_ctrl_c() -> None:
+    """Makes Ctrl-C a KeyboardInterrupt again: a command begins."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    say("interrupted")
+    os._exit(INTERRUPTED)
 
 
 class Preemption:
