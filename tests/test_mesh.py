@@ -155,7 +155,10 @@ def compile_base():
     model = make_model(config, config.data.vocab_size)
     params = jax.eval_shape(model.init, jax.random.key(0))
     assert count.parameters(params, model.param_info()).total == pytest.approx(125e6, rel=0.1)
-    alone, apart = (collectives.bytes_of_state(config, mesh_of(1, parts, 1)) for parts in (1, 8))
+    alone, apart = (
+        meshes.bytes_per_device(abstract_state(model, config.train, mesh_of(1, parts, 1)))
+        for parts in (1, 8)
+    )
     assert apart < alone / 7
     memory = collectives.compile_update(config, mesh_of(1, 8, 8)).memory_analysis()
     print(memory)

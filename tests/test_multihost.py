@@ -102,6 +102,59 @@ def test_two_processes_lose_one_another_are_stopped_and_go_on_to_the_bit(text, c
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
+RESTORE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+from ngc_jax.runtime import multihost
+from ngc_jax.runtime.checkpoint import Checkpoints, Damaged
+
+coordinator, process, home = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+multihost.join(coordinator, 2, process, lost=60)
+places = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+state = {"a": jax.make_array_from_callback((8,), places, lambda at: np.arange(8.0)[at])}
+like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places), state)
+with Checkpoints(home) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    multihost.exchange(0)
+    found = checkpoints.restore(1, like).state["a"]
+    mine = [shard.data.tolist() for shard in found.addressable_shards]
+    def broken(*args, **kwargs):
+        raise OSError("an unreadable disk")
+    if process:
+        ocp.CompositeCheckpointHandler.restore = broken
+    try:
+        checkpoints.restore(1, like)
+    except Damaged as error:
+        print(mine, error, file=sys.stderr)
+"""
+
+
+def test_where_one_cannot_restore_all_say_so_and_none_waits(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    codes, _, errors = end(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", RESTORE, coordinator, str(process), str(tmp_path / "kept")],
+                cwd=ROOT,
+                env=environment,
+                **pipes,
+            )
+            for process in range(2)
+        ]
+    )
+    assert codes == [0, 0], errors
+    for said, held in zip(
+        errors, ([[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0], [6.0, 7.0]]), strict=True
+    ):
+        assert f"{held} it cannot be restored: an unreadable disk" in said
+
+
 def test_one_who_waits_in_vain_says_for_whom():
     script = (
         "from ngc_jax.runtime import multihost; multihost.join('127.0.0.1:9', 2, 1, minutes=0.005)"

@@ -109,11 +109,6 @@ def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
     return jitted.lower(like, batch).compile()
 
 
-def bytes_of_state(config: ConfigDict, mesh: Mesh) -> int:
-    """Bytes of parameters and optimizer that one device holds."""
-    return meshes.bytes_per_device(_abstract(config, mesh, 1)[1])
-
-
 def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageModel, Any, Any]:
     """The model, and the shapes and places of its state and of a batch."""
     model = make_model(config, most_tokens(config.data))
@@ -155,13 +150,13 @@ def costs(config: ConfigDict, mesh: Mesh) -> Costs:
     """
     forward, update = compile_forward(config, mesh), compile_update(config, mesh)
     tokens = config.train.batch_size * config.data.context / (mesh.size / mesh.shape["group"])
-    one, all_parts = wire_bytes(forward.as_text()), wire_bytes(update.as_text())
-    part = tokens / config.train.accumulation
-    sent = {kind: [one[kind] / part, all_parts[kind] / tokens] for kind in KINDS}
+    part, whole = wire_bytes(forward.as_text()), wire_bytes(update.as_text())
+    of_part = tokens / config.train.accumulation
+    sent = {kind: [part[kind] / of_part, whole[kind] / tokens] for kind in KINDS}
     sent["in all"] = [sum(column) for column in zip(*sent.values(), strict=True)]
     sent["in all, per layer"] = [total / layers(config) for total in sent["in all"]]
-    state, peak = bytes_of_state(config, mesh), count.peak_memory(update)
-    return sent, {"parameters and optimizer": state, "the update": peak}
+    state = meshes.bytes_per_device(_abstract(config, mesh, 1)[1])
+    return sent, {"parameters and optimizer": state, "the update": count.peak_memory(update)}
 
 
 def table(model: Costs, dense: Costs) -> str:

@@ -9,6 +9,7 @@ import runpy
 import sys
 import textwrap
 from collections.abc import Iterable
+from functools import partial
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -69,9 +70,9 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     """The last value of --config, or ""; and the other arguments."""
     value, rest, words = "", [], iter(arguments)
     for word in words:
-        found = re.fullmatch(r"--?config(?:=(.*))?", word)
-        if found:
-            value = next(words, "") if found[1] is None else found[1]
+        name, given, told = word.partition("=")
+        if name in ("--config", "-config"):
+            value = told if given else next(words, "")
         else:
             rest.append(word)
     return value, rest
@@ -99,12 +100,9 @@ def _explained(error: Exception, argv: list[str]) -> str:
 def _flags(own: flags.FlagValues) -> str:
     """The flags of a command and of this package, a line each."""
     modules, ours = own.flags_by_module_dict(), (sys.argv[0], __name__, multihost.__name__)
-    named = [("--config=NAME", "config of configs/NAME.py; or a file with get_config()")]
+    told = {"--config=NAME": "config of configs/NAME.py; or a file with get_config()"}
     for flag in itertools.chain(*(modules.get(name, []) for name in ours)):
         default = "" if flag.default in (None, []) else f" Default: {flag.default}."
-        named.append((f"--{flag.name}", flag.help.partition(";\n")[0] + default))
-    lines = [
-        textwrap.fill(text, 100, initial_indent=f"{name:21}", subsequent_indent=" " * 21)
-        for name, text in named
-    ]
-    return "\n".join(lines)
+        told[f"--{flag.name}"] = flag.help.partition(";\n")[0] + default
+    fill = partial(textwrap.fill, width=100, subsequent_indent=" " * 21)
+    return "\n".join(fill(text, initial_indent=f"{name:21}") for name, text in told.items())

@@ -3,12 +3,11 @@
 For: the only file that touches Orbax. Checkpoint s is the state after s updates. Not for: when to
 save (`training/loop.py`).
 
-Orbax commits a step by renaming its directory, so a kill while saving leaves no half step behind.
-But it restores a step with a flipped byte in silence, and any step under any name. So each
-committed step is sealed with MANIFEST.json: its step, what the run says of itself (`meta`), the
-parameter tree, and the SHA-256 of every other file. (A manifest before version 0.2 is a plain
-{file: SHA-256}.) Whatever cannot be read, or is not what it is named, is damaged. The seal finds
-accidents; against one who rewrites it there is no key.
+Orbax commits a step by renaming its directory, so a kill leaves no half step. But it restores one
+with a flipped byte in silence, and under any name. So each is sealed with MANIFEST.json: its step,
+what the run says of itself (`meta`), the parameter tree, and the SHA-256 of every other file.
+(Before version 0.2 it is a plain {file: SHA-256}.) Whatever cannot be read, or is not what it is
+named, is damaged. The seal finds accidents; against one who rewrites it there is no key.
 """
 
 import concurrent.futures
@@ -79,7 +78,7 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self._sealing: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._sealing: concurrent.futures.Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first, sound or not."""
@@ -209,19 +208,18 @@ class Checkpoints:
                 remove(self.directory / str(step))
         with self._attempt(step):
             self._orbax.save(self.directory / str(step), args=items, force=True)
-        self._sealing = step, self._pool.submit(self._seal, step, meta, _shapes(state))
+        self._sealing = self._pool.submit(self._seal, step, meta, _shapes(state))
 
     def check(self) -> None:
         """Raises SaveFailed at once for a save in the background that has failed, if one did."""
-        if self._sealing is not None and self._sealing[1].done():
+        if self._sealing and self._sealing.done():
             self.wait()
 
     def wait(self) -> None:
         """Returns when all is saved and sealed. Raises SaveFailed, once for each failed save."""
-        if self._sealing is not None:
-            (step, sealing), self._sealing = self._sealing, None
-            with self._attempt(step):
-                sealing.result()
+        sealing, self._sealing = self._sealing, None
+        if sealing:
+            sealing.result()
 
     def drop_after(self, step: int) -> None:
         """Removes the checkpoints after a step; a run that continues from it makes them anew."""
@@ -260,20 +258,21 @@ class Checkpoints:
             raise SaveFailed(f"checkpoint {step} could not be saved: {_cause(error)}") from error
 
     def _seal(self, step: int, meta: dict[str, Any], tree: dict[str, str]) -> None:
-        self._orbax.wait_until_finished()
-        if not multihost.first():
-            return
-        home = self.directory / str(step)
-        sums = {str(path.relative_to(home)): _sha256(path) for path in files(home)}
-        sums.pop(MANIFEST, None)
-        seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
-        write_durably(home / MANIFEST, json.dumps(seal, indent=1))
-        if not in_bucket(home):
-            sync(self.directory)  # where Orbax has given the step its name
-        _manifest(home)  # One that could not be read back must not take the place of older ones.
-        self._drop(self.steps()[: -self._keep])
-        # Again: Orbax's threads may write on for a while after a failed save was raised.
-        self._remove_begun()
+        with self._attempt(step):
+            self._orbax.wait_until_finished()
+            if not multihost.first():
+                return
+            home = self.directory / str(step)
+            sums = {str(path.relative_to(home)): _sha256(path) for path in files(home)}
+            sums.pop(MANIFEST, None)
+            seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
+            write_durably(home / MANIFEST, json.dumps(seal, indent=1))
+            if not in_bucket(home):
+                sync(self.directory)  # where Orbax has given the step its name
+            _manifest(home)  # One that could not be read back must not replace older ones.
+            self._drop(self.steps()[: -self._keep])
+            # Again: Orbax's threads may write on for a while after a failed save was raised.
+            self._remove_begun()
 
     def _drop(self, steps: Collection[int] | Iterator[int]) -> None:
         for step in steps:

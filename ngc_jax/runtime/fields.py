@@ -75,8 +75,8 @@ class Field:
         if not isinstance(self.values, str) or not self.values:
             return True
         least, most = _ends(self.values)
-        ends = [least] * (self.values[0] == "[") + [most] * (self.values[-1] == "]")
-        return least < value < most or value in ends
+        above = value >= least if self.values[0] == "[" else value > least
+        return above and (value <= most if self.values[-1] == "]" else value < most)
 
 
 def _ends(interval: str) -> list[float]:

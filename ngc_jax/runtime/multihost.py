@@ -1,12 +1,11 @@
 """Many processes that train one model together: how they find each other, agree, and end.
 
-For: joining by flags or by what the cluster says, one answer for all processes, and decisions that
-all take at the same update. Not for: which part of an array or a batch is whose (`nn/mesh.py`).
+For: one answer for all processes, at the same update. One alone passes through without a wait. Not
+for: which part of an array or a batch is whose (`nn/mesh.py`).
 
 Every process runs the same program and comes to the same exchanges in the same order. So whatever
 differs between them (a signal, a clock, a file, an error) is exchanged before it decides anything.
-Devices are at rest during an exchange: on CPUs two programs that communicate at once take each
-other's messages. One process alone passes through all of this without a wait.
+Devices are at rest meanwhile: on CPUs two programs that communicate at once mix their messages.
 """
 
 import contextlib
@@ -27,12 +26,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngc_jax.runtime.errors import UserError, say
-
-CHECK = (
-    "check that the same command was started on every host, that each can reach the coordinator's "
-    "port, and that no process of an earlier start still runs"
-)
-REMEDY = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to train alone"
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
@@ -100,10 +93,12 @@ def join(
     missed = others.get(process, f"process 0 at {coordinator}, or another,")
     late = (
         "the processes of this run did not come together within "
-        f"--join_minutes={minutes:g} ({found}): {missed} is missing; {CHECK}"
+        f"--join_minutes={minutes:g} ({found}): {missed} is missing; check that the same command "
+        "was started on every host, that each can reach the coordinator's port, and that no "
+        "process of an earlier start still runs"
     )
-    waiting = f"waiting for all processes of this run ({found}), at most {minutes:g} minutes"
-    print(waiting, flush=True)
+    about = f"({found}), at most {minutes:g} minutes"
+    print(f"waiting for all processes of this run {about}", flush=True)
     deadline = threading.Timer(60 * minutes, _end, [late])  # jax's own aborts, and says less
     deadline.daemon = True
     deadline.start()
@@ -120,7 +115,8 @@ def join(
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes of this run cannot find each other ({found}): {error}; {REMEDY}"
+            f"the processes of this run cannot find each other ({found}): {error}; give "
+            "--coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to train alone"
         ) from error
     finally:
         deadline.cancel()
@@ -170,10 +166,9 @@ def same(**values: str) -> None:
 
 
 def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
-    """This process's votes, a row for each of its devices: [devices, votes] bool.
+    """This process's votes, a row for each of its devices: [devices, votes] bool; None if alone.
 
-    A jitted function counts them by `tally`. So a question rides on work that all do anyway, and
-    nobody waits for the answer. None where there is one process.
+    A jitted function counts them by `tally`: a question rides on work that all do anyway.
     """
     if jax.process_count() == 1:
         return None
@@ -190,8 +185,7 @@ def tally(cast: jax.Array | None) -> tuple[jax.Array, ...]:
 def leave(error: BaseException) -> None:
     """Ends this process at once for an error that the others do not share, so that they end too.
 
-    The usual way out would wait for them, and they would wait for this one. One process alone
-    returns.
+    The usual way out would wait for them, and they for this one. One process alone returns.
     """
     if jax.distributed.is_initialized():
         who = f"process {jax.process_index()} of {jax.process_count()}"

@@ -46,5 +46,5 @@ class Profile:
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.turn(self._last, None)

@@ -20,8 +20,8 @@ EXIT_CODE = 4
 class Watchdog:
     """`with Watchdog(minutes, leave, report) as watchdog: ... watchdog.beat()` after each thing.
 
-    After `minutes` without a beat all stacks go to stderr and to the end of the file `report`, once
-    for each hang. With `leave` the process then ends with EXIT_CODE. 0 minutes: no watch.
+    After `minutes` (0: never) without a beat all stacks go to stderr and to the end of the file
+    `report`, once for each hang. With `leave` the process then ends with EXIT_CODE.
     """
 
     def __init__(self, minutes: float, leave: bool, report: Path):
