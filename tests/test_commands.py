@@ -1,5 +1,6 @@
 """What a person does with a finished run: sample, evaluate, inspect, plot."""
 
+import os
 import re
 import shlex
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import python
 
-from ngc_jax.commands import evaluate, sample
+from ngc_jax.commands import evaluate, sample, stability
 from ngc_jax.commands.inspect import parameter_table
 from ngc_jax.count import Parameters
 from ngc_jax.data.batches import Batch
@@ -81,7 +82,7 @@ def test_the_parameter_table_adds_up(run):
 @pytest.mark.slow
 def test_the_commands_print_what_was_trained(run, tmp_path):
     final = read_rows(run)[-1]
-    evaluated = python("-m", "ngc_jax.evaluate", f"--workdir={run}")
+    evaluated = python("-m", "ngc_jax.evaluate", f"--workdir={run}", "--trust")
     assert evaluated.returncode == 0, evaluated.stderr
     shown = dict(line.split() for line in evaluated.stdout.splitlines()[1:])
     assert float(shown["bits_per_byte"]) == pytest.approx(final["final/bits_per_byte"], abs=1e-4)
@@ -110,9 +111,9 @@ def test_a_loop_is_evaluated_for_other_rounds_and_until_it_settles(run, monkeypa
 
     # most of what would be compiled
     monkeypatch.setattr(evaluate, "compile_watch", lambda *_: lambda _: {})
-    four = float(printed(evaluate.main, "--rounds=4")["loss"])
+    four = float(printed(evaluate.main, "--trust", "--rounds=4")["loss"])
     # that no round stays below
-    settled = printed(evaluate.main, "--rounds=settled", "--tolerance=1e-9", "--cap=4")
+    settled = printed(evaluate.main, "--trust", "--rounds=settled", "--tolerance=1e-9", "--cap=4")
     assert (float(settled["loss"]), float(settled["rounds"])) == (pytest.approx(four, abs=1e-5), 4)
     assert four != pytest.approx(read_rows(run)[-1]["final/loss"], abs=1e-3)  # of two rounds
     for command, flag, message in (
@@ -122,6 +123,30 @@ def test_a_loop_is_evaluated_for_other_rounds_and_until_it_settles(run, monkeypa
     ):
         with pytest.raises(UserError, match=message):
             printed(command, flag)
+
+
+@pytest.mark.parametrize("command", [evaluate.main, stability.main])
+def test_commands_name_the_text_that_only_the_directory_names(run, text, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["command", f"--workdir={run}"])
+    with pytest.raises(UserError, match=rf"data.path='{text}', which is not read unless you say"):
+        command()
+    monkeypatch.setattr("sys.argv", ["command", f"--workdir={run}", "--tfds_dir=/a"])
+    with pytest.raises(UserError, match="tfds_dir='/a': must not be given"):
+        command()
+
+
+def test_the_card_prints_commands_that_say_where_the_text_is(run, text):
+    said = (run / "card.md").read_text()
+    assert f"python -m ngc_jax.evaluate --workdir={run} --data_path={text}\n" in said
+
+
+def test_a_page_is_not_written_through_a_link(run, tmp_path, monkeypatch):
+    (run / "stability").symlink_to(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stability", f"--workdir={run}", "--trust"])
+    with pytest.raises(UserError, match="stability is a link, which is not followed"):
+        stability.main()
+    (run / "stability").unlink()
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow

@@ -3,10 +3,15 @@ function of the step.
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
+import re
+import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 
@@ -16,9 +21,10 @@ from conftest import ROOT, make_text
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base
+from ngc_jax.data import cache
 from ngc_jax.data.batches import Windows, held_out_batches, train_batches
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents, text_documents
-from ngc_jax.data.tokens import Bytes, load_data, segmented
+from ngc_jax.data.tokens import BPE, Bytes, load_data, load_tokenizer, segmented
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
 
@@ -149,7 +155,9 @@ def test_a_shortened_token_cache_is_made_again(tmp_path):
     np.testing.assert_array_equal(load_data(config).train.tokens, before)
 
 
-def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
+@pytest.fixture(scope="module")
+def poems(tmp_path_factory):
+    """The folder of a small TFDS set."""
     import tensorflow_datasets as tfds
 
     class Poems(tfds.core.GeneratorBasedBuilder):
@@ -170,12 +178,13 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
             for i in numbers:
                 yield i, {"poem": f"poem {i} " * 5}
 
-    Poems(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
-    where = {
-        "tfds_name": "poems",
-        "tfds_data_dir": str(tmp_path / "tfds"),
-        "validation_split": "test",
-    }
+    home = tmp_path_factory.mktemp("tfds")
+    Poems(data_dir=str(home), file_format="array_record").download_and_prepare()
+    return home
+
+
+def test_a_prepared_tfds_set_is_read_by_name(poems, tmp_path):
+    where = {"tfds_name": "poems", "tfds_data_dir": str(poems), "validation_split": "test"}
     tokens = load_data(settings(tmp_path, **where, text_key="poem"))
     assert document_set(tokens.train.tokens) == {b"poem %d " % i * 5 for i in range(8)}
     assert document_set(tokens.validation.tokens) == {b"poem %d " % i * 5 for i in range(8, 10)}
@@ -187,10 +196,13 @@ def test_a_prepared_tfds_set_is_read_by_name(tmp_path):
         UserError, match=r"data.validation_split='validation': poems.* has \['test', 'train'\]"
     ):
         load_data(settings(tmp_path, **{**where, "validation_split": "validation"}))
-    with pytest.raises(UserError, match="ArrayRecord"):
-        load_data(settings(tmp_path, tfds_name="lm1b", tfds_data_dir=str(tmp_path / "tfds")))
-    with pytest.raises(UserError, match=r"no_such_set.*not a TFDS set"):
-        load_data(settings(tmp_path, tfds_name="no_such_set"))
+    for name in ("lm1b", "no_such_set"):
+        with pytest.raises(
+            UserError, match=f"{name}.*not prepared as ArrayRecord.*there is no {name}"
+        ):
+            load_data(settings(tmp_path, tfds_name=name, tfds_data_dir=str(poems)))
+    where["tfds_name"] = "poems:1.0.0"
+    assert load_data(settings(tmp_path, **where, text_key="poem")).fingerprint == tokens.fingerprint
 
 
 # ---- Building in the cache -----------------------------------------------------------------------
@@ -234,6 +246,225 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), build_directory(tmp_path / "set"):
         raise RuntimeError
     assert not os.listdir(tmp_path)
+
+
+# ---- What is kept, and what strangers made -------------------------------------------------------
+
+
+def test_a_cache_of_the_same_length_but_other_content_is_made_again(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(make_text(5_000))
+    config = settings(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=300)
+    first = load_data(config)
+    before = np.array(first.train.tokens)
+    for name in ("train.bin", "tokenizer.json", "meta.json", "SEAL.json"):
+        (cached,) = (tmp_path / "cache").glob(f"tokens-*/{name}")
+        raw = bytearray(cached.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        cached.write_bytes(raw[:100] if name == "SEAL.json" else raw)
+        again = load_data(config)
+        np.testing.assert_array_equal(again.train.tokens, before)
+        assert again.fingerprint == first.fingerprint
+        assert re.search(r"tokens-bpe-300-\w+ is made again: .*\n", capsys.readouterr().out)
+    load_data(config)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cache_file_is_read_for_its_checksum_once_in_each_state(tmp_path, monkeypatch):
+    summed = []
+
+    def sha256(path, found=cache._sha256):
+        summed.append(path.name)
+        return found(path)
+
+    monkeypatch.setattr(cache, "_sha256", sha256)
+    made = lambda: cache.entry(tmp_path, "a", lambda home: (home / "x").write_text("x"))  # noqa: E731
+    home = made()
+    assert summed == ["x"]
+    made()
+    assert summed == ["x"]
+    os.utime(home / "x", ns=(0, 0))
+    made()
+    made()
+    assert summed == ["x", "x"]
+
+
+@pytest.mark.parametrize("name", ["x/../../out", "..", ".hidden", "", "a b", "/a"])
+def test_an_entry_of_a_cache_has_a_plain_name(tmp_path, name):
+    with pytest.raises(UserError, match=r"must be letters and digits"):
+        cache.entry(tmp_path / "cache", name, lambda home: None)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_cache_is_private_and_one_that_others_write_to_is_not_used(tmp_path, capsys):
+    home = cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").touch())
+    for folder in (home, home.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    home.chmod(0o777)
+    (home / "theirs").touch()
+    cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").touch())
+    assert "others may write to" in capsys.readouterr().out
+    assert not (home / "theirs").exists()
+    home.parent.chmod(0o777)
+    with pytest.raises(UserError, match=r"data.cache_dir=.*others may write to .*chmod go-w it"):
+        cache.entry(tmp_path / "cache", "a", lambda home: None)
+    home.parent.chmod(0o1777)  # as /tmp: of a sticky directory one changes one's own alone
+    cache.entry(tmp_path / "cache", "a", lambda home: None)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_a_cache_of_another_user_is_not_used(tmp_path, capsys):
+    home = cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").touch())
+    os.chown(home, 12345, 12345)
+    cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").touch())
+    assert "is made again: " in capsys.readouterr().out
+    os.chown(home.parent, 12345, 12345)
+    with pytest.raises(UserError, match=r"data.cache_dir=.*belongs to another user, number 12345"):
+        cache.entry(tmp_path / "cache", "a", lambda home: None)
+
+
+def test_a_cache_entry_that_is_a_link_is_replaced(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "keep").touch()
+    (tmp_path / "cache").mkdir(0o700)
+    (tmp_path / "cache" / "a").symlink_to(tmp_path / "outside")
+    home = cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").touch())
+    assert not home.is_symlink()
+    assert os.listdir(tmp_path / "outside") == ["keep"]
+
+
+def test_a_deep_folder_is_read_and_a_link_out_of_it_is_refused_by_name(tmp_path):
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "first").write_text("first text")
+    (top / "alias").symlink_to(top / "first")
+    (top / "around").symlink_to(top)
+    here = os.getcwd()
+    os.chdir(top)
+    for _ in range(1500):
+        os.mkdir("d")
+        os.chdir("d")
+    pathlib.Path("last").write_text("last text")
+    os.chdir(here)
+    documents = text_documents(top, 0.5)
+    names = [name for texts in documents.values() for name, _ in texts]
+    assert sorted(names) == ["alias", "d/" * 1500 + "last"]
+    subprocess.run(["rm", "-r", top / "d"], check=True)  # shutil recurses
+    (tmp_path / "secret").write_text("secret")
+    (top / "out").symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        UserError, match=r"data.path=.* cannot be read: .*/out is a link that leads"
+    ):
+        text_documents(top, 0.5)
+    (top / "out").unlink()
+    (top / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"data.path=.* cannot be read: .*/loop"):
+        text_documents(top, 0.5)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root reads all")
+def test_a_file_or_folder_that_cannot_be_read_is_named(tmp_path):
+    for name in ("file", "folder"):
+        home = tmp_path / name
+        home.mkdir()
+        (home / "a").write_text("a")
+        locked = home / "locked"
+        locked.mkdir() if name == "folder" else locked.write_text("b")
+        locked.chmod(0)
+        with pytest.raises(UserError, match=r"data.path=.* cannot be read: .*/locked"):
+            text_documents(home, 0.5)
+        locked.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["huggingface:poems", "../tfds/poems", "poems/../poems", "mnist:1.0.0", "/poems", "a:b:c"],
+)
+def test_a_set_is_a_folder_and_no_place_on_the_network(poems, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", None)
+    with pytest.raises(UserError, match=rf"data.tfds_name={name!r} is not prepared as ArrayRecord"):
+        load_data(settings(tmp_path, tfds_name=name, tfds_data_dir=str(poems), text_key="poem"))
+
+
+def test_a_set_runs_no_code_and_leads_nowhere_else(poems, tmp_path, monkeypatch):
+    home = tmp_path / "tfds"
+    shutil.copytree(poems, home)
+    (tmp_path / "stranger.py").write_text("open('ran', 'w').close()\n")
+    (tmp_path / "secret").write_text("secret")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = settings(
+        tmp_path,
+        tfds_name="poems",
+        tfds_data_dir=str(home),
+        text_key="poem",
+        validation_split="test",
+    )
+    (folder,) = home.glob("poems/*")
+
+    def refused(file, old, new):
+        before = (folder / file).read_text()
+        assert old in before
+        (folder / file).write_text(before.replace(old, new))
+        with pytest.raises(UserError) as error:
+            load_data(config)
+        (folder / file).write_text(before)
+        return str(error.value)
+
+    features = "tensorflow_datasets.core.features.text_feature.Text"
+    assert "names code to import, 'stranger.X'" in refused("features.json", features, "stranger.X")
+    assert not (tmp_path / "ran").exists()
+    assert "a file elsewhere" in refused("features.json", '"poem"', '"../poem"')
+    assert "a file elsewhere" in refused("dataset_info.json", "{DATASET}-", "../{DATASET}-")
+    assert "a file elsewhere" in refused("dataset_info.json", '"train"', '"/../train"')
+    assert "nested too deeply" in refused("features.json", "{}", "[" * 10**5)
+    assert "not prepared" in refused("features.json", "{", "")
+    assert "not prepared" in refused("dataset_info.json", '"splits": [', '"splits": [3,')
+    (folder / "linked").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="linked is neither a file nor a directory"):
+        load_data(config)
+    (folder / "linked").unlink()
+    load_data(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: "",
+        lambda made: "[" * 10**5,
+        lambda made: "{}",
+        lambda made: made.replace("<|document|>", "mark"),
+        lambda made: made.replace('"merges":[', '"merges":["a zz",'),
+        lambda made: made.replace('"merges":[', '"merges":[3,'),
+        lambda made: made.replace('"!":1,', '"!":1000000000,'),
+        lambda made: made.replace('"!":1,', '"\u2603":1,'),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_refused_in_a_line(tmp_path, change):
+    made = BPE.train([make_text(2000).encode()], 300)
+    (tmp_path / "tokenizer.json").write_text(made)
+    config = settings(tmp_path, tokenizer="bpe")
+    assert load_tokenizer(tmp_path, config).vocab == 300
+    assert change(made) != made
+    (tmp_path / "tokenizer.json").write_text(change(made))
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read: "):
+        load_tokenizer(tmp_path, config)
+
+
+def test_of_a_tokenizer_tokens_and_merges_are_taken_and_nothing_else(tmp_path):
+    made = json.loads(BPE.train([make_text(2000).encode()], 300))
+    theirs = {"type": "Prepend", "prepend": "stolen"}
+    changed = BPE(json.dumps({**made, "normalizer": theirs, "post_processor": None}))
+    sample = b"group signal <|document|>"
+    np.testing.assert_array_equal(changed.encode(sample), BPE(json.dumps(made)).encode(sample))
+
+
+@pytest.mark.parametrize(
+    "kept", ['{"symbols": ["0", "1"]}', '{"symbols": 3}', "3", "[" * 10**5, ""]
+)
+def test_symbols_that_are_not_the_tasks_are_refused(tmp_path, kept):
+    (tmp_path / "tokenizer.json").write_text(kept)
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read: "):
+        load_tokenizer(tmp_path, settings(tmp_path, task="parity"))
 
 
 # ---- Batches -------------------------------------------------------------------------------------

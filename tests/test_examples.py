@@ -74,7 +74,7 @@ def test_a_rule_and_a_task_of_ones_own(tmp_path):
     shutil.rmtree(tmp_path / "run")
     task = ["--extend=own_task.py", *TASK, "--config.stability.every=0"]
     assert "exact" in done(tmp_path, ROOT / "launch.py", *RUN, *task)
-    solve = ["-m", "ngc_jax.solve", "--workdir=run", "--difficulties=2", "--examples=20"]
+    solve = ["-m", "ngc_jax.solve", "--workdir=run", "--difficulties=2", "--examples=20", "--trust"]
     assert "digits of each number" in done(tmp_path, *solve, "--extend=own_task.py")
 
 

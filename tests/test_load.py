@@ -2,6 +2,10 @@
 
 import dataclasses
 import itertools
+import json
+import os
+import re
+import shutil
 import sys
 
 import jax
@@ -16,6 +20,7 @@ from ngc_jax.commands import sample
 from ngc_jax.config import make_model
 from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import Batch
+from ngc_jax.data.settings import OUTSIDE
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Symbols
 from ngc_jax.runtime.errors import UserError
@@ -38,7 +43,7 @@ def run(home, tiny):
 
 
 def test_a_run_is_trained_and_opened_by_strings(run, home, tiny):
-    opened = ngc_jax.load(str(home))
+    opened = ngc_jax.load(str(home), trust=True)
     assert (run.step, opened.step) == (30, 30)
     assert ngc_jax.load(str(home), step=25).step == 25
     assert opened.config.to_dict() == tiny.to_dict()
@@ -142,6 +147,112 @@ def test_a_model_of_a_task_reads_tokens_and_no_text(tiny, tmp_path):
     assert of_task.logits([0, 1, 0]).shape == (3, symbols.vocab)
     with pytest.raises(UserError, match="reads no text"):
         of_task.generate("0 1")
+
+
+def test_what_a_directory_names_is_read_only_where_its_user_says_so(run, home, text, tmp_path):
+    """A copy of a run of someone else, whose config names what is this user's."""
+    config = json.loads((home / "config.json").read_text())
+    theirs = copy_of(home, tmp_path, {"data": {**config["data"], "cache_dir": str(tmp_path / "x")}})
+    opened = ngc_jax.load(theirs)
+    assert [opened.config.data[name] for name in OUTSIDE] == [""] * 4
+    with pytest.raises(UserError) as refused:
+        opened.data()
+    for said in (f"data.path='{text}'", "--data_path=", "--tfds_dir=", "--trust"):
+        assert said in str(refused.value)
+    typed = ngc_jax.load(theirs, data_path=str(text))
+    typed.config.data.cache_dir = run.config.data.cache_dir  # not this user's
+    assert typed.data().fingerprint == run.data().fingerprint
+    (tmp_path / "other").write_text(TEXT * 100)
+    other = ngc_jax.load(theirs, data_path=str(tmp_path / "other"))
+    other.config.data.cache_dir = run.config.data.cache_dir
+    with pytest.raises(UserError, match="this is not what"):
+        other.data()
+    assert not (tmp_path / "x").exists()
+    assert ngc_jax.load(theirs, trust=True).data().fingerprint == run.data().fingerprint
+    assert (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="tfds_dir='/a': must not be given, since the run has"):
+        ngc_jax.load(theirs, tfds_dir="/a")
+
+
+def copy_of(home, tmp_path, sections):
+    """A copy of a run with other sections in its config."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(home, theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps({**config, **sections}))
+    return theirs
+
+
+def test_a_set_that_a_directory_names_runs_no_code(run, home, tmp_path, monkeypatch):
+    """The config names a TFDS set whose description names a module in the current folder."""
+    config = json.loads((home / "config.json").read_text())
+    folder = tmp_path / "sets" / "poems" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text('{"pythonClassName": "stranger.X"}')
+    info = {"name": "poems", "version": "1.0.0", "fileFormat": "array_record"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "stranger.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = {"path": "", "tfds_name": "poems", "tfds_data_dir": str(tmp_path / "sets")}
+    theirs = copy_of(home, tmp_path, {"data": {**config["data"], **fields}})
+    shutil.rmtree(theirs / "checkpoints" / "25")
+    with pytest.raises(UserError, match=r"data.tfds_name was '', is 'poems'"):
+        ngc_jax.load(theirs)
+    monkeypatch.setattr("ngc_jax.training.load.identity", lambda config: {})  # as if all agreed
+    with pytest.raises(
+        UserError, match=r"names the text data.tfds_name='poems', which is not read"
+    ):
+        ngc_jax.load(theirs).data()
+    for said in ({"tfds_dir": str(tmp_path / "sets")}, {"trust": True}):
+        with pytest.raises(UserError, match=r"names code to import, 'stranger.X'"):
+            ngc_jax.load(theirs, **said).data()
+    assert not (tmp_path / "ran").exists()
+    shutil.rmtree(theirs)
+    fields = {"path": "", "tfds_name": "huggingface:poems"}
+    network = ngc_jax.load(
+        copy_of(home, tmp_path, {"data": {**config["data"], **fields}}), trust=True
+    )
+    with pytest.raises(UserError, match="is not prepared"):
+        network.data()
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("", "cannot be read"),
+        ("[" * 10**5, "nested too deeply"),
+        ("3", "cannot be read"),
+        ('{"model": 3}', "cannot be read"),
+        ('{"seed": {"a": 1}}', "cannot be read"),
+        ('{"model": {"width": [1]}}', "cannot be read"),
+        ('{"model": {"width": 1e999}}', "is out of range"),
+        ('{"model": {"width": NaN}}', "is out of range"),
+        ('{"model": {"width": 10000000000000000}}', "is out of range"),
+        ('{"model": {"width": "16"}}', "cannot be read"),
+        ('{"model": {"width": 0}}', "model.width=0: must be 1 or more"),
+        ('{"model": {"widht": 16}}', 'Did you mean "model.width"'),
+        ('{"modle": {"width": 16}}', "there is no field 'modle'"),
+        ('{"data": {"tokenizer": "x/../../escaped/tok"}}', "data.tokenizer='x/../../escaped/tok'"),
+        ('{"data": {"task": "parity", "low": 0}}', "data.low=0: must be 1 or more"),
+        (json.dumps({"data": {"path": "x" * 2**20}}), "more than the 1048576 allowed"),
+    ],
+)
+def test_a_stored_config_is_checked_as_a_typed_one(tmp_path, stored, message):
+    (tmp_path / "config.json").write_text(stored)
+    with pytest.raises(UserError, match=re.escape(message)):
+        ngc_jax.load(tmp_path)
+
+
+def test_a_stored_config_that_is_a_link_or_a_pipe_is_not_followed(tmp_path):
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "config.json").symlink_to("real.json")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        ngc_jax.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config.json is no file"):
+        ngc_jax.load(tmp_path)
 
 
 def test_a_stopped_run_is_saved_and_said(tiny, tmp_path, monkeypatch):

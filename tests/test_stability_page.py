@@ -46,7 +46,7 @@ def run(tmp_path_factory, text, cache):
 
 def call(monkeypatch, *flags):
     """What `python -m ngc_jax.stability` does, in this process."""
-    monkeypatch.setattr(sys, "argv", ["stability", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["stability", "--trust", *map(str, flags)])
     command(main)
 
 

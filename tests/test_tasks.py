@@ -433,7 +433,7 @@ def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatc
     answers = Counter(tuple(targets[targets >= 0]) for targets in asked_for)
     guessing = answers.most_common(1)[0][1] / len(held_out)
     assert read_rows(kept)[-1]["final/exact"] > guessing + 0.3
-    assert load_tokenizer(kept).symbols == TASKS["dyck"].symbols
+    assert load_tokenizer(kept, asked.data).symbols == TASKS["dyck"].symbols
     assert (
         f"| share of held-out problems solved | {read_rows(kept)[-1]['final/exact']:.4f} |"
         in (kept / "card.md").read_text()
@@ -441,7 +441,9 @@ def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatc
 
     capsys.readouterr()
     monkeypatch.setattr(
-        sys, "argv", ["solve", f"--workdir={kept}", "--difficulties=2,6", "--examples=100"]
+        sys,
+        "argv",
+        ["solve", f"--workdir={kept}", "--trust", "--difficulties=2,6", "--examples=100"],
     )
     command(solve.main)
     said = capsys.readouterr().out
@@ -458,7 +460,7 @@ def test_a_run_learns_a_task_and_is_scored_by_difficulty(asked, kept, monkeypatc
     monkeypatch.setattr(
         sys,
         "argv",
-        [*sys.argv[:2], "--difficulties=2", "--examples=20", "--rounds=settled", "--cap=3"],
+        [*sys.argv[:3], "--difficulties=2", "--examples=20", "--rounds=settled", "--cap=3"],
     )
     command(solve.main)
     assert re.search(r" 20 +[\d.]+%  .*, [123]\.\d rounds", capsys.readouterr().out)

@@ -15,11 +15,17 @@ from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.runtime.fields import Field
 from ngc_jax.runtime.preemption import INTERRUPTED, raise_at_ctrl_c
 from ngc_jax.training.evaluation import Rounds, Settled
+from ngc_jax.training.load import Trained, load
 
 ROUNDS = (
     Field("rounds", "", "of the loop: a number, or 'settled'; default: as in training"),
     Field("tolerance", Settled.tolerance, "of 'settled': |change| / |state|", "(0, inf)"),
     Field("cap", Settled.cap, "of 'settled': rounds at most", "[1, inf)"),
+)
+PLACES = (
+    Field("data_path", "", "where the run's text is: a file or folder"),
+    Field("tfds_dir", "", "where the run's TFDS set is: the folder of its sets"),
+    Field("trust", False, "use the places that the work directory names (docs/trust.md)"),
 )
 
 
@@ -36,7 +42,8 @@ def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     for option in options:
         told = ", ".join(filter(None, [option.help, option.range()]))
         kind, default = type(option.default), option.default
-        arguments.add_argument(f"--{option.name}", type=kind, default=default, help=told)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+        arguments.add_argument(f"--{option.name}", help=told, **how)
     arguments.set_defaults(options=options)
     return arguments
 
@@ -50,6 +57,12 @@ def read(arguments: argparse.ArgumentParser) -> argparse.Namespace:
             raise UserError(f"--{option.name}={value}: must be {fault}")
     extend(args.extend)
     return args
+
+
+def opened(args: argparse.Namespace) -> Trained:
+    """The run of a command line with the options PLACES. Raises UserError."""
+    places = {option.name: getattr(args, option.name) for option in PLACES}
+    return load(args.workdir, args.step, **places)
 
 
 def rounds_of(args: argparse.Namespace) -> Rounds:

@@ -8,20 +8,19 @@ For: the command line. Not for: the evaluation itself (`training/evaluation.py`)
 difficulty (`solve.py`).
 """
 
-from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
+from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.fields import Field
 from ngc_jax.training.evaluation import at_rounds, compile_eval, compile_watch, held_out
-from ngc_jax.training.load import load
 
 WINDOWS = Field("windows", 0, "held-out windows or problems, 0: all", "[0, inf)")
 
 
 def main() -> None:
     """Prints the held-out loss of a checkpoint."""
-    args = read(parser(__doc__, WINDOWS, *ROUNDS))
-    rounds, trained = rounds_of(args), load(args.workdir, args.step)
+    args = read(parser(__doc__, WINDOWS, *PLACES, *ROUNDS))
+    rounds, trained = rounds_of(args), opened(args)
     config, data, mesh = trained.config, trained.data(), meshes.single_device()
     model, settle = at_rounds(trained.model, config, rounds)
     step = compile_eval(model, config, mesh, data, settle)

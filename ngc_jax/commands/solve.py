@@ -13,12 +13,11 @@ from typing import Any
 
 import scipy.stats
 
-from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
+from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of
 from ngc_jax.data.tasks import TASKS, check
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field
 from ngc_jax.training.evaluation import examine
-from ngc_jax.training.load import load
 
 OPTIONS = (
     Field("difficulties", "", "such as 5,10,20; default: those of training, and beyond"),
@@ -52,7 +51,7 @@ def difficulties(given: str, data: Any) -> Sequence[int]:
 
 def main() -> None:
     """Prints the score at each difficulty."""
-    arguments = parser(__doc__, *OPTIONS, *ROUNDS)
+    arguments = parser(__doc__, *OPTIONS, *PLACES, *ROUNDS)
     arguments.add_argument(
         "--attend",
         type=int,
@@ -62,7 +61,7 @@ def main() -> None:
     if args.attend is not None and args.attend < 0:
         raise UserError(f"--attend={args.attend}: must be 1 or more, or 0 for all")
     how = {"seed": args.seed, "attend": args.attend, "rounds": rounds_of(args)}
-    trained = load(args.workdir, args.step)
+    trained = opened(args)
     data = trained.config.data
     if not data.task:
         raise UserError(

@@ -4,16 +4,16 @@ For: measuring a checkpoint on held-out text and writing OUT/index.html with its
 nothing else. Not for: what is measured or said (`ngc_jax/analysis/`).
 """
 
+import os
 import pathlib
 
 from ngc_jax.analysis import page
 from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
-from ngc_jax.commands.arguments import command, parser, read
+from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
 from ngc_jax.data.batches import Batch, Examples, held_out_batches
 from ngc_jax.report.figures import matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
-from ngc_jax.training.load import load
 
 OPTIONS = (
     Field("sequences", 16, "held-out windows to measure on", "[2, inf)"),
@@ -41,16 +41,18 @@ def held_out(examples: Examples, context: int, count: int) -> Batch:
 
 def main() -> None:
     """Writes the page and prints its headline numbers."""
-    arguments = parser(__doc__, *OPTIONS)
+    arguments = parser(__doc__, *OPTIONS, *PLACES)
     arguments.add_argument(
         "--out", type=pathlib.Path, help="directory of the page; default: DIR/stability"
     )
     args = read(arguments)
     matplotlib()
-    trained = load(args.workdir, args.step)
+    trained = opened(args)
     config, decoder = trained.config, trained.decoder
     batch = held_out(trained.data().validation, config.data.context, args.sequences)
     out = args.out or args.workdir / "stability"
+    if not args.out and os.path.islink(out):
+        raise UserError(f"{out} is a link, which is not followed: give --out=FOLDER")
     try:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
     except OSError as error:

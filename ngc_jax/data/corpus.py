@@ -11,11 +11,13 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from ngc_jax.data import stored
+from ngc_jax.data.cache import entry
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import build_directory, expand
+from ngc_jax.runtime.files import expand
 
 # Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
 SKIPPED = {"test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
@@ -77,10 +79,9 @@ def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
             raise UserError(f"{asked} does not exist: give a text file or a folder of them")
         root, paths = path.parent, [path] if path.is_file() else []
         if path.is_dir():
-            root, paths = path, [p for p in sorted(path.rglob("*")) if p.is_file()]
-            paths = [p for p in paths if "/." not in f"/{p.relative_to(root).as_posix()}"]
+            root, paths = path, sorted(_files(path))
         found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise UserError(f"{asked} cannot be read: {error}") from error
     if not found:
         raise UserError(f"{asked} holds no text: give a file, or a folder of files, with text")
@@ -94,6 +95,21 @@ def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     ordered = sorted(found, key=lambda document: _hash(document[0]))
     held_out = max(1, round(len(ordered) * validation_fraction))
     return {"train": ordered[held_out:], "validation": ordered[:held_out]}
+
+
+def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The files below a folder that are not hidden. Raises OSError for a link that leads out."""
+    left, top = [root], root.resolve()
+    while left:
+        for path in left.pop().iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_symlink() and not path.resolve(strict=True).is_relative_to(top):
+                raise OSError(f"{path} is a link that leads out of it: give what it leads to")
+            if path.is_file():
+                yield path
+            elif path.is_dir() and not path.is_symlink():
+                left.append(path)
 
 
 def _unique(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> Iterator[tuple[str, bytes]]:
@@ -119,17 +135,14 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
         for key, text in texts:
             digest.update(f"{split}\0{key}\0{hashlib.sha256(text).hexdigest()}\n".encode())
     fingerprint = digest.hexdigest()
-    home = cache / f"{name}-{fingerprint[:16]}"
-    if not home.is_dir():
-        with build_directory(home) as building:
-            _write(name, documents, building)
+    home = entry(cache, f"{name}-{fingerprint[:16]}", partial(_write, name, documents))
     megabytes = {s: sum(len(text) for _, text in texts) / 1e6 for s, texts in documents.items()}
     summary = ", ".join(
         f"{split} {len(documents[split])} files {size:.2f} MB" for split, size in megabytes.items()
     )
     if name == "python_stdlib":
         name = f"python_stdlib {platform.python_version()}"
-    splits = {split: _Stored(home, split) for split in documents}
+    splits = {split: _Lazy(home, split) for split in documents}
     return Corpus(fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
 
 
@@ -144,47 +157,41 @@ def _write(name: str, documents: Documents, home: pathlib.Path) -> None:
     stored.write(name, features, splits, home)
 
 
-class _Stored:
-    """The documents of one split, in the order in which TFDS stored them."""
+class _Lazy:
+    """The documents of one split of a kept set, which is opened when they are read."""
 
     def __init__(self, home: pathlib.Path, split: str):
         self.home, self.split = home, split
 
     def __iter__(self) -> Iterator[bytes]:
-        for example in stored.read(self.home, self.split):
-            yield example["text"]
+        return iter(stored.Texts(stored.read(self.home, self.split), "text"))
 
 
 def _prepared(config: Any) -> Corpus:
     """A prepared TFDS set by name; splits and the text's key are fields of `config.data`."""
-    import tensorflow_datasets as tfds
-
     asked = f"data.tfds_name={config.tfds_name!r}"
-    where = {"data_dir": config.tfds_data_dir} if config.tfds_data_dir else {}
-    try:
-        builder = tfds.builder(config.tfds_name, **where)
-        info = builder.info
-    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
-        where_not = "is not a TFDS set, nor prepared in data.tfds_data_dir"
-        raise UserError(f"{asked} {where_not}: {_line(error)}") from error
-    for field in ("train_split", "validation_split"):
-        wanted = config[field]
-        if info.splits and re.split(r"[\[+]", wanted)[0] not in info.splits:
-            raise UserError(f"data.{field}={wanted!r}: {info.full_name} has {sorted(info.splits)}")
-    features, key = dict(info.features or {}), config.text_key
-    if not isinstance(features.get(key), tfds.features.Text):
-        there = f"{info.full_name}: {sorted(features)}"
-        raise UserError(f"data.text_key={key!r} is no text feature of {there}")
     splits = {split: config[f"{split}_split"] for split in ("train", "validation")}
-    unprepared = (AssertionError, FileNotFoundError, NotImplementedError, ImportError, ValueError)
     try:
-        source = {name: builder.as_data_source(split) for name, split in splits.items()}
-    except unprepared as error:
-        given = "".join(f", {name}={value!r}" for name, value in where.items())
+        builder = stored.open_set(stored.find_set(config.tfds_name, config.tfds_data_dir))
+        info, key = builder.info, config.text_key
+        for split, wanted in splits.items():
+            if re.split(r"[\[+]", wanted)[0] not in info.splits:
+                there = f"{info.full_name} has {sorted(info.splits)}"
+                raise UserError(f"data.{split}_split={wanted!r}: {there}")
+        kinds = {name: type(feature).__name__ for name, feature in info.features.items()}
+        if kinds.get(key) != "Text":
+            there = f"{info.full_name}: {sorted(kinds)}"
+            raise UserError(f"data.text_key={key!r} is no text feature of {there}")
+        texts = {name: stored.Texts(builder.as_data_source(s), key) for name, s in splits.items()}
+    except UserError:
+        raise
+    except Exception as error:  # whatever TFDS raises for what it reads
+        given = f", data_dir={config.tfds_data_dir!r}" if config.tfds_data_dir else ""
         made = f"tfds.builder({config.tfds_name!r}, file_format='array_record'{given})"
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{asked} is not prepared as ArrayRecord, which is what can be read without "
-            f"TensorFlow: prepare it once with {made}.download_and_prepare() ({_line(error)})"
+            f"TensorFlow: prepare it once with {made}.download_and_prepare() ({line})"
         ) from error
     sizes = (
         f"{name}:{list(split.shard_lengths)}:{split.num_bytes}"
@@ -192,20 +199,5 @@ def _prepared(config: Any) -> Corpus:
     )
     identity = " ".join([info.full_name, *splits.values(), key, *sizes])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    counts = ", ".join(f"{split} {len(texts)} documents" for split, texts in source.items())
-    texts = {split: _Texts(of, key) for split, of in source.items()}
+    counts = ", ".join(f"{split} {len(of)} documents" for split, of in texts.items())
     return Corpus(fingerprint, texts, f"{info.full_name}: {counts}, fingerprint {fingerprint[:16]}")
-
-
-class _Texts:
-    def __init__(self, source: Any, key: str):
-        self.source, self.key = source, key
-
-    def __iter__(self) -> Iterator[bytes]:
-        for example in self.source:
-            text = example[self.key]
-            yield text.encode() if isinstance(text, str) else text
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,15 +14,16 @@ import json
 import linecache
 import pathlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ngc_jax.data import NOTHING, grids, stored, tasks
 from ngc_jax.data.batches import Batch, segments_of
+from ngc_jax.data.cache import entry
 from ngc_jax.data.tasks import Problem
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import build_directory
 
 PARTS = {0: "validation", 1: "test"}  # by the hash modulo ten; the rest is "train"
 PATIENCE = 10_000  # problems drawn in vain, one after another, that say that there are none
@@ -98,10 +99,9 @@ def problem_set(
     files = [__file__, str(grids.__file__), str(tasks.__file__), writer.__code__.co_filename]
     drawers = ["".join(linecache.getlines(file)) for file in files]
     recipe = json.dumps([task, low, high, dict(counts), seed, np.__version__, drawers])
-    home = cache / f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    if not home.is_dir():
-        with build_directory(home) as building:
-            _write(task, draw_set(task, low, high, counts, seed), building)
+    name = f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    drawn = partial(draw_set, task, low, high, counts, seed)
+    home = entry(cache, name, lambda building: _write(task, drawn(), building))
     meta = json.loads((home / "set.json").read_text())
     parts = ", ".join(f"{count} {part}" for part, count in counts.items())
     unit = tasks.TASKS[task].unit

@@ -7,7 +7,10 @@ For: the defaults, ranges and help of these fields. Not for: reading them (`toke
 from typing import Any
 
 from ngc_jax.data.tasks import TASKS
+from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
+
+OUTSIDE = ("path", "tfds_name", "tfds_data_dir", "cache_dir")  # fields that lead out of a run
 
 
 def _check(config: Any, need: Need) -> None:
@@ -23,6 +26,32 @@ def _check(config: Any, need: Need) -> None:
     need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) {where}")
     need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) {where}")
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
+
+
+def withhold(data: Any, path: str = "", tfds_dir: str = "", trust: bool = False) -> str:
+    """Leaves in a stored `config.data` only the places that a user types, or trusts it with.
+
+    Returns what to say where its text is asked for; "" where that may be read. Raises UserError for
+    a place that nothing is read from.
+    """
+    if (path and data.task) or (tfds_dir and not data.tfds_name):
+        given = f"data_path={path!r}" if path else f"tfds_dir={tfds_dir!r}"
+        what = f"data.task={data.task!r} and data.tfds_name={data.tfds_name!r}"
+        raise UserError(f"{given}: must not be given, since the run has {what}")
+    stored = [f"data.{name}={data[name]!r}" for name in ("path", "tfds_name") if data[name]]
+    places = {name: data[name] if trust else "" for name in OUTSIDE}
+    if path:
+        places |= {"path": path, "tfds_name": ""}
+    if tfds_dir:
+        places |= {"tfds_name": data.tfds_name, "tfds_data_dir": tfds_dir}
+    data.update(places)
+    if not stored or path or tfds_dir or trust:
+        return ""
+    return (
+        f"its config.json names the text {' and '.join(stored)}, which is not read unless you say "
+        "so: say where it is by --data_path=FILE or --tfds_dir=FOLDER, or give --trust to read "
+        "what the directory names (ngc_jax.load: data_path, tfds_dir, trust=True)"
+    )
 
 
 # fmt: off

@@ -1,14 +1,23 @@
-"""TFDS datasets of our own: written once as ArrayRecord files, read without TensorFlow.
+"""TFDS sets in folders, ours and others': written as ArrayRecord, read without TensorFlow.
 
-For: keeping what was prepared. Not for: preparing it (`corpus.py`, `problems.py`), or sets that
-others prepared.
+For: keeping what was prepared, and opening a folder, which must run no code and lead to no file
+outside. So a set is not opened by its name in TFDS, which imports, and may ask the network. Not
+for: preparing it (`corpus.py`, `problems.py`).
 """
 
 import contextlib
 import io
 import pathlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from ngc_jax.runtime.files import expand, files, read_json
+
+INFO, FEATURES = "dataset_info.json", "features.json"
+LARGEST = 1 << 26  # bytes of a description
+CLASSES = {"pythonClassName", "python_class_name", "type"}  # fields that name a class to import
+PACKAGE = "tensorflow_datasets.core.features."
 
 
 def write(
@@ -28,14 +37,11 @@ def write(
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> Any:
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(dict(features))
-                )
+                named = tfds.features.FeaturesDict(dict(features))
+                return tfds.core.DatasetInfo(builder=self, features=named)
 
             def _split_generators(self, dl_manager: Any) -> Any:
-                return {
-                    split: self._generate_examples(examples) for split, examples in splits.items()
-                }
+                return {split: self._generate_examples(of) for split, of in splits.items()}
 
             def _generate_examples(self, examples: Iterable[tuple[str, Any]]) -> Any:
                 yield from examples
@@ -48,8 +54,72 @@ def write(
 
 
 def read(home: pathlib.Path, split: str) -> Any:
-    """A split as a sequence of examples, {feature: value} each."""
+    """A split of the one set in a folder as a sequence of examples, {feature: value} each."""
+    (info,) = home.rglob(INFO)
+    return open_set(info.parent).as_data_source(split)
+
+
+def open_set(folder: pathlib.Path) -> Any:
+    """The TFDS builder, read only, of the set in a folder.
+
+    Raises OSError or ValueError where there is none, or it names code, or a file elsewhere.
+    """
     import tensorflow_datasets as tfds  # late: a run whose tokens are cached never needs it
 
-    (info,) = home.rglob("dataset_info.json")
-    return tfds.builder_from_directory(str(info.parent)).as_data_source(split)
+    _ = [*files(folder)]  # raises OSError for a link
+    info, features = (read_json(folder / name, LARGEST) for name in (INFO, FEATURES))
+    fields = ("name", "version", "filepathTemplate", "filepath_template")
+    paths = {str(part[f]) for part in (info, *info.get("splits", ())) for f in fields if f in part}
+    left = [features]
+    while left:
+        found = left.pop()
+        inner = found if isinstance(found, dict) else dict(enumerate(found))
+        paths |= {name for name in inner if isinstance(name, str)}
+        for name in CLASSES & inner.keys():
+            if isinstance(inner[name], str) and not inner[name].startswith(PACKAGE):
+                raise ValueError(f"{FEATURES} names code to import, {inner[name]!r}")
+        left += [value for value in inner.values() if isinstance(value, dict | list)]
+    if outside := sorted(path for path in paths if "/" in path or "\0" in path):
+        raise ValueError(f"it names a file elsewhere, {outside[0]!r}")
+    return tfds.builder_from_directory(str(folder))
+
+
+def find_set(name: str, home: str) -> pathlib.Path:
+    """The folder of a prepared set, HOME/NAME[/CONFIG]/VERSION, of the newest version.
+
+    name: "set", "set/config", "set:1.0.0" or "set/config:1.0.0". home: "" for TFDS's default.
+    Raises OSError or ValueError where there is none.
+    """
+    import tensorflow_datasets as tfds
+
+    found = re.fullmatch(r"(\w+(?:/\w[\w.+-]*)?)(?::(\d+\.\d+\.\d+))?", name)
+    if not found:
+        raise ValueError("a name is that of a folder, as in 'set', 'set/config' or 'set:1.0.0'")
+    top = expand(home or tfds.core.constants.DATA_DIR).resolve()
+    below = [*(top / found[1]).glob(f"*/{FEATURES}"), *(top / found[1]).glob(f"*/*/{FEATURES}")]
+    folders = [path.parent for path in below if found[2] in (None, path.parent.name)]
+    configs = {path.parent for path in folders}
+    if len(configs) > 1:
+        names = ", ".join(sorted(str(path.relative_to(top)) for path in configs))
+        raise ValueError(f"it has several configs: give one of {names}")
+    if not folders:
+        raise FileNotFoundError(f"there is no {name} in {top}")
+    folder = max(folders, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    if not folder.resolve().is_relative_to(top):
+        raise ValueError(f"{folder} is a link that leads out of {top}")
+    return folder
+
+
+class Texts:
+    """The texts of one feature of a split, in the order in which TFDS stored them."""
+
+    def __init__(self, source: Any, key: str):
+        self.source, self.key = source, key
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for example in self.source:
+            text = example[self.key]
+            yield text.encode() if isinstance(text, str) else text

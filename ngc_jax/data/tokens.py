@@ -8,7 +8,6 @@ run what it learns from. Not for: batches (`batches.py`).
 import hashlib
 import json
 import pathlib
-import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +15,16 @@ import numpy as np
 
 from ngc_jax.data import NOTHING
 from ngc_jax.data.batches import Examples, Windows
+from ngc_jax.data.cache import cache_directory, entry
 from ngc_jax.data.corpus import Corpus, open_corpus
 from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import TASKS, boundary
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, build_directory, expand, write_durably
+from ngc_jax.runtime.files import Path, read, read_json, write_durably
 
 MARK = "<|document|>"
+LARGEST = 1 << 28  # bytes of a tokenizer
+NO_TOKENIZERS = "data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'"
 
 
 class Bytes:
@@ -43,28 +45,32 @@ class BPE:
     """Byte-level byte pair encoding (library `tokenizers`), trained on the train split."""
 
     def __init__(self, serialised: str):
-        from tokenizers import Tokenizer
+        """Raises ValueError for what `train` did not make; only tokens and merges are taken."""
+        from tokenizers import models
 
-        self.serialised = serialised
-        self.model = Tokenizer.from_str(serialised)
-        self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
-        self.vocab: int = self.model.get_vocab_size()
-        ids: dict[str, int] = self.model.get_vocab()
-        self.mark = ids.pop(MARK)
+        self.serialised, learned = serialised, json.loads(serialised)["model"]
+        ids: dict[str, int] = learned["vocab"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in learned["merges"]]
+        self.vocab, self.mark = len(ids), ids[MARK]
         # In the byte-level alphabet one character stands for one byte.
         alphabet = {char: byte for byte, char in _byte_alphabet().items()}
-        spelling = {i: bytes(alphabet[char] for char in token) for token, i in ids.items()}
+        spelling = {
+            i: bytes(alphabet[char] for char in token) for token, i in ids.items() if token != MARK
+        }
+        if {*map(repr, ids.values())} != {*map(repr, range(self.vocab))}:
+            raise ValueError("its tokens are not numbered")
         self.spelling = [spelling.get(i, b"") for i in range(self.vocab)]
         self.lengths = np.array([len(token) for token in self.spelling], np.int32)
+        self.model = _byte_level(models.BPE(vocab=ids, merges=[(a, b) for a, b in merges]))
+        self.model.add_special_tokens([MARK])
+        self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
 
     @staticmethod
     def train(texts: Iterable[bytes], vocab: int) -> str:
         """Learn `vocab` tokens, the mark among them; returns the tokenizer in serialised form."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
-        model = Tokenizer(models.BPE())
-        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        model.decoder = decoders.ByteLevel()
+        model = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab,
             special_tokens=[MARK],
@@ -79,6 +85,15 @@ class BPE:
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         return b"".join(self.spelling[token] for token in tokens)
+
+
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 class Symbols:
@@ -149,13 +164,10 @@ def _text(config: Any, mark: int | None) -> Data:
     cache = cache_directory(config)
     corpus = open_corpus(config, cache)
     vocab = f"-{config.vocab_size}" if config.tokenizer == "bpe" else ""
-    home = cache / f"tokens-{config.tokenizer}{vocab}-{corpus.fingerprint[:16]}"
-    if not _whole(home):
-        shutil.rmtree(home, ignore_errors=True)
-        with build_directory(home) as building:
-            _tokenise(config, corpus, building)
+    name = f"tokens-{config.tokenizer}{vocab}-{corpus.fingerprint[:16]}"
+    home = entry(cache, name, lambda building: _tokenise(config, corpus, building))
     meta = json.loads((home / "meta.json").read_text())
-    tokenizer = load_tokenizer(home)
+    tokenizer = load_tokenizer(home, config)
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
     def windows(split: str) -> Windows:
@@ -177,27 +189,25 @@ def _text(config: Any, mark: int | None) -> Data:
     return Data(tokenizer, windows("train"), windows("validation"), fingerprint, summary)
 
 
-def _whole(home: pathlib.Path) -> bool:
-    """Whether a token cache is there and as long as it says."""
-    try:
-        meta = json.loads((home / "meta.json").read_text())
-        size = np.dtype(meta["dtype"]).itemsize
-        return all(
-            (home / f"{split}.bin").stat().st_size == n * size
-            for split, n in meta["tokens"].items()
-        )
-    except (OSError, ValueError):
-        return False
+def load_tokenizer(home: Path, config: Any) -> Tokenizer:
+    """The tokenizer of `config.data`, of which a directory keeps what was learned.
 
-
-def load_tokenizer(home: Path) -> Tokenizer:
-    """The tokenizer in a directory's tokenizer.json, or bytes if there is none."""
-    file = home / "tokenizer.json"
-    if not file.is_file():
+    Raises UserError where tokenizer.json is not that.
+    """
+    if not config.task and config.tokenizer == "bytes":
         return Bytes()
-    serialised = file.read_text()
-    symbols = json.loads(serialised).get("symbols")
-    return Symbols(symbols) if symbols else BPE(serialised)
+    file = home / "tokenizer.json"
+    try:
+        if not config.task:
+            return BPE(read(file, LARGEST).decode())
+        symbols = Symbols(TASKS[config.task].symbols)
+        if read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
+            raise ValueError(f"its symbols are not those of data.task={config.task!r}")
+        return symbols
+    except ImportError as error:
+        raise UserError(NO_TOKENIZERS) from error
+    except Exception as error:  # also what the library raises for merges that do not fit
+        raise UserError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
@@ -206,11 +216,6 @@ def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
         write_durably(home / "tokenizer.json", tokenizer.serialised)
     if isinstance(tokenizer, Symbols):
         write_durably(home / "tokenizer.json", json.dumps({"symbols": tokenizer.symbols}))
-
-
-def cache_directory(config: Any) -> pathlib.Path:
-    """`data.cache_dir`, or the user's cache."""
-    return expand(config.cache_dir or "~/.cache/ngc_jax")
 
 
 def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
@@ -228,9 +233,7 @@ def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
                     file.write(tokenizer.encode(text).astype(dtype).tobytes())
                 counts[split] = file.tell() // dtype.itemsize
     except ImportError as error:
-        raise UserError(
-            "data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'"
-        ) from error
+        raise UserError(NO_TOKENIZERS) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"the text is not UTF-8 ({error}), as data.tokenizer='bpe' wants it: use 'bytes'"

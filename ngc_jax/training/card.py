@@ -13,6 +13,7 @@ from ngc_jax.report.blocks import heading, listing, table, to_markdown
 from ngc_jax.runtime.files import Path, write_durably
 from ngc_jax.runtime.metrics import duration, latest, read_rows
 
+TFDS = "~/tensorflow_datasets"  # where TFDS keeps sets by default
 HELD_OUT = {
     "final/loss": "loss, all that was held out (nats per target)",
     "final/bits_per_byte": "bits per byte, whole held-out text",
@@ -39,7 +40,7 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
         use, limits = f"solve --workdir={home}", "Trained on this task alone; it knows no other."
     lines = [
         f"python -m ngc_jax.{use}",
-        f"python -m ngc_jax.evaluate --workdir={home}",
+        f"python -m ngc_jax.evaluate --workdir={home}{_places(config.data)}",
         f"python -m ngc_jax.inspect --workdir={home}",
         "",
         f"run = ngc_jax.load({str(workdir)!r})",
@@ -75,6 +76,12 @@ Held-out loss on the way: {", ".join(curve)}.
 **Limits.** {limits}
 """
     write_durably(workdir / "card.md", text)
+
+
+def _places(data: Any) -> str:
+    """The flags that say where the text is: no command takes that from the directory."""
+    flags = {"data_path": data.path, "tfds_dir": data.tfds_name and (data.tfds_data_dir or TFDS)}
+    return "".join(f" --{name}={shlex.quote(at)}" for name, at in flags.items() if at)
 
 
 def _kind(m: Any) -> str:

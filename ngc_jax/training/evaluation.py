@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.data.batches import Examples, held_out_batches
+from ngc_jax.data.cache import cache_directory
 from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokens import Data, cache_directory
+from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel

@@ -19,8 +19,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ngc_jax.analysis import probes
-from ngc_jax.config import SECTIONS, make_model, named
+from ngc_jax.config import make_model, named
 from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
+from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokenizer
 from ngc_jax.nn import mesh as meshes
@@ -64,6 +65,7 @@ class Trained:
     step: int
     state: TrainState
     meta: dict[str, Any]
+    withheld: str = ""  # why its text may not be read; "": it may
 
     @property
     def decoder(self) -> Decoder:
@@ -73,7 +75,12 @@ class Trained:
         raise UserError(f"model.kind={self.config.model.kind!r} has no stages; 'decoder' has")
 
     def data(self) -> Data:
-        """The data trained on and held out. Raises UserError where they have changed since."""
+        """The data trained on and held out.
+
+        Raises UserError where they have changed since, or only the directory says where they are.
+        """
+        if self.withheld:
+            raise UserError(f"--workdir={self.workdir}: {self.withheld}")
         data, trained_on = load_data(self.config.data, mark_of(self.config)), self.meta["data"]
         if trained_on == data.fingerprint:
             return data
@@ -200,14 +207,26 @@ def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
         config = named(config) if isinstance(config, str) else config
         if not run(config.copy_and_resolve_references(), home):
             raise KeyboardInterrupt(f"asked to stop: {home} is saved, and the same call continues")
-    return load(home)
+    return load(home, trust=True)  # its config was typed
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
-    """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError."""
+def load(
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    data_path: str = "",
+    tfds_dir: str = "",
+    trust: bool = False,
+) -> Trained:
+    """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError.
+
+    Its text, for `Trained.data`, is at `data_path`, or a TFDS set in `tfds_dir`. The places that
+    the directory itself names are read, and written, only with `trust` (docs/trust.md).
+    """
     home = epath.Path(workdir)
-    config, tokenizer = read_config(home), load_tokenizer(home)
-    _check_registered(config, home)
+    config = read_config(home)
+    run, tokenizer = identity(config), load_tokenizer(home, config.data)
+    withheld = withhold(config.data, data_path, tfds_dir, trust)
     model = make_model(config, tokenizer.vocab)
     abstract = abstract_state(model, config.train, meshes.single_device())
     with Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
@@ -216,9 +235,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
         try:
-            read, faults = checkpoints.newest(
-                abstract, identity(config), step if step is None else {step}
-            )
+            read, faults = checkpoints.newest(abstract, run, step if step is None else {step})
         except UserError as error:
             raise UserError(f"--workdir={workdir}: {error}") from error
         if read is None:
@@ -227,19 +244,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Trained:
         for bad, fault in faults.items():
             print(f"checkpoint {bad} is skipped: {fault}", file=sys.stderr)
     model, params = pruned(model, read.state.params, config, read.step)
-    return Trained(home, config, model, params, tokenizer, read.step, read.state, read.meta)
-
-
-def _check_registered(config: ConfigDict, home: Path) -> None:
-    for section in SECTIONS:
-        for field in section.fields:
-            value, known = section.of(config)[field.name], field.options()
-            if known and value not in known:
-                raise UserError(
-                    f"{home} was trained with {section.path(field.name)}={value!r}, which is not "
-                    "registered here: give the file that registers it by --extend=FILE.py, or "
-                    "import it first"
-                )
+    opened = home, config, model, params, tokenizer, read.step, read.state, read.meta
+    return Trained(*opened, withheld)
 
 
 @partial(jax.jit, static_argnames=("apply", "dtype"))

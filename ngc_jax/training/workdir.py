@@ -8,6 +8,7 @@ writing rows or checkpoints, or opening a trained model (`load.py`).
 import contextlib
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -18,12 +19,14 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ngc_jax.config import base, reset_unread
+from ngc_jax.config import SECTIONS, base, reset_unread, validate
 from ngc_jax.data.tokens import Tokenizer, save_tokenizer
 from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, in_bucket, read, sync, write_durably
+from ngc_jax.runtime.fields import check_fields
+from ngc_jax.runtime.files import Path, in_bucket, read, read_json, sync, write_durably
 
+LARGEST = 1 << 20  # bytes of a config
 HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: how often it is logged, evaluated and saved, and on
 # which devices it runs.
@@ -183,16 +186,35 @@ def _free(name: str) -> bool:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run. Raises UserError.
+    """The config of a run, which must be as one that is typed. Raises UserError.
 
     Fields that are newer than the run, or that nothing reads, have their defaults.
     """
+    path, config = workdir / "config.json", base()
     try:
-        config = base()
-        config.update(json.loads((workdir / "config.json").read_text()))
+        stored = read_json(path, LARGEST)
+        parts = [part if isinstance(part, dict) else {"": part} for part in stored.values()]
+        for value in itertools.chain(*(part.values() for part in parts)):
+            if not isinstance(value, str) and not abs(value) < 2**53:
+                raise ValueError(f"{value!r:.40} is out of range")
+        config.update(stored)
     except FileNotFoundError as error:
         raise UserError(f"--workdir={workdir} holds no run: no config.json in it") from error
     except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{workdir / 'config.json'} cannot be read: {error}") from error
-    reset_unread(config)  # as older versions let stand
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for section in SECTIONS:
+        for field in section.fields:
+            value, known = section.of(config)[field.name], field.options()
+            if known and value not in known:
+                raise UserError(
+                    f"{workdir} was trained with {section.path(field.name)}={value!r}, which is "
+                    "not registered here: give the file that registers it by --extend=FILE.py, or "
+                    "import it first"
+                )
+    try:
+        check_fields(config, SECTIONS)
+        reset_unread(config)  # as older versions let stand
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return config

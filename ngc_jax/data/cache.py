@@ -1,0 +1,100 @@
+"""The cache: folders of what was prepared, sealed when made, used while the seal holds.
+
+For: where the cache is, and making an entry once. The seal finds damage. Against other users there
+is no seal: a cache must be its user's alone (`docs/trust.md`). Not for: what an entry holds
+(`corpus.py`, `problems.py`, `tokens.py`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import (
+    build_directory,
+    check_private,
+    expand,
+    files,
+    make_private,
+    read_json,
+    remove,
+    write_durably,
+)
+
+SEAL = "SEAL.json"  # {file: [SHA-256, its state when that was last found to hold]}
+
+
+def cache_directory(config: Any) -> pathlib.Path:
+    """`data.cache_dir`, or the user's cache."""
+    return expand(config.cache_dir or "~/.cache/ngc_jax")
+
+
+def entry(cache: pathlib.Path, name: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """The folder CACHE/NAME, which `build(folder)` makes where there is none that is sound.
+
+    Raises UserError where nothing can be kept, or others may write to the cache.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"{name!r} names an entry of data.cache_dir: must be letters and digits")
+    try:
+        make_private(cache)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={str(cache)!r} cannot be used: {error}") from error
+    home = cache / name
+    if fault := _fault(home):
+        if os.path.lexists(home):
+            print(f"{home} is made again: {fault}")
+            remove(home)
+        with build_directory(home) as building:
+            build(building)
+            sums = {path: _sha256(path) for path in files(building)}
+            sealed = {_name(path, building): [sum_, _state(path)] for path, sum_ in sums.items()}
+            (building / SEAL).write_text(json.dumps(sealed))
+        if fault := _fault(home):
+            raise UserError(f"{home} cannot be made again, but {fault}: give a data.cache_dir")
+    return home
+
+
+def _fault(home: pathlib.Path) -> str:
+    """What is wrong with an entry, or "". Reads only the files whose state is a new one."""
+    try:
+        if home.is_symlink():
+            return "it is a link"
+        check_private(home)
+        held = {_name(path, home): path for path in files(home)}
+        sealed = read_json(home / SEAL, 1 << 26)
+        if held.keys() != sealed.keys() | {SEAL}:
+            return "its files are not those that were sealed"
+        new = {name: at for name in sealed if (at := _state(held[name])) != sealed[name][1]}
+        for name, state in new.items():
+            if _sha256(held[name]) != sealed[name][0]:
+                return f"{name} does not match its checksum"
+            sealed[name][1] = state
+    except FileNotFoundError:
+        return "it is not sealed"
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        return f"it cannot be read: {error}"
+    if new:
+        with contextlib.suppress(OSError):  # then they are read again next time
+            write_durably(home / SEAL, json.dumps(sealed))
+    return ""
+
+
+def _name(path: Any, home: pathlib.Path) -> str:
+    return str(path.relative_to(home).as_posix())
+
+
+def _state(path: Any) -> list[int]:
+    """What changes where a file does; nobody can set the time of its last change (ctime)."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _sha256(path: Any) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
