@@ -33,7 +33,7 @@ from experiments.text_measures import (
 )
 from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.data.batches import Batch, Windows
-from ngc_jax.data.tokens import Bytes, load_data
+from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.generate import generate
 from ngc_jax.report.blocks import Block, paragraph
 from ngc_jax.training.load import Trained, load
@@ -68,7 +68,7 @@ def lexical(texts: Sequence[bytes]) -> dict[str, float]:
 
 def passages(trained: Trained) -> tuple[np.ndarray, list[bytes]]:
     """Held-out prompts [TEXTS, PROMPT], evenly spaced, and the original continuations."""
-    windows = load_data(trained.config.data).validation
+    windows = trained.data().validation
     assert isinstance(windows, Windows)
     text = windows.tokens
     starts = np.linspace(0, len(text) - PROMPT - LENGTH, TEXTS).astype(int)
@@ -124,7 +124,7 @@ def answered(trained: Trained) -> dict[str, float]:
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The measures that belong to a run's text."""
-    trained = load(workdir)
+    trained = load(workdir, trust=True)  # `run` has just trained it as the study says
     return answered(trained) if trained.config.data.path else spoken(trained)
 
 

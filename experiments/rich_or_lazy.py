@@ -37,7 +37,7 @@ def mean_rank(model: Decoder, params: Any) -> float:
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """The changes of one run's model by training."""
-    trained = load(workdir)
+    trained = load(workdir, trust=True)  # `run` has just trained it as the study says
     config, model, after = trained.config, trained.decoder, trained.state.params
     before = jax.jit(lambda: init_state(model, config.train, config.seed).params)()
     windows = trained.data().validation

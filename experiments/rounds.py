@@ -17,7 +17,6 @@ from experiments.figures import legend, looks
 from experiments.stats import interval, p_value
 from experiments.study import LOSS, Results, Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.mesh import single_device
 from ngc_jax.report.blocks import Block, heading, paragraph, table
 from ngc_jax.report.figures import figure
@@ -58,11 +57,11 @@ WATCHED = {
 
 def measure(workdir: pathlib.Path) -> dict[str, float]:
     """Held-out loss of a trained loop at several numbers of rounds."""
-    trained = load(workdir)
+    trained = load(workdir, trust=True)  # `run` has just trained it as the study says
     config, shape = trained.config, trained.decoder.shape
     if not shape.core:
         return {}
-    data, mesh = load_data(config.data), single_device()
+    data, mesh = trained.data(), single_device()
     losses = {}
     for rounds in TEST_ROUNDS:
         step = compile_eval(trained.decoder.at(rounds), config, mesh, data)

@@ -52,7 +52,7 @@ from experiments.study import (
 )
 from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.files import expand, make_private, write_durably
 from ngc_jax.runtime.metrics import duration, latest, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
 from ngc_jax.training.costs import versions
@@ -76,7 +76,14 @@ def execute(
     running: dict[str, subprocess.Popen[bytes]] = {}
     stopping = threading.Event()
     # All seeds share one compiled program, but machines do not: theirs may differ.
-    env = {"JAX_COMPILATION_CACHE_DIR": str(home / "programs" / platform.node()), **os.environ}
+    # Not in the study's folder: programs are code, and a folder may be someone else's.
+    programs = expand("~/.cache/ngc_jax/studies")
+    try:
+        make_private(programs.parent)
+        make_private(programs)
+    except OSError as error:
+        raise UserError(f"compiled programs cannot be kept: {error}") from error
+    env = {"JAX_COMPILATION_CACHE_DIR": str(programs / platform.node()), **os.environ}
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
     for job in range(jobs):

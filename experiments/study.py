@@ -22,11 +22,15 @@ from ml_collections import ConfigDict
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import count
 from ngc_jax.config import named, reset_unread
+from ngc_jax.data.settings import OUTSIDE
 from ngc_jax.report.blocks import Block
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.files import read_json, write_durably
 from ngc_jax.training.match_size import cost, prepare
 from ngc_jax.training.timing import model_of
+
+LARGEST = 1 << 24  # bytes of a record
+RECORD = {"fields": dict, "measures": dict, "curve": list, "error": str}  # and what is only shown
 
 TUNING_SEED = 1000  # of the runs that search a learning rate, and of no others
 FURTHER = 2  # learning rates beyond the given ones that may be tried
@@ -322,7 +326,19 @@ def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> S
         except (ValueError, SyntaxError):
             given[found[1]] = found[2]
     kept = home / "changes.json"
-    before = json.loads(kept.read_text()) if kept.exists() else given
+    try:
+        before = read_json(kept, LARGEST) if kept.exists() else given
+        named = [name for name in before if not re.fullmatch(r"[\w.]+", name)]
+        if not isinstance(before, dict) or named:
+            raise ValueError("it is not {field: value}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{kept} cannot be read: {error}") from error
+    places = [name for name in before if name in {f"data.{place}" for place in OUTSIDE}]
+    if places and not changes:
+        raise UserError(
+            f"{kept} names places, {', '.join(f'{name}={before[name]!r}' for name in places)}, "
+            "which are not read unless you say so: give the same --config.FIELD=VALUE again"
+        )
     if changes and before != given:
         raise UserError(
             f"--workdir={home} has this study with other changes, {before}: give another --workdir"
@@ -345,11 +361,18 @@ def prepared(study: Study, home: pathlib.Path, changes: Sequence[str] = ()) -> S
 
 
 def read_records(home: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The records of all runs that have ended, by name."""
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted((home / "records").glob("*.json"))
-    }
+    """The records of all runs that have ended, by name. Raises UserError for what is no record."""
+    records = {}
+    for path in sorted((home / "records").glob("*.json")):
+        try:
+            record = records[path.stem] = read_json(path, LARGEST)
+            kinds = {name: type(record[name]) for name in RECORD}
+            numbers = [isinstance(v, int | float) for v in record["measures"].values()]
+            if kinds != RECORD or not all(numbers):
+                raise ValueError("it is no record of a run")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    return records
 
 
 def find(wanted: str) -> tuple[str, Study, str]:

@@ -24,7 +24,17 @@ from experiments.compare import study as comparison
 from experiments.protocols import PROTOCOLS, Protocol
 from experiments.report import report, rows
 from experiments.run import main
-from experiments.study import LOSS, Results, Study, config_of, find, groups, plan, prepared
+from experiments.study import (
+    LOSS,
+    Results,
+    Study,
+    config_of,
+    find,
+    groups,
+    plan,
+    prepared,
+    read_records,
+)
 from experiments.sweeps import Sweep, cases, seeds, vary, zipped
 from ngc_jax.config import validate
 from ngc_jax.runtime.errors import UserError
@@ -181,6 +191,30 @@ def made_up(home, study, losses, curves=None):
         for name, loss in losses.items()
     }
     return Results(study, home, groups(study), records)
+
+
+def test_a_studys_folder_names_no_place_and_what_is_no_record_is_named(tmp_path):
+    study = find("parity")[1]
+    place = "--config.data.path=/etc/passwd"
+    prepared(study, tmp_path / "typed", [place])
+    assert prepared(study, tmp_path / "typed", [place]).changes == {"data.path": "/etc/passwd"}
+    said = r"names places, data.path='/etc/passwd', which are not read"
+    with pytest.raises(UserError, match=said):
+        UserError, match="names places, data.path='/etc/passwd', which are not read"
+    ):
+        prepared(study, tmp_path / "typed")
+    for text in ("", "3", "[" * 10**5, '{"a b": 1}', "[1]"):
+        (tmp_path / "typed" / "changes.json").write_text(text)
+        with pytest.raises(UserError, match=r"changes.json cannot be read"):
+            prepared(study, tmp_path / "typed")
+    record = {"fields": {}, "measures": {LOSS: 1.0}, "curve": [], "error": ""}
+    path = tmp_path / "typed" / "records" / "one.json"
+    path.write_text(json.dumps(record))
+    assert read_records(tmp_path / "typed") == {"one": record}
+    for wrong in ({}, {**record, "measures": {LOSS: "low"}}, {**record, "fields": 3}, 3):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"one.json cannot be read"):
+            read_records(tmp_path / "typed")
 
 
 def test_a_report_compares_with_the_baseline_and_drops_no_run(tmp_path):
