@@ -200,8 +200,6 @@ def test_a_studys_folder_names_no_place_and_what_is_no_record_is_named(tmp_path)
     assert prepared(study, tmp_path / "typed", [place]).changes == {"data.path": "/etc/passwd"}
     said = r"names places, data.path='/etc/passwd', which are not read"
     with pytest.raises(UserError, match=said):
-        UserError, match="names places, data.path='/etc/passwd', which are not read"
-    ):
         prepared(study, tmp_path / "typed")
     for text in ("", "3", "[" * 10**5, '{"a b": 1}', "[1]"):
         (tmp_path / "typed" / "changes.json").write_text(text)
