@@ -13,7 +13,8 @@ from ngc_jax.runtime import preemption
 
 def main() -> None:
     """Train as the command line asks, and end with one of the exit codes above."""
-    preemption.end_at_ctrl_c()  # The imports below take seconds.
+    preemption.end_at_ctrl_c("interrupted: the same command continues from the last checkpoint")
+    # Only now, since these imports take seconds.
     from absl import flags, logging
 
     from ngc_jax.commands.config_flag import read_config
@@ -39,7 +40,6 @@ def main() -> None:
     workdir = epath.Path(given.value or workdir_of(file))
     sys.unraisablehook = unraisable
     try:
-        preemption.raise_at_ctrl_c()
         join()
         keep_compiled()
         with hold(workdir):
@@ -51,9 +51,6 @@ def main() -> None:
     except BaseException as error:
         multihost.leave(error)
         end_soon(1)
-        if isinstance(error, KeyboardInterrupt):
-            told = "interrupted: the same command continues from the last checkpoint"
-            fail(preemption.INTERRUPTED, told)
         if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
             fail(1, error)
         raise

@@ -1,186 +1,118 @@
-"""Break training runs as machines do, and check that they end where an unbroken run ends:
+"""Breaks training runs as machines and people do; checks that they end where an unbroken one ends.
 
-    python -m experiments.chaos --rounds=20 --faults=kill,stop,damage,fill --workdir=runs/chaos
+    python -m experiments.chaos --rounds=20 --workdir=runs/chaos
+    python -m experiments.chaos --rounds=4 --processes=4 --faults=kill,stop
 
-For: a seeded series of faults, one in each round, each followed by the same command as before:
+For: a seeded series of faults, one in each round, each followed by the same command as before. The
+faults are the functions of `FAULTS`; each says what it does. What must hold after each of them:
 
-    kill    SIGKILL at a random time, every second time while a checkpoint is written
-    stop    SIGTERM at a random time
-    damage  SIGKILL, then a flipped byte, a cut or a removed file in the newest checkpoint
-    fill    no file can grow (RLIMIT_FSIZE, as on a full disk) for a random time
+- a run that ends early ends with an exit code that docs/running.md names, and at most one line on
+  stderr, no traceback; it ends within `GONE` seconds of its last line, and leaves no process;
+- a start that is refused says why in one line; the fault is then undone;
+- failed saves leave no threads and no open files in a run that goes on (`SPARE` of each);
+- nothing outside the work directory is touched;
+- at the end, the state's SHA-256 and all rows of metrics, except times, are those of an unbroken
+  run. If a run ends early, another one uses the remaining rounds.
 
-At the end of each run, the state's SHA-256 and all rows of metrics, except times, must equal those
-of an unbroken run. If a run ends early, another one uses the remaining rounds. Not for: faults of a
-device, bad batches (tests/test_faults.py), or several processes.
+Faults that need a file system of their own (`full`, `inodes`, `readonly`) are left out, by name,
+where it cannot be mounted. Not for: faults of a device, bad batches (tests/test_faults.py), or
+files that never were ours (`fuzz.py`).
 """
 
 import argparse
 import collections
 import contextlib
 import pathlib
-import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 
+from experiments.faults import (
+    FAULTS,
+    HUNG,
+    INODES,
+    MOUNTED,
+    SIGNALS,
+    SIZE,
+    Fault,
+    Running,
+    contents,
+    mount,
+    remove,
+)
 from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import TIMES, read_rows
-from ngc_jax.runtime.preemption import EXIT_CODE
+from ngc_jax.runtime.preemption import EXIT_CODE, INTERRUPTED
 from ngc_jax.training.load import load
 
-ROOT = pathlib.Path(__file__).parent.parent
-Process = subprocess.Popen[str]
-FULL = "the disk was full for a while"
-FAULTS = ("kill", "stop", "damage", "fill")
+Path = pathlib.Path
+SPARE = 12  # threads, and open files, that a run may have more after a fault than before
+FAILED, REFUSED = 1, 2
 
 
-def outcome(workdir: pathlib.Path) -> tuple[str, list[dict[str, object]]]:
+def outcome(workdir: Path) -> tuple[str, list[dict[str, object]]]:
     """SHA-256 of the final state, and all rows without their times."""
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(workdir)]
     return digest(load(workdir).state), rows
 
 
-def start(flags: list[str], workdir: pathlib.Path) -> Process:
-    line = [sys.executable, "launch.py", *flags, f"--workdir={workdir}"]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-def await_training(process: Process) -> bool:
-    """Read until the first update is reported; False if the run ended before."""
-    assert process.stdout
-    return any(line.startswith("step ") for line in process.stdout)
-
-
-def await_write(process: Process, checkpoints: pathlib.Path) -> bool:
-    """Return when a checkpoint is being written; False if the run ended first."""
-    while process.poll() is None:
-        if any("tmp" in path.name for path in checkpoints.glob("*")):
-            return True
-        time.sleep(0.0005)
-    return False
-
-
-class Chaos:
-    """The faults: each method waits, breaks the run, and returns what it did ("" = too late)."""
-
-    def __init__(self, seed: int, start_up: float, length: float):
-        self.chance, self.start_up, self.length = random.Random(seed), start_up, length
-        self.kills = 0
-
-    def kill(self, process: Process, workdir: pathlib.Path) -> str:
-        self.kills += 1
-        in_write = self.kills % 2 == 0
-        if in_write:
-            await_write(process, workdir / "checkpoints")
-        else:
-            self._await_an_instant(process)
-        return self._send(
-            process, signal.SIGKILL, "killed" + " while a checkpoint was written" * in_write
-        )
-
-    def stop(self, process: Process, workdir: pathlib.Path) -> str:
-        self._await_an_instant(process)
-        return self._send(process, signal.SIGTERM, "asked to stop")
-
-    def damage(self, process: Process, workdir: pathlib.Path) -> str:
-        self._await_an_instant(process)
-        done = self._send(process, signal.SIGKILL, "killed")
-        # it ended before the signal, so there is no run that must continue
-        if process.wait() == 0:
-            return ""
-        steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
-        if not done or not steps:
-            return done
-        newest = max(steps, key=lambda path: int(path.name))
-        file = self.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
-        how = self.chance.choice(["flipped", "cut", "removed"])
-        data = bytearray(file.read_bytes())
-        if how == "removed":
-            file.unlink()
-        elif how == "cut" or not data:
-            file.write_bytes(data[: len(data) // 2])
-        else:
-            data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
-            file.write_bytes(data)
-        return f"{done}, and {file.relative_to(workdir)} was {how}"
-
-    def fill(self, process: Process, workdir: pathlib.Path) -> str:
-        if not await_training(process):
-            return ""
-        self._sleep(process, self.length / 2)
-        if process.poll() is not None:
-            return ""
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
-        self._sleep(process, self.length)
-        if process.poll() is None:
-            resource.prlimit(
-                process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-            )
-        return FULL
-
-    def _await_an_instant(self, process: Process) -> None:
-        if self.chance.random() < 0.2:  # before or during start-up
-            self._sleep(process, self.start_up)
-        elif await_training(process):
-            self._sleep(process, self.length)
-
-    def _sleep(self, process: Process, most: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.chance.uniform(0, most))
-
-    def _send(self, process: Process, number: int, done: str) -> str:
-        if process.poll() is not None:
-            return ""
-        process.send_signal(number)
-        return done
+def ends_of(fault: str) -> set[int]:
+    """The exit codes that a run may have after a fault: its own, or that of a signal."""
+    if fault == "interrupt":
+        return {0, EXIT_CODE, INTERRUPTED}
+    if fault == "fill" or fault in MOUNTED:  # its last save may fail
+        return {0, FAILED}
+    return {0, EXIT_CODE, -SIGNALS.get(fault, signal.SIGKILL)}
 
 
 def campaign(
-    home: pathlib.Path, flags: list[str], rounds: int, faults: tuple[str, ...], seed: int
+    home: Path,
+    flags: list[str],
+    rounds: int,
+    faults: tuple[str, ...],
+    seed: int,
+    processes: int = 1,
 ) -> dict[str, int]:
-    """Run `rounds` rounds of these faults in turn; returns how often each occurred.
+    """Runs `rounds` rounds of these faults in turn; returns how often each occurred.
 
-    Raises RuntimeError if a run ends in another state than the unbroken one.
+    Raises RuntimeError if a run ends otherwise than this file's first lines say.
     """
     began = time.monotonic()
-    process = start(flags, home / "unbroken")
-    if not await_training(process):
-        raise RuntimeError(f"the unbroken run failed with exit code {process.wait()}")
+    run = Running(flags, home / "unbroken", processes)
+    run.began.wait(HUNG)
     training = time.monotonic()
-    process.communicate()
-    chaos = Chaos(seed, start_up=training - began, length=time.monotonic() - training)
+    run.end({0})
+    fault = Fault(seed, training - began, time.monotonic() - training, home)
     expected = outcome(home / "unbroken")
     count: dict[str, int] = collections.Counter()
-    runs = 0
+    workdir = home / "own" / "troubled"
+    runs = refused = unsaved = 0
     while sum(count.values()) < rounds:
-        workdir = home / "troubled"
-        shutil.rmtree(workdir, ignore_errors=True)
-        returned = None
-        while returned != 0:
-            process, befell = start(flags, workdir), ""
+        remove(workdir)
+        code = None
+        while code != 0:
+            run, befell, name, undo = Running(flags, workdir, processes), "", "", fault.kept
+            fault.kept = None
             if (done := sum(count.values())) < rounds:
-                fault = faults[done % len(faults)]
-                befell = getattr(chaos, fault)(process, workdir)
-                if befell:
-                    count[fault] += 1
-                    print(f"round {done + 1} of {rounds}: {befell}", flush=True)
-            process.communicate()
-            returned = process.returncode
-            # A run that is stopped before it listens ends by the signal. A full disk is an error at
-            # the end.
-            if returned not in (
-                0,
-                1 if befell == FULL else 0,
-                -signal.SIGKILL,
-                -signal.SIGTERM,
-                EXIT_CODE,
-            ):
-                raise RuntimeError(f"the run failed with exit code {returned}")
+                name = faults[done % len(faults)]
+                befell = (FAULTS | MOUNTED)[name](fault, run)
+            if befell:
+                count[name] += 1
+                print(f"round {done + 1} of {rounds}: {befell}", flush=True)
+            refusal = {FAILED, REFUSED} if undo or processes > 1 else set()
+            code = run.end(ends_of(name) | refusal)
+            unsaved += run.unsaved
+            if code in (FAILED, REFUSED) and undo and not befell:
+                refused += 1
+                print(f"  refused: {run.errors[0][-1]}", flush=True)
+                remove(workdir)
+                shutil.copytree(undo, workdir, symlinks=True)
+            if contents(fault.outside) != fault.left:
+                raise RuntimeError(f"{workdir}: after {befell!r}, {fault.outside} was touched")
         runs += 1
         found = outcome(workdir)
         if found != expected:
@@ -188,35 +120,61 @@ def campaign(
                 f"{workdir} ended in another state than {home / 'unbroken'}: {found[0]}, not "
                 f"{expected[0]}"
             )
+    if fault.most > SPARE:
+        raise RuntimeError(f"failed saves left {fault.most} threads or open files")
     print(
-        f"{', '.join(f'{fault}: {times}' for fault, times in count.items())}; {runs} runs, all "
-        f"with state sha256 {expected[0]} and the {len(expected[1])} rows of the unbroken run"
+        f"{', '.join(f'{fault}: {times}' for fault, times in count.items())}; {refused} starts "
+        f"refused, {unsaved} saves failed and left at most {fault.most} threads or files; {runs} "
+        f"runs, all with state sha256 {expected[0]} and the {len(expected[1])} rows of the "
+        "unbroken run"
     )
     return count
 
 
+@contextlib.contextmanager
+def own_file_system(place: Path) -> Iterator[bool]:
+    """A small file system of its own at a place; yields whether this machine lets us have one."""
+    place.mkdir(parents=True)
+    try:
+        mount("-t", "tmpfs", "-o", f"size={SIZE},nr_inodes={INODES}", "none", place)
+    except (OSError, subprocess.CalledProcessError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    every = {**FAULTS, **MOUNTED}
+    told = "\n".join(f"  {name:10} {one.__doc__}" for name, one in every.items())
+    parser = argparse.ArgumentParser(
+        description=f"{(__doc__ or '').splitlines()[0]}\n\nfaults:\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument(
-        "--faults", default=",".join(FAULTS), help="used in turn; default: %(default)s"
-    )
+    parser.add_argument("--faults", default=",".join(every), help="used in turn; default: all")
+    parser.add_argument("--processes", type=int, default=1, help="that train together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--workdir",
-        type=pathlib.Path,
-        default=pathlib.Path("runs/chaos"),
-        help="emptied at the start",
-    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/chaos"), help="emptied first")
     parser.add_argument(
         "flags", nargs="*", default=["--config=configs/ngc_tiny.py"], help="of launch.py, after --"
     )
     args = parser.parse_args()
     faults = tuple(args.faults.split(","))
-    if not set(faults) <= set(FAULTS):
-        raise UserError(f"--faults={args.faults}: must be some of {','.join(FAULTS)}")
-    shutil.rmtree(args.workdir, ignore_errors=True)
-    campaign(args.workdir.absolute(), args.flags, args.rounds, faults, args.seed)
+    if not set(faults) <= every.keys():
+        raise UserError(f"--faults={args.faults}: must be some of {','.join(every)}")
+    if args.processes > 1 and not set(faults) <= SIGNALS.keys():
+        raise UserError(f"--faults={args.faults}: with --processes, some of {','.join(SIGNALS)}")
+    home = args.workdir.absolute()
+    remove(home)
+    with own_file_system(home / "own") as mounted:
+        missing = [name for name in faults if name in MOUNTED and not mounted]
+        if missing:
+            print(f"left out, since no file system can be mounted here: {', '.join(missing)}")
+        here = tuple(name for name in faults if name not in missing)
+        campaign(home, args.flags, args.rounds, here, args.seed, args.processes)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from etils import epath
 from ngc_jax.commands.config_flag import EXTEND, extend
 from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.runtime.fields import Field
-from ngc_jax.runtime.preemption import INTERRUPTED, raise_at_ctrl_c
+from ngc_jax.runtime.preemption import INTERRUPTED
 from ngc_jax.training.evaluation import Rounds, Settled
 from ngc_jax.training.load import Trained, load
 
@@ -78,7 +78,6 @@ def command(main: Callable[[], None]) -> None:
     """Runs a command; a UserError becomes one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)
     try:
-        raise_at_ctrl_c()
         main()
     except UserError as error:
         fail(2, error)

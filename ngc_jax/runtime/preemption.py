@@ -10,8 +10,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-from ngc_jax.runtime.errors import say
-
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of Ctrl-C, as shells count
 EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failure
 
@@ -20,21 +18,19 @@ class Asked(Exception):
     """Raised in the middle of something long, to abandon it."""
 
 
-def end_at_ctrl_c() -> None:
-    """Makes Ctrl-C end this process with a line, at once: while the modules of a command load."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+def end_at_ctrl_c(told: str = "interrupted") -> None:
+    """Makes Ctrl-C end this process at once, with a line and exit code INTERRUPTED.
 
+    For programs. A KeyboardInterrupt is lost where it happens to be raised in a destructor or a
+    callback. A shell that has Ctrl-C ignored keeps it so.
+    """
 
-def raise_at_ctrl_c() -> None:
-    """Makes Ctrl-C a KeyboardInterrupt again: a command begins."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"error: {told}\n".encode())  # a print may be what is interrupted
+        os._exit(INTERRUPTED)
 
-
-def _end(number: int, frame: FrameType | None) -> None:
-    say("interrupted")
-    os._exit(INTERRUPTED)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
 
 
 class Preemption:
