@@ -109,8 +109,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket):
     checkpoints.wait()
     largest = max(files(checkpoints.directory / "2"), key=lambda path: path.stat().length)
     largest.write_bytes(bytes(reversed(largest.read_bytes())))
-    sound, faults = checkpoints.newest_sound()
-    assert (sound, *faults) == (1, 2)
+    assert checkpoints.newest_sound() == 1
     assert checkpoints.set_aside(2) == bucket / "alone" / "damaged" / "2"
     assert checkpoints.steps() == [1]
     assert any(files(bucket / "alone" / "damaged" / "2"))

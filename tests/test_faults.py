@@ -123,14 +123,14 @@ def test_a_save_that_fails_is_in_nobodys_way(most, tmp_path, capsys):
                 SaveFailed, match=f"checkpoint {step} could not be saved: .*File too large"
             ):
                 save(step)
-            assert checkpoints.newest_sound() == (1, {})
+            assert checkpoints.newest_sound() == 1
     finally:
         disk(full=False)
     save(4)
     checkpoints.close()
     assert sorted(os.listdir(tmp_path)) == ["1", "4"]
     checkpoints = Checkpoints(tmp_path, read_only=True)
-    assert checkpoints.newest_sound() == (4, {})
+    assert checkpoints.newest_sound() == 4
     checkpoints.close()
 
 

@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_contract_says(unbroken, tiny):
     assert "fingerprint" in card
     checkpoints = Checkpoints(unbroken / "checkpoints", read_only=True)
     assert checkpoints.steps() == [20, 25, 30]
-    assert checkpoints.newest_sound() == (30, {})
+    assert checkpoints.newest_sound() == 30
     checkpoints.close()
     assert int(load(unbroken, 25).state.step) == 25
 

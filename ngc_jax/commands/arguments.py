@@ -32,12 +32,8 @@ PLACES = (
 def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     """The arguments that every command on a work directory takes, and `options`, for `read`."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    arguments.add_argument(
-        "--workdir", type=epath.Path, required=True, help="work directory of a run"
-    )
-    arguments.add_argument(
-        "--step", type=int, help="checkpoint to read; default: the newest sound one"
-    )
+    arguments.add_argument("--workdir", type=epath.Path, required=True, help="of a run")
+    arguments.add_argument("--step", type=int, help="checkpoint; default: the newest sound one")
     arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
     for option in options:
         told = ", ".join(filter(None, [option.help, option.range()]))

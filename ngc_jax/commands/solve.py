@@ -23,6 +23,7 @@ OPTIONS = (
     Field("difficulties", "", "such as 5,10,20; default: those of training, and beyond"),
     Field("examples", 200, "problems of each", "[1, inf)"),
     Field("seed", 0, "of the draw of problems", SEEDS),
+    Field("attend", -1, "tokens to look back on, 0: all, -1: as in training", "[-1, inf)"),
 )
 
 
@@ -51,16 +52,9 @@ def difficulties(given: str, data: Any) -> Sequence[int]:
 
 def main() -> None:
     """Prints the score at each difficulty."""
-    arguments = parser(__doc__, *OPTIONS, *PLACES, *ROUNDS)
-    arguments.add_argument(
-        "--attend",
-        type=int,
-        help="tokens that attention looks back on, 0: all; default: as in training (model.attend)",
-    )
-    args = read(arguments)
-    if args.attend is not None and args.attend < 0:
-        raise UserError(f"--attend={args.attend}: must be 1 or more, or 0 for all")
-    how = {"seed": args.seed, "attend": args.attend, "rounds": rounds_of(args)}
+    args = read(parser(__doc__, *OPTIONS, *PLACES, *ROUNDS))
+    attend = None if args.attend < 0 else args.attend
+    how = {"seed": args.seed, "attend": attend, "rounds": rounds_of(args)}
     trained = opened(args)
     data = trained.config.data
     if not data.task:

@@ -111,15 +111,9 @@ class Checkpoints:
             return f"it cannot be read: {error}"
         return None
 
-    def newest_sound(self) -> tuple[int | None, dict[int, str]]:
-        """The newest step whose seal holds, if any, and the faults of the steps after it."""
-        faults: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            fault = self.fault(step)
-            if fault is None:
-                return step, faults
-            faults[step] = fault
-        return None, faults
+    def newest_sound(self) -> int | None:
+        """The newest step whose seal holds, if any."""
+        return next((step for step in reversed(self.steps()) if not self.fault(step)), None)
 
     def newest(
         self, like: Tree, config: dict[str, Any] | None = None, among: Collection[int] | None = None

@@ -165,27 +165,25 @@ class Log:
 
     def __init__(self, path: Path, text: str):
         write_durably(path, text)
-        self._path, self._text, self._unwritten = path, text, b""
-        self._file = None
+        self._path, self._file = path, None
+        self._unwritten = text.encode()  # in a bucket: all lines
         if not in_bucket(path):
             self._file = open(path, "ab", 0, opener=no_follow)  # noqa: SIM115 (closed by close())
+            self._unwritten = b""
 
     def add(self, line: str) -> None:
         """Adds a line. A full disk raises no error yet."""
-        if self._file:
-            self._unwritten += line.encode()
-            with contextlib.suppress(OSError):
-                self._write()
-        else:
-            self._text += line
+        self._unwritten += line.encode()
+        with contextlib.suppress(OSError):
+            self._write()
 
     def sync(self) -> None:
         """Puts all lines on disk. Raises OSError where that cannot be; they are kept."""
+        self._write()
         if self._file:
-            self._write()
             os.fsync(self._file.fileno())
         else:
-            write_durably(self._path, self._text)
+            write_durably(self._path, self._unwritten)
 
     def close(self) -> None:
         self.sync()

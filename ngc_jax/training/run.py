@@ -252,7 +252,7 @@ class Run:
         try:
             yield
         except OSError as error:
-            sound, _ = self.checkpoints.newest_sound()
+            sound = self.checkpoints.newest_sound()
             kept = "there is no sound checkpoint yet"
             if sound is not None:
                 kept = f"the last sound checkpoint, {sound}, is kept"
