@@ -2,6 +2,9 @@
 refusals.
 """
 
+import warnings
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,7 @@ from ngc_jax.analysis import (
     local_exponents,
     lyapunov_spectrum,
 )
-from ngc_jax.dynamics.lyapunov import orthonormalise
+from ngc_jax.dynamics.lyapunov import orthonormalise, unresolved
 
 
 def rotation(n, seed=0):
@@ -128,6 +131,65 @@ def test_tall_tangents_are_orthonormalised_as_by_qr():
     assert growth[3] == -jnp.inf
     assert bool(jnp.all(jnp.isfinite(rows)))
     assert bool(jnp.all(jnp.isfinite(jnp.delete(growth, 3))))
+
+
+@pytest.mark.parametrize("n", [2, 60, 3000])
+def test_a_direction_that_a_step_loses_is_minus_infinity_in_any_size(n):
+    kept = jnp.zeros(n).at[0].set(0.5)
+    found = lyapunov_spectrum(lambda x, u: kept * x, jnp.ones(n), steps=20, transient=5, k=2)
+    np.testing.assert_allclose(found, [np.log(0.5), -np.inf], atol=1e-5)
+
+
+def test_rows_that_are_one_up_to_rounding_are_still_made_finite():
+    """Of 2,000 numbers, where rounding in the Gram matrix is larger than in one of a few."""
+    rng = np.random.default_rng(0)
+    direction, noise = rng.standard_normal((2, 2000))
+    for size in (1e-7, 1e-5, 1e-3):
+        rows, growth = orthonormalise(
+            jnp.asarray(np.outer([1, -2, 0.3], direction) + size * np.outer([1, 1, -1], noise))
+        )
+        assert bool(jnp.all(jnp.isfinite(rows)))
+        assert not bool(jnp.any(jnp.isnan(growth)))
+
+
+def in_float64(a, k, steps, transient):
+    """The k largest exponents of x <- a x, by NumPy's QR in float64."""
+    q = np.linalg.qr(np.random.default_rng(1).standard_normal((len(a), k)))[0]
+    logs = []
+    for _ in range(steps + transient):
+        q, r = np.linalg.qr(a @ q)
+        logs.append(np.log(np.abs(np.diag(r))))
+    return -np.sort(-np.mean(logs[transient:], axis=0))
+
+
+@pytest.mark.parametrize("n", [12, 200])
+def test_exponents_below_what_float32_resolves_are_named(n):
+    """And all others agree with float64; 3 directions are followed, the third ever smaller."""
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
+    for gap, resolved in ((3, True), (9, True), (20, False), (30, False)):
+        rates = np.full(n, np.exp(-gap - 1.0))
+        rates[:3] = 1, 0.5, np.exp(-gap)
+        a = (basis * rates) @ basis.T
+        exact = in_float64(a, 3, steps=60, transient=20)
+        a = jnp.asarray(a, jnp.float32)
+        measure = partial(lyapunov_spectrum, lambda x, u, a=a: a @ x, steps=60, transient=20, k=3)
+        if resolved:
+            with warnings.catch_warnings(action="error"):
+                found = measure(jnp.zeros(n))
+        else:
+            with pytest.warns(UserWarning, match=r"1 of 3 exponents are too small .* for float32"):
+                found = measure(jnp.zeros(n))
+        assert unresolved(found).tolist() == [False, False, not resolved]
+        kept = ~np.asarray(unresolved(found))
+        np.testing.assert_allclose(found[kept], exact[kept], atol=0.06)
+        # Rounding error is not the truth: this is why it is named.
+        assert resolved or abs(found[2] - exact[2]) > 1
+
+
+def test_a_step_of_many_resolves_less_each():
+    exponents = jnp.array([[0.0, -4.0, -jnp.inf], [0.0, -6.0, -11.0]])
+    assert unresolved(exponents).tolist() == [[False] * 3, [False, False, True]]
+    assert unresolved(exponents, qr_every=2).tolist() == [[False] * 3, [False, True, True]]
 
 
 def test_a_large_state_has_the_exponents_of_its_parts():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ngc_jax.analysis.stability import RESOLVED, Headline, Measured
+from ngc_jax.dynamics.lyapunov import unresolved
 
 BAND = "The band is the 95% interval of the mean over sequences (bootstrap)."
 POSITION = "Horizontal axis: position in the window, in tokens."
@@ -111,6 +112,13 @@ def _spectrum(measured: Measured) -> str:
             f" The loop is followed to round {loop.followed}. The second series leaves out the "
             f"first {loop.dropped} rounds, in which the changes turn to the directions of largest "
             "growth."
+        )
+    spectra = [measured.depth] + ([] if loop is None else [loop.start, loop.exponents])
+    small = float(np.mean(np.concatenate([np.asarray(unresolved(e)).ravel() for e in spectra])))
+    if small:
+        later += (
+            f" {small:.0%} of the exponents along rounds and depth are rounding error: float32 "
+            "resolves none that is more than 10 nats below the largest."
         )
     return (
         f"The {measured.depth.shape[1]} largest Lyapunov exponents along {along}. Vertical axis: "

@@ -1,12 +1,10 @@
 """Measures of stability that are read from states as they pass: of rounds, of tokens, of signals.
 
-For: what is recorded of a round inside the loop, and numbers that sequences of states have. Not
-for: exponents, which need tangent vectors (`lyapunov.py`), or bounds from the weights alone
-(`analysis/bounds.py`). The published method describes its stability metric in words only; these
-definitions are this project's.
+For: numbers of a round inside the loop, and of sequences of states. Not for: exponents
+(`lyapunov.py`), or bounds from the weights alone (`analysis/bounds.py`). The published method
+describes its stability metric in words only; these definitions are this project's.
 
-x_k is the state after k rounds, x_0 = e what the loop was started from. Norms are taken per token,
-over channels.
+x_k is the state after k rounds, x_0 = e the loop's start. Norms are per token, over channels.
 """
 
 from typing import NamedTuple
@@ -22,8 +20,7 @@ STILL = 1e-6  # a distance, in lengths of a state, that is none but for rounding
 class Round(NamedTuple):
     """One round, averaged over tokens. Stacked by the scan to arrays of shape [R]."""
 
-    # mean of log |x_{k+1} - x_k| / |x_k - x_{k-1}|; the first round has none and holds 0
-    log_contraction: Array
+    log_contraction: Array  # mean of log |x_{k+1} - x_k| / |x_k - x_{k-1}|; 0 in the first round
     drive_ratio: Array  # mean of |drive e| / (|drive e| + |update|), in [0, 1]
     growth: Array  # mean of |x_{k+1}| / |x_0|
 
@@ -48,10 +45,8 @@ def record_round(
 def summarise(rounds: Round) -> dict[str, Array]:
     """Scalars for the log from recorded rounds [R].
 
-    contraction_per_round, contraction_per_round_max: geometric mean and maximum over rounds of the
-    factor by which the step of the state shrinks (below 1) or grows (above 1); absent where R < 2.
-    drive_ratio: mean share of the external drive in what is added each round. boundedness: max over
-    rounds of |x_k| / |x_0|.
+    contraction_per_round, contraction_per_round_max: geometric mean and maximum over rounds of
+    `contraction`; absent where R < 2. drive_ratio: its mean. boundedness: max of |x_k| / |x_0|.
     """
     scalars = {"drive_ratio": jnp.mean(rounds.drive_ratio), "boundedness": jnp.max(rounds.growth)}
     if rounds.log_contraction.shape[0] > 1:
@@ -86,8 +81,7 @@ def drive_ratio(drive: Array, update: Array) -> Array:
 def token_moves(states: Array) -> Array:
     """log d_t, d_t = |x_t - x_{t-1}| / mean norm, for states [..., T, D]: [..., T - 1].
 
-    How far a token's state is from that of the token before. nan where it is that one but for
-    rounding: a sequence that begins with a repeated token has such.
+    nan where the two are equal up to rounding, as where a sequence begins with a repeated token.
     """
     scale = jnp.mean(norm(states), axis=-1, keepdims=True)
     moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
@@ -97,8 +91,7 @@ def token_moves(states: Array) -> Array:
 def token_contraction(states: Array) -> Array:
     """Slope of `token_moves` over tokens, by least squares, per token: states [..., T, D] -> [...].
 
-    A negative slope says that a sequence settles as it is read. The slope, since the mean of log
-    d_{t+1} / d_t telescopes to its two ends. Raises ValueError where T < 3.
+    Below 0 a sequence settles as it is read. Raises ValueError where T < 3.
     """
     if states.shape[-2] < 3:
         raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
@@ -117,11 +110,8 @@ def slope(values: Array, where: Array | None = None) -> Array:
 
 def relative_change(after: Array, before: Array) -> Array:
     """|x_{k+1} - x_k| / |x_k| of [..., D]: [...]."""
-    return norm(after.astype(jnp.float32) - before.astype(jnp.float32)) / jnp.maximum(
-        norm(before), TINY
-    )
+    moved = norm(after.astype(jnp.float32) - before.astype(jnp.float32))
+    return moved / jnp.maximum(norm(before), TINY)
 
 
-def departure(state: Array, without: Array) -> Array:
-    """|x - x~| / |x~| of [..., D]: [...], x~ the state without messages, or without drive."""
-    return relative_change(state, without)
+departure = relative_change  # |x - x~| / |x~|, x~ the state without messages, or without drive
