@@ -18,7 +18,7 @@ from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import token_batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.training.step import abstract_state, make_train_step
+from ngc_jax.training.step import init_state, make_train_step
 
 
 def seconds(**fields: int) -> float:
@@ -27,7 +27,7 @@ def seconds(**fields: int) -> float:
     config.model.update(fields)
     model = Decoder(model_shape(config, Bytes.vocab))
     batch = token_batch(config.train.batch_size, config.data.context)
-    like = abstract_state(model, config.train)
+    like = jax.eval_shape(lambda: init_state(model, config.train, 0))
     jax.clear_caches()
     began = time.perf_counter()
     jax.jit(make_train_step(model, config.train)).lower(like, batch).compile()

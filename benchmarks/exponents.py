@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.timing import paired
 from ngc_jax.analysis import leading_exponent, lyapunov_spectrum, rounds_step
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import Batch
@@ -20,7 +21,6 @@ from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import init_state, make_train_step
-from ngc_jax.training.timing import paired
 
 Array = jax.Array
 STEPS = 32

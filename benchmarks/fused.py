@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from benchmarks.timing import paired
 from ngc_jax.core.rules import RULES, transmit
-from ngc_jax.training.timing import paired
 
 Array = jax.Array
 

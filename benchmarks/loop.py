@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from benchmarks.timing import model_of
 from ngc_jax.config import base
 from ngc_jax.data.batches import Batch, train_batches
 from ngc_jax.data.tokens import load_data
@@ -30,7 +31,6 @@ from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training.loop import run
 from ngc_jax.training.step import init_state
-from ngc_jax.training.timing import model_of
 
 
 def short(args: argparse.Namespace, home: pathlib.Path) -> ConfigDict:

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.timing import model_of
 from ngc_jax.config import base
 from ngc_jax.core import attention
 from ngc_jax.core.rules import RULES, transmit, weights
 from ngc_jax.data.batches import Batch
 from ngc_jax.training.step import losses
-from ngc_jax.training.timing import model_of
 
 Tree = Any
 IN_BFLOAT16 = 2e-2

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from benchmarks.timing import Paired, model_of, paired, update_of, zeros_of
 from ngc_jax.config import base, validate
 from ngc_jax.training.costs import peak, update_flops
 from ngc_jax.training.match_size import cost
-from ngc_jax.training.timing import Paired, model_of, paired, update_of, zeros_of
 
 SHARE = 0.32  # fraction of dense's parameters in matrices
 TOKENS = 20  # decoded in one timing
@@ -89,10 +89,10 @@ def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:
     batch = zeros_of(dense)
     # decoding is the same in both forms
     token = paired(decoding(ngc), decoding(dense), pairs=pairs)
-    of_dense, found = update_of(dense)[0], {}
+    of_dense, found = update_of(dense), {}
     for form in ("weights", "signals"):
         ngc.model.form = form
-        update = paired(update_of(ngc)[0], of_dense, batch, pairs=pairs)
+        update = paired(update_of(ngc), of_dense, batch, pairs=pairs)
         found[form] = Row(cost(ngc) / cost(dense), (flops(dense), flops(ngc)), update, token)
     return found
 

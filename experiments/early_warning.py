@@ -1,4 +1,4 @@
-"""Can divergence be predicted? The study behind `ngc_jax/training/early_warning.py`, one command:
+"""Can divergence be predicted? The study behind `ngc_jax/training/monitors.py`, one command:
 
     python -m experiments.early_warning --workdir=runs/early_warning --jobs=2
 
@@ -28,7 +28,7 @@ from ngc_jax.data.batches import Batch, train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.report.figures import BLUE, RED, figure
-from ngc_jax.training.early_warning import HORIZON, THRESHOLD
+from ngc_jax.training.monitors import HORIZON, THRESHOLD
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import init_state, make_train_step
 

@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 
 from experiments.sweeps import SEED, Sweep
 from ngc_jax import count
-from ngc_jax.config import named, reset_unread
+from ngc_jax.config import make_model, named, reset_unread
 from ngc_jax.data.settings import OUTSIDE
+from ngc_jax.data.tokens import most_tokens
 from ngc_jax.report.blocks import Block
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import read_json, write_durably
 from ngc_jax.training.match_size import cost, prepare
-from ngc_jax.training.timing import model_of
 
 LARGEST = 1 << 24  # bytes of a record
 RECORD = {"fields": dict, "measures": dict, "curve": list, "error": str}  # and what is only shown
@@ -303,7 +303,7 @@ def _with_fields(study: Study, fields: Fields) -> ConfigDict:
 
 def cost_of(config: ConfigDict) -> Cost:
     """The cost of a config's model."""
-    model = model_of(config)
+    model = make_model(config, most_tokens(config.data))
     shapes, info = jax.eval_shape(model.init, jax.random.key(0)), model.param_info()
     stored = count.parameters(shapes, info)
     flops = cost(config, "flops") // config.data.context

@@ -31,7 +31,7 @@ from ngc_jax.runtime.preemption import EXIT_CODE as STOPPED
 from ngc_jax.runtime.preemption import INTERRUPTED, Preemption
 from ngc_jax.runtime.watchdog import EXIT_CODE, Watchdog
 from ngc_jax.training import loop as train
-from ngc_jax.training import loss_spikes as spikes
+from ngc_jax.training import monitors as spikes
 from ngc_jax.training import run as run_module
 from ngc_jax.training.load import load
 from ngc_jax.training.run import Diverged

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import launch
 
-from ngc_jax.training import early_warning as monitor
+from ngc_jax.training import monitors as monitor
 
 
 def feed(values):
-    memory, warnings = monitor.begin(), []
+    (memory, _), warnings = monitor.begin(), []
     for value in values:
-        memory, warning = jax.jit(monitor.advance)(memory, jnp.float32(value))
+        memory, warning = jax.jit(monitor.warn)(memory, jnp.float32(value))
         warnings.append(float(warning))
     return warnings
 

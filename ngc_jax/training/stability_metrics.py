@@ -2,7 +2,7 @@
 
 For: the numbers of one row of the log, as `config.stability` chooses; `PROBES` takes more. Not for:
 pages and spectra of a finished model (`analysis/`), what is added to the loss (`penalty.py`), or
-warnings (`early_warning.py`).
+warnings (`monitors.py`).
 """
 
 from collections.abc import Callable

@@ -8,6 +8,7 @@ Axes: A accumulated parts, B examples of a batch, T tokens, V vocabulary.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -21,21 +22,22 @@ from ngc_jax.data.batches import Batch
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import combine, partition
-from ngc_jax.training import early_warning, loss_spikes, optimizer
+from ngc_jax.training import monitors, optimizer
 from ngc_jax.training.penalty import Penalty
 from ngc_jax.training.rounds import Apply, Iteration
 
 Array = jax.Array
 Tree = Any
+Scalars = dict[str, Array]
 Drawn = tuple[Array, Any]  # of an update: a key for what is random; its number of rounds, or None
 RANDOM = 1  # of the keys of updates, apart from those of the initial parameters and of rounds
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run is, after `step` updates. Learning rate and all that is random follow from it.
+    """All that a run is, after `step` updates: learning rate and all that is random follow from it.
 
-    So does the batch, but for the count of batches that were passed over, which is saved beside it.
+    So does the batch, but for the count of batches that were left out, which is saved beside it.
     """
 
     step: Array  # int32: updates, skipped ones counted
@@ -43,7 +45,7 @@ class TrainState:
     optimizer: Tree
     skipped: Array  # int32: updates skipped so far: loss or gradient not finite, or a loss spike
     bad: Array  # int32: of these, the latest in a row
-    monitor: Any  # early_warning.Memory; under train.spike the pair of it and loss_spikes.Memory
+    monitor: Any  # monitors.Updates; under train.spike the pair of it and monitors.Losses
 
 
 def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
@@ -51,29 +53,22 @@ def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
     params, info = model.init(jax.random.key(seed)), model.param_info()
     chain = optimizer.make_optimizer(config, partition(info, info)[0])
     zero, memory = jnp.zeros((), jnp.int32), chain.init(partition(params, info)[0])
-    begun = early_warning.begin()
-    watched = (begun, loss_spikes.begin()) if config.spike else begun
-    return TrainState(zero, params, memory, zero, zero, watched)
+    begun = monitors.begin()
+    return TrainState(zero, params, memory, zero, zero, begun if config.spike else begun[0])
 
 
-def abstract_state(model: LanguageModel, config: Any, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
     """Shapes and dtypes of a run's state, with shardings on a mesh; nothing is allocated.
 
     A parameter's moments in the optimizer lie where it does; what is no parameter's lies whole.
     """
-    state: TrainState = jax.eval_shape(lambda: init_state(model, config, 0))
-    if mesh is None:
-        return state
-    info = model.param_info()
-    put = lambda leaf, one: meshes.abstract_param(mesh, leaf, one)  # noqa: E731
-    whole = lambda leaf: meshes.abstract(leaf, meshes.replicated(mesh))  # noqa: E731
-    memory = jax.tree.map(whole, state.optimizer)
-    placed: TrainState = jax.tree.map(whole, state)
-    return dataclasses.replace(
-        placed,
-        params=jax.tree.map(put, state.params, info),
-        optimizer=optimizer.map_moments(put, memory, partition(info, info)[0]),
-    )
+    info, whole = model.param_info(), meshes.replicated(mesh)
+    state = jax.eval_shape(lambda: init_state(model, config, 0))
+    placed: TrainState = jax.tree.map(lambda leaf: meshes.abstract(leaf, whole), state)
+    put = partial(meshes.abstract_param, mesh)
+    moments = optimizer.map_moments(put, placed.optimizer, partition(info, info)[0])
+    params = jax.tree.map(put, placed.params, info)
+    return dataclasses.replace(placed, params=params, optimizer=moments)
 
 
 def predict(apply: Apply, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Any]:
@@ -99,7 +94,7 @@ def make_train_step(
     penalty: Penalty | None = None,
     iteration: Iteration | None = None,
     seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
     `penalty` (penalty.py), nats per token, is added to what is minimised, and not to train/loss.
@@ -128,8 +123,7 @@ def make_train_step(
         return nats, count, grads
 
     def accumulated(trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn) -> Any:
-        # Part a takes rows a, a + A, ...: each device of a batch that is split by rows keeps all
-        # it has in every part.
+        # Part a takes rows a, a + A, ...: a device keeps the rows that it has in every part.
         every = config.accumulation
         parts = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]).swapaxes(0, 1), batch)
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
@@ -141,7 +135,7 @@ def make_train_step(
 
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RANDOM), state.step)
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = partition(state.params, info)
@@ -150,18 +144,18 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        warned, before = state.monitor if config.spike else (state.monitor, loss_spikes.begin())
+        warned, before = state.monitor if config.spike else (state.monitor, monitors.begin()[1])
         if config.spike:
-            good = good & ~loss_spikes.spiked(before, loss, config.spike)
+            good = good & ~monitors.spiked(before, loss, config.spike)
         direction, memory = chain.update(grads, state.optimizer, old)
         params = optimizer.apply(config, old, direction, state.step, trained_info)
         params, memory, seen = jax.tree.map(
             lambda after, before: jnp.where(good, after, before),
-            (params, memory, loss_spikes.advance(before, loss)),
+            (params, memory, monitors.remember(before, loss)),
             (old, state.optimizer, before),
         )
         change = optax.tree.norm(jax.tree.map(jnp.subtract, params, old)) / optax.tree.norm(old)
-        warned, warning = early_warning.advance(warned, change)
+        warned, warning = monitors.warn(warned, change)
         bad = jnp.where(good, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(good, 0, 1)
         scalars = {
@@ -184,7 +178,7 @@ def make_train_step(
 
 def make_eval_step(
     model: LanguageModel, config: Any, lengths: np.ndarray | None, settle: Apply | None = None
-) -> Callable[[Tree, Batch, Array], dict[str, Array]]:
+) -> Callable[[Tree, Batch, Array], Scalars]:
     """Sums over one batch: (params, batch, real [B] bool) -> nats and targets.
 
     Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are
@@ -194,7 +188,7 @@ def make_eval_step(
     dtype = jnp.dtype(config.compute_dtype)
     apply = settle or model.apply
 
-    def step(params: Tree, batch: Batch, real: Array) -> dict[str, Array]:
+    def step(params: Tree, batch: Batch, real: Array) -> Scalars:
         targets = batch.targets
         logits, rounds = predict(apply, params, batch, dtype)
         nats, counts = nats_of(logits, targets)

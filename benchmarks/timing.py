@@ -1,7 +1,7 @@
-"""Times and memory of updates, and two functions timed in turn.
+"""Two functions timed in turn, and an update as a function that can be timed.
 
-For: ratios of one run, as `experiments/` and `benchmarks/` report them: machines are shared and
-drift, so the two are called alternately. Not for: the speed of one run (`launch.py` logs it).
+For: ratios, since machines are shared and drift, and the two are called alternately. Not for: the
+speed of one run (`launch.py` logs it), or studies (`experiments/overhead.py`).
 """
 
 import statistics
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.batches import Batch, token_batch
 from ngc_jax.data.tokens import most_tokens, segmented
@@ -62,11 +61,8 @@ def zeros_of(config: ConfigDict) -> Batch:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
-def update_of(config: ConfigDict) -> tuple[Callable[[Any], Any], int]:
-    """A config's compiled update as a function of the batch alone, and its peak memory in bytes.
-
-    The function returns the update's scalars and keeps the state, so that it can be called again.
-    """
+def update_of(config: ConfigDict) -> Callable[[Any], Any]:
+    """A config's compiled update as a function of the batch alone: it keeps the state."""
     model = model_of(config)
     state = jax.jit(lambda: init_state(model, config.train, 0))()
     iteration = make_iteration(model, config)
@@ -78,4 +74,4 @@ def update_of(config: ConfigDict) -> tuple[Callable[[Any], Any], int]:
         state, scalars = compiled(state, batch)
         return scalars
 
-    return update, count.peak_memory(compiled)
+    return update

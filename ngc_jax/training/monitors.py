@@ -1,0 +1,74 @@
+"""What an update remembers of those before it, to see trouble: an early warning, and loss spikes.
+
+For: two moving means and their verdicts, as pure functions that run inside the update. Not for:
+what is done about them (`step.py` skips a spike's update, `run.py` tells the warning and rewinds).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+HORIZON = 20  # updates that the mean of relative updates looks back on
+THRESHOLD = 0.021  # relative update above which divergence is likely
+LOSSES_HORIZON = 128  # updates that the mean loss looks back on
+WARMUP = 64  # losses in the mean, before which nothing is a spike
+
+
+class Updates(NamedTuple):
+    """Early warning: a moving geometric mean of |change of the parameters| / |parameters|.
+
+    `experiments/early_warning.py` chose this number among ten, and measured how early and how
+    surely it warns: experiments/results/early_warning.md.
+    """
+
+    level: Array  # moving mean of log relative update
+    seen: Array  # updates in it, int32
+
+
+class Losses(NamedTuple):
+    """Loss spikes, after the SkipStep optimizers of OLMo-core: by a moving mean.
+
+    Theirs look at the gradient's norm too; here `train.clip_norm` bounds what a gradient can do.
+    """
+
+    mean: Array  # moving mean of the loss
+    variance: Array  # moving, about that mean
+    seen: Array  # updates in both, int32
+
+
+def begin() -> tuple[Updates, Losses]:
+    """Nothing seen yet."""
+    zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    return Updates(zero, none), Losses(zero, zero, none)
+
+
+def warn(memory: Updates, relative_update: Array) -> tuple[Updates, Array]:
+    """The memory after an update, and log of its mean over the threshold: above 0 is a warning.
+
+    An update that was skipped, or was not finite, changes nothing.
+    """
+    value = jnp.log(relative_update)
+    share = _share(memory.seen, HORIZON)
+    fed = Updates(memory.level + share * (value - memory.level), memory.seen + 1)
+    usable = jnp.isfinite(value)
+    memory = jax.tree.map(lambda new, old: jnp.where(usable, new, old), fed, memory)
+    return memory, jnp.where(memory.seen > 0, memory.level - jnp.log(THRESHOLD), -jnp.inf)
+
+
+def spiked(memory: Losses, loss: Array, deviations: float) -> Array:
+    """Whether the loss lies more than so many deviations above the mean, after the warm-up."""
+    return (memory.seen >= WARMUP) & (loss > memory.mean + deviations * jnp.sqrt(memory.variance))
+
+
+def remember(memory: Losses, loss: Array) -> Losses:
+    """The memory after one more update, which must not be a spike's."""
+    share, apart = _share(memory.seen, LOSSES_HORIZON), loss - memory.mean
+    variance = (1 - share) * (memory.variance + share * jnp.square(apart))
+    return Losses(memory.mean + share * apart, variance, memory.seen + 1)
+
+
+def _share(seen: Array, horizon: int) -> Array:
+    """Of the newest in the mean: plain until the horizon is filled, lest the first rule it long."""
+    return 1 / jnp.minimum(seen + 1, horizon)
