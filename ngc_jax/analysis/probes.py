@@ -150,15 +150,20 @@ def token_exponents(
     return _each_row(one, batch)
 
 
+def parts_to_silence(shape: ModelShape) -> list[str]:
+    """What `silenced` can do without in a model."""
+    return ["messages"] * shape.has_messages + ["drive"] * shape.has_drive
+
+
 def silenced(model: Decoder, params: Params, what: str) -> Params:
     """The parameters with nothing sent between groups ("messages") or no potential ("drive").
 
     What is silenced adds exactly nothing. Raises ValueError for another word, and where the model
     has nothing to silence.
     """
-    has = {"messages": model.shape.has_messages, "drive": model.shape.has_drive}
-    if not has.get(what):
-        there = " or ".join(repr(part) for part, true in has.items() if true) or "nothing"
+    able = parts_to_silence(model.shape)
+    there = " or ".join(map(repr, able)) or "nothing"
+    if what not in able:
         raise ValueError(f"what={what!r}: this model can silence {there}")
     if what == "drive":
         still_core = params["core"] | {"drive": jnp.zeros_like(params["core"]["drive"])}

@@ -1,12 +1,12 @@
 """Held-out loss, problems solved and stability of a model, over as many rounds as one asks for.
 
 For: turning sums over held-out batches into nats per target, bits per byte or the share of problems
-solved. Not for: one batch (`step.py`), the stability measures (`stability_metrics.py`), or command
-lines (`commands/`).
+solved. Not for: one batch (`step.py`), or the stability measures (`stability_metrics.py`).
 """
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.rounds import Apply, mark_of, marked
 from ngc_jax.training.stability_metrics import make_watch
-from ngc_jax.training.step import make_eval_step
+from ngc_jax.training.step import SELDOM, make_eval_step
 
 ATTENDED = 2**23  # pairs of positions in a batch at most, so that long problems fit in memory
 
@@ -47,7 +47,7 @@ def at_rounds(
 ) -> tuple[LanguageModel, Apply | None]:
     """The model that runs these rounds, and what replaces its `apply` where they differ by token.
 
-    Raises UserError where a number of rounds is asked of a model without a loop.
+    Raises UserError for rounds of a model without a loop.
     """
     if rounds is None:
         return model, marked(model, config)
@@ -62,9 +62,7 @@ def at_rounds(
 
 def attending(model: LanguageModel, length: int) -> LanguageModel:
     """The same model, whose attention looks back on `length` tokens."""
-    if isinstance(model, Decoder):
-        return model.reshaped(context=length)
-    return model
+    return model.reshaped(context=length) if isinstance(model, Decoder) else model
 
 
 def compile_eval(
@@ -90,15 +88,11 @@ def held_out(
     have "exact", the share with every answer right. A loop that runs until it settles has "rounds"
     per target. `between` is called before each batch, and may raise to abandon all.
     """
-    batches = held_out_batches(
-        examples, batch_size=batch_size, limit=limit, rows=meshes.local_batch_rows(mesh, batch_size)
-    )
-    total: dict[str, float] = {}
-    for batch, real in batches:
+    rows, total = meshes.local_batch_rows(mesh, batch_size), Counter[str]()
+    for placed in held_out_batches(examples, batch_size=batch_size, limit=limit, rows=rows):
         between()
-        sums = step(params, meshes.put_batch(mesh, batch), meshes.put_batch(mesh, real))
-        for name, value in jax.device_get(sums).items():
-            total[name] = total.get(name, 0.0) + float(value)
+        sums = step(params, *(meshes.put_batch(mesh, part) for part in placed))
+        total.update({name: float(value) for name, value in jax.device_get(sums).items()})
     means = {"loss": total["nats"] / total["targets"]}
     if "problems" in total:
         means["exact"] = total["solved"] / total["problems"]
@@ -127,10 +121,8 @@ def compile_watch(
     rows = meshes.local_batch_rows(mesh, count)
     batches = held_out_batches([data.validation[i] for i in chosen], batch_size=count, rows=rows)
     batch = meshes.put_batch(mesh, next(batches)[0])
-    # It runs seldom: at optimization level 1 it compiles several times faster.
-    options = {"xla_backend_optimization_level": 1}
     watch = meshes.with_mesh(mesh, make_watch(model, config.stability))
-    step = jax.jit(watch, out_shardings=meshes.replicated(mesh), compiler_options=options)
+    step = jax.jit(watch, out_shardings=meshes.replicated(mesh), compiler_options=SELDOM)
     found = lambda params: jax.device_get(step(params, batch)).items()  # noqa: E731
     return lambda params: {name: float(value) for name, value in found(params)}
 
@@ -139,8 +131,7 @@ def score(
     model: LanguageModel, params: Any, config: Any, problems: Examples, settle: Apply | None = None
 ) -> dict[str, float]:
     """`held_out` of problems; `settle`, if given, replaces `model.apply`."""
-    mesh = meshes.single_device()
-    evaluate = make_eval_step(model, config.train, None, settle)
+    mesh, evaluate = meshes.single_device(), make_eval_step(model, config.train, None, settle)
     rows = max(1, min(config.eval.batch_size, ATTENDED // len(problems[0].targets) ** 2))
     return held_out(jax.jit(meshes.with_mesh(mesh, evaluate)), params, mesh, problems, rows)
 

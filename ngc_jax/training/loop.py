@@ -5,6 +5,7 @@ made between two updates (`run.py`).
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rewiring import changes, compile_rewire, pruned
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
-from ngc_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from ngc_jax.training.step import SELDOM, TrainState, abstract_state, init_state, make_train_step
 from ngc_jax.training.workdir import claim
 
 
@@ -44,19 +45,16 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     with multihost.agreed():
         prepare(config)
         data = load_data(config.data, mark_of(config))
-    multihost.same(
-        config=config.to_json(sort_keys=True), text=data.fingerprint, software=str(versions())
-    )
+    told = config.to_json(sort_keys=True)
+    multihost.same(config=told, text=data.fingerprint, software=str(versions()))
     model = make_model(config, data.tokenizer.vocab)
     mesh = meshes.make_mesh(config.mesh)
     profile = Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")
 
-    # ---- Compile, before anything is allocated ---------------------------------------------------
+    # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------
     programs = compile_programs(model, config, mesh, data)
-
-    # ---- Begin at the newest sound checkpoint, or at step 0 --------------------------------------
     this = Run(config, workdir, data, mesh, programs)
     rewiring = changes(config) if programs.rewire else None
 
@@ -104,9 +102,8 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         return False
     if multihost.first():
         # Without the slots that a changing wiring has left empty.
-        final = jax.eval_shape(
-            lambda params: pruned(model, params, config, this.step)[1], programs.state.params
-        )
+        trim = lambda params: pruned(model, params, config, this.step)[1]  # noqa: E731
+        final = jax.eval_shape(trim, programs.state.params)
         stored = count.parameters(final, model.param_info())
         card.write(workdir, config, data.summary, stored, count.generated_weights(model))
     took = duration(this.clock.seconds())
@@ -119,8 +116,7 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
     train = config.train
     state = abstract_state(model, train, mesh)
     batch = meshes.abstract_batch(mesh, batch_like(data.train, train.batch_size))
-    # Only a decoder has stages.
-    decoder = model if isinstance(model, Decoder) else None
+    decoder = model if isinstance(model, Decoder) else None  # only a decoder has stages
     penalty = make_penalty(decoder, config.stability) if decoder else None
     iteration = make_iteration(model, config)
     step = make_train_step(model, train, penalty, iteration, config.seed)
@@ -131,25 +127,16 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
         after, scalars = step(state, batch)
         return after, (scalars, multihost.tally(ballots))
 
-    update = jax.jit(
-        meshes.with_mesh(mesh, voting),
-        out_shardings=(shardings, meshes.replicated(mesh)),
-        donate_argnums=0,
-    )
+    placed, program = (shardings, meshes.replicated(mesh)), meshes.with_mesh(mesh, voting)
+    update = jax.jit(program, out_shardings=placed, donate_argnums=0)
     compiled = update.lower(state, batch, multihost.ballots(mesh, False, False)).compile()
     rewire = compile_rewire(model, config, mesh, state, batch)
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
-    watched = decoder is not None and config.stability.every
+    watched = decoder and config.stability.every
     watch = compile_watch(decoder, config, mesh, data) if decoder and watched else None
-    # It runs once: at optimization level 1 it compiles three times faster, to the same bits.
-    init = jax.jit(
-        lambda: init_state(model, train, config.seed),
-        out_shardings=shardings,
-        compiler_options={"xla_backend_optimization_level": 1},
-    )
+    begin = partial(init_state, model, train, config.seed)
+    init = jax.jit(begin, out_shardings=shardings, compiler_options=SELDOM)
     flops = update_flops(model, state.params, batch, iteration)
-    print(
-        f"{costs(model, state.params, flops, compiled)}; "
-        f"compiled in {time.monotonic() - began:.1f} s on {devices(mesh)}"
-    )
+    told, took = costs(model, state.params, flops, compiled), time.monotonic() - began
+    print(f"{told}; compiled in {took:.1f} s on {devices(mesh)}")
     return Programs(init, compiled, rewire, evaluate, watch, state, flops)

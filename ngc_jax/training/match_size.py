@@ -1,7 +1,7 @@
 """Sizes that give a model a stated cost: a share of the parameters or FLOPs of another config.
 
-For: `config.model.match`, "dense_small:0.25" or "dense_small:0.25:flops", and the last checks of a
-config before it is used. Not for: comparing what such models are worth (`experiments/`).
+For: `config.model.match`, and the last checks of a config before it is used. Not for: comparing
+what such models are worth (`experiments/`).
 """
 
 import functools
@@ -27,39 +27,30 @@ VOCAB = 257
 def prepare(config: ConfigDict) -> None:
     """Checks a config, sets the sizes that `model.match` asks for, and checks what comes of it.
 
-    Raises UserError for what cannot run; the config is then unchanged, but for these sizes.
+    The share in `match`, "dense_small:0.25", is of the parameters in matrices. With ":flops" it is
+    of the matrix products of one forward pass over `config.data.context` tokens, attention and
+    logits included. `model.match_by` names the size that is set; "width" scales hidden with it, and
+    hidden then takes up what the steps of that size leave. Raises UserError for what cannot run, or
+    where no sizes come within 1%; the config is then unchanged, but for these sizes.
     """
     check_fields(config, SECTIONS)
     if config.model.match:
         # What is to be set need not fit yet, nor what depends on it.
-        trial = config.copy_and_resolve_references()
-        unit = math.lcm(config.model.groups, 2 * config.model.heads)
+        trial, unit = config.copy_and_resolve_references(), _unit(config)
         for size in {"hidden", config.model.match_by} & {"width", "hidden"}:
             trial.model[size] = max(1, round(config.model[size] / unit)) * unit
         trial.model.init_rank = 0
         validate(trial)
-        resolve(config)
+        _resolve(config)
     validate(config)
 
 
-def resolve(config: ConfigDict) -> None:
-    """Sets sizes so that the model has the cost that `config.model.match` asks for; "": no change.
-
-    The share is of the parameters in matrices. With ":flops" it is of the matrix products of one
-    forward pass over `config.data.context` tokens, attention and logits included.
-    `config.model.match_by` names the size that is set; "width" scales hidden with it.
-    `config.model.hidden` then takes up what the steps of that size leave. Raises UserError where
-    match cannot be read, or no sizes come within 1%.
-    """
-    if not config.model.match:
-        return
+def _resolve(config: ConfigDict) -> None:
     work = config.copy_and_resolve_references()
-    m = work.model
+    m, unit = work.model, _unit(work)
     reference, share, what = _read(m.match)
     reference.data.context = config.data.context
-    target = share * cost(reference, what)
-    unit = math.lcm(m.groups, 2 * m.heads)
-    ratio = m.hidden / m.width
+    target, ratio = share * cost(reference, what), m.hidden / m.width
 
     def sized(field: str, size: int) -> tuple[ConfigDict, float]:
         tried = work.copy_and_resolve_references()
@@ -85,6 +76,11 @@ def resolve(config: ConfigDict) -> None:
     config.model.update({m.match_by: m[m.match_by], "hidden": found.model.hidden})
 
 
+def _unit(config: ConfigDict) -> int:
+    """What a width is a multiple of."""
+    return math.lcm(config.model.groups, 2 * config.model.heads)
+
+
 def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict, float]:
     """The at(n), n >= 1, whose second, which grows with n, is nearest to 1."""
     at = functools.cache(at)  # each costs some tenths of a second
@@ -107,28 +103,24 @@ def cost(config: ConfigDict, what: str = "parameters") -> int:
     params = jax.eval_shape(model.init, jax.random.key(0))
     if what == "parameters":
         return count.parameters(params, model.param_info()).matrices
-    window = token_batch(1, config.data.context)
-
-    def flops(form: str) -> int:
-        formed = config.copy_and_resolve_references()
-        formed.model.form = form
-        return count.forward_flops(make_model(formed, VOCAB).apply, params, window)
-
-    return min(
-        map(flops, ("weights", "signals") if "form" in kind_of(config).reads else ("weights",))
-    )
+    window, formed = token_batch(1, config.data.context), config.copy_and_resolve_references()
+    found = []
+    forms = ("weights", "signals") if "form" in kind_of(config).reads else ("weights",)
+    for formed.model.form in forms:
+        found.append(count.forward_flops(make_model(formed, VOCAB).apply, params, window))
+    return min(found)
 
 
 def _read(match: str) -> tuple[Any, float, str]:
     """The reference's config, the share, and what is shared."""
     name, _, rest = match.partition(":")
     share, _, what = rest.partition(":")
-    wants = "must be CONFIG:SHARE or CONFIG:SHARE:flops, for instance 'dense_small:0.25'"
     try:
         part = float(share)
-    except ValueError as error:
-        raise UserError(f"model.match={match!r}: {wants}") from error
+    except ValueError:
+        part = math.nan
     if not 0 < part < math.inf or what not in ("", "parameters", "flops"):
+        wants = "must be CONFIG:SHARE or CONFIG:SHARE:flops, for instance 'dense_small:0.25'"
         raise UserError(f"model.match={match!r}: {wants}")
     if name not in config_names():
         known = ", ".join(config_names())

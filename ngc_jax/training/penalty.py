@@ -25,11 +25,9 @@ def band(value: Array, low: float, high: float) -> Array:
 
 
 def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Array:
-    """Unbiased estimate of |J|_F^2 / n at x, J the step's Jacobian, n the numbers of x: one random
-    v, |v^T J|^2 / n.
+    """|v^T J|^2 / n for one random v: unbiased for |J|_F^2 / n, J the Jacobian at x of n numbers.
 
-    Hutchinson's estimate as deep equilibrium models use it (Bai et al. 2021, arXiv 2106.14342,
-    section 4).
+    Hutchinson's estimate as in deep equilibrium models (Bai et al. 2021, arXiv 2106.14342, 4).
     """
     v = jax.random.normal(key, x.shape, x.dtype)
     (pulled,) = jax.vjp(step, x)[1](v)
@@ -37,13 +35,11 @@ def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Ar
 
 
 def make_penalty(model: Decoder, config: Any) -> Penalty | None:
-    """(params, batch, key) -> scalar to add to the loss in nats per token; None where
-    nothing is asked for.
+    """(params, batch, key) -> scalar to add to the loss in nats per token; None: nothing is asked.
 
-    config is `config.stability`: regulariser, low, high, weight, jacobian. The values held in the
-    band are natural logarithms per round, of the contraction (mean over rounds and tokens) or the
-    leading exponent (mean over sequences), over `model.rounds` rounds, whatever number an update
-    draws (`rounds.py`).
+    config is `config.stability`. The band holds a natural logarithm per round, of the contraction
+    (mean over rounds and tokens) or the leading exponent (mean over sequences), over
+    `model.rounds` rounds, whatever number an update draws (`rounds.py`).
     """
     if config.regulariser == "none" and not config.jacobian:
         return None
@@ -53,12 +49,11 @@ def make_penalty(model: Decoder, config: Any) -> Penalty | None:
         total = jnp.zeros(())
         if config.regulariser == "contraction":
             factors = contraction(round_states(model, params, batch, rounds))
-            total += config.weight * band(
-                jnp.mean(jnp.log(factors + 1e-6)), config.low, config.high
-            )
+            held = jnp.mean(jnp.log(factors + 1e-6))
         if config.regulariser == "exponent":
-            exponent = jnp.mean(round_exponents(model, params, batch, rounds=rounds))
-            total += config.weight * band(exponent, config.low, config.high)
+            held = jnp.mean(round_exponents(model, params, batch, rounds=rounds))
+        if config.regulariser != "none":
+            total += config.weight * band(held, config.low, config.high)
         if config.jacobian:
             step, _ = rounds_step(model, params, batch)
             settled = round_states(model, params, batch, rounds)[-1]

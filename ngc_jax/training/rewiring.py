@@ -4,9 +4,8 @@ For: `model.wiring="dynamic"` and "dynamic_ports", as `config.rewire` asks. Not 
 worth and which are chosen (`core/rewiring.py`), or when the loop calls this.
 
 Every synapse has a wiring of its own, one for all that share its send states. All is done in one
-layout: each listener has a slot for every edge that there could be, [..., G, n, E, p]. An edge that
-is not there has post = 0 and a pre drawn anew. So the model is the same function, and its ordinary
-gradient says what the edge would be good for.
+layout: each listener has a slot for every possible edge, [..., G, n, E, p]. One that is not there
+has post = 0 and a new pre: the function stays, and its gradient tells what the edge is good for.
 
 Axes, before those of `core/rewiring.py`: A stages and F fan members, by sets that share send
 states.
@@ -39,11 +38,12 @@ from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.sharing import FANS, spread
 from ngc_jax.nn.synapse import Heard, intercept
 from ngc_jax.training.optimizer import map_like_params
-from ngc_jax.training.step import TrainState, losses
+from ngc_jax.training.step import SELDOM, TrainState, losses
 
 Array = jax.Array
 Tree = Any
-Rewire = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, dict[str, Array]]]
+Row = dict[str, Any]
+Rewire = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, Row]]
 PART = "inter_addressed"  # the summand of a synapse that is rewired
 
 
@@ -57,20 +57,19 @@ class Ports(NamedTuple):
 
 def changes(config: Any) -> Schedule:
     """The schedule that a config asks for; its model's wiring is a dynamic one."""
-    r, steps = config.rewire, config.train.steps
-    copies = config.model.p_inter if config.model.wiring == "dynamic_ports" else 1
+    r, steps, m = config.rewire, config.train.steps, config.model
+    copies = m.p_inter if m.wiring == "dynamic_ports" else 1
     begin, end = round(r.begin * steps), round(r.end * steps)
-    first, last = config.model.channels * copies, r.channels * copies
-    return Schedule(first, last, begin, r.every, (end - begin) // r.every, r.exchange)
+    edges = m.channels * copies, r.channels * copies
+    return Schedule(*edges, begin, r.every, (end - begin) // r.every, r.exchange)
 
 
 def make_rewire(model: Decoder, config: Any) -> Rewire:
     """(state, batch, keep, grow) -> the state with that many edges a group, and what to log of it.
 
     `keep` edges stay by magnitude, `grow` are added by `config.rewire.regrow`. An edge that stays
-    keeps its states and the optimizer's moments to the bit. A new one begins with post = 0, so that
-    the model's function changes by what was given up alone, and with moments of 0. Scores are taken
-    on one part of the batch where it is accumulated.
+    keeps states and moments to the bit. A new one begins with post and moments of 0, so the model's
+    function changes by what was given up alone. An accumulated batch is scored on one part.
     """
     s = model.shape
     rule = s.rewirable
@@ -80,26 +79,24 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
 
     def promises(params: Tree, batch: Batch, key: Array) -> dict[str, Array]:
         """What each edge promises, for each stage and fan member: {synapse: [A, F, G, E]}."""
-        laid = _ports(model, params)
-        if config.rewire.regrow == "gradient":
-
-            def loss(posts: dict[str, Array]) -> Array:
-                given = {name: laid[name]._replace(post=post) for name, post in posts.items()}
-                dtype = jnp.dtype(config.train.compute_dtype)
-                nats, counts = losses(wide, _with_ports(model, params, given), batch, dtype)
-                return jnp.sum(nats * counts) / jnp.sum(counts)
-
-            slopes = jax.grad(loss)({name: ports.post for name, ports in laid.items()})
-            return {name: rewiring.slope(slopes[name]) for name in FANS}
         if config.rewire.regrow == "correlation":
             return _correlations(wide, params, batch)
-        keys = dict(zip(FANS, jax.random.split(key, len(FANS)), strict=True))
-        shape = {name: (*ports.post.shape[:3], edges) for name, ports in laid.items()}
-        return {name: jax.random.uniform(keys[name], shape[name]) for name in FANS}
+        laid = _ports(model, params)
+        if config.rewire.regrow == "random":
+            keys = zip(FANS, jax.random.split(key, len(FANS)), strict=True)
+            of = {name: (*ports.post.shape[:3], edges) for name, ports in laid.items()}
+            return {name: jax.random.uniform(key, of[name]) for name, key in keys}
 
-    def rewire(
-        state: TrainState, batch: Batch, keep: Array, grow: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
+        def loss(posts: dict[str, Array]) -> Array:
+            given = {name: laid[name]._replace(post=post) for name, post in posts.items()}
+            dtype = jnp.dtype(config.train.compute_dtype)
+            nats, counts = losses(wide, _with_ports(model, params, given), batch, dtype)
+            return jnp.sum(nats * counts) / jnp.sum(counts)
+
+        slopes = jax.grad(loss)({name: ports.post for name, ports in laid.items()})
+        return {name: rewiring.slope(slopes[name]) for name in FANS}
+
+    def rewire(state: TrainState, batch: Batch, keep: Array, grow: Array) -> tuple[TrainState, Row]:
         start = jax.random.fold_in(jax.random.key(s.wiring_seed), state.step)
         fresh_key, random_key = jax.random.split(start)
         laid = _ports(model, state.params)
@@ -118,8 +115,7 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
         promise = promises(_with_ports(model, state.params, laid), part, random_key)
 
         slots: dict[str, Array] = {}  # the slot that each new slot goes on from, or -1
-        fresh: dict[str, Array] = {}  # pre states of edges that are new
-        wiring: dict[str, Array] = {}
+        fresh: dict[str, Ports] = {}  # pre states of edges that are new, and the wiring
         added = held = jnp.zeros((), jnp.int32)
         for synapse, ports in laid.items():
             origin = origins[synapse]
@@ -130,8 +126,8 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
             slot = jnp.where(used, jnp.take_along_axis(origin, heard, axis=-1), -1)
             new = used & (slot < 0)
             added, held = added + jnp.sum(new), held + jnp.sum(used)
-            slots[synapse], wiring[synapse] = slot, heard
-            fresh[synapse] = carry(ports.pre, jnp.where(new, heard, -1))
+            slots[synapse] = slot
+            fresh[synapse] = Ports(carry(ports.pre, jnp.where(new, heard, -1)), heard, ports.post)
 
         def moved(tree: Tree) -> Tree:
             """States, or whatever the optimizer keeps for them, in their new slots."""
@@ -145,41 +141,38 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
 
         params = moved(state.params)
         renewed = {
-            name: Ports(one.pre + fresh[name], wiring[name], one.post)
+            name: Ports(one.pre + fresh[name].pre, fresh[name].hears, one.post)
             for name, one in _ports(model, params).items()
         }
         row = {"wiring/density": (keep + grow) / edges, "wiring/exchanged": added / held}
         memory = map_like_params(moved, state.optimizer, params)
-        after = dataclasses.replace(
-            state, params=_with_ports(model, params, renewed), optimizer=memory
-        )
-        return after, row
+        params = _with_ports(model, params, renewed)
+        return dataclasses.replace(state, params=params, optimizer=memory), row
 
     return rewire
 
 
 def compile_rewire(
     model: LanguageModel, config: Any, mesh: Mesh, like: Tree, batch: Any
-) -> Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, float]]] | None:
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, Row]] | None:
     """`make_rewire`, compiled for a state and a batch like these.
 
-    (state, batch, step) -> the state and a row to log. How many edges there are at a step is what
-    `changes(config)` says. None where the wiring stands still.
+    (state, batch, step) -> the state and a row to log, with the edges that `changes(config)` has at
+    that step. None where the wiring stands still.
     """
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return None
     whole = meshes.replicated(mesh)
     plan, number = changes(config), jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    # It runs seldom: at optimization level 1 it compiles several times faster.
     jitted = jax.jit(
         meshes.with_mesh(mesh, make_rewire(model, config)),
         out_shardings=(meshes.shardings(like), whole),
         donate_argnums=0,
-        compiler_options={"xla_backend_optimization_level": 1},
+        compiler_options=SELDOM,
     )
     compiled = jitted.lower(like, batch, number, number).compile()
 
-    def rewire(state: TrainState, placed: Batch, step: int) -> tuple[TrainState, dict[str, float]]:
+    def rewire(state: TrainState, placed: Batch, step: int) -> tuple[TrainState, Row]:
         grow = plan.exchanged(step)
         state, row = compiled(state, placed, np.int32(plan.edges(step) - grow), np.int32(grow))
         return state, {name: float(value) for name, value in jax.device_get(row).items()}
@@ -214,9 +207,8 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
     def score(heard: Heard) -> Array:
         """Of the members of one call: [members, G, E]."""
         (part,) = (part for part in heard.synapse.parts if part.place == "inter")
-        states = heard.synapse.variables["params"][part.name]["pre"]
-        chosen = np.array(heard.members)
-        pre = jax.tree.map(lambda p: p[chosen], spread(heard.synapse.senders, states))
+        states, chosen = heard.synapse.variables["params"][part.name], np.array(heard.members)
+        pre = jax.tree.map(lambda p: p[chosen], spread(heard.synapse.senders, states["pre"]))
         x = heard.x.reshape(-1, heard.x.shape[-1])
         y = heard.y.reshape(-1, len(chosen), groups, heard.y.shape[-1] // groups)
 
@@ -236,10 +228,8 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
     for _, stage, scores in walk(model, params, batch, visit):
         for synapse, of in scores.items():
             found[synapse][stage].append(of)
-    return {
-        name: jnp.stack([sum(runs) / len(runs) for runs in stages.values()])
-        for name, stages in found.items()
-    }
+    mean = lambda runs: sum(runs) / len(runs)  # noqa: E731
+    return {name: jnp.stack([*map(mean, stages.values())]) for name, stages in found.items()}
 
 
 def _ports(model: Decoder, params: Tree) -> dict[str, Ports]:

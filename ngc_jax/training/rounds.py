@@ -1,12 +1,8 @@
-"""Training for iteration: how many rounds an update has, which of them gradients go through, and
-when it is judged.
+"""Training for iteration: the rounds of an update, which of them have gradients, and their losses.
 
-For: reading `config.iteration`, the draw of an update's rounds, the weights of its read-outs, and
-what it costs. Not for: the loop itself (`core/communicate.py`), or rounds of a trained model
-(`evaluation.py`).
-
-What is drawn follows from seed and update alone, so that a run that goes on draws what it would
-have drawn.
+For: reading `config.iteration`, the draw of an update's rounds, from seed and update alone, the
+weights of its read-outs, and what it costs. Not for: the loop itself (`core/communicate.py`), or
+rounds of a trained model (`evaluation.py`).
 """
 
 import dataclasses
@@ -31,15 +27,13 @@ SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502
 
 
 def lognormal_poisson(mean: float, low: int, high: int) -> np.ndarray:
-    """Shares [high - low + 1] of r = 1 + Poisson(e^tau), tau normal with spread SIGMA, cut to [low,
-    high]; sum is 1.
+    """Shares [high - low + 1], sum 1, of r = 1 + Poisson(e^tau), tau normal with spread SIGMA.
 
-    Before it is cut r has this mean, above 1: Geiping et al. call mean - 1 r-bar. What lies beyond
-    an end counts to it.
+    Before it is cut to [low, high] r has this mean, above 1: Geiping et al. call mean - 1 r-bar.
+    What lies beyond an end counts to it.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     rates = np.exp(math.log(mean - 1) - SIGMA**2 / 2 + SIGMA * nodes)
-    # low, ... rounds
     at_most = special.pdtr(np.arange(low, high)[:, None] - 1, rates) @ weights / weights.sum()
     return np.diff(np.concatenate([[0.0], at_most, [1.0]]))
 
@@ -56,8 +50,7 @@ class Iteration:
     weight: float  # of a read-out before the last round, whose own is 1
     seed: int
     noise: float = 0.0  # added to the state after each round, as a share of its size
-    # the token whose occurrences are an example's rounds; None: they are drawn
-    mark: int | None = None
+    mark: int | None = None  # token whose occurrences are an example's rounds; None: drawn
 
     @property
     def most(self) -> int:
@@ -67,16 +60,16 @@ class Iteration:
     def draw(self, step: Array) -> Array:
         """The rounds of the update after `step` updates: [] int32."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        return self.low + jax.random.categorical(key, jnp.log(jnp.array(self.shares))).astype(
-            jnp.int32
-        )
+        more = jax.random.categorical(key, jnp.log(jnp.array(self.shares)))
+        return self.low + more.astype(jnp.int32)
 
     def apply(self, rounds: Array, key: Array | None = None) -> Apply:
-        """`model.apply` for training with these rounds, [] or [B] for each example.
+        """`model.apply` for training with these rounds, [] or [B], and the key of the noise.
 
-        `key` is of the noise. It returns logits [S, B, T, V] and the weights [S, B] of the S
-        read-outs, which sum to one for each example.
+        It returns logits [S, B, T, V] and the weights [S, B] of the read-outs, of sum 1.
         """
+
+        disturb = noise(self.noise, key) if self.noise else undisturbed
 
         def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
             own = rounds
@@ -89,7 +82,7 @@ class Iteration:
                 backprop=self.backprop,
                 most=self.most,
                 every=self.every,
-                disturb=noise(self.noise, key) if self.noise else undisturbed,
+                disturb=disturb,
             )
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
             # Before round 1 there is nothing to judge.
@@ -101,13 +94,11 @@ class Iteration:
     def flops(self, params: Any, batch: Any) -> float:
         """FLOPs of the matrix products of an update, mean over the draw, for a batch.
 
-        By the usual convention the backward pass is twice the forward pass of what has gradients,
-        and recomputation is not counted. The last `backprop` rounds count in full, since they are
-        computed also where an example rests.
+        The backward pass counts twice the forward pass of what has gradients, recomputation not.
+        The last `backprop` rounds count in full: they are computed also where an example rests.
         """
         one, two = (forward_flops(self.model.at(rounds).apply, params, batch) for rounds in (1, 2))
-        # The program's loop of rounds before the last ones is of unknown length, and its body is
-        # counted once.
+        # The loop of rounds before the last ones has no known length: its body is counted once.
         inside = (two - one) * (self.backprop < self.most)
         apply = self.apply(jnp.int32(self.most), jax.random.key(0))
         before = np.maximum(np.arange(self.low, self.most + 1) - self.backprop, 0) @ self.shares
@@ -130,8 +121,7 @@ def noise(size: float, key: Array | None) -> Callable[[Array, Array], Array]:
 def mark_of(config: Any) -> int | None:
     """The token whose occurrences are an example's rounds, if a config asks for that.
 
-    Marks speak to the loop, so no token sees back across one: `load_data` takes the mark, too. So
-    many marks are to a model what few are.
+    Marks speak to the loop, so no token sees back across one: `load_data` takes the mark, too.
     """
     return int(config.iteration.mark) if config.iteration.rounds == "marked" else None
 
@@ -164,13 +154,11 @@ def make_iteration(model: LanguageModel, config: Any) -> Iteration | None:
     if not isinstance(model, Decoder):
         return None
     i = config.iteration
-    low, high, shares = i.low, i.high, np.ones(1)
-    if i.rounds == "fixed":
-        low = high = config.model.rounds
-    if i.rounds == "marked":
-        shares = np.eye(high - low + 1)[-1]  # for what is counted: as many as may be
+    low, high = (config.model.rounds,) * 2 if i.rounds == "fixed" else (i.low, i.high)
+    count = high - low + 1
+    shares = np.eye(count)[-1]  # 'fixed'; 'marked': for what is counted, as many as may be
     if i.rounds == "uniform":
-        shares = np.full(high - low + 1, 1 / (high - low + 1))
+        shares = np.full(count, 1 / count)
     if i.rounds == "lognormal_poisson":
         shares = lognormal_poisson(i.mean, low, high)
     backprop, every = i.backprop or high, i.supervise_every

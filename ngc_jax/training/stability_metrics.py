@@ -1,17 +1,17 @@
 """What is measured of a model's stability while it trains, on a little held-out data.
 
 For: the numbers of one row of the log, as `config.stability` chooses; `PROBES` takes more. Not for:
-pages and spectra of a finished model (`analysis/`), what is added to the loss (`penalty.py`), or
-warnings (`monitors.py`).
+spectra of a finished model (`analysis/`), the loss (`penalty.py`), or warnings (`monitors.py`).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.analysis.probes import depth_exponents, round_exponents, silenced
+from ngc_jax.analysis.probes import depth_exponents, parts_to_silence, round_exponents, silenced
 from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.measures import Round, departure, summarise, token_contraction
 from ngc_jax.nn.decoder import Decoder
@@ -45,10 +45,10 @@ def tokens(seen: Seen) -> Measures:
 
 def departures(seen: Seen) -> Measures:
     """How far messages, and the drive, move the last stream."""
-    model, found = seen.model, {}
-    shape = model.shape
-    for what in ["messages"] * shape.has_messages + ["drive"] * shape.has_drive:
-        without = _last_stream(model, silenced(model, seen.params, what), seen.batch)[0]
+    found = {}
+    for what in parts_to_silence(seen.model.shape):
+        params = silenced(seen.model, seen.params, what)
+        without, _ = _last_stream(seen.model, params, seen.batch)
         found[f"departure_{what}"] = jnp.mean(departure(seen.stream, without))
     return found
 
@@ -58,18 +58,13 @@ def exponents(seen: Seen) -> Measures:
     where = (seen.model, seen.params, seen.batch)
     found = {"exponent_per_stage": jnp.mean(depth_exponents(*where))}
     if seen.model.shape.core:
-        leading = round_exponents(*where, rounds=seen.config.rounds)
-        found["exponent_per_round"] = jnp.mean(leading)
+        found["exponent_per_round"] = jnp.mean(round_exponents(*where, rounds=seen.config.rounds))
     return found
 
 
 # What `config.stability.measures` may name. A probe of your own: PROBES["mine"] = function.
-PROBES: dict[str, Callable[[Seen], Measures]] = {
-    "rounds": rounds,
-    "tokens": tokens,
-    "departure": departures,
-    "exponents": exponents,
-}
+PROBES: dict[str, Callable[[Seen], Measures]] = {"rounds": rounds, "tokens": tokens}
+PROBES |= {"departure": departures, "exponents": exponents}
 
 
 def make_watch(model: Decoder, config: Any) -> Callable[[Any, Batch], Measures]:
@@ -80,10 +75,8 @@ def make_watch(model: Decoder, config: Any) -> Callable[[Any, Batch], Measures]:
 
     def watch(params: Any, batch: Batch) -> Measures:
         seen = Seen(model, params, batch, config, *_last_stream(model, params, batch))
-        found: Measures = {}
-        for name in config.measures.split(","):
-            found |= PROBES[name](seen)
-        return {f"stability/{name}": value for name, value in found.items()}
+        found = [PROBES[name](seen).items() for name in config.measures.split(",")]
+        return {f"stability/{name}": value for name, value in itertools.chain(*found)}
 
     return watch
 

@@ -30,6 +30,8 @@ Array = jax.Array
 Tree = Any
 Scalars = dict[str, Array]
 Drawn = tuple[Array, Any]  # of an update: a key for what is random; its number of rounds, or None
+# Of what runs seldom: it compiles several times faster, and elementary programs to the same bits.
+SELDOM = {"xla_backend_optimization_level": 1}
 RANDOM = 1  # of the keys of updates, apart from those of the initial parameters and of rounds
 
 
