@@ -1,7 +1,6 @@
 """What a run costs, what it runs on, and what its numbers depend on.
 
-For: the lines that a run prints before it begins, and the peak of its devices. Not for: counting
-(`count.py`).
+For: what a run prints before it begins, and the peak of its devices. Not for: counting.
 """
 
 import sys
@@ -28,25 +27,16 @@ PEAKS = {  # FLOPs a second of one device in bfloat16, without sparsity, by the 
 
 
 def peak(dtype: str, kind: str = "") -> float | None:
-    """Peak FLOPs a second of one device of this kind, by default those here; None: not known.
-
-    It is known in bfloat16, for some kinds. That of float32 depends on the precision of products.
-    """
+    """Peak FLOPs a second of a device of this kind (default: here) in bfloat16; None: not known."""
     kind = kind or jax.devices()[0].device_kind
     found = (peak for name, peak in PEAKS.items() if kind.startswith(name))
     return next(found, None) if dtype == "bfloat16" else None
 
 
-def update_flops(
-    model: LanguageModel, params: Any, batch: Any, iteration: Iteration | None
-) -> float:
-    """FLOPs of an update for parameters and a batch, which may be abstract.
-
-    By the usual convention the backward pass is twice the forward, without recomputation.
-    """
-    if iteration:
-        return iteration.flops(params, batch)
-    return 3 * count.forward_flops(model.apply, params, batch)
+def update_flops(model: LanguageModel, params: Any, batch: Any, how: Iteration | None) -> float:
+    """FLOPs of an update, the backward pass twice the forward; params and batch may be abstract."""
+    plain = 3 * count.forward_flops(model.apply, params, batch)
+    return how.flops(params, batch) if how else plain
 
 
 def costs(model: LanguageModel, params: Any, flops: float, compiled: Any) -> str:

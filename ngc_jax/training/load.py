@@ -1,7 +1,6 @@
 """A trained model, opened from its work directory: text in, text out.
 
-For: `load`, and what a `Trained` can be asked. Not for: training (`loop.py`), or what commands
-print (`commands/`).
+For: `load`, and what a `Trained` can be asked. Not for: the loop, or what commands print.
 """
 
 import dataclasses
@@ -30,6 +29,7 @@ from ngc_jax.nn.generate import generate
 from ngc_jax.nn.model import LanguageModel, Params
 from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import refusals
 from ngc_jax.runtime.files import Path
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.loop import run
@@ -70,9 +70,9 @@ class Trained:
     @property
     def decoder(self) -> Decoder:
         """The model, where its stages are needed. Raises UserError for a model without stages."""
-        if isinstance(self.model, Decoder):
-            return self.model
-        raise UserError(f"model.kind={self.config.model.kind!r} has no stages; 'decoder' has")
+        if not isinstance(self.model, Decoder):
+            raise UserError(f"model.kind={self.config.model.kind!r} has no stages; 'decoder' has")
+        return self.model
 
     def data(self) -> Data:
         """The data trained on and held out.
@@ -82,13 +82,13 @@ class Trained:
         if self.withheld:
             raise UserError(f"--workdir={self.workdir}: {self.withheld}")
         data, trained_on = load_data(self.config.data, mark_of(self.config)), self.meta["data"]
-        if trained_on == data.fingerprint:
-            return data
-        raise UserError(
-            f"this is not what {self.workdir} was trained on (another Python version, or changed "
-            f"files at data.path, or another ngc_jax): fingerprint {data.fingerprint[:16]}, "
-            f"trained on {trained_on[:16]}"
-        )
+        if trained_on != data.fingerprint:
+            raise UserError(
+                f"this is not what {self.workdir} was trained on (another Python version, or "
+                f"changed files at data.path, or another ngc_jax): fingerprint "
+                f"{data.fingerprint[:16]}, trained on {trained_on[:16]}"
+            )
+        return data
 
     def generate(
         self,
@@ -102,19 +102,17 @@ class Trained:
     ) -> str:
         """The text that follows a prompt, `tokens` tokens long, without the prompt.
 
-        `temperature` >= 0 divides the logits, and 0 takes the likeliest token. `top_p`, in (0, 1],
-        keeps the likeliest tokens of so much probability together. `rounds` are those of the loop,
-        by default `model.rounds`. Raises UserError for a value out of range, and for the model of a
-        task, which reads no text.
+        `temperature` divides the logits; 0 takes the likeliest token. `top_p` keeps the likeliest
+        tokens of so much probability together. `rounds`: of the loop; None: `model.rounds`. Raises
+        UserError for a value out of range, and for the model of a task, which reads no text.
         """
-        for name, value, holds, wants in (
-            ("tokens", tokens, tokens >= 1, "1 or more"),
-            ("temperature", temperature, temperature >= 0, "0 or more, for instance 0.8"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1, for instance 0.95"),
-            ("seed", seed, 0 <= seed < 2**32, "from 0 to 4,294,967,295"),
-        ):
-            if not holds:
-                raise UserError(f"{name}={value}: must be {wants}")
+        need = refusals(
+            {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        )
+        need(tokens >= 1, "tokens", "1 or more")
+        need(temperature >= 0, "temperature", "0 or more, for instance 0.8")
+        need(0 < top_p <= 1, "top_p", "above 0 and at most 1, for instance 0.95")
+        need(0 <= seed < 2**32, "seed", "from 0 to 4,294,967,295")
         model, _ = at_rounds(self.model, self.config, rounds)
         start, key = jnp.asarray(self._encode(prompt)[None]), jax.random.key(seed)
         sampling = jnp.float32(temperature), jnp.float32(top_p)
@@ -157,10 +155,9 @@ class Trained:
     def silence(
         self, groups: Collection[int] = (), channels: Collection[tuple[int, int]] = ()
     ) -> "Trained":
-        """The same run in which `groups` send nothing to others, and `channels` carry nothing.
+        """The same run in which `groups` send nothing, and `channels` (listener, speaker) neither.
 
-        channels: pairs (listener, speaker) of groups. Raises UserError for a model without stages,
-        and ValueError for a group, or a kind of silence, that a model does not have.
+        Raises UserError for a model without stages, ValueError for what cannot be silenced.
         """
         params = probes.silenced_channels(self.decoder, self.params, groups, channels)
         return dataclasses.replace(self, params=params)
@@ -198,9 +195,8 @@ class Trained:
 def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
     """Trains, or continues a run that was stopped, and opens it when it is done.
 
-    config: also the name of one in `configs/`, or the path of its file.
-    Raises KeyboardInterrupt where it is asked to stop (Ctrl-C, SIGTERM), once it is saved; the same
-    call continues. Raises UserError for what the user can mend, and Diverged.
+    config: also the path of a file, or a name in `configs/`. Raises KeyboardInterrupt where asked
+    to stop (Ctrl-C, SIGTERM), once saved; UserError for what the user can mend; and Diverged.
     """
     home = epath.Path(workdir)
     with hold(home):
@@ -234,8 +230,9 @@ def load(
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
+        among = step if step is None else {step}
         try:
-            read, faults = checkpoints.newest(abstract, run, step if step is None else {step})
+            read, faults = checkpoints.newest(abstract, run, among)
         except UserError as error:
             raise UserError(f"--workdir={workdir}: {error}") from error
         if read is None:

@@ -1,12 +1,9 @@
 """The optimizer: its schedule, its optax chain, and learning rates by kind of parameter.
 
-For: everything between a gradient and an update. Not for: gradients, or the guard against bad ones
-(`step.py`).
+For: all between a gradient and an update. Not for: gradients, or their guard (`step.py`).
 
-Learning rates are applied to the chain's output as a function of the run's own step, not of
-counters inside the optimizer, so that a skipped update cannot shift the schedule.
-
-`info` is always a tree of records (`core/params.py`) parallel to the parameters that are trained.
+Learning rates are applied to the chain's output and follow the run's own step, so that a skipped
+update cannot shift them. `info` is a tree of records (`core/params.py`) of the trained parameters.
 """
 
 from collections.abc import Callable
@@ -25,11 +22,9 @@ Tree = Any
 
 def schedule(config: Any, step: Array) -> Array:
     """Share of the peak learning rate at a step (0 = first update): warm-up, "cosine" or "wsd"."""
-    t = config
-    done = step.astype(jnp.float32) - t.warmup_steps
-    left = t.steps - t.warmup_steps
+    t, done = config, step.astype(jnp.float32) - config.warmup_steps
     if t.schedule == "cosine":
-        shape = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done / left, 0, 1)))
+        shape = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done / (t.steps - t.warmup_steps), 0, 1)))
     else:
         decay = max(1.0, t.decay_fraction * t.steps)
         shape = jnp.clip((t.steps - step) / decay, 0, 1)
@@ -42,20 +37,15 @@ def make_optimizer(config: Any, info: Tree) -> optax.GradientTransformation:
 
     Matrices and states are decayed; norm scales, leak, drive and embeddings are not.
     """
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
+    direction = adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
     if config.optimizer == "muon":
         axes = lambda params: _beside(_matrix_axes, params, info)  # noqa: E731
         muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_adam_rms())
         chosen = {"state": muon, "matrix": muon, "embedding": adam, "scale": adam}
         direction = optax.partition(chosen, jax.tree.map(_label, info))
-    else:
-        direction = adam
     decayed = jax.tree.map(lambda one: one.weighs, info)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        direction,
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-    )
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), direction, decay)
 
 
 def apply(config: Any, params: Tree, direction: Tree, step: Array, info: Tree) -> Tree:
@@ -63,18 +53,16 @@ def apply(config: Any, params: Tree, direction: Tree, step: Array, info: Tree) -
     share = schedule(config, step)
 
     def move(p: Array, d: Array, info: ParamInfo) -> Array:
-        state = info.kind == "state"
-        peak = config.state_learning_rate if state else config.learning_rate
+        peak = config.state_learning_rate if info.kind == "state" else config.learning_rate
         return p - peak * share * d
 
     return jax.tree.map(move, params, direction, info)
 
 
 def map_moments(function: Callable[..., Any], memory: Tree, *beside: Tree) -> Tree:
-    """function(moment, *beside) for whatever the optimizer keeps for each parameter.
+    """function(moment, *beside) for all that the optimizer keeps for a parameter, counters not.
 
-    `beside` are trees parallel to the parameters, whose leaves may be of any kind. What is no
-    parameter's (counters) is left as it is.
+    `beside` are trees parallel to the parameters, whose leaves may be of any kind.
     """
     return map_like_params(lambda node: _beside(function, node, *beside), memory, beside[0])
 
@@ -85,9 +73,7 @@ def map_like_params(function: Callable[[Tree], Tree], memory: Tree, params: Tree
     def parallel(node: Any) -> bool:
         return isinstance(node, dict) and node.keys() == params.keys()
 
-    def visit(node: Any) -> Any:
-        return function(node) if parallel(node) else node
-
+    visit = lambda node: function(node) if parallel(node) else node  # noqa: E731
     return jax.tree.map(visit, memory, is_leaf=parallel)
 
 
@@ -105,18 +91,11 @@ def _label(info: ParamInfo) -> str:
 
 def _matrix_axes(_: Array, info: ParamInfo) -> MuonDimensionNumbers:
     """The axes that make a matrix; those before them (stages, fan, groups) are a batch of them."""
-    ndim = len(info.axes)
-    first = ndim + (info.matrix or -1)
-    return MuonDimensionNumbers((first,), tuple(range(first + 1, ndim)))
+    first = len(info.axes) + (info.matrix or -1)
+    return MuonDimensionNumbers((first,), tuple(range(first + 1, len(info.axes))))
 
 
 def _match_adam_rms() -> optax.GradientTransformation:
-    """Scales Muon's orthogonal directions to AdamW's usual size, 0.2 per entry (arXiv 2502.16982,
-    section 2.2).
-    """
-
-    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
-        scale = lambda u: u * (0.2 / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-12))  # noqa: E731
-        return jax.tree.map(scale, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    """Scales Muon's directions to AdamW's usual size, 0.2 per entry (arXiv 2502.16982, 2.2)."""
+    scale = lambda u: u * (0.2 / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-12))  # noqa: E731
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))

@@ -3,11 +3,10 @@
 For: `Run`, whose methods log, measure, save and rewind. Not for: their order (`loop.py`), or what
 an update is (`step.py`).
 
-A run counts the updates made. Update s reads batch s - 1 + passed at learning rate s - 1; row s and
-checkpoint s are made after it. Rows are on disk before the checkpoint of their step. So no row
-before a checkpoint is missing, except that of an abandoned evaluation, which is then made first;
-rows after it are dropped and made again. `passed` counts the batches that rewinding left out, as
-Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, 5.1) did by hand.
+Update s reads batch s - 1 + passed at learning rate s - 1; row s and checkpoint s are made after
+it, the row first. So no row before a checkpoint is missing, except that of an abandoned evaluation,
+which is then made first; rows after it are made again. `passed` counts the batches that rewinding
+left out, as Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, 5.1) did by hand.
 """
 
 import contextlib
@@ -65,11 +64,7 @@ class Run:
     step: int  # updates made
     state: TrainState  # after them
     batches: Iterator[Any]  # of the updates to come
-    metrics: Metrics
     unmeasured: Collection[str]  # kinds of rows that were not made of this state yet
-    rewinds: int  # times gone back
-    passed: int  # batches left out by that
-    saved: int  # the last step that was saved
     logged: int  # the last update whose scalars were read
     late: tuple[int, Any] | None  # the update whose scalars are still on the device
     votes: tuple[bool, ...]  # of all processes, when the last update that was read began
@@ -96,12 +91,12 @@ class Run:
             print(f"starting from step 0 in {self.workdir}")
             return 0.0
         step, state, meta = found
-        if meta["data"] != self.data.fingerprint:
+        now, then = self.data.fingerprint, meta["data"]
+        if now != then:
             raise UserError(
                 f"the text has changed since checkpoint {step} of --workdir={self.workdir}: "
-                f"fingerprint {self.data.fingerprint[:16]}, was {meta['data'][:16]}; give the same "
-                "text (library source: the same Python; a task: the same ngc_jax), or another "
-                "--workdir"
+                f"fingerprint {now[:16]}, was {then[:16]}; give the same text (library source: the "
+                "same Python; a task: the same ngc_jax), or another --workdir"
             )
         self._stand_at(step, state, meta)
         print(f"continuing from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
@@ -112,15 +107,14 @@ class Run:
     def _stand_at(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Stands after `step` updates, with the batches and rows that follow them."""
         jax.block_until_ready(state)
-        size, steps = self.config.train.batch_size, self.config.train.steps
-        passed = meta["passed"]
+        size, passed = self.config.train.batch_size, meta["passed"]
         self.metrics = Metrics(self.workdir, step, meta["rows"], meta["rows_sha256"])
         self.batches = train_batches(
             self.data.train,
             batch_size=size,
             seed=self.config.seed,
             start=step + passed,
-            stop=steps + passed,
+            stop=self.config.train.steps + passed,
             rows=meshes.local_batch_rows(self.mesh, size),
         )
         self.step, self.state, self.rewinds, self.passed = step, state, meta["rewinds"], passed
@@ -164,10 +158,7 @@ class Run:
         self.late = self.step, outputs
 
     def log(self) -> None:
-        """Reads the scalars of the newest update not read yet, and writes its row.
-
-        Where updates were skipped up to `train.max_bad_steps` in a row, nothing further is read.
-        """
+        """Reads the scalars of the newest update, and writes its row; in trouble, no further ones."""
         train = self.config.train
         if self.late is None or self.broken >= train.max_bad_steps:
             return
@@ -187,15 +178,16 @@ class Run:
             self.progress.show(at, row["train/loss"], speed, per_step)
         likely = row["stability/warning"] > 0
         if likely and not self.warned:
-            change = f"the parameters change by {row['stability/relative_update']:.1%} in an update"
-            advice = "a smaller learning rate is safer"
-            self.progress.say(f"step {at}: divergence likely: {change}; {advice}")
+            self.progress.say(
+                f"step {at}: divergence likely: the parameters change by "
+                f"{row['stability/relative_update']:.1%} in an update; a smaller learning rate is safer"
+            )
         self.warned = (self.warned or at) if likely or (self.broken and self.warned) else 0
         if self.broken:
             loss, norm = row["train/loss"], row["train/grad_norm"]
             fault = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
-            losses = f"loss {loss}, gradient norm {norm}"
-            self.progress.say(f"step {at}: {losses}, {fault}: update skipped")
+            told = f"step {at}: loss {loss}, gradient norm {norm}, {fault}: update skipped"
+            self.progress.say(told)
 
     def measure(self, kinds: Iterable[str]) -> bool:
         """Writes the rows of these kinds. False: asked to stop meanwhile, and abandoned."""
@@ -214,10 +206,10 @@ class Run:
             raise Asked
 
     def _hold_out(self, kind: str) -> dict[str, float]:
-        c, examples, params = self.config.eval, self.data.validation, self.state.params
+        c = self.config.eval
         limit, part = (0, "all held-out") if kind == "final" else (c.windows, "held-out")
-        amount = examples, c.batch_size, limit
-        result = held_out(self.do.evaluate, params, self.mesh, *amount, self._between)
+        amount = self.data.validation, c.batch_size, limit
+        result = held_out(self.do.evaluate, self.state.params, self.mesh, *amount, self._between)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
         self.progress.say(f"step {self.step}: {part} {shown}")
         return {f"{kind}/{name}": value for name, value in result.items()}
@@ -245,17 +237,13 @@ class Run:
 
     @contextlib.contextmanager
     def saving(self, ending: bool = False) -> Iterator[None]:
-        """Reports a save that fails, and lets training go on.
-
-        Raises OSError where the run ends here, or where there are many processes.
-        """
+        """Reports a save that fails; raises OSError if the run ends, or there are many processes."""
         try:
             yield
         except OSError as error:
             sound = self.checkpoints.newest_sound()
-            kept = "there is no sound checkpoint yet"
-            if sound is not None:
-                kept = f"the last sound checkpoint, {sound}, is kept"
+            kept = f"the last sound checkpoint, {sound}, is kept"
+            kept = "there is no sound checkpoint yet" if sound is None else kept
             if ending or jax.process_count() > 1:
                 again = "make room and give the same command again"
                 raise OSError(f"{error}; {kept}; {again}") from error
@@ -278,13 +266,12 @@ class Run:
         # Not one that a signal or the clock made: also a run that was never stopped must find it.
         found = self._newest([at for at in before if at % every == 0] or before)
         if found is None or self.rewinds == train.max_rewinds:
-            sound = found and found.step
             warning = f"the warning stood from step {self.warned} on"
             raise Diverged(
-                f"stopped at step {logged}: {self.broken} updates in a row were skipped, not "
-                f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: {sound}; "
-                f"{warning if self.warned else 'no warning came before it'}; try a smaller "
-                f"train.learning_rate={train.learning_rate:g} or "
+                f"stopped at step {logged}: {self.broken} updates in a row were skipped, not finite "
+                f"or spikes; rewound {self.rewinds} times; last sound checkpoint: "
+                f"{found and found.step}; {warning if self.warned else 'no warning came before it'}; "
+                f"try a smaller train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )

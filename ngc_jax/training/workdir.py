@@ -28,8 +28,7 @@ from ngc_jax.runtime.files import Path, in_bucket, read, read_json, sync, write_
 
 LARGEST = 1 << 20  # bytes of a config
 HOLDER = ".lock"  # names the process that has locked the directory
-# Fields that may change while a run continues: how often it is logged, evaluated and saved, and on
-# which devices it runs.
+# Fields that may change while a run continues: of logging, evaluation, saving, and devices.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
 FREE |= {f"train.{name}" for name in ("log_every", "profile", "hang_minutes", "hang_exit")}
 FREE |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
@@ -45,47 +44,46 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
 
     Raises UserError where it cannot be written, or belongs to another run.
     """
+    here = f"--workdir={workdir}"
     with multihost.agreed():
-        if multihost.first():
-            _claim(workdir, config, tokenizer)
+        try:
+            if multihost.first():
+                _claim(workdir, config, tokenizer)
+        except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
+            unable = f"{here} cannot be written ({error}): give a directory that can"
+            raise UserError(unable) from error
     with multihost.agreed():
         if not (workdir / "config.json").exists():
             raise UserError(
-                f"--workdir={workdir}: made by process 0, but not seen by this one: give a "
-                "directory on a file system that all processes share"
+                f"{here}: made by process 0, but not seen by this one: give a directory on a file "
+                "system that all processes share"
             )
 
 
 def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    try:
-        links = [] if in_bucket(workdir) else [p for p in workdir.glob("*") if os.path.islink(p)]
-        if links:
-            raise UserError(f"{links[0]} is a link, which a run does not follow: remove it")
-        if (workdir / "config.json").exists():
-            changed = differences(read_config(workdir).to_dict(), config.to_dict())
-            if changed:
-                raise UserError(
-                    f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}): "
-                    "give another --workdir, or the config that it was made with"
-                )
-        elif workdir.exists() and not (
-            workdir.is_dir() and all(map(_left_by_claim, workdir.iterdir()))
-        ):
+    here = f"--workdir={workdir}"
+    links = [] if in_bucket(workdir) else [p for p in workdir.glob("*") if os.path.islink(p)]
+    if links:
+        raise UserError(f"{links[0]} is a link, which a run does not follow: remove it")
+    if (workdir / "config.json").exists():
+        changed = "; ".join(differences(read_config(workdir).to_dict(), config.to_dict()))
+        if changed:
             raise UserError(
-                f"--workdir={workdir} exists and holds no run: give another, or empty it"
+                f"{here} holds a run of another config ({changed}): give another --workdir, or "
+                "the config that it was made with"
             )
-        else:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if not in_bucket(workdir):
-                sync(workdir.parent)
-            save_tokenizer(tokenizer, workdir)
-        # Last, since it is what makes the directory a run's.
-        text = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
-        write_durably(workdir / "config.json", text)
-    except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error}): give a directory that can"
-        ) from error
+    elif workdir.is_file() or (
+        workdir.exists() and not all(map(_left_by_claim, workdir.iterdir()))
+    ):
+        raise UserError(f"{here} exists and holds no run: give another, or empty it")
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not in_bucket(workdir):
+            sync(workdir.parent)
+        save_tokenizer(tokenizer, workdir)
+    # Last, since it is what makes the directory a run's.
+    text = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+    write_durably(workdir / "config.json", text)
 
 
 def _left_by_claim(path: Path) -> bool:
@@ -98,10 +96,9 @@ def _left_by_claim(path: Path) -> bool:
 def hold(workdir: Path) -> Iterator[None]:
     """Keeps other trainers out of a work directory while the block runs.
 
-    The first process holds a lock on the directory, which ends with the process, however that ends.
-    A file in it says whose it is. Buckets and some file systems have no locks, and for a file
-    system that is said. A directory that is empty at the end is removed. Raises UserError where
-    another trainer holds the directory.
+    The first process holds a lock on the directory, which ends with the process, and a file in it
+    says whose it is. Buckets have no locks; where a file system has none, that is said. An empty
+    directory is removed at the end. Raises UserError where another trainer holds the directory.
     """
     with multihost.agreed():
         handle = _lock(workdir) if multihost.first() and not in_bucket(workdir) else None
@@ -122,10 +119,8 @@ def hold(workdir: Path) -> Iterator[None]:
 
 def in_use(workdir: Path) -> bool:
     """Whether a trainer holds a work directory. Leaves jax's devices alone."""
-    if not workdir.exists():
-        return False
     try:
-        handle = _lock(workdir)
+        handle = _lock(workdir) if workdir.exists() else None
     except UserError:
         return True
     if handle is not None:
@@ -143,9 +138,8 @@ def _lock(workdir: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise UserError(
-            f"--workdir={workdir} is in use by {_holder(workdir)}: wait for it, or give another"
-        ) from error
+        busy = f"--workdir={workdir} is in use by {_holder(workdir)}: wait for it, or give another"
+        raise UserError(busy) from error
     except OSError as error:
         print(
             f"--workdir={workdir} cannot be locked ({error}): see to it that no other process "
@@ -164,19 +158,12 @@ def _holder(workdir: Path) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields outside of FREE in which two configs differ, as "field: old -> new"."""
     a, b = (flatten_dict(config, sep=".") for config in (old, new))
-    names = sorted(name for name in a | b if not _free(name))
-    return [
-        f"{name}: {a.get(name, 'absent')!r} -> {b.get(name, 'absent')!r}"
-        for name in names
-        if a.get(name) != b.get(name)
-    ]
+    changed = sorted(name for name in a | b if not _free(name) and a.get(name) != b.get(name))
+    return [f"{n}: {a.get(n, 'absent')!r} -> {b.get(n, 'absent')!r}" for n in changed]
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """What a checkpoint keeps of its run's config: {field: value}, as JSON has them.
-
-    Not the fields in FREE, and not where the data lies: a fingerprint says what they are.
-    """
+    """What a checkpoint keeps of its config, as JSON: not FREE, nor where the data lies."""
     fields = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
     return {name: fields[name] for name in fields if not _free(name) and name != "data.path"}
 
