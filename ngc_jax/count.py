@@ -16,9 +16,7 @@ Tree = Any
 
 
 class Parameters(NamedTuple):
-    """Stored parameters: all; in matrices (neuron states, or dense weights); in embeddings (both
-    ends).
-    """
+    """Stored parameters: all, in matrices (neuron states, or dense weights), in both embeddings."""
 
     total: int
     matrices: int
@@ -40,20 +38,16 @@ def generated_weights(model: LanguageModel) -> int:
 
 
 def peak_memory(compiled: Any) -> int:
-    """Bytes that a compiled program takes on a device: what it is given, returns and needs on the
-    way.
-    """
+    """Bytes on a device of what a compiled program is given, returns and needs on the way."""
     memory = compiled.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     return int(peak - memory.alias_size_in_bytes)
 
 
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of the matrix products (2 per multiply-add) in one call, loops counted as often as they
-    run.
+    """FLOPs of the matrix products (2 per multiply-add) in one call; `args` may be abstract.
 
-    Read from the traced program, since XLA's own count takes the body of a loop once. `args` may be
-    abstract.
+    Read from the traced program, for XLA's own count takes the body of a loop once.
     """
     return _flops(jax.make_jaxpr(function)(*args))
 

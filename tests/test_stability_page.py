@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import WHOLE
 
-from ngc_jax.analysis import page
+from ngc_jax.analysis import captions, figures, page
 from ngc_jax.analysis.stability import _loop, gain_bounds, headlines, measure, settled
 from ngc_jax.commands.arguments import command
 from ngc_jax.commands.stability import main
@@ -21,6 +21,7 @@ from ngc_jax.core.rules import weights
 from ngc_jax.data.batches import Batch
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.report.figures import figure
 from ngc_jax.training import loop as train
 from ngc_jax.training.load import load
 
@@ -226,3 +227,14 @@ def test_another_text_is_refused(run, monkeypatch, capsys, tmp_path, text):
     with pytest.raises(SystemExit):
         call(monkeypatch, f"--workdir={other}")
     assert "this is not what" in capsys.readouterr().err
+
+
+def test_exponents_that_float32_does_not_resolve_are_told_and_lost_ones_not_drawn(flat):
+    _, measured = flat
+    assert "rounding error" not in captions.spectrum(measured)
+    depth = measured.depth.copy()
+    depth[:, -2:] = depth[:, :1] - 11, -np.inf
+    small = measured._replace(depth=depth)
+    assert f"{2 / depth.shape[1]:.0%} of the exponents" in captions.spectrum(small)
+    block = figure("spectrum", "", lambda canvas: figures.spectrum(canvas, small))
+    assert len(np.unique(pixels(block.files["spectrum.png"]))) > 20

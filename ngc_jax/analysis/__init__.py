@@ -1,9 +1,8 @@
-"""Stability as an instrument: exponents, contraction, drive, departure, bounds. The public names,
-and nothing else.
+"""Stability as an instrument: exponents, contraction, drive, departure, bounds (docs/stability.md).
 
-The kernels take any `step(x, u) -> x`; the functions with a `model` take this project's. See
-docs/stability.md.
+The kernels take any `step(x, u) -> x`; the functions with a `model` take this project's.
 """
+# ruff: noqa: F401 (the public names, and nothing else)
 
 from ngc_jax.analysis.bounds import gain_bound
 from ngc_jax.analysis.probes import (
@@ -31,26 +30,3 @@ from ngc_jax.dynamics.measures import (
     drive_ratio,
     token_contraction,
 )
-
-__all__ = [
-    "attention_weights_by_stage",
-    "bootstrap_interval",
-    "boundedness",
-    "contraction",
-    "departure",
-    "depth_exponents",
-    "drive_ratio",
-    "entropy_rate",
-    "gain_bound",
-    "kaplan_yorke_dimension",
-    "leading_exponent",
-    "local_exponents",
-    "lyapunov_spectrum",
-    "round_exponents",
-    "round_states",
-    "rounds_step",
-    "silenced",
-    "token_contraction",
-    "token_exponents",
-    "traffic",
-]

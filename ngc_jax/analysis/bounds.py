@@ -1,9 +1,7 @@
 """A bound that holds before anything is run: the most that a synapse can stretch a difference.
 
-For: upper bounds from states alone, by small Gram matrices (a port's p by p, a state's r by r, a
-block's n by n) and one power iteration over groups; only a generated rule's weights are formed. Not
-for: what a trained loop does on real inputs, which is less and is measured (`stability.py`,
-`lyapunov.py`).
+For: upper bounds from states alone, by small Gram matrices and one power iteration over groups.
+Not for: what a trained loop does on real inputs, which is less (`stability.py`, `lyapunov.py`).
 """
 
 from collections.abc import Sequence
@@ -21,8 +19,7 @@ def gain_bound(parts: Sequence[tuple[str | Rule, States, States]]) -> Array:
     """At least the spectral norm of a synapse's W, the sum of `parts` (rule, pre, post): a scalar.
 
     Every part is reduced to norms between groups, N[g, h] >= |W[g, h]|, and |W| <= |N|, the norm of
-    a G by G matrix (`broadcast` and the generated rules know no groups: G = 1). max_g |W_gg| + |R|
-    |M| |S| bounds the same from above; this is tighter. Raises KeyError for an unknown rule.
+    a G by G matrix; G = 1 for rules without groups. Raises KeyError for an unknown rule.
     """
     norms = [named(rule).block_norms(pre, post) for rule, pre, post in parts]
     grouped = [n for n in norms if n.shape != (1, 1)]
@@ -34,8 +31,7 @@ def gain_bound(parts: Sequence[tuple[str | Rule, States, States]]) -> Array:
 def _nonnegative_norm(norms: Array) -> Array:
     """Spectral norm of a matrix without negative entries, from above.
 
-    Power iteration comes from below, but each iterate v > 0 also gives the upper bound max_i (N^T N
-    v)_i / v_i (Collatz 1942, Wielandt 1950).
+    By iterates v > 0: max_i (N^T N v)_i / v_i is a bound (Collatz 1942, Wielandt 1950).
     """
     square = norms.T @ norms
 

@@ -1,13 +1,11 @@
 """The sentences of the stability page: the meaning of each headline number, and the captions.
 
-For: what is drawn, the axes with units, how to read it, and what it does not show, for a reader who
-knows the README. Not for: the order of the page (`page.py`), or which question needs which number
-(docs/stability.md).
+For: a function for each figure or table, of what was measured: what is drawn, the axes with units,
+how to read it, and what it does not show. Not for: the order of the page (`page.py`).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -89,20 +87,14 @@ MEANINGS: dict[str, Callable[[Headline], str]] = {
 }
 
 
-def caption(name: str, measured: Any) -> str:
-    """The caption of figure or table `name` of a page about `measured`."""
-    return CAPTIONS[name](measured)
+NUMBERS = (
+    "Means over sequences, each with its 95% interval below (bootstrap over sequences). The "
+    "interval is for other text of this kind and this one trained model. Other seeds of training "
+    "may differ by more."
+)
 
 
-def _numbers(_: None) -> str:
-    return (
-        "Means over sequences, each with its 95% interval below (bootstrap over sequences). The "
-        "interval is for other text of this kind and this one trained model. Other seeds of "
-        "training may differ by more."
-    )
-
-
-def _spectrum(measured: Measured) -> str:
+def spectrum(measured: Measured) -> str:
     loop = measured.loop
     along = "depth (all stages in order, rounds included) and along tokens"
     later = ""
@@ -113,12 +105,13 @@ def _spectrum(measured: Measured) -> str:
             f"first {loop.dropped} rounds, in which the changes turn to the directions of largest "
             "growth."
         )
-    spectra = [measured.depth] + ([] if loop is None else [loop.start, loop.exponents])
-    small = float(np.mean(np.concatenate([np.asarray(unresolved(e)).ravel() for e in spectra])))
+    found = np.concatenate([measured.depth] + ([loop.start, loop.exponents] if loop else []))
+    small = float(np.mean(unresolved(found) | np.isinf(found)))
     if small:
         later += (
             f" {small:.0%} of the exponents along rounds and depth are rounding error: float32 "
-            "resolves none that is more than 10 nats below the largest."
+            "resolves none that is more than 10 nats below the largest. Those of minus infinity, "
+            "of directions that are lost, are not drawn."
         )
     return (
         f"The {measured.depth.shape[1]} largest Lyapunov exponents along {along}. Vertical axis: "
@@ -132,7 +125,7 @@ def _spectrum(measured: Measured) -> str:
     )
 
 
-def _rounds(measured: Measured) -> str:
+def rounds(measured: Measured) -> str:
     assert measured.loop is not None
     loop = measured.loop
     lost = float(np.mean(np.isnan(loop.contraction)))
@@ -151,7 +144,7 @@ def _rounds(measured: Measured) -> str:
     )
 
 
-def _tokens(measured: Measured) -> str:
+def tokens(measured: Measured) -> str:
     same = float(np.mean(np.isnan(measured.moves)))
     repeats = (
         f" {same:.1%} of the positions are left out, because their distance is 0 up to rounding. "
@@ -167,7 +160,7 @@ def _tokens(measured: Measured) -> str:
     )
 
 
-def _drive(measured: Measured) -> str:
+def drive(measured: Measured) -> str:
     said = []
     if measured.loop is not None:
         said.append(
@@ -186,7 +179,7 @@ def _drive(measured: Measured) -> str:
     )
 
 
-def _traffic(measured: Measured) -> str:
+def traffic(_: Measured) -> str:
     return (
         "Messages between groups: one map for each stage, all on one colour scale. Row: the "
         "receiving group. Column: the sending group. Colour: root mean square of what arrives by "
@@ -198,7 +191,7 @@ def _traffic(measured: Measured) -> str:
     )
 
 
-def _paths(measured: Measured) -> str:
+def paths(measured: Measured) -> str:
     assert measured.loop is not None
     return (
         "States of a few tokens of the first sequence over rounds, in the plane of the two "
@@ -210,24 +203,11 @@ def _paths(measured: Measured) -> str:
     )
 
 
-def _bounds(measured: Measured) -> str:
-    return (
-        "The largest factor by which each synapse of each stage can multiply the difference of two "
-        "inputs, a factor of lengths. It is an upper bound of the spectral norm of the weights, "
-        "computed from the neurons' states, and holds for every input. A stage of the loop uses "
-        "the same synapses in each round. A small number excludes large growth. A large number can "
-        "only say that growth is possible: real signals may not use that direction. Normalization "
-        "and attention around a synapse are not included."
-    )
-
-
-CAPTIONS: dict[str, Callable[[Any], str]] = {
-    "numbers": _numbers,
-    "spectrum": _spectrum,
-    "rounds": _rounds,
-    "tokens": _tokens,
-    "drive": _drive,
-    "traffic": _traffic,
-    "paths": _paths,
-    "bounds": _bounds,
-}
+BOUNDS = (
+    "The largest factor by which each synapse of each stage can multiply the difference of two "
+    "inputs, a factor of lengths. It is an upper bound of the spectral norm of the weights, "
+    "computed from the neurons' states, and holds for every input. A stage of the loop uses "
+    "the same synapses in each round. A small number excludes large growth. A large number can "
+    "only say that growth is possible: real signals may not use that direction. Normalization "
+    "and attention around a synapse are not included."
+)

@@ -1,7 +1,6 @@
 """The figures of the stability page: each function draws one on an empty Matplotlib figure.
 
-For: drawing what `stability.py` measured, at a width that a phone can show. Not for: measuring,
-captions (`captions.py`), or colours and files (`ngc_jax/report/figures.py`).
+For: drawing what `stability.py` measured. Not for: captions, or colours and files (`report/`).
 """
 
 import math
@@ -29,12 +28,12 @@ def spectrum(figure: Any, measured: Measured) -> None:
     grid = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (unit, series) in zip(grid, panels, strict=True):
         for place, (label, values) in enumerate(series):
-            mean, low, high = interval(values)
-            # the two series side by side
-            at = np.arange(1, len(mean) + 1) + 0.12 * (place - (len(series) - 1) / 2)
+            mean, low, high = interval(np.where(np.isinf(values), np.nan, values))  # not drawn
+            beside = 0.12 * (place - (len(series) - 1) / 2)
             # a mean rounds otherwise than its interval's ends
             error = np.maximum([mean - low, high - mean], 0)
             color, mark = ((BLUE, "o"), (RED, "s"))[place]
+            at = np.arange(1, len(mean) + 1) + beside
             axes.errorbar(at, mean, error, fmt=mark, color=color, capsize=3, label=label)
         axes.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
         axes.set_ylabel(f"exponent\n(nats per {unit})")
@@ -65,12 +64,9 @@ def rounds(figure: Any, measured: Measured) -> None:
 def tokens(figure: Any, measured: Measured) -> None:
     """The distance of the last stage's state between neighbouring tokens, by position."""
     typical = np.nanmean(measured.moves, axis=0)  # where a sequence did not move at all
-    mean, low, high = interval(np.where(np.isnan(measured.moves), typical, measured.moves))
-    at = np.arange(1, len(mean) + 1)
-    rate = float(np.mean(measured.settling))
-    axes = figure.add_subplot()
-    axes.fill_between(at, low, high, color=BLUE, alpha=0.3, linewidth=0, label="95% interval")
-    axes.plot(at, mean, color=BLUE, label="mean over sequences")
+    moves = np.where(np.isnan(measured.moves), typical, measured.moves)
+    axes, rate = figure.add_subplot(), float(np.mean(measured.settling))
+    at, mean = _by_position(axes, moves, BLUE, "mean over sequences", "95% interval")
     line = mean.mean() + rate * (at - at.mean())
     axes.plot(at, line, "--", color=RED, label=f"fit: slope {rate:+.4f} per token")
     axes.set(xlabel=ALONG, ylabel="log of the relative distance\nto the previous token's state")
@@ -101,15 +97,12 @@ def traffic(figure: Any, measured: Measured) -> None:
     """The loudness of messages between groups: one heat map for each stage, on one scale."""
     stages = measured.traffic
     loudest = max(float(np.max(loud)) for loud in stages.values())
-    columns = _columns(len(stages))
-    shape = math.ceil(len(stages) / columns), columns
-    grid = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(*_grid(len(stages)), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(stages) :]:
         axes.set_axis_off()
     for axes, (stage, loud) in zip(grid.flat[: len(stages)], stages.items(), strict=True):
         end = len(loud) + 0.5
-        # Groups are numbered from 1, so that the picture agrees with the words.
-        extent = (0.5, end, end, 0.5)
+        extent = (0.5, end, end, 0.5)  # groups are numbered from 1, as in the words
         map_ = axes.imshow(loud, vmin=0, vmax=loudest, cmap="cividis", extent=extent)
         axes.locator_params(integer=True)
         axes.set_title(stage)
@@ -122,23 +115,23 @@ def traffic(figure: Any, measured: Measured) -> None:
 
 def traffic_height(stages: int) -> float:
     """Inches that the heat maps of so many stages need."""
-    return 0.6 + 5.2 / _columns(stages) * math.ceil(stages / _columns(stages))
+    rows, columns = _grid(stages)
+    return 0.6 + 5.2 / columns * rows
 
 
-def _columns(stages: int) -> int:
-    return 2 if stages <= 6 else 3
+def _grid(stages: int) -> tuple[int, int]:
+    columns = 2 if stages <= 6 else 3
+    return math.ceil(stages / columns), columns
 
 
 def paths(figure: Any, measured: Measured, labels: dict[int, str]) -> None:
-    """The states of some tokens of the first sequence, {position: text}, over rounds, in the plane
-    of their two principal directions.
-    """
+    """The states of tokens of the first sequence, {position: text}, in their principal plane."""
     loop = measured.loop
     assert loop is not None  # see `page.parts`
     plane, fractions = principal(loop.path[:, list(labels)])
     axes = figure.add_subplot()
     for place, (at, text) in enumerate(labels.items()):
-        color, mark = look(place, place)["color"], look(place, place)["marker"]
+        color, mark, _ = look(place, place).values()
         x, y = plane[:, place].T
         axes.plot(x, y, "-", color=color, linewidth=1.0)
         axes.plot(x[0], y[0], mark, color=color, markerfacecolor="white", markersize=7)
@@ -156,9 +149,7 @@ def paths(figure: Any, measured: Measured, labels: dict[int, str]) -> None:
 
 
 def principal(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """States [..., D] in the plane of their two principal directions: [..., 2], and the fractions
-    of variance [2].
-    """
+    """States [..., D] in the plane of two principal directions [..., 2]; fractions of variance."""
     flat = states.reshape(-1, states.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(axis=0)
     values, vectors = np.linalg.eigh(flat.T @ flat)
@@ -168,9 +159,12 @@ def principal(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return plane.reshape(*states.shape[:-1], 2), values[:-3:-1] / max(values.sum(), 1e-30)
 
 
-def _by_position(axes: Any, values: np.ndarray, color: str, label: str) -> None:
-    """Draws the mean over sequences of values [B, T], with its 95% interval."""
+def _by_position(
+    axes: Any, values: np.ndarray, color: str, label: str, band: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws, and returns, positions and the mean over sequences of values [B, T], with its band."""
     mean, low, high = interval(values)
     at = np.arange(1, len(mean) + 1)
-    axes.fill_between(at, low, high, color=color, alpha=0.3, linewidth=0)
+    axes.fill_between(at, low, high, color=color, alpha=0.3, linewidth=0, label=band)
     axes.plot(at, mean, color=color, label=label)
+    return at, mean

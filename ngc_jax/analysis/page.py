@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.analysis import figures
-from ngc_jax.analysis.captions import caption, meaning
+from ngc_jax.analysis import captions, figures
 from ngc_jax.analysis.stability import Headline, Measured, headlines
 from ngc_jax.data.tokens import Tokenizer
 from ngc_jax.report import page
@@ -35,20 +34,26 @@ class Part(NamedTuple):
     title: str
     height: float  # inches
     draw: Callable[[Any, Measured], None]
+    caption: Callable[[Measured], str]
     missing: str = ""
+
+    def blocks(self, measured: Measured) -> list[Block]:
+        """The section on a page."""
+        title = heading(self.title, self.name)
+        if self.missing:
+            return [title, paragraph(f"Left out: {self.missing}")]
+        draw, said = lambda canvas: self.draw(canvas, measured), self.caption(measured)
+        return [title, figure(self.name, said, draw, self.height, WIDTH)]
 
 
 def write(
     out: pathlib.Path, measured: Measured, tokenizer: Tokenizer, title: str, about: str
 ) -> list[Headline]:
-    """Write OUT/index.html and OUT/*.png; returns the headline numbers.
-
-    Raises UserError if OUT cannot be written.
-    """
+    """Writes OUT/index.html and OUT/*.png; returns the headline numbers. Raises UserError."""
     numbers = headlines(measured)
     blocks = [paragraph(about), *_numbers(numbers)]
     for part in parts(measured, tokenizer):
-        blocks += _section(part, measured)
+        blocks += part.blocks(measured)
     try:
         page.write(out, "index", title, [*blocks, *_bounds(measured)], markdown=False)
     except OSError as error:
@@ -67,27 +72,25 @@ def parts(measured: Measured, tokenizer: Tokenizer) -> list[Part]:
     no_rounds = NO_LOOP if loop is None else ""
     if loop is not None and not np.isfinite(loop.path).all():
         no_rounds = "the state became infinite or undefined: try fewer rounds with `--rounds`."
-    neither = loop is None and not measured.departures
     panels = (loop is not None) + bool(measured.departures)
-    exponents = 0.4 + 2.4 * (2 if loop is None else 3)
+    exponents, drives = 0.4 + 2.4 * (2 if loop is None else 3), 0.4 + 2.6 * panels
     between = figures.traffic_height(stages) if stages else 0
     no_messages = "" if stages else NO_MESSAGES
-    no_drive = "the model has neither a loop nor messages." if neither else ""
+    no_drive = "" if panels else "the model has neither a loop nor messages."
     paths = partial(figures.paths, labels=labels(measured.tokens[0], tokenizer))
+    f, c = figures, captions
     return [
-        Part("spectrum", "Lyapunov exponents", exponents, figures.spectrum),
-        Part("rounds", "Contraction by round", 3.8, figures.rounds, no_rounds),
-        Part("tokens", "Contraction by token", 3.8, figures.tokens),
-        Part("drive", "Drive and departure", 0.4 + 2.6 * panels, figures.drive, no_drive),
-        Part("traffic", "Traffic between groups", between, figures.traffic, no_messages),
-        Part("paths", "Paths of states over rounds", 6.0, paths, no_rounds),
+        Part("spectrum", "Lyapunov exponents", exponents, f.spectrum, c.spectrum),
+        Part("rounds", "Contraction by round", 3.8, f.rounds, c.rounds, no_rounds),
+        Part("tokens", "Contraction by token", 3.8, f.tokens, c.tokens),
+        Part("drive", "Drive and departure", drives, f.drive, c.drive, no_drive),
+        Part("traffic", "Traffic between groups", between, f.traffic, c.traffic, no_messages),
+        Part("paths", "Paths of states over rounds", 6.0, paths, c.paths, no_rounds),
     ]
 
 
 def labels(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[int, str]:
-    """Evenly spread positions of a sequence [T], with their text in ASCII: the text before the
-    token, then the token in [ ].
-    """
+    """Evenly spread positions of a sequence [T], with the text before the token, and it in [ ]."""
 
     def text(piece: np.ndarray) -> str:
         plain = tokenizer.decode(piece.tolist()).decode(errors="replace")
@@ -116,29 +119,16 @@ def describe(config: Any) -> str:
     )
 
 
-def _section(part: Part, measured: Measured) -> list[Block]:
-    title = heading(part.title, part.name)
-    if part.missing:
-        return [title, paragraph(f"Left out: {part.missing}")]
-    said = caption(part.name, measured)
-    return [
-        title,
-        figure(part.name, said, lambda canvas: part.draw(canvas, measured), part.height, WIDTH),
-    ]
-
-
 def _numbers(numbers: list[Headline]) -> list[Block]:
     rows = []
     for row in numbers:
         name = "leading exponent" if row.kind == "exponent" else row.kind
         value = f"{number(row.mean)}\n{number(row.low)} to {number(row.high)}"
         name = f"{name[0].upper()}{name[1:]}\n{row.where}"
-        rows.append([name, value, row.unit, meaning(row)])
+        rows.append([name, value, row.unit, captions.meaning(row)])
     head = ["measure", "mean\n95% interval", "unit", "what it means"]
-    return [
-        heading("In numbers", "numbers"),
-        table(head, rows, caption("numbers", None), stacked=True),
-    ]
+    numbered = table(head, rows, captions.NUMBERS, stacked=True)
+    return [heading("In numbers", "numbers"), numbered]
 
 
 def _bounds(measured: Measured) -> list[Block]:
@@ -146,11 +136,10 @@ def _bounds(measured: Measured) -> list[Block]:
     if not measured.bounds:
         why = "the bound needs linear synapses, and this model's messages have an activation."
         return [title, paragraph(f"Left out: {why}")]
-    names = list(next(iter(measured.bounds.values())))
-    rows = [
-        [stage, *(number(row[name]) for name in names)] for stage, row in measured.bounds.items()
-    ]
-    return [title, table(["stage", *names], rows, caption("bounds", measured))]
+    stages = measured.bounds.items()
+    rows = [[stage, *map(number, synapses.values())] for stage, synapses in stages]
+    names = next(iter(measured.bounds.values()))
+    return [title, table(["stage", *names], rows, captions.BOUNDS)]
 
 
 def number(value: float) -> str:

@@ -1,9 +1,8 @@
 """Our models as dynamical systems: a step along rounds, depth and tokens, and its exponents.
 
-For: turning a decoder, its parameters and a batch into maps for `dynamics/lyapunov.py`; switching
-parts of it off; the messages that groups send and the attention of tokens. All of it runs the
-forward pass of training, segments and two-way attention included. Not for: the kernels, or what is
-logged in training (`training/stability_metrics.py`).
+For: a decoder, its parameters and a batch as maps for `dynamics/lyapunov.py`; parts switched off;
+messages and attention. All runs the forward pass of training, segments and two-way attention
+included. Not for: the kernels, or what is logged in training (`training/stability_metrics.py`).
 
 Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
@@ -38,8 +37,7 @@ Visit = Callable[[Params, Array, Array | None], tuple[Array, Any]]
 def rounds_step(model: Decoder, params: Params, batch: Batch) -> tuple[Step, Array]:
     """The communication loop on a batch: (step, x_0), x_0 = e [B, T, D] what the prelude gives.
 
-    step(x, None) is one round, phi(keep x + drive e + core(x)), with e held. Raises ValueError
-    where there is no loop.
+    step(x, None) is one round, phi(keep x + drive e + core(x)). ValueError: there is no loop.
     """
     params, start = model.loop_start(params, model.embed(params, batch), batch.segments)
     turn = model.turn(params, start, batch.segments)
@@ -60,10 +58,9 @@ def round_states(model: Decoder, params: Params, batch: Batch, rounds: int) -> A
 def round_exponents(
     model: Decoder, params: Params, batch: Batch, *, rounds: int, transient: int = 0, k: int = 1
 ) -> Array:
-    """The k largest exponents of the loop for each sequence, per round: [B, k].
+    """The k largest exponents of the loop for each sequence, whose state is [T, D]: [B, k].
 
-    The state is a whole sequence, [T, D], since attention lets a token's change reach the others.
-    `rounds` may be more than in training, after a `transient`.
+    Per round; `rounds` may be more than in training, after a `transient`.
     """
 
     def one(row: Batch) -> Array:
@@ -76,16 +73,13 @@ def round_exponents(
 def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1) -> Array:
     """The k largest finite-time exponents from embedding to last stage, per stage: [B, k].
 
-    Stages, those of each round counted, differ, so this is no long-run limit but log of the k
-    largest stretches along the way of tangents [T, D], divided by the depth. The drive is an input
-    of the loop and held.
+    No long-run limit: log of the k largest stretches on the way of tangents [T, D], over the number
+    of stages, those of each round counted. The drive is an input of the loop and held.
     """
     params, s = model.expand_shared(params), model.shape
 
     def one(row: Batch) -> Array:
-        def stage(x: Array, weights: Params) -> Array:
-            return Stage(s).apply({"params": weights}, x, _at(x), row.segments)[0]
-
+        stage = lambda x, weights: _stage(s, weights, x, row)[0]  # noqa: E731
         x = model.embed(params, row)
         tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
         carry = (x, tangents.reshape(k, *x.shape), jnp.zeros(k))
@@ -99,6 +93,14 @@ def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1)
         return -jnp.sort(-carry[2] / s.depth)
 
     return _each_row(one, batch)
+
+
+def _stage(
+    shape: ModelShape, weights: Params, x: Array, batch: Batch, route: Any = None, **how: Any
+) -> Any:
+    """What the module of a stage returns, for a stream at its positions."""
+    at = jnp.arange(x.shape[1])
+    return Stage(shape).apply({"params": weights}, x, at, batch.segments, route=route, **how)
 
 
 def _each_row(one: Callable[[Batch], Array], batch: Batch) -> Array:
@@ -123,10 +125,9 @@ def token_exponents(
 ) -> Array:
     """How fast a change of one token's embedding fades from the tokens after it: [B, k], per token.
 
-    A decoder carries no state of fixed size from token to token, so this is read from responses:
-    with M_t the derivative of the last stream at t by k directions of the embedding at `source`,
-    the slopes over the tokens after it, of its document, of log of M_t's singular values,
-    descending. Raises ValueError for fewer than 3 tokens after the source.
+    The slopes over later tokens t of its document of log of the singular values, descending, of
+    M_t: the derivative of the last stream at t by k directions of the embedding at `source`. Raises
+    ValueError for fewer than 3 tokens after the source.
     """
 
     def one(row: Batch) -> Array:
@@ -158,16 +159,15 @@ def parts_to_silence(shape: ModelShape) -> list[str]:
 def silenced(model: Decoder, params: Params, what: str) -> Params:
     """The parameters with nothing sent between groups ("messages") or no potential ("drive").
 
-    What is silenced adds exactly nothing. Raises ValueError for another word, and where the model
-    has nothing to silence.
+    What is silenced adds exactly nothing. Raises ValueError for what the model has not.
     """
     able = parts_to_silence(model.shape)
     there = " or ".join(map(repr, able)) or "nothing"
     if what not in able:
         raise ValueError(f"what={what!r}: this model can silence {there}")
     if what == "drive":
-        still_core = params["core"] | {"drive": jnp.zeros_like(params["core"]["drive"])}
-        return {**params, "core": still_core}
+        core = params["core"]
+        return {**params, "core": core | {"drive": jnp.zeros_like(core["drive"])}}
 
     def still(leaf: Array, info: ParamInfo) -> Array:
         return jnp.zeros_like(leaf) if info.part == "inter" and info.side == "post" else leaf
@@ -183,10 +183,9 @@ def silenced_channels(
 ) -> Params:
     """Parameters under which `groups` send nothing to others, and `channels` carry nothing.
 
-    channels: pairs (listener, speaker) of groups. They exist where a neuron keeps a port for each
-    partner group: rule "addressed" under a fixed wiring. Under another signal rule, groups alone
-    can be silenced, and then send nothing to themselves either. Raises ValueError, naming what
-    would work, for another model and for a group that there is not.
+    channels: pairs (listener, speaker) of groups, under rule "addressed" with a fixed wiring. Under
+    another signal rule, groups alone can be silenced, and then send nothing to themselves either.
+    Raises ValueError, naming what would work, for another model and for a group that there is not.
     """
     s = model.shape
     for group in {*groups, *(g for pair in channels for g in pair)}:
@@ -218,9 +217,8 @@ def silenced_channels(
 def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     """How loudly each group speaks to each other one, {"core 1, round 2": [listeners, speakers]}.
 
-    Root mean square, over tokens and the listeners' neurons, of all that the stage's synapses carry
-    from a speaker to a listener by their messages; with a message activation, under the gates of
-    the moment. Raises ValueError for a model without messages.
+    Root mean square, over tokens and the listeners' neurons, of what the stage's synapses carry by
+    messages, under the gates of the moment. Raises ValueError for a model without messages.
     """
     s = model.shape
     if not s.has_messages:
@@ -238,7 +236,7 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
             heard[str(one.synapse.name)].append((len(one.members), _loudness(one, s.groups)))
 
         with intercept(listen):
-            x = Stage(s).apply({"params": weights}, x, _at(x), batch.segments, route=route)[0]
+            x = _stage(s, weights, x, batch, route)[0]
         return x, loudness(heard)
 
     return {name: loud for name, _, loud in walk(model, params, batch, visit)}
@@ -248,9 +246,7 @@ def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> 
     """How much each token attends to each other, {"core 1, round 2": [B, H heads, T, T keys]}."""
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
-        (x, _), seen = Stage(model.shape).apply(
-            {"params": weights}, x, _at(x), batch.segments, route=route, mutable="intermediates"
-        )
+        (x, _), seen = _stage(model.shape, weights, x, batch, route, mutable="intermediates")
         return x, seen["intermediates"]["attention"][0]
 
     return {name: weights for name, _, weights in walk(model, params, batch, visit)}
@@ -264,8 +260,7 @@ def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str
     names, found = iter(stage_names(model.shape)), OrderedDict(embedding=model.embed(params, batch))
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, None]:
-        x = Stage(model.shape).apply({"params": weights}, x, _at(x), batch.segments, route=route)[0]
-        found[next(names)] = x
+        x = found[next(names)] = _stage(model.shape, weights, x, batch, route)[0]
         return x, None
 
     walk(model, params, batch, visit, lambda turn, x: found.update({f"round {turn}": x}))
@@ -281,8 +276,8 @@ def walk(
 ) -> list[tuple[str, int, Any]]:
     """Takes a batch through a decoder one stage at a time, visit(weights, x, route) -> (x, found).
 
-    Returns what was found at each stage, in order, with the stage's name, "core 1, round 2", and
-    its number among the stages that are stored. `after_round` sees the state of round 1, 2, ...
+    Returns, for each stage passed, its name, "core 1, round 2", its number among the stored stages,
+    and what was found. `after_round` sees the state of round 1, 2, ...
     """
     s, params = model.shape, model.expand_shared(params)
     passed: list[tuple[str, int, Any]] = []
@@ -308,17 +303,9 @@ def walk(
 
 def stage_names(shape: ModelShape) -> list[str]:
     """The names of the stages that a token passes, in order: "core 1, round 2"."""
-    turns = {"core": [f", round {turn + 1}" for turn in range(shape.rounds)]}
-    return [
-        f"{stack} {i + 1}{turn}"
-        for stack in STACKS
-        for turn in turns.get(stack, [""])
-        for i in range(getattr(shape, stack))
-    ]
-
-
-def _at(x: Array) -> Array:
-    return jnp.arange(x.shape[1])
+    rounds = [("core", f", round {turn + 1}") for turn in range(shape.rounds)]
+    passed = [("prelude", ""), *rounds, ("coda", "")]
+    return [f"{name} {i + 1}{turn}" for name, turn in passed for i in range(getattr(shape, name))]
 
 
 def _loudness(heard: Heard, groups: int) -> Array:

@@ -1,8 +1,7 @@
 """All that the stability page shows of a trained model, measured on some held-out windows.
 
-For: running the measures of this package over sequences, compiled, and the headline numbers with
-their intervals. Not for: the measures themselves (`core/`, `systems.py`), pictures (`figures.py`)
-or words about them (`page.py`).
+For: running the measures over sequences, compiled, and the headline numbers with their intervals.
+Not for: the measures (`dynamics/`, `probes.py`), pictures (`figures.py`) or words (`captions.py`).
 
 Axes: B sequences, T tokens, D width, G groups, R rounds of training, K rounds followed, k
 exponents.
@@ -19,6 +18,7 @@ import numpy as np
 from ngc_jax.analysis.bounds import gain_bound
 from ngc_jax.analysis.probes import (
     depth_exponents,
+    parts_to_silence,
     round_exponents,
     round_states,
     silenced,
@@ -63,8 +63,7 @@ class Loop(NamedTuple):
     exponents: np.ndarray  # [B, k] exponents over rounds dropped + 1 to K, per round
     dimension: np.ndarray  # [B] Kaplan-Yorke dimension of `exponents`
     entropy: np.ndarray  # [B] nats per round
-    # [B, K - 1, T] factor by which the step shrinks; nan where a step is rounding error
-    contraction: np.ndarray
+    contraction: np.ndarray  # [B, K - 1, T] factor of steps; nan where one is rounding error
     drive_ratio: np.ndarray  # [B, R, T] in [0, 1]
     boundedness: np.ndarray  # [B, T] over the R rounds of training
     bounded_on: np.ndarray  # [B, T] over all K
@@ -78,14 +77,11 @@ class Measured(NamedTuple):
     loop: Loop | None
     depth: np.ndarray  # [B, k] exponents from the embedding to the last stage, per stage
     along: np.ndarray  # [B, k] exponents along tokens, per token
-    # [B, T - 1] log d_t, how far the last stream is from that of the token before; nan: not at all
-    moves: np.ndarray
+    moves: np.ndarray  # [B, T - 1] `token_moves` of the last stream
     settling: np.ndarray  # [B] slope of `moves`, per token
-    # "messages", "drive" -> [B, T]: how far the last stream is from that without
-    departures: dict[str, np.ndarray]
+    departures: dict[str, np.ndarray]  # "messages", "drive" -> [B, T] of the last stream
     traffic: dict[str, np.ndarray]  # stage -> [G listeners, G speakers]
-    # stage -> synapse -> the most that it stretches a difference by
-    bounds: dict[str, dict[str, float]]
+    bounds: dict[str, dict[str, float]]  # stage -> synapse -> most that it stretches a difference
 
 
 class Headline(NamedTuple):
@@ -100,15 +96,12 @@ class Headline(NamedTuple):
 
 
 def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measured:
-    """Measure on a batch, following the loop over `rounds` rounds, at least those of
-    training.
+    """Measures on a batch, following the loop over `rounds` rounds, or those of training if more.
 
-    Takes B >= 2 for intervals, T >= LEAST_TOKENS and rounds >= LEAST_ROUNDS; ValueError where a
-    measure wants more.
+    Takes B >= 2, T >= LEAST_TOKENS, rounds >= LEAST_ROUNDS; ValueError where more is needed.
     """
     k = min(EXPONENTS, model.shape.width)
-    # A program for each: two in one that call LAPACK at the same time can wait for each other for
-    # ever on XLA:CPU.
+    # A program for each: two calls of LAPACK in one can wait for each other for ever on XLA:CPU.
     return Measured(
         depth=_each(partial(depth_exponents, model, k=k), params, batch)[:, 0],
         along=_each(partial(token_exponents, model, k=k), params, batch)[:, 0],
@@ -121,61 +114,47 @@ def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measur
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over sequences and its 95% bootstrap interval of values [B, ...]: (mean, low, high),
-    each [...].
-    """
+    """Mean over sequences of values [B, ...] and its 95% interval: mean, low, high, each [...]."""
     low, high = jax.jit(bootstrap_interval)(jnp.asarray(values, jnp.float32))
     return np.mean(values, axis=0), np.asarray(low), np.asarray(high)
 
 
 def headlines(measured: Measured) -> list[Headline]:
     """The numbers at the top of the page, those of the loop first."""
-    rows: list[tuple[str, str, np.ndarray, str]] = []
-    loop = measured.loop
+    loop, size = measured.loop, "times the size at the start"
+    rows = [
+        ("exponent", "along depth", measured.depth[:, 0], "per stage"),
+        ("exponent", "along tokens", measured.along[:, 0], "per token"),
+    ]
+    others = [
+        ("departure", f"{what} off", values.mean(1), "times the size of the state without")
+        for what, values in measured.departures.items()
+    ]
+    others.append(("token contraction", "last stage", measured.settling, "per token"))
     if loop is not None:
-        trained = (
-            f"the {loop.trained} rounds of training"
-            if loop.trained > 1
-            else "the one round of training"
-        )
-        later = f"rounds {loop.dropped + 1} to {loop.followed}"
-        rows.append(("exponent", f"along rounds, {trained}", loop.start[:, 0], "per round"))
-        rows.append(("exponent", f"along rounds, {later}", loop.exponents[:, 0], "per round"))
-    rows.append(("exponent", "along depth", measured.depth[:, 0], "per stage"))
-    rows.append(("exponent", "along tokens", measured.along[:, 0], "per token"))
-    if loop is not None:
+        several = f"the {loop.trained} rounds of training"
+        trained = several if loop.trained > 1 else "the one round of training"
+        whole = f"rounds 1 to {loop.followed}"
+        along = f"along rounds, rounds {loop.dropped + 1} to {loop.followed}"
+        rows[:0] = [
+            ("exponent", f"along rounds, {trained}", loop.start[:, 0], "per round"),
+            ("exponent", along, loop.exponents[:, 0], "per round"),
+        ]
         if loop.trained > 1:
-            early = loop.contraction[:, : loop.trained - 1]
-            rows.append(("contraction", trained, settled(early), "factor per round"))
-        rows.append(
-            (
-                "contraction",
-                f"rounds 1 to {loop.followed}",
-                settled(loop.contraction),
-                "factor per round",
-            )
-        )
-        rows.append(("drive ratio", trained, loop.drive_ratio.mean((1, 2)), "share, per round"))
-        rows.append(
-            ("boundedness", trained, loop.boundedness.mean(1), "times the size at the start")
-        )
-        on = (
-            f"rounds 1 to {loop.followed}",
-            loop.bounded_on.mean(1),
-            "times the size at the start",
-        )
-        rows.append(("boundedness", *on))
-    for what, values in measured.departures.items():
-        rows.append(
-            ("departure", f"{what} off", values.mean(1), "times the size of the state without")
-        )
-    rows.append(("token contraction", "last stage", measured.settling, "per token"))
-    if loop is not None:
-        measurable = f"directions, of {loop.exponents.shape[1]} measured"
-        rows.append(
-            ("Kaplan-Yorke dimension", f"along rounds, {later}", loop.dimension, measurable)
-        )
-        rows.append(("entropy rate", f"along rounds, {later}", loop.entropy, "nats per round"))
+            early = settled(loop.contraction[:, : loop.trained - 1])
+            rows.append(("contraction", trained, early, "factor per round"))
+        k = loop.exponents.shape[1]
+        rows += [
+            ("contraction", whole, settled(loop.contraction), "factor per round"),
+            ("drive ratio", trained, loop.drive_ratio.mean((1, 2)), "share, per round"),
+            ("boundedness", trained, loop.boundedness.mean(1), size),
+            ("boundedness", whole, loop.bounded_on.mean(1), size),
+        ]
+        others += [
+            ("Kaplan-Yorke dimension", along, loop.dimension, f"directions, of {k} measured"),
+            ("entropy rate", along, loop.entropy, "nats per round"),
+        ]
+    rows += others
     mean, low, high = interval(np.stack([values for _, _, values, _ in rows], axis=1))
     return [
         Headline(kind, where, float(mean[i]), float(low[i]), float(high[i]), unit)
@@ -184,9 +163,7 @@ def headlines(measured: Measured) -> list[Headline]:
 
 
 def settled(ratios: np.ndarray) -> np.ndarray:
-    """Geometric mean of contraction [B, rounds, T] for each sequence, without what is rounding
-    error: [B].
-    """
+    """Geometric mean of contraction [B, rounds, T], without rounding error: [B]."""
     logs = np.ma.masked_invalid(np.log(np.maximum(ratios, TINY)))
     return np.exp(logs.mean(axis=(1, 2)).filled(np.nan))
 
@@ -207,19 +184,14 @@ def _streams(model: Decoder, params: Params, row: Batch) -> dict[str, Any]:
     def last(params: Params) -> Array:
         return model.stream(params, model.embed(params, row), row.segments)[0][0]
 
-    state, shape = last(params), model.shape
-    parts = ["drive"] * shape.has_drive + ["messages"] * shape.has_messages
-    off = {part: last(silenced(model, params, part)) for part in parts}
-    return {
-        "moves": token_moves(state),
-        "settling": token_contraction(state),
-        "departures": {part: departure(state, without) for part, without in off.items()},
-    }
+    state, parts = last(params), parts_to_silence(model.shape)
+    off = {part: departure(state, last(silenced(model, params, part))) for part in parts}
+    moves, settling = token_moves(state), token_contraction(state)
+    return {"moves": moves, "settling": settling, "departures": off}
 
 
 def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
-    trained = model.shape.rounds
-    followed = max(rounds, trained)
+    trained, followed = model.shape.rounds, max(rounds, model.shape.rounds)
     dropped = followed // 4
     exponents = partial(round_exponents, model, k=min(EXPONENTS, model.shape.width))
     later = partial(exponents, rounds=followed - dropped, transient=dropped)
@@ -264,13 +236,9 @@ def _traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, np.ndarr
 
 
 def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
-    """The most that each synapse stretches a difference by, {stage: {synapse: factor}}; for linear
-    messages only.
-    """
+    """The most that synapses of linear messages stretch a difference: {stage: {synapse: most}}."""
     found = of_synapses(model, params, gain_bound)
-    return {
-        stage: {member: float(bound) for member, bound in of.items()} for stage, of in found.items()
-    }
+    return {stage: {name: float(x) for name, x in of.items()} for stage, of in found.items()}
 
 
 def of_synapses(
@@ -280,13 +248,11 @@ def of_synapses(
     shape, params = model.shape, model.expand_shared(params)
     parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
     rules = {part.name: part.how for part in parts}
-    runs = {
-        name: jax.jit(partial(_of_members, measure, rules, shape.shared.of(name))) for name in FANS
-    }
+    one = partial(_of_members, measure, rules)
+    runs = {name: jax.jit(partial(one, shape.shared.of(name))) for name in FANS}
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in stack_rows(shape):
-        stack = get_stack(params, name)
-        # [stages, fan, ...]
+        stack = get_stack(params, name)  # measured: [stages, fan, ...]
         measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in FANS}
         for i in range(len(measured["down"])):
             found[f"{name} {i + 1}"] = {

@@ -158,7 +158,7 @@ class Run:
         self.late = self.step, outputs
 
     def log(self) -> None:
-        """Reads the scalars of the newest update, and writes its row; in trouble, no further ones."""
+        """Reads the scalars of the newest update, and writes its row; in trouble, no further."""
         train = self.config.train
         if self.late is None or self.broken >= train.max_bad_steps:
             return
@@ -178,10 +178,9 @@ class Run:
             self.progress.show(at, row["train/loss"], speed, per_step)
         likely = row["stability/warning"] > 0
         if likely and not self.warned:
-            self.progress.say(
-                f"step {at}: divergence likely: the parameters change by "
-                f"{row['stability/relative_update']:.1%} in an update; a smaller learning rate is safer"
-            )
+            change = f"the parameters change by {row['stability/relative_update']:.1%} in an update"
+            told = f"step {at}: divergence likely: {change}; a smaller learning rate is safer"
+            self.progress.say(told)
         self.warned = (self.warned or at) if likely or (self.broken and self.warned) else 0
         if self.broken:
             loss, norm = row["train/loss"], row["train/grad_norm"]
@@ -237,7 +236,7 @@ class Run:
 
     @contextlib.contextmanager
     def saving(self, ending: bool = False) -> Iterator[None]:
-        """Reports a save that fails; raises OSError if the run ends, or there are many processes."""
+        """Reports a save that fails. Raises OSError if the run ends, or has many processes."""
         try:
             yield
         except OSError as error:
@@ -268,10 +267,10 @@ class Run:
         if found is None or self.rewinds == train.max_rewinds:
             warning = f"the warning stood from step {self.warned} on"
             raise Diverged(
-                f"stopped at step {logged}: {self.broken} updates in a row were skipped, not finite "
-                f"or spikes; rewound {self.rewinds} times; last sound checkpoint: "
-                f"{found and found.step}; {warning if self.warned else 'no warning came before it'}; "
-                f"try a smaller train.learning_rate={train.learning_rate:g} or "
+                f"stopped at step {logged}: {self.broken} updates in a row were skipped, not "
+                f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: "
+                f"{found and found.step}; {warning if self.warned else 'no warning came before it'}"
+                f"; try a smaller train.learning_rate={train.learning_rate:g} or "
                 f"train.state_learning_rate={train.state_learning_rate:g}, or more "
                 f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
             )

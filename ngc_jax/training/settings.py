@@ -1,7 +1,6 @@
 """Settings of a run but for its data and model: tables of fields, and which values go together.
 
-For: `config.seed`, rewire, iteration, train, eval, checkpoint, mesh and stability. Not for: reading
-them.
+For: seed, rewire, iteration, train, eval, checkpoint, mesh, stability. Not for: reading them.
 """
 
 from typing import Any
@@ -21,10 +20,9 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _unread_rewire(config: Any) -> dict[str, str]:
-    if config.model.wiring in DYNAMIC:
-        return {}
     reason = f"model.wiring={config.model.wiring!r} does not change in training"
-    return dict.fromkeys([field.name for field in REWIRE.fields], reason)
+    still = config.model.wiring not in DYNAMIC
+    return dict.fromkeys([field.name for field in REWIRE.fields if still], reason)
 
 
 def _check_rewire(config: Any, need: Need) -> None:
@@ -84,12 +82,12 @@ def _check_train(config: Any, need: Need) -> None:
 def _check_mesh(config: Any, need: Need) -> None:
     mesh, heads, t = config.mesh, config.model.heads, config.train
     devices, here = jax.device_count(), jax.local_device_count()
-    common = [n for n in _divisors(here) if heads % n == 0]
+    common = _divisors(here, heads)
     wants = f"a divisor of model.heads={heads} and of the {here} devices of a process"
-    need(mesh.group in common, "mesh.group", f"{wants}: {_listed(common)}")
+    need(mesh.group in common, "mesh.group", f"{wants}: {str(common)[1:-1]}")
     parts = devices // mesh.group
     wants = f"a divisor of the {devices} devices here / mesh.group={mesh.group}"
-    need(parts % mesh.fsdp == 0, "mesh.fsdp", f"{wants}: {_listed(_divisors(parts))}")
+    need(parts % mesh.fsdp == 0, "mesh.fsdp", f"{wants}: {str(_divisors(parts))[1:-1]}")
     rest = parts // mesh.fsdp
     wants = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group})"
     need(mesh.data in (-1, rest), "mesh.data", f"{wants}, {rest}, or -1")
@@ -102,13 +100,11 @@ def _check_mesh(config: Any, need: Need) -> None:
 
 
 def _unread_stability(config: Any) -> dict[str, str]:
-    found = {}
-    if config.stability.regulariser == "none":
-        found = dict.fromkeys(("low", "high", "weight"), "stability.regulariser='none'")
     if not kind_of(config).stages:
         reason = f"model.kind={config.model.kind!r} has no stages to measure"
-        found = {field.name: reason for field in STABILITY.fields if field.name != "every"}
-    return found
+        return {field.name: reason for field in STABILITY.fields if field.name != "every"}
+    unread = ("low", "high", "weight") if config.stability.regulariser == "none" else ()
+    return dict.fromkeys(unread, "stability.regulariser='none'")
 
 
 def _check_stability(config: Any, need: Need) -> None:
@@ -128,12 +124,8 @@ def _check_stability(config: Any, need: Need) -> None:
     need(s.jacobian == 0 or has_loop(config), "stability.jacobian", wants)
 
 
-def _divisors(count: int) -> list[int]:
-    return [n for n in range(1, count + 1) if count % n == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _divisors(*counts: int) -> list[int]:
+    return [n for n in range(1, min(counts) + 1) if not any(count % n for count in counts)]
 
 
 # fmt: off
