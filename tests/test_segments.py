@@ -32,10 +32,9 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import RMSNorm, Stage
 from ngc_jax.nn.synapse import intercept
 from ngc_jax.training.evaluation import attending, compile_watch
-from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rewiring import make_rewire
 from ngc_jax.training.rounds import make_iteration
-from ngc_jax.training.stability_metrics import PROBES, make_watch
+from ngc_jax.training.stability_metrics import PROBES, make_penalty, make_watch
 from ngc_jax.training.step import init_state, make_train_step
 
 VOCAB, ROUNDS = 20, 3

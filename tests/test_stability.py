@@ -21,8 +21,7 @@ from ngc_jax.data.batches import Batch
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.synapse import Heard, Synapse, SynapsePart
-from ngc_jax.training.penalty import jacobian_penalty, make_penalty
-from ngc_jax.training.stability_metrics import PROBES, make_watch
+from ngc_jax.training.stability_metrics import PROBES, jacobian_penalty, make_penalty, make_watch
 
 
 def build(**fields):

@@ -34,8 +34,8 @@ from ngc_jax.nn.settings import head_counts, kind_of
 from ngc_jax.report.blocks import aligned
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.match_size import prepare
-from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rounds import mark_of
+from ngc_jax.training.stability_metrics import make_penalty
 from ngc_jax.training.step import abstract_state, losses, make_train_step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")

@@ -27,10 +27,10 @@ from ngc_jax.training import card
 from ngc_jax.training.costs import costs, devices, update_flops, versions
 from ngc_jax.training.evaluation import compile_eval, compile_watch
 from ngc_jax.training.match_size import prepare
-from ngc_jax.training.penalty import make_penalty
 from ngc_jax.training.rewiring import changes, compile_rewire, pruned
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
+from ngc_jax.training.stability_metrics import make_penalty
 from ngc_jax.training.step import SELDOM, TrainState, abstract_state, init_state, make_train_step
 from ngc_jax.training.workdir import claim
 

@@ -4,6 +4,7 @@ For: `config.model.match`, and the last checks of a config before it is used. No
 what such models are worth (`experiments/`).
 """
 
+import bisect
 import functools
 import math
 from collections.abc import Callable
@@ -87,11 +88,8 @@ def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict,
     above = 1
     while at(above)[1] < 1 and above < 2**20:
         above *= 2
-    below = above // 2  # 0 where even the smallest is too large
-    while above - below > 1:
-        middle = (above + below) // 2
-        below, above = (middle, above) if at(middle)[1] < 1 else (below, middle)
-    return min((at(n) for n in (below, above) if n), key=lambda found: abs(found[1] - 1))
+    n = bisect.bisect_left(range(above), 1, above // 2 + 1, above, key=lambda n: at(n)[1])
+    return min((at(n) for n in (n - 1, n) if n), key=lambda found: abs(found[1] - 1))
 
 
 def cost(config: ConfigDict, what: str = "parameters") -> int:
@@ -104,8 +102,7 @@ def cost(config: ConfigDict, what: str = "parameters") -> int:
     if what == "parameters":
         return count.parameters(params, model.param_info()).matrices
     window, formed = token_batch(1, config.data.context), config.copy_and_resolve_references()
-    found = []
-    forms = ("weights", "signals") if "form" in kind_of(config).reads else ("weights",)
+    found, forms = [], ["weights"] + ["signals"] * ("form" in kind_of(config).reads)
     for formed.model.form in forms:
         found.append(count.forward_flops(make_model(formed, VOCAB).apply, params, window))
     return min(found)

@@ -1,7 +1,7 @@
-"""What is measured of a model's stability while it trains, on a little held-out data.
+"""A model's stability while it trains: what is measured of it, and what the loss asks of it.
 
-For: the numbers of one row of the log, as `config.stability` chooses; `PROBES` takes more. Not for:
-spectra of a finished model (`analysis/`), the loss (`penalty.py`), or warnings (`monitors.py`).
+For: the numbers of one row of the log, as `config.stability` chooses, `PROBES` takes more; and the
+terms of the loss. Not for: spectra of a finished model (`analysis/`), or warnings (`monitors.py`).
 """
 
 import itertools
@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.analysis.probes import depth_exponents, parts_to_silence, round_exponents, silenced
+from ngc_jax.analysis import probes
 from ngc_jax.data.batches import Batch
-from ngc_jax.dynamics.measures import Round, departure, summarise, token_contraction
+from ngc_jax.dynamics.measures import Round, contraction, departure, summarise, token_contraction
 from ngc_jax.nn.decoder import Decoder
 
 Array = jax.Array
 Measures = dict[str, Array]
+Penalty = Callable[[Any, Batch, Array], Array]
 
 
 class Seen(NamedTuple):
@@ -46,8 +47,8 @@ def tokens(seen: Seen) -> Measures:
 def departures(seen: Seen) -> Measures:
     """How far messages, and the drive, move the last stream."""
     found = {}
-    for what in parts_to_silence(seen.model.shape):
-        params = silenced(seen.model, seen.params, what)
+    for what in probes.parts_to_silence(seen.model.shape):
+        params = probes.silenced(seen.model, seen.params, what)
         without, _ = _last_stream(seen.model, params, seen.batch)
         found[f"departure_{what}"] = jnp.mean(departure(seen.stream, without))
     return found
@@ -56,9 +57,11 @@ def departures(seen: Seen) -> Measures:
 def exponents(seen: Seen) -> Measures:
     """The leading exponent per stage, and per round, followed for `config.rounds` rounds."""
     where = (seen.model, seen.params, seen.batch)
-    found = {"exponent_per_stage": jnp.mean(depth_exponents(*where))}
+    found = {"exponent_per_stage": jnp.mean(probes.depth_exponents(*where))}
     if seen.model.shape.core:
-        found["exponent_per_round"] = jnp.mean(round_exponents(*where, rounds=seen.config.rounds))
+        found["exponent_per_round"] = jnp.mean(
+            probes.round_exponents(*where, rounds=seen.config.rounds)
+        )
     return found
 
 
@@ -85,3 +88,47 @@ def _last_stream(model: Decoder, params: Any, batch: Batch) -> tuple[Array, Roun
     x = model.embed(params, batch)
     stream, _, records = model.stream(params, x, batch.segments, record=model.shape.core > 0)
     return stream, records
+
+
+def band(value: Array, low: float, high: float) -> Array:
+    """0 inside [low, high], else the square of how far outside."""
+    return jnp.square(jnp.maximum(value - high, 0) + jnp.maximum(low - value, 0))
+
+
+def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Array:
+    """|v^T J|^2 / n for one random v: unbiased for |J|_F^2 / n, J the Jacobian at x of n numbers.
+
+    Hutchinson's estimate as in deep equilibrium models (Bai et al. 2021, arXiv 2106.14342, 4).
+    """
+    v = jax.random.normal(key, x.shape, x.dtype)
+    (pulled,) = jax.vjp(step, x)[1](v)
+    return jnp.mean(jnp.square(pulled))
+
+
+def make_penalty(model: Decoder, config: Any) -> Penalty | None:
+    """(params, batch, key) -> scalar to add to the loss in nats per token; None: nothing is asked.
+
+    config is `config.stability`. The band holds a natural logarithm per round, of the contraction
+    (mean over rounds and tokens) or the leading exponent (mean over sequences), over
+    `model.rounds` rounds, whatever number an update draws (`rounds.py`).
+    """
+    if config.regulariser == "none" and not config.jacobian:
+        return None
+    rounds = model.shape.rounds
+
+    def penalty(params: Any, batch: Batch, key: Array) -> Array:
+        total = jnp.zeros(())
+        if config.regulariser == "contraction":
+            factors = contraction(probes.round_states(model, params, batch, rounds))
+            held = jnp.mean(jnp.log(factors + 1e-6))
+        if config.regulariser == "exponent":
+            held = jnp.mean(probes.round_exponents(model, params, batch, rounds=rounds))
+        if config.regulariser != "none":
+            total += config.weight * band(held, config.low, config.high)
+        if config.jacobian:
+            step, _ = probes.rounds_step(model, params, batch)
+            settled = probes.round_states(model, params, batch, rounds)[-1]
+            total += config.jacobian * jacobian_penalty(lambda x: step(x, None), settled, key)
+        return total
+
+    return penalty

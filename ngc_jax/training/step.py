@@ -23,8 +23,8 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import combine, partition
 from ngc_jax.training import monitors, optimizer
-from ngc_jax.training.penalty import Penalty
 from ngc_jax.training.rounds import Apply, Iteration
+from ngc_jax.training.stability_metrics import Penalty
 
 Array = jax.Array
 Tree = Any
@@ -99,7 +99,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
-    `penalty` (penalty.py), nats per token, is added to what is minimised, and not to train/loss.
+    `penalty` (stability_metrics.py), nats per token, is added to what is minimised, and not to train/loss.
     `iteration` says how the model's loop is run; None: as `model.apply` runs it. What is random
     (noise, the penalty's probe) follows from `seed`, the update and the accumulated part.
     """
