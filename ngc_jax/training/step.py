@@ -99,7 +99,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
-    `penalty` (stability_metrics.py), nats per token, is added to what is minimised, and not to train/loss.
+    `penalty`, nats per token, is added to what is minimised, and not to train/loss.
     `iteration` says how the model's loop is run; None: as `model.apply` runs it. What is random
     (noise, the penalty's probe) follows from `seed`, the update and the accumulated part.
     """
