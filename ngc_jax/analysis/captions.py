@@ -31,12 +31,12 @@ def _growth(row: Headline) -> str:
 
 
 def _exponent(row: Headline) -> str:
-    if row.unit == "per token":
-        return (
-            "A small change of the first token changes later tokens. The factor of that effect "
-            f"from one token to the next {_growth(row)}."
-        )
-    return f"A small change of all states is multiplied {row.unit}. The factor {_growth(row)}."
+    if row.unit != "per token":
+        return f"A small change of all states is multiplied {row.unit}. The factor {_growth(row)}."
+    return (
+        "A small change of the first token changes later tokens. The factor of that effect "
+        f"from one token to the next {_growth(row)}."
+    )
 
 
 def _contraction(row: Headline) -> str:
@@ -55,8 +55,7 @@ def _token_contraction(row: Headline) -> str:
 
 
 def _dimension(row: Headline) -> str:
-    measured = int("".join(filter(str.isdigit, row.unit)))
-    if row.mean >= measured - 0.01:
+    if row.mean >= int("".join(filter(str.isdigit, row.unit))) - 0.01:
         return "The measured directions together do not shrink: the dimension is this or more."
     return (
         "The number of directions in which a cloud of close states keeps its size. At 0 the cloud "
@@ -85,12 +84,17 @@ MEANINGS: dict[str, Callable[[Headline], str]] = {
         "create, at most, if it continued at this rate."
     ),
 }
-
-
 NUMBERS = (
     "Means over sequences, each with its 95% interval below (bootstrap over sequences). The "
-    "interval is for other text of this kind and this one trained model. Other seeds of training "
+    "interval is for other text of this kind and this one trained model; other seeds of training "
     "may differ by more."
+)
+BOUNDS = (
+    "The largest factor by which each synapse of each stage can multiply the difference of two "
+    "inputs, a factor of lengths. It is an upper bound of the spectral norm of the weights and "
+    "holds for every input. A stage of the loop uses the same synapses in each round. A small "
+    "number excludes large growth. A large number can only say that growth is possible. "
+    "Normalization and attention around a synapse are not included."
 )
 
 
@@ -117,18 +121,16 @@ def spectrum(measured: Measured) -> str:
         f"The {measured.depth.shape[1]} largest Lyapunov exponents along {along}. Vertical axis: "
         "natural logarithm of the factor by which a small change grows per round, per stage or "
         "per token. Horizontal axis: index of the exponent. Bars: 95% intervals over sequences "
-        f"(bootstrap).{later} Above 0 changes grow, below 0 they decay. Several exponents above 0 "
-        "are several independent directions of growth. The figure does not say that growth is "
-        "harmful: a model must separate its inputs. It does not describe large changes. Over few "
-        "steps the changes have not yet turned to the direction of largest growth, so these are "
-        "rates of these steps, not limits."
+        f"(bootstrap).{later} Above 0 changes grow, below 0 they decay, each exponent in a "
+        "direction of its own. The figure does not say that growth is harmful: a model must "
+        "separate its inputs. It does not describe large changes. Over few steps the changes have "
+        "not yet turned to the direction of largest growth, so these rates are no limits."
     )
 
 
 def rounds(measured: Measured) -> str:
     assert measured.loop is not None
-    loop = measured.loop
-    lost = float(np.mean(np.isnan(loop.contraction)))
+    lost = float(np.mean(np.isnan(measured.loop.contraction)))
     left_out = (
         f" {lost:.0%} of the ratios are left out, because a step is below {RESOLVED:g} of the "
         "state and so rounding error."
@@ -138,17 +140,16 @@ def rounds(measured: Measured) -> str:
         "the length of the previous step, a factor per round. Horizontal axis: round. The line is "
         "the median over tokens, the band holds 90% of them. Below the dotted line at 1 steps "
         "shrink, above it they grow. The dashed line is the last round of training, "
-        f"{loop.trained}: the model was not trained for later rounds.{left_out if lost else ''} "
-        "The figure does not say where the state converges, or that a converged state predicts "
-        "better."
+        f"{measured.loop.trained}.{left_out if lost else ''} The figure does not say where the "
+        "state converges, or that a converged state predicts better."
     )
 
 
 def tokens(measured: Measured) -> str:
     same = float(np.mean(np.isnan(measured.moves)))
     repeats = (
-        f" {same:.1%} of the positions are left out, because their distance is 0 up to rounding. "
-        "A window that begins with a repeated token has such positions."
+        f" {same:.1%} of the positions are left out, because their distance is 0 up to rounding, "
+        "as where a window begins with a repeated token."
     )
     return (
         "Distance of the last stage's state between neighbouring tokens. Vertical axis: natural "
@@ -161,21 +162,19 @@ def tokens(measured: Measured) -> str:
 
 
 def drive(measured: Measured) -> str:
-    said = []
-    if measured.loop is not None:
-        said.append(
-            "Drive ratio: length of the drive over the sum of its length and the length of the "
-            "groups' update, a fraction per round. At 0 only the groups act, at 1 only the input."
-        )
-    if measured.departures:
-        said.append(
-            "Departure: distance of the last stage's state from the state of the same model with "
-            f"{' or '.join(measured.departures)} off, relative to the length of the latter. At 0 "
-            "that part has no effect."
-        )
+    ratio = (
+        "Drive ratio: length of the drive over the sum of its length and the length of the "
+        "groups' update, a fraction per round. At 0 only the groups act, at 1 only the input. "
+    )
+    parts = (
+        "Departure: distance of the last stage's state from the state of the same model with "
+        f"{' or '.join(measured.departures)} off, relative to the length of the latter. At 0 "
+        "that part has no effect. "
+    )
+    said = ratio * (measured.loop is not None) + parts * bool(measured.departures)
     return (
-        f"{' '.join(said)} {POSITION} {BAND} The figure does not say how much worse the model "
-        "would predict, or what training without that part would give."
+        f"{said}{POSITION} {BAND} The figure does not say how much worse the model would predict, "
+        "or what training without that part would give."
     )
 
 
@@ -183,11 +182,10 @@ def traffic(_: Measured) -> str:
     return (
         "Messages between groups: one map for each stage, all on one colour scale. Row: the "
         "receiving group. Column: the sending group. Colour: root mean square of what arrives by "
-        "messages, over tokens, over the receiver's neurons and over all synapses of the stage, in "
-        "units of the signal. The diagonal is what a group sends itself by messages; direct "
-        "connections inside a group are not drawn. A bright column is a group that many receive "
-        "from, a bright row a group that receives much. The figure does not say that a large "
-        "message is useful."
+        "messages, over tokens, the receiver's neurons and all synapses of the stage, in units of "
+        "the signal. The diagonal is what a group sends itself by messages; direct connections "
+        "inside a group are not drawn. A bright column is a group that many receive from, a bright "
+        "row one that receives much. The figure does not say that a large message is useful."
     )
 
 
@@ -195,19 +193,9 @@ def paths(measured: Measured) -> str:
     assert measured.loop is not None
     return (
         "States of a few tokens of the first sequence over rounds, in the plane of the two "
-        "directions in which these states differ most. Both axes are in units of the signal and "
-        "name their fraction of the variance. Hollow mark: before the loop. Filled mark: after "
-        f"the last round of training, {measured.loop.trained}. Dots: each round up to "
-        f"{measured.loop.followed}. Dots that come together have converged. The figure does not "
-        "show the other directions: paths that cross here need not meet."
+        "directions in which they differ most. Both axes are in units of the signal and name their "
+        "fraction of the variance. Hollow mark: before the loop. Filled mark: after the last round "
+        f"of training, {measured.loop.trained}. Dots: each round up to {measured.loop.followed}. "
+        "Dots that come together have converged. The figure does not show the other directions: "
+        "paths that cross here need not meet."
     )
-
-
-BOUNDS = (
-    "The largest factor by which each synapse of each stage can multiply the difference of two "
-    "inputs, a factor of lengths. It is an upper bound of the spectral norm of the weights, "
-    "computed from the neurons' states, and holds for every input. A stage of the loop uses "
-    "the same synapses in each round. A small number excludes large growth. A large number can "
-    "only say that growth is possible: real signals may not use that direction. Normalization "
-    "and attention around a synapse are not included."
-)

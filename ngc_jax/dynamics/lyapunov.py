@@ -25,7 +25,7 @@ Array = jax.Array
 Tree = Any
 Step = Callable[[Any, Any], Any]
 Key = Array | None
-Plan = tuple[int, int, int | None, int, int]  # steps, blocks, k, transient, qr_every
+Plan = tuple[int, int, Any, int, int]  # steps, blocks, k, transient, qr_every
 TALL = 16  # numbers of a state for each tangent, from which QR goes by Gram matrices
 DIGITS = 400  # times the dtype's epsilon: what a step may shrink more than others, and be resolved
 NEW = 0.3  # of a row's length that must be new, for the shift not to be seen in it
@@ -88,7 +88,7 @@ def local_exponents(
     return _measure(step, x0, inputs, key, (steps, blocks, k, transient, qr_every))
 
 
-def unresolved(exponents: Array, qr_every: int = 1) -> Array:
+def unresolved(exponents: Any, qr_every: int = 1) -> Array:
     """Which of the exponents [..., k] lie so far below the largest that they are rounding error.
 
     That is more than -log(400 epsilon) / qr_every per step: 10 nats in float32, 30 in float64. Of

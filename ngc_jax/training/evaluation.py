@@ -84,9 +84,9 @@ def held_out(
 ) -> dict[str, float]:
     """Means over `limit` examples (0: all), by a `step` of `make_eval_step`.
 
-    "loss" is in nats per target. Text has "bits_per_byte", comparable over tokenizers. Problems
-    have "exact", the share with every answer right. A loop that runs until it settles has "rounds"
-    per target. `between` is called before each batch, and may raise to abandon all.
+    "loss": nats per target. "bits_per_byte": of text, comparable over tokenizers. "exact": share of
+    problems with every answer right. "rounds" per target: of a loop that runs until it settles.
+    `between` is called before each batch, and may raise to abandon all.
     """
     rows, total = meshes.local_batch_rows(mesh, batch_size), Counter[str]()
     for placed in held_out_batches(examples, batch_size=batch_size, limit=limit, rows=rows):

@@ -1,7 +1,6 @@
 """The training loop: `run(config, workdir)`, read from top to bottom as things happen.
 
-For: the order of things. Not for: what an update is (`step.py`), or how rows and checkpoints are
-made between two updates (`run.py`).
+For: the order of things. Not for: an update (`step.py`), or what is between two (`run.py`).
 """
 
 import time

@@ -88,7 +88,7 @@ def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict,
     above = 1
     while at(above)[1] < 1 and above < 2**20:
         above *= 2
-    n = bisect.bisect_left(range(above), 1, above // 2 + 1, above, key=lambda n: at(n)[1])
+    n = bisect.bisect_left(range(above), 1, above // 2 + 1, above, key=lambda n: at(n)[1] >= 1)
     return min((at(n) for n in (n - 1, n) if n), key=lambda found: abs(found[1] - 1))
 
 

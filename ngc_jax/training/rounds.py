@@ -75,15 +75,9 @@ class Iteration:
             own = rounds
             if self.mark is not None:
                 own = count_marks(batch.inputs, self.mark, self.low, self.most)
-            logits, made = self.model.iterate(
-                params,
-                batch,
-                rounds=own,
-                backprop=self.backprop,
-                most=self.most,
-                every=self.every,
-                disturb=disturb,
-            )
+            how = {"rounds": own, "disturb": disturb, "backprop": self.backprop}
+            how |= {"most": self.most, "every": self.every}
+            logits, made = self.model.iterate(params, batch, **how)
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
             # Before round 1 there is nothing to judge.
             weights = jnp.where(last, 1.0, jnp.where(made > 0, self.weight, 0.0))

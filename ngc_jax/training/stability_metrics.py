@@ -59,9 +59,8 @@ def exponents(seen: Seen) -> Measures:
     where = (seen.model, seen.params, seen.batch)
     found = {"exponent_per_stage": jnp.mean(probes.depth_exponents(*where))}
     if seen.model.shape.core:
-        found["exponent_per_round"] = jnp.mean(
-            probes.round_exponents(*where, rounds=seen.config.rounds)
-        )
+        leading = probes.round_exponents(*where, rounds=seen.config.rounds)
+        found["exponent_per_round"] = jnp.mean(leading)
     return found
 
 
