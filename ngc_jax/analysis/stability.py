@@ -15,30 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.analysis import probes
 from ngc_jax.analysis.bounds import gain_bound
-from ngc_jax.analysis.probes import (
-    depth_exponents,
-    parts_to_silence,
-    round_exponents,
-    round_states,
-    silenced,
-    stage_names,
-    token_exponents,
-    traffic,
-)
 from ngc_jax.core.rules import Rule, States
 from ngc_jax.data.batches import Batch
+from ngc_jax.dynamics import measures
 from ngc_jax.dynamics.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
-from ngc_jax.dynamics.measures import (
-    TINY,
-    boundedness,
-    contraction,
-    departure,
-    drive_ratio,
-    norm,
-    token_contraction,
-    token_moves,
-)
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.sharing import FANS, spread
 from ngc_jax.nn.stacks import get_stack, stack_rows
@@ -103,8 +85,8 @@ def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measur
     k = min(EXPONENTS, model.shape.width)
     # A program for each: two calls of LAPACK in one can wait for each other for ever on XLA:CPU.
     return Measured(
-        depth=_each(partial(depth_exponents, model, k=k), params, batch)[:, 0],
-        along=_each(partial(token_exponents, model, k=k), params, batch)[:, 0],
+        depth=_each(partial(probes.depth_exponents, model, k=k), params, batch)[:, 0],
+        along=_each(partial(probes.token_exponents, model, k=k), params, batch)[:, 0],
         tokens=np.asarray(batch.inputs),
         loop=_loop(model, params, batch, rounds) if model.shape.core else None,
         traffic=_traffic(model, params, batch) if model.shape.has_messages else {},
@@ -164,7 +146,7 @@ def headlines(measured: Measured) -> list[Headline]:
 
 def settled(ratios: np.ndarray) -> np.ndarray:
     """Geometric mean of contraction [B, rounds, T], without rounding error: [B]."""
-    logs = np.ma.masked_invalid(np.log(np.maximum(ratios, TINY)))
+    logs = np.ma.masked_invalid(np.log(np.maximum(ratios, measures.TINY)))
     return np.exp(logs.mean(axis=(1, 2)).filled(np.nan))
 
 
@@ -184,34 +166,35 @@ def _streams(model: Decoder, params: Params, row: Batch) -> dict[str, Any]:
     def last(params: Params) -> Array:
         return model.stream(params, model.embed(params, row), row.segments)[0][0]
 
-    state, parts = last(params), parts_to_silence(model.shape)
-    off = {part: departure(state, last(silenced(model, params, part))) for part in parts}
-    moves, settling = token_moves(state), token_contraction(state)
+    state, parts = last(params), probes.parts_to_silence(model.shape)
+    without = {part: last(probes.silenced(model, params, part)) for part in parts}
+    off = {part: measures.departure(state, other) for part, other in without.items()}
+    moves, settling = measures.token_moves(state), measures.token_contraction(state)
     return {"moves": moves, "settling": settling, "departures": off}
 
 
 def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
     trained, followed = model.shape.rounds, max(rounds, model.shape.rounds)
     dropped = followed // 4
-    exponents = partial(round_exponents, model, k=min(EXPONENTS, model.shape.width))
+    exponents = partial(probes.round_exponents, model, k=min(EXPONENTS, model.shape.width))
     later = partial(exponents, rounds=followed - dropped, transient=dropped)
     spectrum = _each(later, params, batch)[:, 0]
 
     def one(params: Params, row: Batch) -> dict[str, Array]:
-        states = round_states(model, params, row, followed)[:, 0]
+        states = probes.round_states(model, params, row, followed)[:, 0]
         _, drive = model.scales(params)
         core = model.update(model.expand_shared(params), states[:1], row.segments)
         update = jax.vmap(lambda x: core(x[None], None)[0][0])(states[:-1])
-        step = norm(jnp.diff(states, axis=0))
-        resolved = jnp.minimum(step[1:], step[:-1]) > RESOLVED * norm(states[2:])
+        step = measures.norm(jnp.diff(states, axis=0))
+        resolved = jnp.minimum(step[1:], step[:-1]) > RESOLVED * measures.norm(states[2:])
         return {
-            "contraction": jnp.where(resolved, contraction(states), jnp.nan),
-            "drive_ratio": drive_ratio(drive * states[0], update)[:trained],
-            "boundedness": boundedness(states[: trained + 1]),
-            "bounded_on": boundedness(states),
+            "contraction": jnp.where(resolved, measures.contraction(states), jnp.nan),
+            "drive_ratio": measures.drive_ratio(drive * states[0], update)[:trained],
+            "boundedness": measures.boundedness(states[: trained + 1]),
+            "bounded_on": measures.boundedness(states),
         }
 
-    path = jax.jit(lambda params, row: round_states(model, params, row, followed)[:, 0])
+    path = jax.jit(lambda params, row: probes.round_states(model, params, row, followed)[:, 0])
     first = jax.tree.map(lambda a: jnp.asarray(a[:1]), batch)
     return Loop(
         trained=trained,
@@ -227,11 +210,11 @@ def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
 
 
 def _traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, np.ndarray]:
-    by_sequence = _each(partial(traffic, model), params, batch)
+    by_sequence = _each(partial(probes.traffic, model), params, batch)
     # jit returns a dict in the order of its keys, "coda 1" first: put stages in a token's order.
     return {
         stage: np.sqrt(np.mean(np.square(by_sequence[stage]), axis=0))
-        for stage in stage_names(model.shape)
+        for stage in probes.stage_names(model.shape)
     }
 
 

@@ -145,9 +145,6 @@ def _run(step: Step, x0: Tree, inputs: Tree, key: Array, plan: Plan) -> tuple[Ar
         tangents, growth = orthonormalise(tangents)
         return (x, tangents, i, sound), growth
 
-    def settle(carry: Any, _: None) -> tuple[Any, None]:
-        return stretch(carry, 1)[0], None
-
     def measure(carry: Any, _: None) -> tuple[Any, None]:
         inner, mean, count = carry
         inner, growth = stretch(inner, qr_every)
@@ -162,6 +159,7 @@ def _run(step: Step, x0: Tree, inputs: Tree, key: Array, plan: Plan) -> tuple[Ar
 
     tangents, _ = orthonormalise(jax.random.normal(key, (k, flat.size), flat.dtype))
     zero = jnp.zeros((), jnp.int32)
+    settle = lambda carry, _: (stretch(carry, 1)[0], None)  # noqa: E731
     carry, _ = jax.lax.scan(settle, (flat, tangents, zero, zero), length=transient)
     (_, tangents, _, sound), rates = _repeat(block, carry, blocks)
     healthy = (sound == transient + steps) & jnp.all(jnp.isfinite(tangents))

@@ -106,9 +106,8 @@ class Trained:
         tokens of so much probability together. `rounds`: of the loop; None: `model.rounds`. Raises
         UserError for a value out of range, and for the model of a task, which reads no text.
         """
-        need = refusals(
-            {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        )
+        given = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        need = refusals(given)
         need(tokens >= 1, "tokens", "1 or more")
         need(temperature >= 0, "temperature", "0 or more, for instance 0.8")
         need(0 < top_p <= 1, "top_p", "above 0 and at most 1, for instance 0.95")

@@ -30,7 +30,7 @@ from ngc_jax.training.rewiring import changes, compile_rewire, pruned
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
 from ngc_jax.training.stability_metrics import make_penalty
-from ngc_jax.training.step import SELDOM, TrainState, abstract_state, init_state, make_train_step
+from ngc_jax.training.step import SELDOM, abstract_state, init_state, make_train_step
 from ngc_jax.training.workdir import claim
 
 
@@ -122,7 +122,7 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
     began = time.monotonic()
     shardings = meshes.shardings(state)
 
-    def voting(state: TrainState, batch: Any, ballots: Any) -> tuple[TrainState, Any]:
+    def voting(state: Any, batch: Any, ballots: Any) -> tuple[Any, Any]:
         after, scalars = step(state, batch)
         return after, (scalars, multihost.tally(ballots))
 
