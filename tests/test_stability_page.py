@@ -233,7 +233,7 @@ def test_exponents_that_float32_does_not_resolve_are_told_and_lost_ones_not_draw
     _, measured = flat
     assert "rounding error" not in captions.spectrum(measured)
     depth = measured.depth.copy()
-    depth[:, -2:] = depth[:, :1] - 11, -np.inf
+    depth[:, -2], depth[:, -1] = depth[:, 0] - 11, -np.inf
     small = measured._replace(depth=depth)
     assert f"{2 / depth.shape[1]:.0%} of the exponents" in captions.spectrum(small)
     block = figure("spectrum", "", lambda canvas: figures.spectrum(canvas, small))

@@ -5,9 +5,8 @@ with or without inputs. Not for: this project's models, of which `analysis/probe
 
 With J_t the Jacobian of the step at x_t, tangent vectors follow Q_{t+1} R_{t+1} = J_t Q_t, and the
 exponents are the means of log |R_t[i, i]| (Benettin et al. 1980, Meccanica 15; Eckmann and Ruelle
-1985, Rev. Mod. Phys. 57, section V). J_t is never formed: k tangents are pushed forward by
-`jax.jvp`. Inputs make the exponents conditional: they then measure how two states fed the *same*
-inputs move apart. Memory does not grow with the number of steps.
+1985, Rev. Mod. Phys. 57, section V). Tangents are pushed forward without forming J_t. Inputs make
+exponents conditional: of two states fed the *same* inputs. Memory does not grow with the steps.
 
 Axes: n numbers of a state, k exponents.
 """
@@ -230,9 +229,8 @@ def bootstrap_interval(
 ) -> tuple[Array, Array]:
     """Percentile interval (low, high) of the mean of `blocks` [N, ...] over its first axis.
 
-    Whole blocks are drawn with replacement (the block bootstrap, Kuensch 1989, Annals of Statistics
-    17): give means of stretches long enough to be independent of each other (`local_exponents`), or
-    one value a sequence. Raises ValueError for fewer than two blocks.
+    By the block bootstrap (Kuensch 1989, Annals of Statistics 17): give means of stretches long
+    enough to be independent of each other, or one value a sequence. Raises ValueError for N < 2.
     """
     if blocks.shape[0] < 2:
         raise ValueError(f"blocks: {len(blocks)} of them; an interval needs 2 or more, better 20")
@@ -251,8 +249,7 @@ def kaplan_yorke_dimension(exponents: Array) -> Array:
     """Lyapunov dimension of the attractor, from exponents [k] in any order (Kaplan and Yorke 1979).
 
     j + (sum of the j largest) / |next|, j the most whose sum is not negative: 0 where all contract.
-    Where the sum of all k is not negative it is at least k, and k is returned: then ask for more
-    exponents.
+    Where the sum of all k is not negative it is at least k, and k is returned.
     """
     ordered = -jnp.sort(-exponents)
     sums = jnp.cumsum(ordered)

@@ -219,15 +219,9 @@ class Run:
             self.checkpoints.wait()  # for the save before this one
         with self.clock, self.saving(ending):
             self.metrics.sync()
-            meta = {
-                "seconds": self.clock.seconds(),
-                "data": self.data.fingerprint,
-                "versions": versions(),
-                "rewinds": self.rewinds,
-                "passed": self.passed,
-                "config": identity(self.config),
-                **self.metrics.written(),
-            }
+            meta = {"seconds": self.clock.seconds(), "data": self.data.fingerprint}
+            meta |= {"versions": versions(), "rewinds": self.rewinds, "passed": self.passed}
+            meta |= {"config": identity(self.config), **self.metrics.written()}
             self.checkpoints.save(self.step, self.state, meta)
             if ending:
                 self.checkpoints.wait()
@@ -262,7 +256,7 @@ class Run:
         jax.block_until_ready(self.state)
         before = [at for at in self.checkpoints.steps() if at <= logged - self.broken]
         del self.state  # its memory is needed
-        # Not one that a signal or the clock made: also a run that was never stopped must find it.
+        # Not one that a signal or the clock made: a run that was never stopped must find it, too.
         found = self._newest([at for at in before if at % every == 0] or before)
         if found is None or self.rewinds == train.max_rewinds:
             warning = f"the warning stood from step {self.warned} on"
