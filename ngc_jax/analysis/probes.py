@@ -79,7 +79,7 @@ def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1)
     params, s = model.expand_shared(params), model.shape
 
     def one(row: Batch) -> Array:
-        stage = lambda x, weights: _stage(s, weights, x, row)[0]  # noqa: E731
+        stage = lambda x, weights: run_stage(s, weights, x, row)[0]  # noqa: E731
         x = model.embed(params, row)
         tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
         carry = (x, tangents.reshape(k, *x.shape), jnp.zeros(k))
@@ -95,7 +95,7 @@ def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1)
     return _each_row(one, batch)
 
 
-def _stage(
+def run_stage(
     shape: ModelShape, weights: Params, x: Array, batch: Batch, route: Any = None, **how: Any
 ) -> Any:
     """What the module of a stage returns, for a stream at its positions."""
@@ -236,17 +236,17 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
             heard[str(one.synapse.name)].append((len(one.members), _loudness(one, s.groups)))
 
         with intercept(listen):
-            x = _stage(s, weights, x, batch, route)[0]
+            x = run_stage(s, weights, x, batch, route)[0]
         return x, loudness(heard)
 
     return {name: loud for name, _, loud in walk(model, params, batch, visit)}
 
 
-def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
+def attention_weights_byrun_stage(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     """How much each token attends to each other, {"core 1, round 2": [B, H heads, T, T keys]}."""
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
-        (x, _), seen = _stage(model.shape, weights, x, batch, route, mutable="intermediates")
+        (x, _), seen = run_stage(model.shape, weights, x, batch, route, mutable="intermediates")
         return x, seen["intermediates"]["attention"][0]
 
     return {name: weights for name, _, weights in walk(model, params, batch, visit)}
@@ -260,7 +260,7 @@ def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str
     names, found = iter(stage_names(model.shape)), OrderedDict(embedding=model.embed(params, batch))
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, None]:
-        x = found[next(names)] = _stage(model.shape, weights, x, batch, route)[0]
+        x = found[next(names)] = run_stage(model.shape, weights, x, batch, route)[0]
         return x, None
 
     walk(model, params, batch, visit, lambda turn, x: found.update({f"round {turn}": x}))

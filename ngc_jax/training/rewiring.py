@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ngc_jax.analysis.probes import walk
+from ngc_jax.analysis.probes import run_stage, walk
 from ngc_jax.core import rewiring
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rewiring import Schedule
@@ -33,7 +33,6 @@ from ngc_jax.data.batches import Batch
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn import stacks
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Stage
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.sharing import FANS, spread
 from ngc_jax.nn.synapse import Heard, intercept
@@ -220,8 +219,7 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
     def visit(weights: Tree, x: Array, route: Array | None) -> tuple[Array, dict[str, Array]]:
         scores: dict[str, list[Array]] = defaultdict(list)  # calls come in the order of members
         with intercept(lambda heard: scores[str(heard.synapse.name)].append(score(heard))):
-            at = jnp.arange(x.shape[1])
-            x = Stage(model.shape).apply({"params": weights}, x, at, batch.segments, route=route)[0]
+            x = run_stage(model.shape, weights, x, batch, route)[0]
         return x, {name: jnp.concatenate(of) for name, of in scores.items()}
 
     found: dict[str, dict[int, list[Array]]] = {synapse: defaultdict(list) for synapse in FANS}
