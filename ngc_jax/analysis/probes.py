@@ -242,7 +242,7 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     return {name: loud for name, _, loud in walk(model, params, batch, visit)}
 
 
-def attention_weights_byrun_stage(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
+def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     """How much each token attends to each other, {"core 1, round 2": [B, H heads, T, T keys]}."""
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:

@@ -75,7 +75,7 @@ class Iteration:
             own = rounds
             if self.mark is not None:
                 own = count_marks(batch.inputs, self.mark, self.low, self.most)
-            how = {"rounds": own, "disturb": disturb, "backprop": self.backprop}
+            how: dict[str, Any] = {"rounds": own, "disturb": disturb, "backprop": self.backprop}
             how |= {"most": self.most, "every": self.every}
             logits, made = self.model.iterate(params, batch, **how)
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
