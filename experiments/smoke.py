@@ -25,8 +25,8 @@ from absl import logging
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
 from ngc_jax.config import base, reset_unread
+from ngc_jax.core.rules import rules_between_groups
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
-from ngc_jax.nn.settings import rules_between_groups
 from ngc_jax.training import loop as train
 
 SHARINGS = (

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.setting import COMMON, LARGER_SHARE, SHARE
 from experiments.study import Study
 from experiments.sweeps import cases, seeds
-from ngc_jax.nn.settings import rules_between_groups
+from ngc_jax.core.rules import rules_between_groups
 
 RATES = (2.5e-3, 5e-3, 1e-2)
 BY_WIDTH: dict[str, Any] = {

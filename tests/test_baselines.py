@@ -19,7 +19,7 @@ from ngc_jax.config import base, model_shape, validate
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.generate import generate
+from ngc_jax.nn.model import generate
 from ngc_jax.training import optimizer as optim
 from ngc_jax.training.step import init_state, make_train_step
 

@@ -14,7 +14,7 @@ from ngc_jax.commands import evaluate, sample, stability
 from ngc_jax.commands.inspect import parameter_table
 from ngc_jax.count import Parameters
 from ngc_jax.data.batches import Batch
-from ngc_jax.nn.generate import choose, generate
+from ngc_jax.nn.model import choose, generate
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows

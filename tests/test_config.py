@@ -21,12 +21,12 @@ from ngc_jax.config import (
     validate,
 )
 from ngc_jax.core import wiring
-from ngc_jax.core.rules import GATES, RULES
+from ngc_jax.core.rules import GATES, RULES, rules_between_groups
 from ngc_jax.data.batches import token_batch
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.settings import MODEL, MODELS, ModelKind, rules_between_groups
+from ngc_jax.nn.settings import MODEL, MODELS, ModelKind
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field, help_text

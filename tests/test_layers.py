@@ -472,6 +472,10 @@ def test_a_rule_of_ones_own_is_used_at_once(monkeypatch):
         (NGCDense(16, rule="tanh", message_activation="silu"), r"rule='tanh': sends no signal"),
         (NGCMLP(16, activation="swish"), r"activation='swish': must be one of silu, gelu, relu"),
         (NGCDense(16, wiring="rings"), r"wiring='rings': must be one of complete, others, ring, s"),
+        # Its wiring would be integers among the parameters, which jax.grad refuses.
+        (NGCDense(16, wiring="dynamic"), r"wiring='dynamic': must be one of complete, others, r"),
+        (NGCMLP(16, wiring="dynamic_ports"), r"wiring='dynamic_ports': must be one of complete"),
+        (NGCAttention(wiring="dynamic"), r"wiring='dynamic': must be one of complete, others, r"),
         (NGCDense(16, rule="metric", wiring="ring"), r"wiring='ring': must be None"),
         (NGCDense(16, groups=1, wiring="ring"), r"wiring='ring': must be None"),
         (

@@ -270,7 +270,7 @@ def test_states_of_speakers_make_the_same_weights():
 
     @jax.jit
     def both(pre, post):
-        return rule.by_speakers.weights(*rule.to_speakers(pre, post)), rule.weights(pre, post)
+        return Addressed().weights(*rule.to_speakers(pre, post)), rule.weights(pre, post)
 
     np.testing.assert_array_equal(*both(pre, post))
 

@@ -119,9 +119,8 @@ class Loud(SignalRule):
     def receive(self, signal, post):
         return (signal * post["loudness"]) @ post["state"].T
 
-    def weights(self, pre, post, gate=None):
-        loudness = post["loudness"] if gate is None else post["loudness"] * gate
-        return (post["state"] * loudness) @ pre.T
+    def weights(self, pre, post):
+        return (post["state"] * post["loudness"]) @ pre.T
 
 
 class Drawn(Rule):

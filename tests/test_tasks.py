@@ -22,7 +22,7 @@ from ngc_jax.data.batches import Batch, segments_of, train_batches
 from ngc_jax.data.problems import Problems, draw_set, part_of, problem_set
 from ngc_jax.data.tasks import TASKS, Problem, boundary, draw
 from ngc_jax.data.tokens import Symbols, load_data, load_tokenizer
-from ngc_jax.nn.generate import generate
+from ngc_jax.nn.model import generate
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training import loop as train

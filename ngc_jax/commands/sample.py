@@ -1,6 +1,6 @@
 """Continue a text: `python -m ngc_jax.sample --workdir=DIR --prompt="def " --tokens=200`.
 
-For: the command line. Not for: the sampling itself (`training/load.py`, `nn/generate.py`), or
+For: the command line. Not for: the sampling itself (`training/load.py`, `nn/model.py`), or
 serving.
 """
 

@@ -3,8 +3,8 @@
 For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`,
 `nn/bdh.py`).
 
-Axes: B batch, T query tokens, S keys (S = T, or the length of the cache), H heads, d channels of a
-head; in linear attention N neurons of a head and D channels of a value.
+Axes: B batch, T query tokens, S keys (T, or the cache's length), H heads, d channels of a head; in
+linear attention N neurons of a head and D channels of a value.
 """
 
 from typing import Any
@@ -31,9 +31,9 @@ def attention_mask(
 ) -> Array:
     """Which keys each query sees: boolean [1 or B, 1, T, S].
 
-    positions [T] of the queries and keys [S] of the keys. A query sees keys at its own position and
-    up to `window` - 1 before it, unless `causal` as many after it too; with segments [B, T]
-    (documents, numbered), only those of its own document (S = T then).
+    A query at positions [T] sees the keys [S] at its own position and up to `window` - 1 before it,
+    unless `causal` as many after it too; with segments [B, T] (documents, numbered; S = T), only
+    those of its own document.
     """
     distance = positions[:, None] - keys[None, :]
     mask = (((distance >= 0) | (not causal)) & (abs(distance) < window))[None, None]
@@ -44,21 +44,16 @@ def attention_mask(
 
 def update_cache(cache: Cache, key: Array, value: Array, position: Array) -> Cache:
     """Write keys and values [B, T, H, d] into the cache from `position` on."""
-    at = (0, position, 0, 0)
-    return {
-        "key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at),
-        "value": jax.lax.dynamic_update_slice(
-            cache["value"], value.astype(cache["value"].dtype), at
-        ),
-    }
+
+    def write(kept: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(kept, new.astype(kept.dtype), (0, position, 0, 0))
+
+    return jax.tree.map(write, cache, {"key": key, "value": value})
 
 
 def attention_weights(query: Array, key: Array, mask: Array) -> Array:
-    """softmax(q k / sqrt(d)) under the mask: q, k [B, T, H, d] -> [B, H, T, S] float32.
-
-    Written out, with `mix`, because `jax.nn.dot_product_attention` takes 4 times as long for the
-    gradient on a CPU.
-    """
+    """softmax(q k / sqrt(d)) under the mask: q, k [B, T, H, d] -> [B, H, T, S] float32."""
+    # `jax.nn.dot_product_attention` takes 4 times as long for the gradient on a CPU.
     query, key = (a.swapaxes(1, 2) for a in (query * query.shape[-1] ** -0.5, key))
     score = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
     return jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1)
@@ -66,34 +61,27 @@ def attention_weights(query: Array, key: Array, mask: Array) -> Array:
 
 def mix(share: Array, value: Array) -> Array:
     """Values [B, S, H, d] in the shares [B, H, T, S] in which they are heeded: [B, T, H d]."""
-    mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2)).swapaxes(
-        1, 2
-    )
-    return mixed.reshape(*mixed.shape[:2], -1)
+    mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2))
+    return mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1)
 
 
 def fused(query: Array) -> bool:
     """Whether cuDNN has attention in one kernel (arXiv 2205.14135) for queries [B, T, H, d] here.
 
     That is in half precision, on NVIDIA's GPUs from Ampere on, for d up to 128 in eights. It has no
-    forward-mode derivative, so it is not for what is measured of stability, which is in float32.
+    forward-mode derivative, which measures of stability, in float32, need.
     """
     if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     device: Any = jax.local_devices()[0]
-    nvidia = device.compute_capability[:1].isdecimal()  # AMD's are "gfx..."
-    return bool(
-        nvidia and float(device.compute_capability) >= 8 and query.shape[-1] in range(8, 129, 8)
-    )
+    able: str = device.compute_capability  # AMD's are "gfx..."
+    return able[:1].isdecimal() and float(able) >= 8 and query.shape[-1] in range(8, 129, 8)
 
 
 def attend_fused(query: Array, key: Array, value: Array, causal: bool = True) -> Array:
     """`mix` of `attention_weights` where each token sees all, or if `causal` all before it.
 
-    [B, T, H, d] each -> [B, T, H d].
-
-    Its forward and backward pass lower for CUDA inside a model's update; no GPU has run it yet
-    (benchmarks/numerics.py will say how exact it is there).
+    [B, T, H, d] each -> [B, T, H d]. It lowers for CUDA; no GPU has run it yet.
     """
     mixed = jax.nn.dot_product_attention(
         query, key, value, is_causal=causal, implementation="cudnn"
@@ -104,15 +92,11 @@ def attend_fused(query: Array, key: Array, value: Array, causal: bool = True) ->
 def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
     """Rotary positions on the pairs of channels (2c, 2c + 1): x [..., T, N], N even; positions [T].
 
-    `rotate` pairs (c, c + N/2): the same but for the order of channels. Angles are counted in turns
-    and their whole turns dropped, as BDH does it, since in float32 the order of operations shows at
-    distant positions.
+    `rotate` pairs (c, c + N/2). As BDH does it, whole turns are dropped from angles: in float32 the
+    order of operations shows at distant positions.
     """
-    size = x.shape[-1]
-    turns = positions[:, None] * (
-        base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size) / (2 * jnp.pi)
-    )
-    angle = 2 * jnp.pi * (turns % 1)  # [T, N/2]
+    frequency = base ** (-jnp.arange(0, x.shape[-1], 2, dtype=jnp.float32) / x.shape[-1])
+    angle = 2 * jnp.pi * ((positions[:, None] * (frequency / (2 * jnp.pi))) % 1)  # [T, N/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -124,10 +108,9 @@ def attend_linearly(
 ) -> tuple[Array, Array | None]:
     """sum over s of (read_t . read_s) value_s under the mask: [B, H, T, D].
 
-    read [B, H, T, N], value [B, T, D]. Query and key are one and the same, there is no softmax and
-    no scale, and all heads hear the same value. `state` [B, H, N, D], if given, is the sum of
-    read_s value_s over the tokens before these, all of which are heard; it is returned with these
-    tokens added, so its size never grows.
+    read [B, H, T, N], query and key in one; value [B, T, D], the same for all heads; no softmax, no
+    scale. `state` [B, H, N, D], if given, is the sum of read_s value_s over the tokens before
+    these, all of which are heard; it is returned with these tokens added.
     """
     score = jnp.where(mask, jnp.einsum("bhtn,bhsn->bhts", read, read), 0)
     mixed = jnp.einsum("bhts,bsd->bhtd", score, value)

@@ -1,9 +1,8 @@
 """The communication loop: groups exchange signals for some rounds, with the same states in each.
 
-For: one round and its scan, whatever the update is (a stack of attention and MLP stages, a
-synapse alone); and loops of a number of rounds that is an array, or that the state decides. Not
-for: the update itself, or what a stage is (`nn/layers.py`); how many rounds an update of training
-has (`training/rounds.py`).
+For: one round and its scan, whatever the update is; and loops of a number of rounds that is an
+array, or that the state decides. Not for: the update itself (`nn/layers.py`), or how many rounds an
+update of training has (`training/rounds.py`).
 """
 
 from collections.abc import Callable
@@ -18,17 +17,11 @@ from ngc_jax.dynamics.measures import Round, norm, record_round, relative_change
 
 Array = jax.Array
 Turn = Callable[[Array], Array]  # one round, x -> phi(keep x + drive e + update(x))
-# phi. A state near the ends of tanh's range is carried from round to round as bits are: what is
-# added to it is lost.
-STATE_ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
-    None: lambda x: x,
-    "tanh": jnp.tanh,
-}
+# phi. A state near an end of tanh's range is carried as a bit is: what is added to it is lost.
+STATE_ACTIVATIONS: dict[str | None, Turn] = {None: lambda x: x, "tanh": jnp.tanh}
 
 
-def advance(
-    x: Array, added: Array, driven: Array, keep: Array, activation: str | None = None
-) -> Array:
+def advance(x: Array, added: Array, driven: Array, keep: Array, activation: str | None) -> Array:
     """The state after a round, phi(keep x + drive e + update(x))."""
     return STATE_ACTIVATIONS[activation](keep * x + driven + added)
 
@@ -36,9 +29,9 @@ def advance(
 def communicate(
     update: Callable[[Array, Any], tuple[Array, Any]],
     start: Array,
-    *,
     keep: Array,
     drive: Array,
+    *,
     rounds: int,
     activation: str | None = None,
     remat: bool = True,
@@ -50,17 +43,13 @@ def communicate(
     start [..., D]; keep (leak) and drive (external potential) [D], one number a channel; phi is the
     entry `activation` of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose
     arrays have a leading axis of length `rounds` (key-value caches while decoding); update(x,
-    memory of this round) returns what it adds to x and its new memory. With `remat` a round's
-    insides are recomputed for the gradient, so that training memory grows by x alone, one [..., D]
-    a round. With `record`, the third result holds each round's stability measures, else it is None.
-    Returns (x_R, memory, records).
+    memory of this round) returns what it adds to x and its new memory. With `remat` a round is
+    recomputed for the gradient: memory grows by one [..., D] a round. Returns (x_R, memory, each
+    round's stability measures if `record`, else None).
     """
-
     chex.assert_shape([keep, drive], start.shape[-1:])
 
-    def one_round(
-        carry: tuple[Array, Array | None], memory: Any
-    ) -> tuple[tuple[Array, Array | None], Any]:
+    def one_round(carry: tuple[Array, Any], memory: Any) -> tuple[tuple[Array, Any], Any]:
         x, change = carry
         added, memory = update(x, memory)
         driven = drive * start
@@ -76,11 +65,6 @@ def communicate(
     return x, memory, records
 
 
-def undisturbed(x: Array, left: Array) -> Array:
-    """The state as it is."""
-    return x
-
-
 def communicate_per_example(
     turn: Turn,
     start: Array,
@@ -90,7 +74,7 @@ def communicate_per_example(
     still: Turn | None,
     every: int = 0,
     remat: bool = True,
-    disturb: Callable[[Array, Array], Array] = undisturbed,
+    disturb: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, Array]:
     """Run x <- turn(x) from x_0 = `start`, for each example as many rounds as it asks for.
 
@@ -98,39 +82,37 @@ def communicate_per_example(
     example (truncated back-propagation). The rounds before are run by `still`, which is turn with
     gradients stopped, in a loop that keeps nothing and runs as often as the longest example needs;
     with still=None there are none before, and `backprop` is the most rounds that are run. An
-    example of fewer rounds than others rests before its first round, not after its last: so all end
-    together, and the last rounds of each are the last rounds of the loop.
+    example of fewer rounds than others rests before its first one, so that all end together.
 
-    disturb(x, rounds left, this one included) is what becomes of a state after its round. Returns
-    states [S, B, ...] and the rounds [S, B] that each example had made there: after the last round,
-    which is the last of them, and, where `every` > 0, at each `every` rounds before it within the
-    last `backprop`.
+    disturb(x, rounds left with this one), if given, is what becomes of a state after its round.
+    Returns states [S, B, ...] and the rounds [S, B] that each example had made there: after the
+    last round, which is the last of them, and, where `every` > 0, at each `every` rounds before it
+    within the last `backprop`.
     """
     asked = rounds.reshape(-1, *(1,) * (start.ndim - 1))
+
+    def after_round(by: Turn, x: Array, left: Array) -> Array:
+        after = disturb(by(x), left) if disturb else by(x)
+        return jnp.where(left <= asked, after, x)
+
     x = start
     if still is not None:
-        longest = jnp.max(rounds)
-
-        def quiet(i: Array, x: Array) -> Array:
-            return jnp.where(longest - i <= asked, disturb(still(x), longest - i), x)
-
-        x = jax.lax.fori_loop(
-            0, jnp.maximum(longest - backprop, 0), quiet, jax.lax.stop_gradient(start)
-        )
-        # the gradient of these goes back to where they began
-        x = jnp.where(asked <= backprop, start, x)
+        longest, begin = jnp.max(rounds), jax.lax.stop_gradient(start)
+        before = jnp.maximum(longest - backprop, 0)
+        x = jax.lax.fori_loop(0, before, lambda i, x: after_round(still, x, longest - i), begin)
+        x = jnp.where(asked <= backprop, start, x)  # whose gradient goes back to where they began
 
     def one_round(x: Array, left: Array) -> tuple[Array, Array | None]:
-        after = jnp.where(left <= asked, disturb(turn(x), left), x)
+        after = after_round(turn, x, left)
         return after, after if every else None
 
     body = jax.checkpoint(one_round, prevent_cse=False) if remat else one_round
     x, states = jax.lax.scan(body, x, jnp.arange(backprop, 0, -1))
     if not every or not backprop:
         return x[None], rounds[None]
-    # after each state that is returned
-    left = np.arange(backprop - 1, -1, -1)[(backprop - 1) % every :: every]
-    return states[(backprop - 1) % every :: every], rounds - left[:, None]
+    kept = slice((backprop - 1) % every, None, every)
+    left = np.arange(backprop - 1, -1, -1)[kept]  # after each state that is returned
+    return states[kept], rounds - left[:, None]
 
 
 def communicate_until_settled(
@@ -139,23 +121,19 @@ def communicate_until_settled(
     """Runs x <- turn(x) from `start` [..., D] until no state moves, `cap` rounds at most.
 
     A token's state rests in a round that would move it by less than `tolerance` of its length
-    (`relative_change`); it moves again when a round would, for instance since another token has
-    moved on. So no token moves by what comes after it, and at the end a round would move each by
-    less than the tolerance, but for the cap. Returns the state, and the rounds [...] in which each
-    token moved. No gradient.
+    (`relative_change`), until a round would move it again. So no token moves by what comes after
+    it, and at the end a round would move each by less than the tolerance, but for the cap. Returns
+    the state, and the rounds [...] in which each token moved. No gradient.
     """
 
-    def unsettled(carry: tuple[Array, Array, Array, Array]) -> Array:
-        _, _, made, moved = carry
-        return moved & (made < cap)
-
-    def one_round(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         x, rounds, made, _ = carry
         after = turn(x)
         moves = ~(relative_change(after, x) < tolerance)  # what is not finite does not rest
         return jnp.where(moves[..., None], after, x), rounds + moves, made + 1, jnp.any(moves)
 
     zero = jnp.zeros((), jnp.int32)
-    begin = (start, jnp.zeros(start.shape[:-1], jnp.int32), zero, jnp.ones((), bool))
-    x, rounds, _, _ = jax.lax.while_loop(unsettled, one_round, begin)
+    rounds = jnp.zeros(start.shape[:-1], jnp.int32)
+    begin: tuple[Array, ...] = (start, rounds, zero, jnp.ones((), bool))
+    x, rounds, *_ = jax.lax.while_loop(lambda carry: carry[3] & (carry[2] < cap), one_round, begin)
     return x, rounds

@@ -16,8 +16,8 @@ Kind = Literal["state", "matrix", "embedding", "scale", "wiring"]
 class ParamInfo:
     """One parameter. A tree of these lies parallel to a tree of parameters.
 
-    kind: "state" of neurons, a rule's own shared numbers among them; dense "matrix"; "embedding" at
-    either end; "scale", one number a channel; or "wiring", integers that say who hears whom.
+    kind: "state" of neurons, with what they share; dense "matrix"; "embedding" at either end;
+    "scale", one number a channel; or "wiring", integers that say who hears whom.
     axes: what each axis counts. `nn/mesh.py` knows "stage", "group", "channel" and "vocab"; other
     words, and None, mean that nothing depends on it.
     rule, part, side: of a synapse's states, the rule's name, the summand ("intra", "inter",
@@ -38,32 +38,22 @@ class ParamInfo:
         """Whether it counts as a parameter "in matrices": states and dense matrices."""
         return self.kind in ("state", "matrix")
 
-    def stacked(self, counts: str) -> "ParamInfo":
-        """The record of such parameters behind one another on a new leading axis."""
-        return dataclasses.replace(self, axes=(counts, *self.axes))
-
 
 def state_info(states: Any, side: str, grouped: bool) -> Any:
-    """The records of one side's states: an array, a dict as `Rule` describes it, or ().
-
-    `states` may be shapes. Integers are a wiring, whatever they are called.
-    """
+    """The records of one side's states, as `Rule` describes them, or of their shapes."""
 
     def record(name: str, leaf: Any) -> ParamInfo:
-        ndim, integers = leaf.ndim, not issubclass(leaf.dtype.type, np.floating)
-        if integers:
-            return ParamInfo("wiring", (None,) * ndim, side=side)
-        first = ("group", "neuron") if grouped else ("channel",)
+        first, matrix = list[str](), None
+        if not issubclass(leaf.dtype.type, np.floating):  # whatever it is called
+            return ParamInfo("wiring", (None,) * leaf.ndim, side=side)
         if name == "map":
-            axes = (("group",) if grouped else ()) + (None,) * (ndim - grouped)
-            return ParamInfo("state", axes, side=side, matrix=-2)
-        if name != "state":
-            return ParamInfo("state", (None,) * ndim, side=side)
-        axes = (*first, *(None,) * (ndim - len(first)))
-        return ParamInfo("state", axes, side=side, matrix=len(first) - 1 - ndim)
+            first, matrix = ["group"] * grouped, -2
+        elif name == "state":
+            first = ["group", "neuron"] if grouped else ["channel"]
+            matrix = len(first) - 1 - leaf.ndim
+        axes = (*first, *(None,) * (leaf.ndim - len(first)))
+        return ParamInfo("state", axes, side=side, matrix=matrix)
 
-    if isinstance(states, tuple):
-        return ()
     if isinstance(states, dict):
         return {name: record(name, leaf) for name, leaf in states.items()}
-    return record("state", states)
+    return () if isinstance(states, tuple) else record("state", states)

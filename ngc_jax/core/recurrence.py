@@ -1,8 +1,7 @@
 """Communication along tokens: a state that hears one token after another, at any length.
 
-For: the loop over tokens, with some rounds for each, and its parts for truncated back-propagation
-through time. Not for: what a round does (`Cell`, `nn/recurrent.py`), or rounds with all tokens at
-once (`communicate.py`).
+For: the loop over tokens, whole or in parts for truncated back-propagation through time. Not for:
+what a round does (`nn/recurrent.py`), or rounds with all tokens at once (`communicate.py`).
 
 Axes: T tokens, in front; B sequences, n neurons.
 """
@@ -21,9 +20,7 @@ Tree = Any
 def time_scales(neurons: int, groups: int, longest: float) -> np.ndarray:
     """Tokens that neurons remember for at start: [neurons], 1 to `longest` in each group.
 
-    Spread evenly in their logarithm, since what a stream will need is not known before (chrono
-    initialisation, Tallec and Ollivier 2018, arXiv 1804.11188, draws them; here every group has
-    all).
+    Spread evenly in their logarithm; chrono initialisation (arXiv 1804.11188) draws them.
     """
     return np.tile(np.geomspace(1.0, max(longest, 1.0), neurons // groups), groups)
 
@@ -40,9 +37,8 @@ def along_tokens(
     """Runs h <- turn(h, what the token says), `rounds` times a token, from `state` [B, n].
 
     said: a tree of arrays [T, B, ...]. first [T, B], bool, if given: where a document begins, which
-    finds h = 0. With `remat` a token's insides are recomputed for the gradient, so that training
-    memory grows by h alone, one [B, n] a token. Returns the last h, and h after each token [T, B,
-    n].
+    finds h = 0. With `remat` a token is recomputed for the gradient: memory grows by one [B, n] a
+    token. Returns the last h, and h after each token [T, B, n].
     """
 
     def token(h: Array, heard: tuple[Tree, Array | None]) -> tuple[Array, Array]:
@@ -63,8 +59,7 @@ def in_chunks(
 
     The leading axis of inputs and outputs is T; the last chunk may be shorter. The state goes from
     chunk to chunk and gradients do not (truncated back-propagation through time, Williams and Peng
-    1990, Neural Computation 2), and each chunk is recomputed for its own: what is kept for the
-    gradient is inputs, outputs, and a state for each chunk.
+    1990, Neural Computation 2); each chunk is recomputed for its own.
     """
     tokens = jax.tree.leaves(inputs)[0].shape[0]
     if not 0 < length < tokens:

@@ -1,8 +1,8 @@
 """Wirings that change in training: how many edges when, which are given up, which are tried.
 
 For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not
-for: the rule whose edges these are (`addressed.Rewirable`), or doing it to a model in training
-(`ngc_jax/rewire.py`).
+for: the rule whose edges these are (`addressed.Rewirable`), or doing it to a model
+(`training/rewiring.py`).
 
 Axes: G listening groups, n and m neurons of a group on either side, E edges that could lead to a
 group, of which it keeps a number of slots; p numbers of an edge; T tokens.
@@ -57,10 +57,9 @@ class Schedule:
 
 
 def magnitude(pre: Array, post: Array) -> Array:
-    """Frobenius norm of the weights that each edge makes: [..., G, E].
+    """Frobenius norm of the weights that each edge makes: [..., G, E], by Gram matrices of p by p.
 
-    pre [..., G, n, E, p], post [..., G, m, E, p]. By two Gram matrices of p by p. States alone
-    would not do: a factor can go from one to the other.
+    pre [..., G, n, E, p], post [..., G, m, E, p]; a factor can go from one to the other.
     """
     read, sent = (jnp.einsum("...giep,...gieq->...gepq", states, states) for states in (post, pre))
     return jnp.sqrt(jnp.maximum(jnp.sum(read * sent, axis=(-2, -1)), 0))
@@ -69,8 +68,7 @@ def magnitude(pre: Array, post: Array) -> Array:
 def slope(gradient: Array) -> Array:
     """Norm of the loss's gradient by each edge's post states: [..., G, m, E, p] -> [..., G, E].
 
-    RigL's and GraNet's score: an edge that is not there has post = 0 and some pre, and this is how
-    fast the loss would fall if it were let in.
+    RigL's and GraNet's score: how fast the loss would fall if an edge with post = 0 were let in.
     """
     return jnp.sqrt(jnp.sum(jnp.square(gradient), axis=(-3, -1)))
 
@@ -78,9 +76,8 @@ def slope(gradient: Array) -> Array:
 def correlation(signal: Array, heard: Array) -> Array:
     """How much an edge's signal [T, G, E, p] goes with what is received [T, G, m]: [G, E].
 
-    The mean over numbers and neurons of |Pearson's correlation over tokens|: what fires together
-    wires together. Our reading of G2GNet's rule (arXiv 2508.14140), which regrows by the
-    correlation of activations, for groups.
+    The mean over numbers and neurons of |Pearson's correlation over tokens|. Source: G2GNet's
+    regrowth by the correlation of activations (arXiv 2508.14140), read for groups.
     """
     a, b = (z - jnp.mean(z, axis=0) for z in (signal, heard))
     a, b = (z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=0) + 1e-12) for z in (a, b))
@@ -94,10 +91,9 @@ def choose(
 
     The `keep` strongest stay, and of those that were not there the `grow` most promising are added.
     Where these are too few, the most promising of those just given up come back: not before, since
-    what an edge said until now is part of what its listeners received, and correlation would always
-    call it back. Used slots come first, in ascending order of edges; the edges of a row are
-    distinct. strength of an edge that is not there is negative, promise is >= 0; keep + grow <=
-    slots.
+    listeners received what these said, and correlation would always call them back. Used slots come
+    first, in ascending order of edges; the edges of a row are distinct. strength of an edge that is
+    not there is negative, promise is >= 0; keep + grow <= slots.
     """
     edges = strength.shape[-1]
     kept = _rank(strength) < keep

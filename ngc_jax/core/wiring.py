@@ -1,17 +1,15 @@
 """Who hears whom: wirings between groups, as tables of partners.
 
 For: fixed topologies, drawn once before training, and moving states from one table to another. Not
-for: what passes along a channel (`rules/`), or which edges are to change while a model trains
-(`rewiring.py`).
+for: what passes along a channel (`rules/`), or edges that change in training (`rewiring.py`).
 
 A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g
 hears. Every group hears equally many, so that channels make regular arrays and one that is absent
-costs nothing. A group's own neurons hear each other through the synapse's intra-group part: none of
-these wirings but "complete" has a channel from a group to itself.
+costs nothing. None has a channel from a group to itself, which is the synapse's intra-group part.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +17,17 @@ import numpy as np
 
 Array = jax.Array
 Wiring = tuple[tuple[int, ...], ...]
+REWIRED = 0.2  # of a small world's channels: many shortcuts, neighbourhoods still there
 
 
 def others(groups: int, k: int, seed: int) -> Wiring:
     """Every group hears all the others: k = G - 1."""
-    return _table([set(range(groups)) - {g} for g in range(groups)])
+    return ring(groups, groups - 1, seed)
 
 
 def ring(groups: int, k: int, seed: int) -> Wiring:
     """Groups on a ring; each hears its k nearest, the one ahead first where k is odd."""
-    return _table([{(g + offset) % groups for offset in _nearest(k)} for g in range(groups)])
+    return _table(_near(groups, k))
 
 
 @functools.cache  # a model asks for it at each synapse
@@ -39,8 +38,7 @@ def small_world(groups: int, k: int, seed: int) -> Wiring:
     """
     draw = np.random.default_rng(seed)
     rows = []
-    for g in range(groups):
-        near = [(g + offset) % groups for offset in _nearest(k)]
+    for g, near in enumerate(_near(groups, k)):
         heard = set(near)
         for h in near:
             strangers = sorted(set(range(groups)) - heard - {g})
@@ -58,7 +56,7 @@ def regular(groups: int, k: int, seed: int) -> Wiring:
     chain over graphs with given degrees (Maslov and Sneppen 2002, Science 296).
     """
     draw = np.random.default_rng(seed)
-    rows = [{(g + offset) % groups for offset in _nearest(k)} for g in range(groups)]
+    rows = [set(near) for near in _near(groups, k)]
     for _ in range(20 * groups * k):
         a, b = (int(g) for g in draw.integers(groups, size=2))
         h, i = (int(draw.choice(sorted(rows[g]))) for g in (a, b))
@@ -70,23 +68,19 @@ def regular(groups: int, k: int, seed: int) -> Wiring:
 
 def block(groups: int, k: int, seed: int) -> Wiring:
     """Islands of k + 1 neighbours that hear each other and nobody else; k + 1 must divide G."""
-    size = k + 1
-    return _table(
-        [set(range(g // size * size, (g // size + 1) * size)) - {g} for g in range(groups)]
-    )
+    islands = (range(g - g % (k + 1), g - g % (k + 1) + k + 1) for g in range(groups))
+    return _table([set(island) - {g} for g, island in enumerate(islands)])
 
 
 WIRINGS: dict[str, Callable[[int, int, int], Wiring]] = {
-    "others": others,
-    "ring": ring,
-    "small_world": small_world,
-    "regular": regular,
-    "block": block,
+    made.__name__: made for made in (others, ring, small_world, regular, block)
 }
 DYNAMIC = ("dynamic", "dynamic_ports")  # wirings that change: whole channels, or single ports
-# share of a small world's channels that lead to strangers: many shortcuts, neighbourhoods still
-# there
-REWIRED = 0.2
+
+
+def channel_counts(wiring: str, groups: int) -> list[int]:
+    """The numbers k of groups that each group can hear under a wiring that asks for one."""
+    return [k for k in range(1, groups) if wiring != "block" or groups % (k + 1) == 0]
 
 
 def slots_of(hears: Array, edges: int) -> Array:
@@ -104,10 +98,11 @@ def carry(states: Array, slots: Array) -> Array:
     return jnp.where(index < 0, 0, jnp.take_along_axis(states, jnp.maximum(index, 0), axis=-2))
 
 
-def _nearest(k: int) -> list[int]:
-    """Offsets of the k nearest on a ring: 1, -1, 2, -2, ..."""
-    return [(i // 2 + 1) * (1 if i % 2 == 0 else -1) for i in range(k)]
+def _near(groups: int, k: int) -> list[list[int]]:
+    """The k nearest of each group on a ring: at distance 1, -1, 2, -2, ..."""
+    offsets = [(i // 2 + 1) * (-1) ** i for i in range(k)]
+    return [[(g + offset) % groups for offset in offsets] for g in range(groups)]
 
 
-def _table(rows: list[set[int]]) -> Wiring:
+def _table(rows: Iterable[Iterable[int]]) -> Wiring:
     return tuple(tuple(sorted(row)) for row in rows)

@@ -10,23 +10,19 @@ if TYPE_CHECKING:
     from ngc_jax.data.batches import Batch
     from ngc_jax.nn.decoder import Decoder
     from ngc_jax.nn.layers import NGCMLP, NGCAttention, NGCDense
+    from ngc_jax.nn.recurrent import Recurrent
     from ngc_jax.nn.shape import ModelShape
 
-__all__ = ["NGCMLP", "Batch", "Decoder", "ModelShape", "NGCAttention", "NGCDense"]
-_LAYERS = dict.fromkeys(("NGCAttention", "NGCDense", "NGCMLP"), "ngc_jax.nn.layers")
-_HOMES = {
-    **_LAYERS,
-    "Batch": "ngc_jax.data.batches",
-    "Decoder": "ngc_jax.nn.decoder",
-    "ModelShape": "ngc_jax.nn.shape",
-}
+__all__ = ["NGCMLP", "Batch", "Decoder", "ModelShape", "NGCAttention", "NGCDense", "Recurrent"]
+_HOMES = {"Batch": "data.batches", "Decoder": "nn.decoder"}
+_HOMES |= {"ModelShape": "nn.shape", "Recurrent": "nn.recurrent"}
 
 
 def __getattr__(name: str) -> Any:
     # When first asked for: a table of settings beside them does not wait for Flax.
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"ngc_jax.{_HOMES.get(name, 'nn.layers')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,7 @@
 """The decoder: embed, prelude stages, core stages in rounds, coda stages, logits.
 
 For: the order of things and the loops. Not for: what a stage holds (`layers.py`), sizes
-(`shape.py`), or how parameters lie (`stacks.py`). A model of another kind is a file beside this one
-(`recurrent.py`, `bdh.py`), with the functions of `model.py`.
+(`shape.py`), how parameters lie (`stacks.py`), or a model of another kind (`recurrent.py`).
 
 Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 """
@@ -10,41 +9,30 @@ Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 import dataclasses
 import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.communicate import (
-    Turn,
-    advance,
-    communicate,
-    communicate_per_example,
-    communicate_until_settled,
-    undisturbed,
-)
+from ngc_jax.core import communicate as loops
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.measures import Round
 from ngc_jax.nn import stacks
-from ngc_jax.nn.layers import KEPT, RMSNorm, Stage, unembed
+from ngc_jax.nn.layers import KEPT, RMSNorm, Stage
 from ngc_jax.nn.mesh import constrain, gathered
-from ngc_jax.nn.params import describe, stacked
+from ngc_jax.nn.model import LanguageModel, Maybe, Pair, Params, end_info, init_ends, unembed
+from ngc_jax.nn.params import combine, describe, stacked
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.sharing import spread, take
 
 Array = jax.Array
-Params = dict[str, Any]
-Update = Callable[[Array, Any], tuple[Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
-    """Functions of one model shape; holds no arrays.
-
-    Parameters do not depend on `shape.rounds`, but for their scale at the start: see `at`.
-    """
+class Decoder(LanguageModel):
+    """Functions of one model shape; holds no arrays."""
 
     shape: ModelShape
 
@@ -57,32 +45,21 @@ class Decoder:
         return dataclasses.replace(self, shape=dataclasses.replace(self.shape, **fields))
 
     def init(self, key: Array) -> Params:
-        """Parameters, float32; `stacks.py` says how they lie."""
-        s = self.shape
+        s, x = self.shape, jnp.zeros((1, 1, self.shape.width))
         embed, prelude, core, coda, unembed = jax.random.split(key, 5)
-        x, positions = jnp.zeros((1, 1, s.width)), jnp.zeros((1,), jnp.int32)
-        stage = partial(Stage(s).init, x=x, positions=positions)
-        # All stages are drawn at once: a program that draws each stack by itself compiles 3 times
-        # as long.
+        # All stages at once: a program that draws each stack by itself compiles 3 times as long.
         counts = ((prelude, s.prelude), (core, s.core), (coda, s.coda))
         keys = jnp.concatenate([jax.random.split(k, count) for k, count in counts])
-        stages = jax.vmap(lambda k: stage(k)["params"])(keys)
-        rest: Params = {
-            "embed": jax.random.normal(embed, (s.vocab, s.width)),
-            "norm": {"scale": jnp.ones(s.width)},
-            # Logits start near zero: training starts from the uniform distribution, ln V nats.
-            "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
-        }
+        stages = jax.vmap(lambda k: Stage(s).init(k, x, jnp.arange(1))["params"])(keys)
+        rest = init_ends(s, embed, unembed)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at its input.
             leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(s.keep))))
             drive = {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
             rest["core"] = {"leak": leak, **drive}
-        take = lambda tree, rows: jax.tree.map(lambda p: p[rows], tree)  # noqa: E731
         return stacks.arrange(s, stages, self.stage_info, rest, take)
 
     def param_info(self) -> Params:
-        """The record of each parameter, as a tree parallel to them."""
         s, scale = self.shape, ParamInfo("scale", (None,))
         rest: Params = {"norm": {"scale": scale}, **end_info()}
         if s.core:
@@ -93,107 +70,76 @@ class Decoder:
     @functools.cached_property
     def stage_info(self) -> Params:
         """The records of one stage's parameters."""
-        x, positions = jnp.zeros((1, 1, self.shape.width)), jnp.zeros((1,), jnp.int32)
-        return describe(Stage(self.shape), x, positions)
-
-    def embed(self, params: Params, batch: Batch) -> Array:
-        """The stream [B, T, D] of a batch's tokens, batch.inputs [B, T]."""
-        chex.assert_rank(batch.inputs, 2)
-        table = constrain(params["embed"], None, "group")
-        return constrain(table[batch.inputs], *self.shape.stream_axes)
+        return describe(Stage(self.shape), jnp.zeros((1, 1, self.shape.width)), jnp.arange(1))
 
     def unembed(self, params: Params, x: Array) -> Array:
         """Logits [B, T, V] in float32 of the stream [B, T, D] after the last stage."""
         x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
         return unembed(constrain(x, *self.shape.stream_axes), params["unembed"])
 
-    def apply(
-        self, params: Params, batch: Batch, record: bool = False
-    ) -> tuple[Array, Round | None]:
-        """Logits [B, T, V] in float32, and the rounds' stability records [R] if asked for.
-
-        Computes in the dtype of `params`.
-        """
-        x, _, records = self.stream(
-            params, self.embed(params, batch), batch.segments, record=record
-        )
+    def apply(self, params: Params, batch: Batch, record: bool = False) -> Pair:
+        """Logits [B, T, V] in float32, and the rounds' stability records [R] if asked for."""
+        x = self.embed(params, batch)
+        x, _, records = self.stream(params, x, batch.segments, record=record)
         return self.unembed(params, x), records
 
     def iterate(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        rounds: Array,
-        backprop: int = 0,
-        most: int | None = None,
-        every: int = 0,
-        disturb: Callable[[Array, Array], Array] = undisturbed,
+        self, params: Params, batch: Batch, *, rounds: Array, most: int | None = None, **how: Any
     ) -> tuple[Array, Array]:
-        """`apply` for a number of rounds that is an array, [] or [B] int32.
+        """`apply` for a number of rounds that is an array, [] or [B] int32, and at most `most`.
 
-        Gradients go through the last `backprop` rounds. most: a bound of `rounds` that is known
-        before, if there is one; where it is `backprop` no round is without gradients. Returns
-        logits [S, B, T, V], the last of them after the last round, and the rounds [S, B] made
-        there; see `communicate_per_example`, also for `every` and `disturb`. Raises ValueError for
-        a model without a loop.
+        Returns logits [S, B, T, V] and the rounds [S, B] made there, the last after the last round;
+        `how`: `backprop` (0), `every` and `disturb` of `communicate_per_example`. Raises ValueError
+        for a model without a loop.
         """
         params, x = self.loop_start(params, self.embed(params, batch), batch.segments)
-        held = jax.lax.stop_gradient((params, x))
-        states, made = communicate_per_example(
-            self.turn(params, x, batch.segments),
-            x,
-            jnp.broadcast_to(rounds, x.shape[:1]),
-            backprop=backprop,
-            still=None if most == backprop else self.turn(*held, batch.segments),
-            every=every,
-            remat=self.shape.remat != "none",
-            disturb=disturb,
-        )
+        how = {"backprop": 0, "still": None, "remat": self.shape.remat != "none", **how}
+        if most != how["backprop"]:
+            how["still"] = self.turn(*jax.lax.stop_gradient((params, x)), batch.segments)
+        turn, rounds = self.turn(params, x, batch.segments), jnp.broadcast_to(rounds, x.shape[:1])
+        states, made = loops.communicate_per_example(turn, x, rounds, **how)
         # One after another, so that the coda is compiled once.
         return jax.lax.map(lambda x: self._read_out(params, x, batch.segments), states), made
 
-    def settle(
-        self, params: Params, batch: Batch, *, tolerance: Array | float, cap: int
-    ) -> tuple[Array, Array]:
-        """`apply` with rounds until the state settles, `cap` at most.
+    def settle(self, params: Params, batch: Batch, *, tolerance: Array | float, cap: int) -> Pair:
+        """Logits after `communicate_until_settled`, and the rounds of each token [B, T].
 
-        Returns logits [B, T, V], and the rounds of each token [B, T]; see
-        `communicate_until_settled`. Raises ValueError for a model without a loop.
+        Raises ValueError for a model without a loop.
         """
         params, x = self.loop_start(params, self.embed(params, batch), batch.segments)
         turn = self.turn(params, x, batch.segments)
-        x, rounds = communicate_until_settled(turn, x, tolerance, cap)
+        x, rounds = loops.communicate_until_settled(turn, x, tolerance, cap)
         return self._read_out(params, x, batch.segments), rounds
 
-    def decode(
-        self, params: Params, tokens: Array, cache: Params, position: Array
-    ) -> tuple[Array, Params]:
-        """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`.
+    def decode(self, params: Params, tokens: Array, cache: Params, position: Array) -> Pair:
+        # For a few tokens reading takes longest, and states are less than weights.
+        sparing = self.reshaped(form="weights" if self.shape.rule == "dense" else "signals")
+        return LanguageModel.decode(sparing, params, tokens, cache, position)
 
-        `params` as `init` makes them, or `unstack`. From states where there are any, whatever the
-        model's form: for a few tokens reading what they are multiplied by takes longest, and states
-        are less than weights.
-        """
-        form = "weights" if self.shape.rule == "dense" else "signals"
-        sparing = self.reshaped(form=form)
-        positions = position + jnp.arange(tokens.shape[1])
-        x = sparing.embed(params, Batch(tokens))
-        x, cache, _ = sparing.stream(params, x, None, positions, cache)
-        return sparing.unembed(params, x), cache
+    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
+        x, cache, _ = self.stream(params, x, segments, at, cache)
+        return self.unembed(params, x), cache
 
     def unstack(self, params: Params) -> Params:
-        """The same parameters laid out for `decode`: see `stacks.unstack`."""
-        return stacks.unstack(self.shape, params)
+        # A loop over a stack would copy each stage before it is read.
+        params = self.expand_shared(params)
+        return stacks.restack(self.shape, params, lambda stack, rows: stacks.stages_of(stack))
 
     def expand_shared(self, params: Params) -> Params:
-        """Parameters in which each stage has its own send states."""
-        return stacks.expand_shared(self.shape, params)
+        """Parameters in which each stage has send states of its own."""
+        if "senders" not in params:
+            return params
+        shared = spread(self.shape.shared.stages, params["senders"])
+        params = {name: leaf for name, leaf in params.items() if name != "senders"}
+
+        def own(stack: Params, rows: slice) -> Params:
+            return combine(stack, take(shared, rows))
+
+        return stacks.restack(self.shape, params, own)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
-        """An empty key-value cache for `length` tokens: every stage in every round keeps its own.
+        """An empty key-value cache for `length` tokens, of each stage apart, rounds in front.
 
-        Stages lie apart, and are written in place; the rounds of a stage lie on a leading axis.
         Raises ValueError for a model that is not causal, whose tokens wait for those after them.
         """
         s = self.shape
@@ -202,75 +148,48 @@ class Decoder:
 
         def caches(stages: int, *leading: int) -> tuple[Params, ...]:
             shape = (*leading, batch, length, s.heads, s.width // s.heads)
-            # Arrays of its own for each, so that a step may donate them.
-            return tuple(
-                {name: jnp.zeros(shape, dtype) for name in ("key", "value")} for _ in range(stages)
-            )
+            zeros = functools.partial(jnp.zeros, shape, dtype)  # each apart: a step may donate them
+            return tuple({"key": zeros(), "value": zeros()} for _ in range(stages))
 
-        return {
-            "prelude": caches(s.prelude),
-            "core": caches(s.core, s.rounds),
-            "coda": caches(s.coda),
-        }
+        core = caches(s.core, s.rounds)
+        return {"prelude": caches(s.prelude), "core": core, "coda": caches(s.coda)}
 
     def generated(self) -> dict[str, dict[str, int]]:
-        """Weights generated in a forward pass: those of every stage, each time it is run."""
         s = self.shape
         if s.rule == "dense":
             return {}
         square, tall = s.width * s.width, s.width * s.hidden
-        stage = {
-            "query_key_value": 3 * square,
-            "attention_out": square,
-            "gate_up": 2 * tall,
-            "down": tall,
-        }
+        stage = {"query_key_value": 3 * square, "attention_out": square}
+        stage |= {"gate_up": 2 * tall, "down": tall}
         runs = {"prelude": s.prelude, "core": s.core * s.rounds, "coda": s.coda}
-        return {
-            stack: {name: times * count for name, count in stage.items()}
-            for stack, times in runs.items()
-        }
+        return {name: {k: n * times for k, n in stage.items()} for name, times in runs.items()}
 
-    def loop_start(
-        self, params: Params, x: Array, segments: Array | None = None
-    ) -> tuple[Params, Array]:
-        """Expanded parameters, and the stream before the first round, from the embedded one.
-
-        Raises ValueError for a model without a loop.
-        """
+    def loop_start(self, params: Params, x: Array, segments: Maybe) -> tuple[Params, Array]:
+        """Expanded parameters and the stream before the loop; ValueError where there is none."""
         if not self.shape.core:
             raise ValueError("model: has no loop (model.core=0), so there are no rounds to choose")
         params = self.expand_shared(params)
-        return params, self.stages(stacks.get_stack(params, "prelude"), x, segments)[0]
+        return params, self.stages(params, "prelude", x, segments)[0]
 
     def update(
-        self,
-        params: Params,
-        start: Array,
-        segments: Array | None = None,
-        positions: Array | None = None,
-    ) -> Update:
+        self, params: Params, start: Array, segments: Maybe = None, positions: Maybe = None
+    ) -> Callable[[Array, Any], Pair]:
         """What a round adds, update(x, cache) -> (core(x), cache), in the loop begun at `start`."""
-        route = self.route(start)
+        where = (segments, positions)
 
-        def update(x: Array, memory: Any) -> tuple[Array, Any]:
-            core = params["core"]["stages"]
-            after, memory = self.stages(core, x, segments, positions, memory, route)
+        def update(x: Array, memory: Any) -> Pair:
+            after, memory = self.stages(params, "core", x, *where, memory, self.route(start))
             return after - x, memory
 
         return update
 
-    def turn(self, params: Params, start: Array, segments: Array | None = None) -> Turn:
-        """One round, x -> phi(keep x + drive e + core(x)) with e = `start` held.
-
-        `params` must be expanded (`expand_shared`).
-        """
+    def turn(self, params: Params, start: Array, segments: Maybe = None) -> loops.Turn:
+        """One round, x -> phi(keep x + drive e + core(x)), e = `start`; `params` are expanded."""
         keep, drive = self.scales(params)
-        update = self.update(params, start, segments)
-        phi = self.shape.state_activation
-        return lambda x: advance(x, update(x, None)[0], drive * start, keep, phi)
+        update, phi = self.update(params, start, segments), self.shape.state_activation
+        return lambda x: loops.advance(x, update(x, None)[0], drive * start, keep, phi)
 
-    def route(self, start: Array) -> Array | None:
+    def route(self, start: Array) -> Maybe:
         """What queries and keys are read from in the loop begun at `start`; None: the state."""
         return start if self.shape.route == "start" else None
 
@@ -281,33 +200,28 @@ class Decoder:
 
     def stages(
         self,
-        stages: Any,
+        params: Params,
+        name: str,
         x: Array,
-        segments: Array | None = None,
-        positions: Array | None = None,
+        segments: Maybe = None,
+        positions: Maybe = None,
         cache: Any = None,
-        route: Array | None = None,
-    ) -> tuple[Array, Any]:
-        """Run stages on the stream [B, T, D]: the stream after them and the cache.
-
-        `stages` is a stack, a tuple of stages, or None for none. Without a cache (None) it must be
-        a stack, and is compiled once.
-        """
+        route: Maybe = None,
+    ) -> Pair:
+        """Run a stack of expanded `params` on x [B, T, D]: the stream after it and the cache."""
+        stages = stacks.get_stack(params, name)
         if stages is None:
             return x, cache
-        stage = Stage(self.shape)
         at = jnp.arange(x.shape[1]) if positions is None else positions
         if segments is not None:
             chex.assert_shape(segments, x.shape[:2])
 
-        def body(x: Array, layer: Any) -> tuple[Array, Any]:
-            weights, kept = layer
-            weights = gathered(weights, lambda: self.stage_info)
-            return stage.apply({"params": weights}, x, at, segments, kept, route)
+        def body(x: Array, layer: Any) -> Pair:
+            weights = gathered(layer[0], lambda: self.stage_info)
+            return Stage(self.shape).apply({"params": weights}, x, at, segments, layer[1], route)
 
         if cache is not None:
-            after = []
-            apart = stages if isinstance(stages, tuple) else stacks.stages_of(stages)
+            after, apart = [], stages if isinstance(stages, tuple) else stacks.stages_of(stages)
             for layer in zip(apart, cache, strict=True):
                 x, kept = body(x, layer)
                 after.append(kept)
@@ -321,48 +235,26 @@ class Decoder:
         self,
         params: Params,
         x: Array,
-        segments: Array | None = None,
-        positions: Array | None = None,
+        segments: Maybe = None,
+        positions: Maybe = None,
         cache: Params | None = None,
         record: bool = False,
     ) -> tuple[Array, Params, Round | None]:
         """All stages on the embedded stream [B, T, D]: the stream, the cache, the records.
 
-        segments [B, T], if given, number the documents, and a token sees its own. positions [T] are
-        0, 1, ... by default.
+        segments [B, T] number the documents, if given; positions [T] are 0, 1, ... by default.
         """
-        s, cache, records = self.shape, dict(cache or {}), None
+        s, kept, records, where = self.shape, dict(cache or {}), None, (segments, positions)
         params = self.expand_shared(params)
-
-        def run(name: str, x: Array) -> tuple[Array, Any]:
-            stack = stacks.get_stack(params, name)
-            return self.stages(stack, x, segments, positions, cache.get(name))
-
-        x, cache["prelude"] = run("prelude", x)
+        x, kept["prelude"] = self.stages(params, "prelude", x, *where, kept.get("prelude"))
         if s.core:
-            keep, drive = self.scales(params)
-            x, cache["core"], records = communicate(
-                self.update(params, x, segments, positions),
-                x,
-                keep=keep,
-                drive=drive,
-                rounds=s.rounds,
-                activation=s.state_activation,
-                remat=s.remat != "none",
-                record=record,
-                memory=cache.get("core"),
-            )
-        x, cache["coda"] = run("coda", x)
-        return x, cache, records
+            how: Params = {"rounds": s.rounds, "remat": s.remat != "none", "record": record}
+            how |= {"activation": s.state_activation, "memory": kept.get("core")}
+            update = self.update(params, x, *where)
+            x, kept["core"], records = loops.communicate(update, x, *self.scales(params), **how)
+        x, kept["coda"] = self.stages(params, "coda", x, *where, kept.get("coda"))
+        return x, kept, records
 
-    def _read_out(self, params: Params, x: Array, segments: Array | None) -> Array:
-        """Logits [B, T, V] of the stream after some round; `params` must be expanded."""
-        return self.unembed(params, self.stages(stacks.get_stack(params, "coda"), x, segments)[0])
-
-
-def end_info() -> Params:
-    """The records of a language model's two ends, embed [V, D] and unembed [D, V]."""
-    return {
-        "embed": ParamInfo("embedding", (None, "channel")),
-        "unembed": ParamInfo("embedding", ("channel", "vocab")),
-    }
+    def _read_out(self, params: Params, x: Array, segments: Maybe) -> Array:
+        """Logits [B, T, V] of the stream after a round; `params` are expanded."""
+        return self.unembed(params, self.stages(params, "coda", x, segments)[0])

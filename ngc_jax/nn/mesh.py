@@ -1,20 +1,19 @@
 """Devices: the mesh of a run, and how its arrays lie on it.
 
-For: the one table that says what is split over which devices, and the functions that put arrays
-where it says. A mesh has three axes, of any of which there may be one: "data" splits the batch;
-"fsdp" splits the batch too, and parameters and optimizer where they are kept (gathered where they
-are used); "group" splits groups, and with them neurons, states, heads and hidden neurons, so that
-work inside a group stays on its device and only signals cross. Not for: what is computed, or what
-crosses in the end (`collectives.py`).
+For: the table that says what is split over which devices, and putting arrays where it says. Models
+say what an axis counts. Not for: what crosses in the end (`collectives.py`).
 
-Models say what an axis of an array counts; no model knows which devices there are.
+Mesh axes: "data" splits the batch; "fsdp" splits the batch too, and parameters and optimizer where
+they are kept; "group" splits groups, so that only signals cross.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ngc_jax.core.params import ParamInfo
@@ -22,7 +21,6 @@ from ngc_jax.core.params import ParamInfo
 Array = jax.Array
 Tree = Any
 Axes = tuple[str | None, ...]
-
 MESH_AXES = ("data", "fsdp", "group")  # the last varies fastest: neighbouring devices talk most
 SPLIT: dict[str, tuple[str, ...]] = {  # what an axis counts -> the mesh axes that it is split over
     "window": ("data", "fsdp"),  # sequences of a batch
@@ -45,9 +43,7 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def single_device() -> Mesh:
     """The mesh of one device, for what needs no more."""
-    return jax.make_mesh(
-        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.local_devices()[:1]
-    )
+    return Mesh(np.reshape(jax.local_devices()[:1], (1, 1, 1)), MESH_AXES)
 
 
 def partition_spec(*axes: str | None) -> PartitionSpec:
@@ -55,9 +51,7 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
     wanted = [SPLIT[axis] if axis else None for axis in axes]
     used = [name for names in wanted if names for name in names]
     if len(set(used)) < len(used):
-        raise ValueError(
-            f"axes {axes}: two of them are split over the same mesh axis ({', '.join(used)})"
-        )
+        raise ValueError(f"axes {axes}: two of them are split over the same mesh axis")
     return PartitionSpec(*wanted)
 
 
@@ -71,9 +65,11 @@ def with_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return placed
 
 
-def num_shards(axis: str) -> int:
-    """Parts into which an axis that counts this is split on the current mesh; 1 without one."""
-    return _num_shards(_current(), axis)
+def num_shards(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Parts into which an axis that counts this is split on a mesh, or the current one if ours."""
+    sizes = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+    ours = all(name in sizes for name in MESH_AXES)
+    return math.prod(sizes[name] for name in SPLIT[axis]) if ours else 1
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -81,15 +77,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
     An axis whose parts would not be equal (one sequence, say) is left to the compiler.
     """
-    if math.prod(_current().values()) <= 1:
+    if num_shards("row") == 1:  # one device, or a mesh that is not one of ours
         return x
-    fits = [
-        axis is None or size % num_shards(axis) == 0
-        for size, axis in zip(x.shape, axes, strict=True)
-    ]
     places = [
-        place if fit else PartitionSpec.UNCONSTRAINED
-        for place, fit in zip(partition_spec(*axes), fits, strict=True)
+        PartitionSpec.UNCONSTRAINED if axis and size % num_shards(axis) else place
+        for size, axis, place in zip(x.shape, axes, partition_spec(*axes), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*places))
 
@@ -99,26 +91,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis is split."""
-    return NamedSharding(mesh, partition_spec("window"))
-
-
 def local_batch_rows(mesh: Mesh, size: int) -> list[int]:
     """Which of the `size` rows of a batch this process's devices hold, in any order of devices."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    held = _batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return sorted({row for index in held if index for row in range(size)[index[0]]})
 
 
 def put_batch(mesh: Mesh, local: Tree) -> Tree:
     """The global arrays of which `local` holds this process's rows (`local_batch_rows`)."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
+    put = partial(jax.make_array_from_process_local_data, _batch_sharding(mesh))
+    return jax.tree.map(put, local)
 
 
 def abstract_batch(mesh: Mesh, batch: Tree) -> Tree:
     """The shapes of a batch with their shardings."""
-    return jax.tree.map(lambda a: abstract(a, batch_sharding(mesh)), batch)
+    return jax.tree.map(lambda a: abstract(a, _batch_sharding(mesh)), batch)
 
 
 def abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -138,10 +125,9 @@ def shardings(placed: Tree) -> Tree:
 
 
 def gathered(stage: Tree, info: Callable[[], Tree]) -> Tree:
-    """Parameters of one stage as they are used: split over groups, but not as they are stored.
+    """Parameters of a stage split over groups only: states are gathered, not weights made of them.
 
-    States are gathered, before weights are made of them; else the weights would be. `info()`, their
-    records, is asked for on a mesh of several devices only.
+    `info()`, their records, is asked for on a mesh of several devices only.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -163,31 +149,22 @@ def bytes_per_device(placed: Tree) -> int:
 def param_axes(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Axes:
     """What the axes of a parameter count, as far as a mesh splits them; scales lie whole.
 
-    One axis at most is split over groups, and the longest other one is "stored" apart; never
-    "stage", along which a loop walks.
+    One axis at most is split over groups; the longest other one but "stage" is "stored" apart.
     """
     axes: list[str | None] = [None] * len(shape)
     if info.kind == "scale":
         return tuple(axes)
-    wanted = [(info.axes.index(name), name) for name in OVER_GROUPS if name in info.axes]
-    for axis, counts in wanted:
-        parts = _num_shards(mesh.shape, counts)
-        if parts > 1 and shape[axis] % parts == 0:
+    for counts in OVER_GROUPS:
+        axis, parts = (*info.axes, counts).index(counts), num_shards(counts, mesh)
+        if axis < len(axes) and parts > 1 and shape[axis] % parts == 0:
             axes[axis] = counts
             break
-    stored = _num_shards(mesh.shape, "stored")
     left = [i for i, name in enumerate(info.axes) if name != "stage" and not axes[i]]
-    left = [i for i in left if shape[i] % stored == 0]
+    left = [i for i in left if shape[i] % num_shards("stored", mesh) == 0]
     if left:
         axes[max(left, key=lambda axis: shape[axis])] = "stored"
     return tuple(axes)
 
 
-def _current() -> Mapping[str, int]:
-    """The axes of the mesh of the moment and their sizes; none where it is not one of ours."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return sizes if all(name in sizes for name in MESH_AXES) else {}
-
-
-def _num_shards(sizes: Any, axis: str) -> int:
-    return math.prod(sizes.get(name, 1) for name in SPLIT[axis])
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec("window"))

@@ -1,25 +1,30 @@
 """What training, evaluation and sampling need of a model, whatever it is made of.
 
-For: the one interface that our decoder and every baseline share. Not for: what only some have
-(stages, rounds): who needs that asks for a `Decoder`.
+For: the one interface that our decoder and every baseline share, the two ends of a language model,
+and sampling tokens. Not for: what only some have (stages, rounds), or text (`training/load.py`).
 """
 
+from functools import partial
 from typing import Any, Protocol
 
+import chex
 import jax
+import jax.numpy as jnp
 
+from ngc_jax.core.params import ParamInfo
 from ngc_jax.data.batches import Batch
+from ngc_jax.nn.mesh import constrain, num_shards
 
 Array = jax.Array
 Params = dict[str, Any]
+Pair = tuple[Array, Any]  # an array, and what goes with it: records, or a cache
+Maybe = Array | None
 
 
 class LanguageModel(Protocol):
     """Functions of one shape; holds no arrays. Axes: B batch, T tokens, D width, V vocabulary."""
 
-    @property
-    def shape(self) -> Any:
-        """Sizes: a frozen dataclass with `vocab`."""
+    shape: Any  # sizes: a frozen dataclass with `vocab` and, for `embed`, `stream_axes`
 
     def init(self, key: Array) -> Params:
         """Parameters, float32."""
@@ -28,21 +33,108 @@ class LanguageModel(Protocol):
         """The record (`core/params.py`) of each parameter, as a tree parallel to them."""
 
     def embed(self, params: Params, batch: Batch) -> Array:
-        """The stream [B, T, D] of what a batch gives to read."""
+        """The stream [B, T, D] of what a batch gives to read: here of tokens, inputs [B, T]."""
+        chex.assert_rank(batch.inputs, 2)
+        if batch.segments is not None:
+            chex.assert_shape(batch.segments, batch.inputs.shape)
+        table = constrain(params["embed"], None, "group")
+        return constrain(table[batch.inputs], *self.shape.stream_axes)
 
-    def apply(self, params: Params, batch: Batch, record: bool = False) -> tuple[Array, Any]:
-        """Logits [B, T, V] in float32; and the records of rounds, where there are any and asked."""
+    def apply(self, params: Params, batch: Batch, record: bool = False) -> Pair:
+        """Logits [B, T, V] in float32; and the records of rounds, where there are any and asked.
 
-    def decode(
-        self, params: Params, tokens: Array, cache: Any, position: Array
-    ) -> tuple[Array, Any]:
+        Computes in the dtype of `params`. `batch.segments` [B, T] number documents, kept apart.
+        """
+        x = self.embed(params, batch)
+        return self.forward(params, x, jnp.arange(x.shape[1]), batch.segments, None)[0], None
+
+    def decode(self, params: Params, tokens: Array, cache: Any, position: Array) -> Pair:
         """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`."""
+        x, at = self.embed(params, Batch(tokens)), position + jnp.arange(tokens.shape[1])
+        return self.forward(params, x, at, None, cache)
+
+    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
+        """Logits of the stream [B, T, D] at positions [T], and the cache after them if any."""
 
     def unstack(self, params: Params) -> Params:
         """The same parameters laid out so that `decode` reads them soonest."""
+        return params
 
     def init_cache(self, batch: int, length: int, dtype: Any = ...) -> Any:
         """What `decode` starts from, for `length` tokens."""
 
     def generated(self) -> dict[str, dict[str, int]]:
         """Weights generated in a forward pass, {stack: {synapse: count}}; {}: all are stored."""
+        return {}
+
+
+def init_ends(shape: Any, embed: Array, unembed: Array) -> Params:
+    """The table of embeddings, the last norm's scale and the matrix of logits, from two keys."""
+    # Logits start near zero: training starts from the uniform distribution, ln V nats.
+    return {
+        "embed": jax.random.normal(embed, (shape.vocab, shape.width)),
+        "norm": {"scale": jnp.ones(shape.width)},
+        "unembed": jax.random.normal(unembed, (shape.width, shape.vocab)) / shape.width,
+    }
+
+
+def end_info() -> Params:
+    """The records of embed [V, D] and unembed [D, V]."""
+    return {
+        "embed": ParamInfo("embedding", (None, "channel")),
+        "unembed": ParamInfo("embedding", ("channel", "vocab")),
+    }
+
+
+def unembed(x: Array, matrix: Array) -> Array:
+    """Logits [B, T, V] in float32 for x [B, T, D] and the matrix [D, V].
+
+    With groups on N devices, each has a part of the vocabulary if N divides it and gets all of x;
+    else (bytes, a small matrix) each takes a part of the tokens and gets the matrix.
+    """
+    split = matrix.shape[1] % num_shards("vocab") == 0
+    tokens, vocab = ("window", "vocab") if split else ("row", None)
+    rows = constrain(x.reshape(-1, x.shape[-1]), tokens, None)
+    logits = constrain(rows @ constrain(matrix, None, vocab), tokens, vocab)
+    return logits.reshape(*x.shape[:-1], -1).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("model", "count"))
+def generate(
+    model: LanguageModel,
+    params: Any,
+    prompt: Array,
+    count: int,
+    key: Array,
+    temperature: Array,
+    top_p: Array,
+) -> Array:
+    """`count` tokens [B, count] after the prompts [B, T], T >= 1.
+
+    temperature >= 0 divides the logits, 0 takes the likeliest token; top_p in (0, 1] keeps the
+    fewest tokens that together have that probability (nucleus sampling, arXiv 1904.09751).
+    """
+    batch, length = prompt.shape
+    dtype, params = jax.tree.leaves(params)[0].dtype, model.unstack(params)
+    cache = model.init_cache(batch, length + count, dtype)
+    logits, cache = model.decode(params, prompt, cache, jnp.zeros((), jnp.int32))
+
+    def step(carry: Pair, i: Array) -> tuple[Pair, Array]:
+        logits, cache = carry
+        token = choose(logits, jax.random.fold_in(key, i), temperature, top_p)
+        after, cache = model.decode(params, token[:, None], cache, length + i)
+        return (after[:, -1], cache), token
+
+    _, tokens = jax.lax.scan(step, (logits[:, -1], cache), jnp.arange(count))
+    return tokens.T
+
+
+def choose(logits: Array, key: Array, temperature: Array, top_p: Array) -> Array:
+    """Draw one token for each row of logits [B, V]; see `generate`."""
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    share = jax.nn.softmax(scaled, axis=-1)
+    ranked = jnp.sort(share, axis=-1)[:, ::-1]
+    before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all likelier tokens
+    least = jnp.min(jnp.where(before < top_p, ranked, 1.0), axis=-1, keepdims=True)
+    drawn = jax.random.categorical(key, jnp.where(share >= least, scaled, -jnp.inf))
+    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn)

@@ -1,9 +1,10 @@
 """Records of a model's parameters: collected from the layers that create them, and used on trees.
 
-For: `declare` in a Flax module, in place of `self.param`; `describe`, which returns what a module
-has declared; and splits of a tree by its records. Not for: what a record says (`core/params.py`).
+For: `declare` in a Flax module, in place of `self.param`, and `describe` of a module; splits of a
+tree by its records. Not for: what a record says (`core/params.py`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -18,9 +19,7 @@ Tree = Any
 _RECORDS: ContextVar[dict[tuple[str, ...], Any] | None] = ContextVar("records", default=None)
 
 
-def declare(
-    module: nn.Module, name: str, info: Callable[[], Any], init: Callable[..., Any], *args: Any
-) -> Any:
+def declare(module: nn.Module, name: str, info: Callable[[], Any], init: Any, *args: Any) -> Any:
     """Returns `module.param(name, init, *args)`; `info()` makes its record, or tree of records."""
     records = _RECORDS.get()
     if records is not None:
@@ -28,11 +27,9 @@ def declare(
     return module.param(name, init, *args)
 
 
-def declare_scale(
-    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]
-) -> Any:
+def declare_scale(module: nn.Module, name: str, init: Any, channels: int) -> Any:
     """Returns a parameter of one number a channel."""
-    return declare(module, name, lambda: ParamInfo("scale", (None,) * len(shape)), init, shape)
+    return declare(module, name, lambda: ParamInfo("scale", (None,)), init, (channels,))
 
 
 def describe(module: nn.Module, *args: Any) -> Tree:
@@ -48,25 +45,16 @@ def describe(module: nn.Module, *args: Any) -> Tree:
 
 def stacked(info: Tree, counts: str) -> Tree:
     """The records of parameters that lie behind one another on a new leading axis."""
-    return jax.tree.map(lambda one: one.stacked(counts), info)
+    return jax.tree.map(lambda one: dataclasses.replace(one, axes=(counts, *one.axes)), info)
 
 
 def partition(tree: Tree, info: Tree) -> tuple[Tree, Tree]:
     """Splits a tree that is parallel to the records: what is trained, and wiring, which is not."""
     flat, records = flatten_dict(tree), flatten_dict(info)
-    fixed = {path: leaf for path, leaf in flat.items() if records[path].kind == "wiring"}
-    trained = {path: leaf for path, leaf in flat.items() if path not in fixed}
-    return unflatten_dict(trained), unflatten_dict(fixed)
+    fixed = {path: flat.pop(path) for path, one in records.items() if one.kind == "wiring"}
+    return unflatten_dict(flat), unflatten_dict(fixed)
 
 
-def combine(trained: Tree, fixed: Tree) -> Tree:
-    """The tree that `partition` has split."""
-    return unflatten_dict(flatten_dict(trained) | flatten_dict(fixed))
-
-
-def merge_trees(*trees: Tree) -> Tree:
-    """One nested dict of the leaves of several; of two at one place the last."""
-    flat: dict[Any, Any] = {}
-    for tree in trees:
-        flat |= flatten_dict(tree)
-    return unflatten_dict(flat)
+def combine(one: Tree, other: Tree) -> Tree:
+    """The nested dict of the leaves of two, such as the tree that `partition` has split."""
+    return unflatten_dict(flatten_dict(one) | flatten_dict(other))

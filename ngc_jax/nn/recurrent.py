@@ -1,9 +1,7 @@
 """The recurrent model: embed, a stack of cells that hear the stream token by token, logits.
 
-For: streams. What a cell has heard is one state, however long that was, so a token costs the same
-at any length. The functions are those of `model.py`. Not for: the loop over tokens
-(`core/recurrence.py`), or what only the decoder has: attention, prelude and coda, gates, wirings
-that change.
+For: streams. What a cell has heard is one state, so a token costs the same at any length. Not for:
+the loop over tokens (`core/recurrence.py`), or what only the decoder has, such as attention.
 
 Axes: B batch, T tokens, D width, V vocabulary, C cells.
 """
@@ -13,24 +11,21 @@ import functools
 from functools import partial
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.recurrence import along_tokens, in_chunks, time_scales
-from ngc_jax.core.rules import GATES
-from ngc_jax.data.batches import Batch
-from ngc_jax.nn.decoder import end_info
-from ngc_jax.nn.layers import RMSNorm, rms_normalize, unembed
-from ngc_jax.nn.mesh import constrain, gathered
+from ngc_jax.core.rules import activate
+from ngc_jax.nn.layers import RMSNorm, rms_normalize
+from ngc_jax.nn.mesh import gathered
+from ngc_jax.nn.model import LanguageModel, Maybe, Pair, Params, end_info, init_ends, unembed
 from ngc_jax.nn.params import declare_scale, describe, stacked
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.synapse import Synapse
 
 Array = jax.Array
-Params = dict[str, Any]
 
 
 class Cell(nn.Module):
@@ -42,11 +37,10 @@ class Cell(nn.Module):
                                                        pace = sqrt(1 - keep^2)
 
     where the MLP is that of a `Stage` with two readers: gate and up each sum what the state says
-    and what the token says. So the token multiplies the state; without that no linear recurrence
-    keeps track of even a parity (arXiv 2404.08819). Neurons forget at time scales of their own;
-    pace keeps a state's variance at 1 whatever its scale (LRU, arXiv 2303.06349). What the tokens
-    say is one product over all of them, before the loop, and weights are made once. The state is
-    float32 whatever x is. first [B, T], bool: where a document, and so a new state, begins.
+    and what the token says. So the token multiplies the state, without which no linear recurrence
+    keeps track of even a parity (arXiv 2404.08819). pace keeps a state's variance at 1 whatever its
+    time scale (LRU, arXiv 2303.06349). What tokens say is one product, before the loop, and weights
+    are made once. The state is float32. first [B, T], bool: where a document, a new state, begins.
     """
 
     shape: ModelShape
@@ -55,9 +49,8 @@ class Cell(nn.Module):
     def __call__(self, x: Array, state: Array, first: Array | None = None) -> tuple[Array, Array]:
         s = self.shape
         senders, half = s.shared.of("gate_up"), 0.5**0.5  # two readers' sum has unit variance
-        reader = partial(
-            Synapse, s.parts(s.width, s.hidden), s.width, s.hidden, s.form, senders, half
-        )
+        parts = s.parts(s.width, s.hidden)
+        reader = partial(Synapse, parts, s.width, s.hidden, s.form, senders, half)
         back = partial(Synapse, n_out=s.width, form=s.form, split="in")
         e = RMSNorm(name="norm")(x)
         told = reader(name="token")(e)
@@ -65,19 +58,16 @@ class Cell(nn.Module):
         down = back(s.parts(s.hidden, s.width), s.hidden, name="down").opened()
         rounds = s.rounds * time_scales(s.width, s.groups, s.context)  # that neurons remember for
         start = jnp.log(jnp.expm1(1 / jnp.asarray(rounds, jnp.float32)))
-        leak = declare_scale(self, "leak", lambda _, shape: start.reshape(shape), (s.width,))
+        leak = declare_scale(self, "leak", lambda _, shape: start.reshape(shape), s.width)
         keep = jnp.exp(-jax.nn.softplus(leak.astype(jnp.float32)))
         pace = jnp.sqrt(1 - jnp.square(keep))
-        ones = nn.initializers.ones
-        drive = declare_scale(self, "drive", ones, (s.width,)) if s.drive else 0.0
+        drive = declare_scale(self, "drive", nn.initializers.ones, s.width) if s.drive else 0.0
 
         def turn(h: Array, said: tuple[Array, Array]) -> Array:
             e, told = said
             both = told + listen(rms_normalize(h).astype(told.dtype))
-            gate, heard = both[:, 0], both[:, 1]
-            if s.exchange_activation is not None:
-                gate = gate * GATES[s.exchange_activation](gate)
-            return keep * h + pace * (drive * e + down(gate * heard)[:, 0])
+            gate = activate(both[:, 0], s.exchange_activation)
+            return keep * h + pace * (drive * e + down(gate * both[:, 1])[:, 0])
 
         remat = s.remat != "none"
         said, first = jax.tree.map(lambda a: a.swapaxes(0, 1), ((e, told), first))
@@ -87,27 +77,19 @@ class Cell(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recurrent:
+class Recurrent(LanguageModel):
     """Functions of one shape, whose `core` counts cells; holds no arrays."""
 
     shape: ModelShape
 
     def init(self, key: Array) -> Params:
-        """Parameters, float32. Cells lie behind one another on a leading axis."""
         s = self.shape
         embed, cells, unembed = jax.random.split(key, 3)
-        x, state = jnp.zeros((1, 1, s.width)), jnp.zeros((1, s.width))
-        cell = partial(Cell(s).init, x=x, state=state)
-        return {
-            "embed": jax.random.normal(embed, (s.vocab, s.width)),
-            "cells": jax.vmap(lambda k: cell(k)["params"])(jax.random.split(cells, s.core)),
-            "norm": {"scale": jnp.ones(s.width)},
-            # Logits start near zero: training starts from the uniform distribution, ln V nats.
-            "unembed": jax.random.normal(unembed, (s.width, s.vocab)) / s.width,
-        }
+        start = (jnp.zeros((1, 1, s.width)), jnp.zeros((1, s.width)))
+        drawn = jax.vmap(lambda k: Cell(s).init(k, *start)["params"])
+        return init_ends(s, embed, unembed) | {"cells": drawn(jax.random.split(cells, s.core))}
 
     def param_info(self) -> Params:
-        """The record of each parameter, as a tree parallel to them."""
         cells, norm = stacked(self.cell_info, "stage"), ParamInfo("scale", (None,))
         return {"cells": cells, "norm": {"scale": norm}, **end_info()}
 
@@ -117,59 +99,32 @@ class Recurrent:
         width = self.shape.width
         return describe(Cell(self.shape), jnp.zeros((1, 1, width)), jnp.zeros((1, width)))
 
-    def embed(self, params: Params, batch: Batch) -> Array:
-        """The stream [B, T, D] of a batch's tokens, batch.inputs [B, T]."""
-        chex.assert_rank(batch.inputs, 2)
-        return constrain(constrain(params["embed"], None, None)[batch.inputs], "window", None, None)
-
-    def apply(self, params: Params, batch: Batch, record: bool = False) -> tuple[Array, None]:
-        """Logits [B, T, V] in float32, and None, since there is nothing to `record`.
-
-        Computes in the dtype of `params`. Each document (`batch.segments`) begins with a state of
-        0. Gradients do not pass from one chunk of `shape.chunk` tokens to another.
-        """
-        x, segments, first = self.embed(params, batch), batch.segments, None
-        if segments is not None:
-            chex.assert_shape(segments, x.shape[:2])
-            first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-        return self._forward(params, x, first, self.init_cache(len(x), 0))[0], None
-
-    def decode(
-        self, params: Params, tokens: Array, cache: Array, position: Array
-    ) -> tuple[Array, Array]:
-        """Logits [B, T, V] for the tokens after those that made `cache`, at any `position`."""
-        return self._forward(params, self.embed(params, Batch(tokens)), None, cache)
-
-    def unstack(self, params: Params) -> Params:
-        """Parameters as they are: cells are few."""
-        return params
-
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
         """The cells' states before the first token: [C, B, D], for any `length`."""
         shape = (self.shape.core, batch, self.shape.width)
         return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
 
     def generated(self) -> dict[str, dict[str, int]]:
-        """Weights generated in a forward pass without chunks: each cell's once, for all tokens."""
+        # Without chunks: each cell's once, for all tokens.
         s = self.shape
         if s.rule == "dense":
             return {}
         square, tall = s.core * s.width * s.width, s.core * s.width * s.hidden
         return {"cells": {"token": 2 * tall, "gate_up": 2 * tall, "down": tall, "out": square}}
 
-    def _forward(
-        self, params: Params, x: Array, first: Array | None, states: Array
-    ) -> tuple[Array, Array]:
-        cell = Cell(self.shape)
+    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
+        """Each document begins with a state of 0; gradients stay in chunks of `shape.chunk`."""
+        cell, first = Cell(self.shape), None
+        if segments is not None:
+            first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+        states = self.init_cache(len(x), 0) if cache is None else cache
 
         def run(states: Array, heard: tuple[Array, Array | None]) -> tuple[Array, Array]:
             x, first = jax.tree.map(lambda a: a.swapaxes(0, 1), heard)
 
             def body(x: Array, layer: tuple[Params, Array]) -> Any:
-                weights, state = layer
-                return cell.apply(
-                    {"params": gathered(weights, lambda: self.cell_info)}, x, state, first
-                )
+                weights = gathered(layer[0], lambda: self.cell_info)
+                return cell.apply({"params": weights}, x, layer[1], first)
 
             if self.shape.remat == "stages":
                 body = jax.checkpoint(body, prevent_cse=False)

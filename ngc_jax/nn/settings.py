@@ -1,6 +1,6 @@
 """Settings of the model, `config.model`: the table of fields, and the kinds of models.
 
-For: a kind of model: how it is made, which fields it reads, and which values of them go together.
+For: how a kind of model is made, which fields it reads, and which values of them go together.
 `MODELS["mine"] = ModelKind(make, reads)` adds one, and `MODEL.fields.append(Field(...))` a field.
 Not for: the models themselves (`decoder.py`, `recurrent.py`, `bdh.py`), which know no config.
 """
@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ngc_jax import nn
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
-from ngc_jax.core.rules import GATES, RULES, SignalRule
-from ngc_jax.core.wiring import DYNAMIC, WIRINGS
+from ngc_jax.core.rules import GATES, RULES, SignalRule, rules_between_groups
+from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
 from ngc_jax.data.tasks import both_ways
 from ngc_jax.nn.sharing import parse
 from ngc_jax.runtime.errors import UserError
@@ -20,7 +21,6 @@ from ngc_jax.runtime.fields import SEEDS, Field, Need, Section, refusals
 
 if TYPE_CHECKING:  # a table of settings does not need what takes a second to import
     from ngc_jax.nn.model import LanguageModel
-    from ngc_jax.nn.shape import ModelShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +29,13 @@ class ModelKind:
 
     make(config, vocab) returns the model. `reads` names the fields of `config.model` that it reads;
     all others must be at their defaults. check(config, need) refuses values that do not go
-    together. `stages` is True where make returns a `Decoder`, whose stages `config.iteration`,
-    `config.rewire` and `config.stability` act on.
+    together. `stages`: make returns a `Decoder`, which iteration, rewire and stability act on.
     """
 
     make: "Callable[[Any, int], LanguageModel]"
     reads: tuple[str, ...]
     check: Callable[[Any, Need], None] = lambda config, need: None
     stages: bool = False
-
-
-def rules_between_groups() -> tuple[str, ...]:
-    """The values of `model.rule`, as they are now."""
-    return (*(name for name, rule in RULES.items() if not rule.inside), "none", "dense")
 
 
 def kind_of(config: Any) -> ModelKind:
@@ -61,50 +55,35 @@ def head_counts(model: Any) -> list[int]:
     return [n for n in divisors if model.width // n % 2 == 0]
 
 
-def model_shape(config: Any, vocab: int) -> "ModelShape":
+def model_shape(config: Any, vocab: int) -> "nn.ModelShape":
     """The shape of a decoder or recurrent model for a vocabulary."""
-    from ngc_jax.nn.shape import ModelShape
-
     values = {**config.model.to_dict(), "vocab": vocab}
     values["context"] = config.model.attend or config.data.context
     values["causal"] = not both_ways(config.data.task)
     for name in ("message_activation", "exchange_activation", "state_activation"):
         values[name] = None if values[name] == "none" else values[name]
-    return ModelShape(**{f.name: values[f.name] for f in dataclasses.fields(ModelShape)})
+    return nn.ModelShape(**{f.name: values[f.name] for f in dataclasses.fields(nn.ModelShape)})
 
 
-def _activations() -> tuple[str, ...]:
-    return ("none", *GATES)
-
-
-def _decoder(config: Any, vocab: int) -> "LanguageModel":
-    from ngc_jax.nn.decoder import Decoder
-
-    return Decoder(model_shape(config, vocab))
-
-
-def _recurrent(config: Any, vocab: int) -> "LanguageModel":
-    from ngc_jax.nn.recurrent import Recurrent
-
-    return Recurrent(model_shape(config, vocab))
+def _shaped(model: str) -> "Callable[[Any, int], LanguageModel]":
+    return lambda config, vocab: getattr(nn, model)(model_shape(config, vocab))
 
 
 def _bdh(config: Any, vocab: int) -> "LanguageModel":
     from ngc_jax.nn.bdh import BDH, BDHShape
 
     m = config.model
-    remat = m.remat != "none"
-    return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, layers=m.rounds, remat=remat))
+    return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, m.rounds, m.remat != "none"))
 
 
 def _check(config: Any, need: Need) -> None:
     kind, task = MODELS[config.model.kind], config.data.task
-    two_way = [repr(name) for name, kind in MODELS.items() if kind.stages]
-    wants = f"{' or '.join(two_way)} where data.task={task!r} lets tokens attend both ways"
+    two_way = " or ".join(repr(name) for name, kind in MODELS.items() if kind.stages)
+    wants = f"{two_way} where data.task={task!r} lets tokens attend both ways"
     need(kind.stages or not both_ways(task), "model.kind", wants)
-    by, sizes = config.model.match_by, [n for n in MATCHED if n in kind.reads]
-    wants = "one of " + ", ".join(map(repr, sizes)) + f" where model.kind={config.model.kind!r}"
-    need(not config.model.match or by in sizes, "model.match_by", wants)
+    m, sizes = config.model, [n for n in MATCHED if n in kind.reads]
+    wants = f"one of {', '.join(map(repr, sizes))} where model.kind={m.kind!r}"
+    need(not m.match or m.match_by in sizes, "model.match_by", wants)
     kind.check(config, need)
 
 
@@ -115,23 +94,21 @@ def _check_groups(config: Any, need: Need) -> None:
     emit = [n for n, rule in RULES.items() if isinstance(rule, SignalRule) and not rule.inside]
     wants = f"'none' where model.rule={m.rule!r} has no signal (these have: {', '.join(emit)})"
     need(m.message_activation == "none" or signal, "model.message_activation", wants)
-    wants = "'complete' unless model.rule='addressed', which alone has a port for each partner"
-    need(m.wiring == "complete" or m.rule == "addressed", "model.wiring", wants)
-    need(m.wiring != "others" or m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
-    if m.wiring not in ("complete", "others"):
-        wants = f"from 1 to model.groups - 1 = {m.groups - 1}"
+    if m.wiring != "complete":
+        need(m.rule == "addressed", "model.wiring", "'complete' unless model.rule='addressed'")
         need(m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
-        need(m.channels < m.groups, "model.channels", wants)
-        islands = [k for k in range(1, m.groups) if m.groups % (k + 1) == 0]
-        wants = f"one less than a divisor of model.groups={m.groups}, for instance {islands[-1]}"
-        need(m.wiring != "block" or m.channels in islands, "model.channels", wants)
+    if m.wiring not in ("complete", "others"):
+        able = channel_counts(m.wiring, m.groups)
+        wants = f"from 1 to model.groups - 1 = {m.groups - 1}"
+        if m.wiring == "block":
+            wants = f"one less than a divisor of model.groups={m.groups}, for instance {able[-1]}"
+        need(m.channels in able, "model.channels", wants)
     try:
         parse(m.sharing, m.prelude + m.core + m.coda)
     except ValueError as error:
         raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
     stateless = m.rule == "dense"
-    wants = "'none' where model.rule='dense' has no states"
-    need(m.sharing == "none" or not stateless, "model.sharing", wants)
+    need(m.sharing == "none" or not stateless, "model.sharing", "'none' where model.rule='dense'")
     need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
     unit = math.lcm(m.groups, 2)  # rotary positions turn pairs of channels
     for field in ("width", "hidden"):
@@ -153,10 +130,8 @@ def _check_decoder(config: Any, need: Need) -> None:
     best = min(fits, key=lambda h: abs(h - m.heads))
     even = f"a divisor of model.groups={m.groups} with an even number of channels each"
     need(m.heads in fits, "model.heads", f"{even}, for instance {best}")
-    wants = "False where model.groups is 1, whose share is always one"
-    need(not m.gates or m.groups > 1, "model.gates", wants)
-    wants = "1.0 where model.qk_norm=False leaves no scale"
-    need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", wants)
+    need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1")
+    need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", "1.0 where model.qk_norm=False")
 
 
 def _check_recurrent(config: Any, need: Need) -> None:
@@ -164,12 +139,11 @@ def _check_recurrent(config: Any, need: Need) -> None:
     need(m.core >= 1, "model.core", f"1 or more {where}: the number of its cells")
     for field in ("prelude", "coda"):
         need(m[field] == 0, f"model.{field}", f"0 {where}: all its stages are cells, model.core")
-    wants = f"one of 'none', 'gate_up' {where}"
-    need(m.sharing in ("none", "gate_up"), "model.sharing", wants)
+    need(m.sharing in ("none", "gate_up"), "model.sharing", f"one of 'none', 'gate_up' {where}")
     fixed = ", ".join(map(repr, ("complete", *WIRINGS)))
     need(m.wiring not in DYNAMIC, "model.wiring", f"one of {fixed} {where}")
-    wants = f"1 {where}: signals would cross devices at each token"
-    need(config.mesh.group == 1, "mesh.group", wants)
+    crossing = f"1 {where}: signals would cross devices at each token"
+    need(config.mesh.group == 1, "mesh.group", crossing)
     _check_groups(config, need)
 
 
@@ -200,15 +174,14 @@ _GROUPS = (
     *("wiring", "channels", "wiring_seed", "sharing", "init_rank", "exchange_activation"),
     *("prelude", "core", "rounds", "drive", "coda", "form", "remat"),
 )
-_DECODER = ("heads", "gates", "qk_norm", "qk_gain", "keep", "route", "state_activation")
+_HEADS = ("heads", "gates", "qk_norm", "qk_gain", "keep", "route", "state_activation")
 MODELS: dict[str, ModelKind] = {
-    "decoder": ModelKind(_decoder, (*_GROUPS, *_DECODER), _check_decoder, stages=True),
-    "recurrent": ModelKind(_recurrent, (*_GROUPS, "chunk"), _check_recurrent),
+    "decoder": ModelKind(_shaped("Decoder"), (*_GROUPS, *_HEADS), _check_decoder, stages=True),
+    "recurrent": ModelKind(_shaped("Recurrent"), (*_GROUPS, "chunk"), _check_recurrent),
     "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat"), _check_bdh),
 }
-KIND = Field(
-    "kind", "decoder", "'recurrent' = cells in place of attention; 'bdh' = a baseline", MODELS
-)
+ABOUT_KIND = "'recurrent' = cells in place of attention; 'bdh' = a baseline"
+KIND = Field("kind", "decoder", ABOUT_KIND, MODELS)
 # fmt: off
 MODEL = Section("model",
     "What is trained. Each kind of model reads some of these fields and refuses the others.", [
@@ -227,7 +200,8 @@ MODEL = Section("model",
     Field("p_intra", 128, "size of a state inside its group; 0 = no such part; the group's size = "
           "a dense block", "[0, inf)", "numbers"),
     Field("p_inter", 3, "size of a state, or port, between groups", "[1, inf)", "numbers"),
-    Field("message_activation", "none", "activation of the signal between groups", _activations),
+    Field("message_activation", "none", "activation of the signal between groups",
+          lambda: ("none", *GATES)),
     Field("wiring", "complete", "which groups hear which (rule 'addressed'); rewire changes the "
           "dynamic ones", lambda: ("complete", *WIRINGS, *DYNAMIC)),
     Field("channels", 4, "groups that a group hears, unless wiring is 'complete' or 'others'; of a "
@@ -237,7 +211,7 @@ MODEL = Section("model",
           "sets such as 'query+key' or '1+2', and 'readers', with commas between"),
     Field("init_rank", 0, "greatest rank of weights at the start; 0 = as drawn", "[0, inf)"),
     Field("exchange_activation", "silu", "activation of the MLP's gate; 'none' = no gate function",
-          _activations),
+          lambda: ("none", *GATES)),
     Field("gates", False, "whether a token sets how much each group sends; these shares sum to 1"),
     Field("qk_norm", True, "whether queries and keys are normalised in each head"),
     Field("qk_gain", 1.0, "scale of normalised queries at the start", "(0, inf)"),

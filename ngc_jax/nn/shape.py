@@ -1,11 +1,9 @@
 """The shape of a model: its sizes as a frozen, hashable value.
 
-For: what a model *is*, and the synapse parts that follow from it. Not for: parameters
-(`layers.py`), which values are refused (`settings.py`), or training.
+For: sizes and the parts of a synapse. Not for: parameters (`layers.py`), refusals (`settings.py`).
 """
 
 import dataclasses
-from typing import Any
 
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
@@ -14,14 +12,17 @@ from ngc_jax.nn.synapse import SynapsePart
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Connectivity:
-    """How neurons are joined, whatever their number: the fields of `config.model` of these names.
-
-    rule: between groups; "none", or "dense" for an ordinary matrix. p_intra: numbers of a state
-    within its group, 0 for no such part; from the group's size on a dense block. p_inter: numbers
-    of a port or state between groups.
+class ModelShape:
+    """Sizes of a decoder or recurrent model: the fields of `config.model` (docs/settings.md says
+    what each is), with its defaults, and what the data give.
     """
 
+    vocab: int = 257
+    context: int = 128  # tokens that attention looks back on
+    causal: bool = True  # whether a token sees none after it
+    width: int = 128
+    hidden: int = 384
+    heads: int = 4
     rule: str = "addressed"
     groups: int = 8
     p_intra: int = 128
@@ -31,6 +32,22 @@ class Connectivity:
     channels: int = 4
     wiring_seed: int = 0
     init_rank: int = 0
+    sharing: str = "none"
+    exchange_activation: str | None = "silu"
+    gates: bool = False
+    qk_norm: bool = True
+    qk_gain: float = 1.0
+    prelude: int = 1
+    core: int = 1
+    rounds: int = 2
+    drive: bool = True
+    route: str = "state"
+    state_activation: str | None = None
+    keep: float = 0.9
+    coda: int = 1
+    form: str = "weights"
+    remat: str = "rounds"
+    chunk: int = 0
 
     @property
     def has_messages(self) -> bool:
@@ -48,57 +65,24 @@ class Connectivity:
     @property
     def wired(self) -> Addressed | Rewirable | None:
         """`addressed` under the wiring there is; None where every group hears every one."""
-        draw = WIRINGS.get(self.wiring)
-        fixed = draw and draw(self.groups, self.channels, self.wiring_seed)
-        return Addressed(fixed) if fixed else self.rewirable
+        if self.wiring not in WIRINGS:
+            return self.rewirable
+        return Addressed(WIRINGS[self.wiring](self.groups, self.channels, self.wiring_seed))
 
     def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
         """The summands of a synapse from n_in to n_out neurons."""
         if self.rule == "dense":
             return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
-        # From this size on the states of one side are one-hot: a dense block.
-        full = min(n_in, n_out) // self.groups
-        kinds = self.init_rank // self.groups
-        intra, inter = [], []
+        parts, kinds = [], self.init_rank // self.groups
         if self.p_intra > 0:
-            rule = "block" if self.p_intra >= full else "within"
-            intra = [SynapsePart("intra", rule, self.groups, self.p_intra, None, kinds=kinds)]
+            # From this size on the states of one side are one-hot: a dense block.
+            rule = "block" if self.p_intra >= min(n_in, n_out) // self.groups else "within"
+            parts.append(SynapsePart("intra", rule, self.groups, self.p_intra, None, None, kinds))
         if self.has_messages:
             dim = 1 if self.wiring == "dynamic_ports" else self.p_inter
             how = (dim, self.message_activation, self.wired, kinds)
-            inter = [SynapsePart("inter", self.rule, self.groups, *how)]
-        return (*intra, *inter)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape(Connectivity):
-    """Sizes of a decoder or recurrent model: the fields of `config.model`, and what the data give.
-
-    docs/settings.md says what each field is; the defaults are those of `config.model`.
-    """
-
-    vocab: int = 257
-    context: int = 128  # tokens that attention looks back on
-    causal: bool = True  # whether a token sees none after it
-    width: int = 128
-    hidden: int = 384
-    heads: int = 4
-    sharing: str = "none"
-    exchange_activation: str | None = "silu"
-    gates: bool = False
-    qk_norm: bool = True
-    qk_gain: float = 1.0
-    prelude: int = 1
-    core: int = 1
-    rounds: int = 2
-    drive: bool = True
-    route: str = "state"
-    state_activation: str | None = None
-    keep: float = 0.9
-    coda: int = 1
-    form: str = "weights"
-    remat: str = "rounds"
-    chunk: int = 0
+            parts.append(SynapsePart("inter", self.rule, self.groups, *how))
+        return tuple(parts)
 
     @property
     def depth(self) -> int:
@@ -119,13 +103,3 @@ class ModelShape(Connectivity):
     def shared(self) -> Sharing:
         """Which synapses share their send states."""
         return parse(self.sharing, self.prelude + self.core + self.coda)
-
-    @property
-    def branch_gain(self) -> float:
-        """Scale of a branch, so that the 2 depth branches together add unit variance."""
-        return (2 * self.depth) ** -0.5
-
-    @property
-    def connectivity(self) -> dict[str, Any]:
-        """The fields of `Connectivity`."""
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(Connectivity)}

@@ -1,13 +1,13 @@
 """The synapse: what joins neurons to neurons, in place of a dense layer's matrix.
 
-For: the summands of a synapse, its parameters, and its two forms, weights and signals. Not for:
-what is made of synapses (`layers.py`), or how a rule makes weights (`core/rules/`).
+For: its summands, its parameters, and its two forms, weights and signals. Not for: what is made of
+synapses (`layers.py`), or how a rule makes weights (`core/rules/`).
 
 Axes: n_in, n_out neurons on either side; the fan counts synapses that read the same input.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.rules.signal import FEW
 from ngc_jax.nn.mesh import constrain, num_shards
 from ngc_jax.nn.params import declare, stacked
-from ngc_jax.nn.sharing import leaders, spread
+from ngc_jax.nn.sharing import leaders, spread, take
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ class SynapsePart(NamedTuple):
     dim: int  # numbers of a state (r) or of a port (p)
     activation: str | None
     wired: Addressed | Rewirable | None = None  # `addressed` under a wiring; None: RULES[rule]
-    kinds: int = 0  # in which a group's senders start (`Rule.alike`); 0: each neuron its own
+    kinds: int = 0  # of senders in a group at the start (`Rule.alike`); 0: as drawn
 
     @property
     def how(self) -> Rule:
@@ -57,10 +57,9 @@ class Synapse(nn.Module):
     `senders` names, for each member of the fan, whose send states it has: (0, 1, 2) each its own,
     (0, 0, 0) all the same, and then the signal is computed once. A synapse is the sum of its parts
     (inside a group, between groups), scaled so that unit-variance x gives y of variance gain^2 at
-    start. Under form="weights" the linear parts' weights are generated, summed and multiplied once:
-    the dense layer's FLOPs with fewer parameters. Under form="signals" a signal rule's weights are
-    never formed. Where groups are on different devices they are formed under neither, so that only
-    signals cross. `split` says which side is split over devices where the synapse is dense.
+    start. Under form="weights" the linear parts' weights are generated, summed and multiplied once.
+    Under form="signals", or where groups are on different devices so that only signals may cross, a
+    signal rule's weights are never formed. `split`: the side of a dense synapse that is split.
     """
 
     parts: tuple[SynapsePart, ...]
@@ -79,8 +78,7 @@ class Synapse(nn.Module):
     def opened(self, members: tuple[int, ...] | None = None) -> Callable[[Array], Array]:
         """The synapse as a function of x, its weights made: a loop would make them in each step."""
         signals, generated = [], []
-        # Who is of which kind at start must be the same in all parts, or their sum has a higher
-        # rank: it is drawn once.
+        # Drawn once: of kinds that differ between parts, the sum would have a higher rank.
         drawn = self.parts[0].kinds and self.is_initializing()
         who = self.make_rng("params") if drawn else jax.random.key(0)
         forms = self.form == "weights" and num_shards("group") == 1
@@ -93,33 +91,33 @@ class Synapse(nn.Module):
             how, senders = part.how, fan
             if members is not None:
                 sets = sorted(set(fan))
-                pre, post = _rows(pre, sets), _rows(post, members)
+                pre, post = take(pre, np.array(sets)), take(post, np.array(members))
                 senders = tuple(sets.index(number) for number in fan)
             if not isinstance(how, SignalRule) or (forms and part.activation is None):
                 generated.append(jax.vmap(partial(weights, how))(spread(senders, pre), post))
                 continue
-            if how.by_speakers != how and num_shards("group") > 1:
-                pre, post = jax.vmap(how.to_speakers)(spread(senders, pre), post)
-                how, senders = how.by_speakers, tuple(range(len(senders)))
+            if part.wired and num_shards("group") > 1:
+                pre, post = jax.vmap(part.wired.to_speakers)(spread(senders, pre), post)
+                how, senders = Addressed(), tuple(range(len(senders)))
             signals.append((part, how, senders, pre, post))
         together = reduce(jnp.add, generated).reshape(-1, self.n_in).T if generated else None
 
         def act(x: Array) -> Array:
             # A weight's gradient then sums over one axis, which XLA:CPU does twice as fast.
-            tokens = x.reshape(-1, self.n_in)
-            outputs = []
-            # Members that read one x make one wide product, for which their states are brought
-            # together: too much work for a few tokens, of which each member gets its own.
+            tokens, outputs = x.reshape(-1, self.n_in), []
+            # One wide product of all members brings their states together: too much work for a few
+            # tokens, of which each member gets its own.
             axis = 0 if len(tokens) < FEW else None
 
-            def handed(count: int) -> Array:
+            def handed(members: Collection[int]) -> Array:
+                count = len(members)
                 return tokens if axis is None else jnp.broadcast_to(tokens, (count, *tokens.shape))
 
             for part, how, senders, pre, post in signals:
-                sent, sent_axis = handed(len(senders)), axis  # of a one-hot state: x as it is
+                sent, sent_axis = handed(senders), axis  # of a one-hot state: x as it is
                 if part.rule != "block":
                     speak = partial(emit, how, activation=part.activation)
-                    said = jax.vmap(speak, in_axes=(axis, 0))(handed(len(set(senders))), pre)
+                    said = jax.vmap(speak, in_axes=(axis, 0))(handed(set(senders)), pre)
                     said = constrain(said, None, "window", *how.spoken)
                     said = constrain(said, None, "window", *how.heard)  # here signals cross
                     sent, sent_axis = spread(senders, checkpoint_name(said, "signal")), 0
@@ -132,30 +130,25 @@ class Synapse(nn.Module):
 
         return act
 
-    def _init_part(
-        self, key: Array, part: SynapsePart, scale: float, who: Array
-    ) -> dict[str, Array]:
+    def _init_part(self, key: Array, part: SynapsePart, scale: float, who: Array) -> dict[str, Any]:
         pre, post = jax.vmap(self._drawn(part))(jax.random.split(key, len(self.senders)))
         if part.kinds:
-            members = jnp.arange(self.n_in // part.groups)
-            kind = jax.random.permutation(who, members % part.kinds)
+            kind = jax.random.permutation(who, jnp.arange(self.n_in // part.groups) % part.kinds)
             pre, post = jax.vmap(partial(part.how.alike, kind=kind))(pre, post)
-        pre = jax.tree.map(lambda a: a[leaders(self.senders)], pre)
-        return self._named(part, pre, part.how.scaled(post, scale))
+        return self._named(part, take(pre, leaders(self.senders)), part.how.scaled(post, scale))
 
     def _info(self, part: SynapsePart) -> dict[str, Any]:
         pre, post = part.how.info(*jax.eval_shape(self._drawn(part), jax.random.key(0)))
         if part.place == "dense":
             sides = ("channel", None) if self.split == "out" else (None, "channel")
             post = ParamInfo("matrix", (None, *sides), matrix=-2)
-        named = self._named(part, pre, post)
         owned = partial(dataclasses.replace, rule=part.rule, part=part.place)
-        return stacked(jax.tree.map(lambda one: owned(one), named), "fan")
+        return stacked(jax.tree.map(owned, self._named(part, pre, post)), "fan")
 
     def _drawn(self, part: SynapsePart) -> Callable[[Array], Any]:
         """part.how.init, for a key."""
-        sizes = {"groups": part.groups, "n_in": self.n_in, "n_out": self.n_out, "dim": part.dim}
-        return lambda key: part.how.init(key, **sizes)
+        sizes = (part.groups, self.n_in, self.n_out, part.dim)
+        return lambda key: part.how.init(key, *sizes)
 
     @staticmethod
     def _named(part: SynapsePart, pre: Any, post: Any) -> dict[str, Any]:
@@ -164,15 +157,9 @@ class Synapse(nn.Module):
         return named if part.rule == "block" else named | {"pre": pre}
 
 
-def _rows(tree: Any, rows: Sequence[int]) -> Any:
-    return jax.tree.map(lambda p: p[np.array(rows)], tree)
-
-
 def members_of(y: Array) -> list[Array]:
-    """What a synapse gives, [..., fan, n], by member: [..., n] each.
-
-    A split, since its gradient is one concatenation; that of slices is a sum of padded arrays.
-    """
+    """What a synapse gives, [..., fan, n], by member: [..., n] each."""
+    # A split's gradient is one concatenation; that of slices is a sum of padded arrays.
     return [one[..., 0, :] for one in jnp.split(y, y.shape[-2], axis=-2)]
 
 
@@ -192,9 +179,8 @@ def intercept(listener: Callable[[Heard], None]) -> Iterator[None]:
     def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = call(*args, **kwargs)
         if isinstance(context.module, Synapse) and context.method_name == "__call__":
-            chosen = args[1] if len(args) > 1 else kwargs.get("members")
-            every = tuple(range(len(context.module.senders)))
-            listener(Heard(context.module, chosen or every, args[0], result))
+            chosen = args[1] if len(args) > 1 else range(len(context.module.senders))
+            listener(Heard(context.module, tuple(chosen), args[0], result))
         return result
 
     with nn.intercept_methods(listen):

@@ -25,8 +25,7 @@ from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokenizer
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.generate import generate
-from ngc_jax.nn.model import LanguageModel, Params
+from ngc_jax.nn.model import LanguageModel, Params, generate
 from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import refusals

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from ngc_jax.core.communicate import undisturbed
 from ngc_jax.count import forward_flops
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn.decoder import Decoder
@@ -69,7 +68,7 @@ class Iteration:
         It returns logits [S, B, T, V] and the weights [S, B] of the read-outs, of sum 1.
         """
 
-        disturb = noise(self.noise, key) if self.noise else undisturbed
+        disturb = noise(self.noise, key) if self.noise else None
 
         def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
             own = rounds

@@ -1,27 +1,145 @@
-"""Rules, from states to weights: the public names, and nothing else."""
+"""From states to weights: the table of rules, and using a rule by its name.
 
-from ngc_jax.core.rules.base import Rule, SignalRule, States
-from ngc_jax.core.rules.table import (
-    GATES,
-    RULES,
-    activation_gain,
-    emit,
-    named,
-    signal_rule,
-    transmit,
-    weights,
-)
+For: the two ways to use a rule: `transmit` a signal, or look at its `weights`. Not for: what each
+rule is (`signal.py`, `addressed.py`, `generated.py`), or which synapses a model has (`nn/`).
 
-__all__ = [
-    "GATES",
-    "RULES",
-    "Rule",
-    "SignalRule",
-    "States",
-    "activation_gain",
-    "emit",
-    "named",
-    "signal_rule",
-    "transmit",
-    "weights",
-]
+Every neuron owns *states*: `pre`, with which it sends, and `post`, with which it receives. A weight
+is an interaction of two of them, W[j, i] = mu(post[j], pre[i]). Under the *signal rules* W is a sum
+of products, so it is never formed: senders emit a low-dimensional signal and receivers read it, and
+`y == x @ W.T` holds to rounding. The *generated rules* make W whole, then multiply.
+
+Axes: n_in, n_out neurons on either side; h, g the sending and the receiving group, G of each; i, j
+a neuron in its group, n = n_in / G and m = n_out / G of them; r, p numbers of a state, of a port.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.core.rules import addressed, generated, signal
+from ngc_jax.core.rules.base import Rule, SignalRule, States, numbers_of
+
+Array = jax.Array
+
+# An activation is z -> z gate(z). A synapse with an activated signal is y = W(x) x, a *transient*
+# weight that the signal gates; as a layer it is CoLA (arXiv 2502.10940).
+GATES: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.sigmoid,
+    "gelu": jax.scipy.stats.norm.cdf,
+    "relu": lambda z: (z > 0).astype(z.dtype),
+}
+
+RULES: dict[str, Rule] = {
+    "addressed": addressed.Addressed(),
+    "broadcast": signal.Broadcast(),
+    "metric": signal.Metric(),
+    "metric_diagonal": signal.MetricDiagonal(),
+    "metric_scalar": signal.MetricScalar(),
+    "tanh": generated.Tanh(),
+    "shift": generated.Shift(),
+    "riemannian": generated.Riemannian(),
+    "distance": generated.Distance(),
+    "within": signal.Within(),
+    "block": signal.Block(),
+}
+
+
+def rules_between_groups() -> tuple[str, ...]:
+    """The values of `model.rule`, as they are now."""
+    return (*(name for name, rule in RULES.items() if not rule.inside), "none", "dense")
+
+
+def transmit(
+    rule: str | Rule, x: Array, pre: States, post: States, activation: str | None = None
+) -> Array:
+    """What the receivers get: y [..., n_out] for x [..., n_in]. No signal rule forms its weights.
+
+    `rule` is a name, or a rule such as `Addressed(wiring)`; `activation`, of the signal, a name of
+    `GATES`. Raises KeyError for an unknown one, and ValueError where x, pre and post do not fit and
+    for an activation of a generated rule, which has no signal.
+    """
+    _check(named(rule), pre, post, x)
+    if activation is None and not isinstance(named(rule), SignalRule):
+        return x @ named(rule).weights(pre, post).T
+    return signal_rule(rule).receive(emit(rule, x, pre, activation), post)
+
+
+def emit(rule: str | Rule, x: Array, pre: States, activation: str | None = None) -> Array:
+    """The signal after the activation, as in `transmit`."""
+    _check(named(rule), pre, (), x)
+    return activate(signal_rule(rule).send(x, pre), activation)
+
+
+def activate(z: Array, activation: str | None) -> Array:
+    """z gate(z) with an entry of `GATES`, z where it is None. Raises KeyError for another name."""
+    return z if activation is None else z * _entry("activation", activation, GATES)(z)
+
+
+def weights(
+    rule: str | Rule, pre: States, post: States, x: Any = None, activation: str | None = None
+) -> Array:
+    """The weights that `transmit` acts with: W [n_out, n_in], `y == x @ W.T` to rounding.
+
+    With an activation, W(x) is the transient weight of a single token x [n_in]: ValueError if it is
+    not given, or if the rule is a generated one. Raises KeyError for an unknown rule or activation.
+    """
+    if activation is None:
+        _check(named(rule), pre, post)
+        return named(rule).weights(pre, post)
+    gated = signal_rule(rule)
+    if x is None or x.ndim != 1:
+        wants = "the weights depend on the token: give x of shape [n_in]"
+        raise ValueError(f"activation={activation!r}: {wants}")
+    _check(gated, pre, post, x)
+    opened = _entry("activation", activation, GATES)(gated.send(x, pre))
+    return gated.receive(opened * gated.send(jnp.eye(len(x)), pre), post).T
+
+
+def named(rule: str | Rule) -> Rule:
+    """The rule of that name; a rule is itself. Raises KeyError, with all names, for another one."""
+    return _entry("rule", rule, RULES) if isinstance(rule, str) else rule
+
+
+def _entry(field: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise KeyError(f"{field}={name!r}: must be one of {', '.join(table)}")
+    return table[name]
+
+
+def _check(rule: Rule, pre: States, post: States, x: Array | None = None) -> None:
+    """Refuses what a product would broadcast: one number a group, or the states of one group."""
+    sides = [numbers_of(side).shape[0] for side in (pre, post) if not isinstance(side, tuple)]
+    if rule.grouped and len(set(sides)) > 1:
+        raise ValueError(f"pre, post: of {sides[0]} and {sides[1]} groups; must be of equally many")
+    if x is None or not sides:
+        return
+    if isinstance(pre, tuple):
+        n_in = jax.eval_shape(rule.weights, pre, post).shape[1]
+    else:
+        n_in = math.prod(numbers_of(pre).shape[: 1 + rule.grouped])
+    if x.shape[-1:] != (n_in,):
+        raise ValueError(f"x: shape {[*x.shape]}; must be [..., {n_in}], a number for each sender")
+
+
+def signal_rule(rule: str | Rule) -> SignalRule:
+    """`named`, if it sends a signal. Raises KeyError, or ValueError for a rule without one."""
+    found = named(rule)
+    if not isinstance(found, SignalRule):
+        takes = ", ".join(name for name, one in RULES.items() if isinstance(one, SignalRule))
+        sends = f"sends no signal for an activation to act on; those that do: {takes}"
+        raise ValueError(f"rule={rule!r}: {sends}")
+    return found
+
+
+def activation_gain(activation: str | None) -> float:
+    """1 / rms of z gate(z) for z ~ N(0, 1): restores unit variance after an activation."""
+    if activation is None:
+        return 1.0
+    points, mass = np.polynomial.hermite_e.hermegauss(101)
+    with jax.ensure_compile_time_eval():
+        opened = np.asarray(_entry("activation", activation, GATES)(jnp.float32(points)))
+    return float(((points * opened) ** 2 @ mass / mass.sum()) ** -0.5)

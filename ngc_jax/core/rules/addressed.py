@@ -1,17 +1,16 @@
 """The addressed rule: neurons keep a port for each partner group; its wiring is fixed, or is data.
 
 For: the states of a synapse under the wirings of `wiring.py` and `rewiring.py`. Not for: the other
-signal rules, and what a rule must answer (`base.py`; the axes are those of `table.py`).
+signal rules, and what a rule must answer (`base.py`; `__init__.py` has the axes).
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.core.rules.base import Axes, SignalRule, States, normal, per_group, product_norm
+from ngc_jax.core.rules.base import Sides, SignalRule, States, normal, per_group
 from ngc_jax.core.rules.signal import merge, read, split
 from ngc_jax.core.wiring import Wiring, carry, slots_of
 
@@ -32,13 +31,10 @@ class Addressed(SignalRule):
     parameters, twice that in FLOPs per token: a channel that is not there costs nothing.
     """
 
-    spoken: ClassVar[Axes] = ("group", None, None)
-    heard: ClassVar[Axes] = (None, "group", None)
+    spoken, heard = ("group", None, None), (None, "group", None)
     wiring: Wiring | None = None
 
-    def init(
-        self, key: Array, groups: int, n_in: int, n_out: int, dim: int
-    ) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         n, m = per_group(groups, n_in, n_out)
         if self.wiring and len(self.wiring) != groups:
             raise ValueError(f"groups={groups}: the wiring is one of {len(self.wiring)} groups")
@@ -57,41 +53,22 @@ class Addressed(SignalRule):
         by_reader = jnp.moveaxis(signal, -2 if self.wiring is None else -3, 0)
         return merge(read(numbers(by_reader), numbers(post)))
 
-    @property
-    def by_speakers(self) -> SignalRule:
-        return Addressed()
+    def to_speakers(self, pre: States, post: States) -> Sides:
+        """These weights as states [..., G, n, G, p] and [..., G, m, G, p] of the complete rule.
 
-    def to_speakers(self, pre: States, post: States) -> tuple[States, States]:
-        """States [..., G, n, G, p] and [..., G, m, G, p] of the complete rule, for these weights.
-
-        A speaker then holds its own states, with zeros for the channels that are not there. So it
-        can send on its own where groups are on different devices; `send` would move all of x.
+        A speaker then holds its own states, zeros for channels that are not there, and can send on
+        its own where groups are on different devices; `send` would move all of x.
         """
         if self.wiring is None:
             return pre, post
-        heard = np.array(self.wiring)[:, None] == np.arange(len(self.wiring))[:, None]  # [G, G, k]
-        slot = np.argmax(heard, -1)[:, None, :, None]
-        there = np.any(heard, -1)[:, None, :, None]
-        pre, post = (
-            jnp.take_along_axis(s, slot, axis=-2) * there.astype(s.dtype) for s in (pre, post)
-        )
-        return pre.swapaxes(-4, -2), post
+        slots = slots_of(jnp.array(self.wiring), len(self.wiring))
+        return carry(pre, slots).swapaxes(-4, -2), carry(post, slots)
 
-    def block_norms(self, pre: States, post: States) -> Array:
-        # Of R[g, :, h, :] S[h, :, g, :]^T for each pair; under a wiring, of each channel.
-        read, sent = (jnp.swapaxes(states, 1, 2) for states in (post, pre))
+    def weights(self, pre: States, post: States) -> Array:
         if self.wiring is None:
-            return product_norm(read, jnp.swapaxes(sent, 0, 1))
-        empty = jnp.zeros((len(pre), len(pre)), pre.dtype)
-        listeners = np.arange(len(pre))[:, None]
-        return empty.at[listeners, np.array(self.wiring)].set(product_norm(read, sent))
-
-    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
-        sent = pre if gate is None else pre * gate[:, None]
-        if self.wiring is None:
-            full = jnp.einsum("gjhp,higp->gjhi", post, sent)
+            full = jnp.einsum("gjhp,higp->gjhi", post, pre)
         else:
-            channels = jnp.einsum("gjsp,gisp->gsji", post, sent)
+            channels = jnp.einsum("gjsp,gisp->gsji", post, pre)
             groups, _, m, n = channels.shape
             full = jnp.zeros((groups, m, groups, n), channels.dtype)
             full = full.at[np.arange(groups)[:, None], :, np.array(self.wiring), :].set(channels)
@@ -107,18 +84,14 @@ class Rewirable(SignalRule):
     whole channel of p numbers; with more, an edge is one port (dim is then 1). g keeps `slots` of
     them: pre {"state": S [G, n, slots, p], "hears": edges [G, slots], int32, distinct in each row},
     post R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A slot whose two states
-    are all 0 is empty: it is not heard, and gets no gradient, for that of a product of two is 0
-    where both are.
+    are all 0 is empty: it is not heard and gets no gradient.
     """
 
     slots: int
     copies: int = 1
-    spoken: ClassVar[Axes] = ("group", None, None)
-    heard: ClassVar[Axes] = ("group", None, None)
+    spoken, heard = ("group", None, None), ("group", None, None)
 
-    def init(
-        self, key: Array, groups: int, n_in: int, n_out: int, dim: int
-    ) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         n, m = per_group(groups, n_in, n_out)
         send, receive, wire = jax.random.split(key, 3)
         # Equally many for each listener, drawn by ordering all edges at random.
@@ -134,31 +107,20 @@ class Rewirable(SignalRule):
     def receive(self, signal: Array, post: States) -> Array:
         return merge(read(numbers(jnp.moveaxis(signal, -3, 0)), numbers(post)))
 
-    def weights(self, pre: States, post: States, gate: Array | None = None) -> Array:
-        sent = pre["state"] if gate is None else pre["state"] * gate[:, None]
-        return Addressed().weights(*self.to_speakers({**pre, "state": sent}, post))
+    def weights(self, pre: States, post: States) -> Array:
+        return Addressed().weights(*self.to_speakers(pre, post))
 
-    @property
-    def by_speakers(self) -> SignalRule:
-        return Addressed()
-
-    def to_speakers(self, pre: States, post: States) -> tuple[Array, Array]:
+    def to_speakers(self, pre: States, post: States) -> Sides:
         """The same weights as states of the complete `Addressed`, 0 where there is no edge."""
         groups = len(post)
         ports = self._speakers(pre["hears"]) * self.copies + pre["hears"] % self.copies
         slots = slots_of(ports, groups * self.copies)
-        pre, post = (
-            carry(states, slots).reshape(*states.shape[:2], groups, -1)
-            for states in (pre["state"], post)
-        )
+        both = (pre["state"], post)
+        pre, post = (carry(s, slots).reshape(*s.shape[:2], groups, -1) for s in both)
         return jnp.einsum("gihp->higp", pre), post
 
-    def block_norms(self, pre: States, post: States) -> Array:
-        return Addressed().block_norms(*self.to_speakers(pre, post))
-
     def _speakers(self, hears: Array) -> Array:
-        groups = hears.shape[0]
-        return (jnp.arange(groups)[:, None] + 1 + hears // self.copies) % groups
+        return (jnp.arange(len(hears))[:, None] + 1 + hears // self.copies) % len(hears)
 
 
 def numbers(ports: Array) -> Array:

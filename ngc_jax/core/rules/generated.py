@@ -1,22 +1,20 @@
 """The generated rules: a nonlinear interaction of two states, so W is made before it acts.
 
 For: `tanh`, `shift`, `riemannian` and `distance`, which save parameters and no FLOPs: W is made
-once in a call, for a share of the product's cost that falls with the number of tokens. Not for:
-rules that never form W (`signal.py`), or using a rule by its name (`table.py`, whose axes
-these are).
+once in a call. Not for: rules that never form W (`signal.py`), or using a rule by its name
+(`__init__.py`, whose axes these are).
 
 States start as N(0, 1), which fixes what the nonlinearity sees; W is multiplied by n_in^(-1/2), so
-that gains are of order one; and the gains start where the W that was drawn has mean square 1 / n_in
-exactly. Neurons are in no groups.
+that gains are of order one; and the gains start where the W that was drawn (with few numbers a
+state, far from its mean) has mean square 1 / n_in exactly. Neurons are in no groups.
 """
 
-import abc
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.rules.base import Rule, States, normal
+from ngc_jax.core.rules.base import Rule, Sides, States, normal
 
 Array = jax.Array
 SHIFTS = (0, 2, 4)  # of `shift`; the first is the product as it is
@@ -25,22 +23,10 @@ FEATURES = 4  # of `tanh`, for each number of a state
 
 
 class GeneratedRule(Rule):
-    """A rule that makes W whole. `draw` gives states, `init` these with the right gains."""
+    """A rule that makes W whole, and has one set of states for all neurons."""
 
     grouped = False
     amplitude: tuple[str, ...] = ("gain",)
-
-    @abc.abstractmethod
-    def draw(self, key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
-        """States (pre, post) whose weights have mean 0 and a mean square that need not be right."""
-
-    def init(
-        self, key: Array, groups: int, n_in: int, n_out: int, dim: int
-    ) -> tuple[States, States]:
-        pre, post = self.draw(key, n_in, n_out, dim)
-        # Measured, not expected: with states of two or three numbers one draw is far from the mean
-        # over draws.
-        return pre, self.rescale(pre, post)
 
 
 class Tanh(GeneratedRule):
@@ -50,29 +36,25 @@ class Tanh(GeneratedRule):
     "map": P [r, f], "bias": b [f], "gain": a [f]}. r (n_in + n_out) + 8 r^2 + 12 r parameters.
     FLOPs: 2 f n_in n_out + 2 r f (n_in + n_out) to make W, 2 n_in n_out per token. Rank up to f.
     Source: ours. tanh sees standard deviations from 0.5 to 1.5 at start and a carries the scale:
-    where they are small tanh is straight and the rule is a `broadcast` of rank r. P and P' start as
-    the same four reflections side by side, so that no direction of a state is heard more than
-    another, and a with a sign for each, so that their straight parts cancel in part and the curved
-    ones are heard.
+    where they are small the rule is a `broadcast` of rank r. P and P' start as the same four
+    reflections, so that all directions of a state are heard equally, and a with a sign for each, so
+    that their straight parts cancel in part.
     """
 
-    @staticmethod
-    def draw(key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         send, widen, receive = jax.random.split(key, 3)
         across = jax.random.normal(widen, (FEATURES, dim))
         across = across / jnp.linalg.norm(across, axis=1, keepdims=True)
         reflected = jnp.eye(dim) - 2 * across[:, :, None] * across[:, None, :]
         steep = jnp.linspace(0.5, 1.5, FEATURES)[:, None, None]
-        both = {
-            "map": jnp.concatenate(list(steep * reflected), axis=1),
-            "bias": jnp.zeros(FEATURES * dim),
-        }
+        wide = jnp.concatenate(list(steep * reflected), axis=1)
+        both = {"map": wide, "bias": jnp.zeros(FEATURES * dim)}
         gain = jnp.repeat(jnp.tile(jnp.array([1.0, -1.0]), FEATURES // 2), dim)
         post = both | {"state": normal(receive, (n_out, dim), 1), "gain": gain}
-        return both | {"state": normal(send, (n_in, dim), 1)}, post
+        pre = both | {"state": normal(send, (n_in, dim), 1)}
+        return pre, self.rescale(pre, post)
 
-    @staticmethod
-    def weights(pre: States, post: States) -> Array:
+    def weights(self, pre: States, post: States) -> Array:
         sent, heard = (jnp.tanh(side["state"] @ side["map"] + side["bias"]) for side in (pre, post))
         return (heard * (post["gain"] * len(sent) ** -0.5)) @ sent.T
 
@@ -80,24 +62,20 @@ class Tanh(GeneratedRule):
 class Shift(GeneratedRule):
     """W = n_in^(-1/2) (c_0 q_0 + c_2 tanh(q_2) + c_4 tanh(q_4)), products with shifted states.
 
-    roll_k moves the numbers of a state k places round. pre S [n_in, r], post {"state": R [n_out,
-    r], "gain": c [3]}, at start in the proportion 0.5 : 1 : -1; with equal signs the shifts of a
-    short state add up to nearly the product of two sums, one direction of W. r (n_in + n_out) + 3
-    parameters. FLOPs: 6 r n_in n_out and 2 tanh for each weight to make W, 2 n_in n_out per token.
-    Full rank in general, since tanh acts on each product by itself, with singular values that fall
-    off; q_0 alone has rank r. Source: ours. With r = 1, 2 or 4 some shifts are none.
+    q_k is R roll_k(S)^T / sqrt(r), and roll_k moves the numbers of a state k places round; with r =
+    1, 2 or 4 some shifts are none. pre S [n_in, r], post {"state": R [n_out, r], "gain": c [3]}, at
+    start in the proportion 0.5 : 1 : -1 (with equal signs, short states make nearly one direction
+    of W). r (n_in + n_out) + 3 parameters. FLOPs: 6 r n_in n_out and 2 tanh for each weight to make
+    W, 2 n_in n_out per token. Full rank in general; q_0 alone has rank r. Source: ours.
     """
 
-    @staticmethod
-    def draw(key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         send, receive = jax.random.split(key)
-        return normal(send, (n_in, dim), 1), {
-            "state": normal(receive, (n_out, dim), 1),
-            "gain": jnp.array([0.5, 1.0, -1.0]),
-        }
+        gain = jnp.array([0.5, 1.0, -1.0])
+        pre = normal(send, (n_in, dim), 1)
+        return pre, self.rescale(pre, {"state": normal(receive, (n_out, dim), 1), "gain": gain})
 
-    @staticmethod
-    def weights(pre: States, post: States) -> Array:
+    def weights(self, pre: States, post: States) -> Array:
         read = post["state"] * pre.shape[1] ** -0.5
         straight, *shifted = (read @ jnp.roll(pre, k, axis=1).T for k in SHIFTS)
         c = post["gain"] * len(pre) ** -0.5
@@ -113,16 +91,14 @@ class Riemannian(GeneratedRule):
     tanh and 18 h FLOPs for each weight; 2 n_in n_out per token. Full rank in general, with singular
     values that fall off. Source: after RieM (Pei et al., ICML 2024); its start is ours.
 
-    tanh of a sum is mostly a sum (at unit inputs nine tenths of its variance is f(i) + g(j), two
-    directions of W). So features start in pairs that share A, with b = 1 and -1 and v of opposite
-    sign: a bump on A_k S[i] + A_k roll_k(R[j]), of standard deviation 2 on either side, a fifth of
-    whose variance is such a sum. c takes their mean away.
+    tanh of a sum is mostly a sum (of unit inputs, nine tenths of its variance), two directions of
+    W. So features start in pairs that share A, with b = 1 and -1 and v of opposite sign: a bump on
+    A_k S[i] + A_k roll_k(R[j]), a fifth of whose variance is a sum. c takes their mean away.
     """
 
     amplitude = ("gain", "offset")
 
-    @staticmethod
-    def draw(key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         send, project, receive = jax.random.split(key, 3)
         pairs = (dim + 1) // 2
         sign = jnp.tile(jnp.array([1.0, -1.0]), pairs)
@@ -134,11 +110,10 @@ class Riemannian(GeneratedRule):
             "offset": jnp.zeros(()),
         }
         pre = normal(send, (n_in, dim), 1)
-        mean = jnp.mean(Riemannian.weights(pre, post)) * n_in**0.5
-        return pre, post | {"offset": -mean}
+        mean = jnp.mean(self.weights(pre, post)) * n_in**0.5
+        return pre, self.rescale(pre, post | {"offset": -mean})
 
-    @staticmethod
-    def weights(pre: States, post: States) -> Array:
+    def weights(self, pre: States, post: States) -> Array:
         rolled = jnp.stack([jnp.roll(post["state"], k, axis=1) for k in range(ROLLS)])
         heard = jnp.einsum("khr,kjr->khj", post["map"], rolled) + post["bias"][..., None]
         sent = jnp.einsum("khr,ir->khi", post["map"], pre)
@@ -150,24 +125,20 @@ class Riemannian(GeneratedRule):
 class Distance(GeneratedRule):
     """W[j, i] = n_in^(-1/2) sum_h w_h phi(|S[i, h] - R[j, h]|), phi(d) = (1 - 4.5 d^2) exp(-2 d^2).
 
-    A neuron is a place on each of r lines. Near neurons excite, those a little further off inhibit,
-    far ones are not heard; the mean of phi over the places at start, N(0, 1) on either side, is 0.
-    pre S [n_in, r], post {"state": R [n_out, r], "gain": w [r]}. r (n_in + n_out) + r parameters.
-    FLOPs to make W: r exp and 8 r FLOPs for each weight; 2 n_in n_out per token. Full rank in
-    general, with singular values that fall off fast. Source: after DyN (Pei and Wang, ICML 2023),
-    weights from relations of dynamic states; phi is ours.
+    A neuron is a place on each of r lines; the mean of phi over the places at start is 0. pre S
+    [n_in, r], post {"state": R [n_out, r], "gain": w [r]}. r (n_in + n_out) + r parameters. FLOPs
+    to make W: r exp and 8 r FLOPs for each weight; 2 n_in n_out per token. Full rank in general,
+    with singular values that fall off fast. Source: after DyN (Pei and Wang, ICML 2023); phi is
+    ours.
     """
 
-    @staticmethod
-    def draw(key: Array, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         send, receive = jax.random.split(key)
-        return normal(send, (n_in, dim), 1), {
-            "state": normal(receive, (n_out, dim), 1),
-            "gain": jnp.ones(dim),
-        }
+        post = {"state": normal(receive, (n_out, dim), 1), "gain": jnp.ones(dim)}
+        pre = normal(send, (n_in, dim), 1)
+        return pre, self.rescale(pre, post)
 
-    @staticmethod
-    def weights(pre: States, post: States) -> Array:
+    def weights(self, pre: States, post: States) -> Array:
         def phi(d: Array) -> Array:
             square = jnp.square(d)
             return (1 - 4.5 * square) * jnp.exp(-2 * square)
@@ -178,12 +149,9 @@ class Distance(GeneratedRule):
 def _sum_over_features(
     function: Callable[[Array], Array], heard: Array, sent: Array, gain: Array
 ) -> Array:
-    """sum_f gain[f] function(heard[f, j] + sent[f, i]): [n_out, n_in].
+    """sum_f gain[f] function(heard[f, j] + sent[f, i]): [n_out, n_in]."""
 
-    One feature at a time, each computed again for the gradient: else memory would grow by n_in
-    n_out for each.
-    """
-
+    # One at a time, computed again for the gradient: memory does not grow by n_in n_out for each.
     @jax.checkpoint
     def term(heard: Array, sent: Array, gain: Array) -> Array:
         return gain * function(heard[:, None] + sent)

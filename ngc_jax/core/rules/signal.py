@@ -2,26 +2,15 @@
 
 For: the rules under which no weight need ever be formed: `broadcast`, `metric` and its two small
 forms, `within`, `block`. Not for: `addressed` with its wirings (`addressed.py`), rules that form W
-(`generated.py`), or using a rule by its name (`table.py`, whose axes these are).
+(`generated.py`), or using a rule by its name (`__init__.py`, whose axes these are).
 """
 
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.core.rules.base import (
-    Axes,
-    SignalRule,
-    States,
-    in_kinds,
-    matrix_norm,
-    normal,
-    per_group,
-    product_norm,
-    top_eigenvalue,
-)
+from ngc_jax.core.rules.base import Sides, SignalRule, States, normal, per_group
 
 Array = jax.Array
 FEW = 8  # tokens below which a product takes as long as reading its states: read them as they lie
@@ -30,107 +19,79 @@ FEW = 8  # tokens below which a product takes as long as reading its states: rea
 class Broadcast(SignalRule):
     """W[j, i] = sum_r R[j, r] S[i, r]: every neuron hears the same r numbers. As a layer: low rank.
 
-    pre S [n_in, r], post R [n_out, r]. r (n_in + n_out) parameters, twice that in FLOPs per token,
-    rank r.
+    pre S [n_in, r], post R [n_out, r]. r (n_in + n_out) parameters, 2 FLOPs a token each, rank r.
     """
 
     grouped = False
-    spoken: ClassVar[Axes] = (None,)
-    heard: ClassVar[Axes] = (None,)
+    spoken, heard = (None,), (None,)
 
-    @staticmethod
-    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         send, receive = jax.random.split(key)
         return normal(send, (n_in, dim), n_in), normal(receive, (n_out, dim), dim)
 
-    @staticmethod
-    def send(x: Array, pre: States) -> Array:
+    def send(self, x: Array, pre: States) -> Array:
         return x @ pre
 
-    @staticmethod
-    def receive(signal: Array, post: States) -> Array:
+    def receive(self, signal: Array, post: States) -> Array:
         return signal @ post.T
 
-    @staticmethod
-    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
-        return (post if gate is None else post * gate) @ pre.T
-
-    def block_norms(self, pre: States, post: States) -> Array:
-        return product_norm(post, pre)[None, None]
+    def weights(self, pre: States, post: States) -> Array:
+        return post @ pre.T
 
 
 class Metric(SignalRule):
     """W[gj, hi] = R[g, j] . M[g, h] S[h, i]: a map for each pair of groups compares states.
 
     pre S [G, n, r], post {"state": R [G, m, r], "map": M [G, G, r, r]}. r (n_in + n_out) + G^2 r^2
-    parameters, twice that in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours. M is
-    shared by a group's neurons: where a port of `addressed` costs every neuron a state for each
-    partner, here the pair of groups pays.
+    parameters, twice that in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours. For
+    each partner the pair of groups has a map, where in `addressed` every neuron has a port.
     """
 
     amplitude = ("state",)
-    spoken: ClassVar[Axes] = ("group", None)
-    heard: ClassVar[Axes] = (None, None)
+    spoken, heard = ("group", None), (None, None)
     pairs = "ghpq"  # the axes of M: listening group, speaking group, number read, number sent
 
-    @classmethod
-    def init(
-        cls, key: Array, groups: int, n_in: int, n_out: int, dim: int
-    ) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         n, m = per_group(groups, n_in, n_out)
         send, between, receive = jax.random.split(key, 3)
         sizes = {"g": groups, "h": groups, "p": dim, "q": dim}
-        drawn = normal(between, tuple(sizes[axis] for axis in cls.pairs), 1)
-        # Rows of length 1: a map has few numbers, and a row's length is the size of a number that a
-        # group reads.
-        summed = tuple(place for place, axis in enumerate(cls.pairs) if axis in "hq")
+        drawn = normal(between, tuple(sizes[axis] for axis in self.pairs), 1)
+        # Rows of length 1, for that is the size of a number that a group reads.
+        summed = tuple(place for place, axis in enumerate(self.pairs) if axis in "hq")
         length = jnp.sqrt(jnp.sum(jnp.square(drawn), summed, keepdims=True))
         post = {"state": normal(receive, (groups, m, dim), dim), "map": drawn / length}
         return normal(send, (groups, n, dim), n), post
 
-    @staticmethod
-    def send(x: Array, pre: States) -> Array:
+    def send(self, x: Array, pre: States) -> Array:
         return jnp.moveaxis(jnp.einsum("h...i,hip->h...p", split(x, pre.shape[0]), pre), 0, -2)
 
-    @classmethod
-    def receive(cls, signal: Array, post: States) -> Array:
+    def receive(self, signal: Array, post: States) -> Array:
         # a diagonal or scalar map leaves numbers where they are
-        sent = "q" if "q" in cls.pairs else "p"
-        heard = jnp.einsum(f"...h{sent},{cls.pairs}->...gp", signal, post["map"])
+        sent = "q" if "q" in self.pairs else "p"
+        heard = jnp.einsum(f"...h{sent},{self.pairs}->...gp", signal, post["map"])
         return merge(read(jnp.moveaxis(heard, -2, 0), post["state"]))
 
-    @classmethod
-    def weights(cls, pre: States, post: States, gate: Array | None = None) -> Array:
-        sent = "q" if "q" in cls.pairs else "p"
-        read = jnp.einsum(f"gjp,{cls.pairs}->gjh{sent}", post["state"], post["map"])
-        full = jnp.einsum("gjhp,hip->gjhi", read, pre if gate is None else pre * gate[:, None])
+    def weights(self, pre: States, post: States) -> Array:
+        sent = "q" if "q" in self.pairs else "p"
+        read = jnp.einsum(f"gjp,{self.pairs}->gjh{sent}", post["state"], post["map"])
+        full = jnp.einsum("gjhp,hip->gjhi", read, pre)
         return full.reshape(full.shape[0] * full.shape[1], -1)
-
-    def block_norms(self, pre: States, post: States) -> Array:
-        # |R[g] M[g, h] S[h]^T|^2 is the top eigenvalue of M^T R^T R M S^T S, for each g, h.
-        maps, r = post["map"], pre.shape[-1]
-        if maps.ndim < 4:  # diagonal [G, G, r], or scalar [G, G]
-            maps = maps.reshape(*maps.shape, *[1] * (4 - maps.ndim)) * jnp.eye(r, dtype=maps.dtype)
-        read, sent = (jnp.einsum("gip,giq->gpq", states, states) for states in (post["state"], pre))
-        seen = jnp.einsum("ghpq,gps,ghst->ghqt", maps, read, maps)
-        return jnp.sqrt(top_eigenvalue(seen @ sent))
 
 
 class MetricDiagonal(Metric):
-    """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with diagonal maps.
+    """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with diagonal maps M [G, G, r].
 
-    post {"state": R [G, m, r], "map": M [G, G, r]}. r (n_in + n_out) + G^2 r parameters, twice that
-    in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours.
+    r (n_in + n_out) + G^2 r parameters, 2 FLOPs a token each. Rank and source as `Metric`.
     """
 
     pairs = "ghp"
 
 
 class MetricScalar(Metric):
-    """W[gj, hi] = M[g, h] R[g, j] . S[h, i]: `Metric` with one number a pair, a graph.
+    """W[gj, hi] = M[g, h] R[g, j] . S[h, i]: `Metric` with one number a pair, a graph M [G, G].
 
-    post {"state": R [G, m, r], "map": M [G, G]}. r (n_in + n_out) + G^2 parameters; 2 r (n_in +
-    n_out) + 2 r G^2 FLOPs per token; rank up to min(n_in, n_out, G r). Source: ours.
+    r (n_in + n_out) + G^2 parameters; 2 r (n_in + n_out) + 2 r G^2 FLOPs per token. Rank and source
+    as `Metric`.
     """
 
     pairs = "gh"
@@ -139,35 +100,25 @@ class MetricScalar(Metric):
 class Within(SignalRule):
     """W[gj, gi] = sum_p R[g, j, p] S[g, i, p]: neurons of one group only, through p numbers each.
 
-    pre S [G, n, p], post R [G, m, p]. p (n_in + n_out) parameters, twice that in FLOPs per token,
-    rank G p.
+    pre S [G, n, p], post R [G, m, p]. p (n_in + n_out) parameters, 2 FLOPs a token each, rank G p.
     """
 
     inside = True
-    spoken: ClassVar[Axes] = ("group", None)
-    heard: ClassVar[Axes] = ("group", None)
+    spoken, heard = ("group", None), ("group", None)
 
-    @staticmethod
-    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         n, m = per_group(groups, n_in, n_out)
         send, receive = jax.random.split(key)
         return normal(send, (groups, n, dim), n), normal(receive, (groups, m, dim), dim)
 
-    @staticmethod
-    def send(x: Array, pre: States) -> Array:
+    def send(self, x: Array, pre: States) -> Array:
         return jnp.moveaxis(jnp.einsum("g...i,gip->g...p", split(x, pre.shape[0]), pre), 0, -2)
 
-    @staticmethod
-    def receive(signal: Array, post: States) -> Array:
+    def receive(self, signal: Array, post: States) -> Array:
         return merge(read(jnp.moveaxis(signal, -2, 0), post))
 
-    @staticmethod
-    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
-        heard = post if gate is None else post * gate[:, None]
-        return _block_diagonal(jnp.einsum("gjp,gip->gji", heard, pre))
-
-    def block_norms(self, pre: States, post: States) -> Array:
-        return jnp.diag(product_norm(post, pre))
+    def weights(self, pre: States, post: States) -> Array:
+        return _block_diagonal(jnp.einsum("gjp,gip->gji", post, pre))
 
 
 class Block(SignalRule):
@@ -179,35 +130,20 @@ class Block(SignalRule):
     """
 
     inside = True
-    spoken: ClassVar[Axes] = ("group",)
-    heard: ClassVar[Axes] = ("group",)
+    spoken, heard = ("group",), ("group",)
 
-    @staticmethod
-    def init(key: Array, groups: int, n_in: int, n_out: int, dim: int) -> tuple[States, States]:
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         n, m = per_group(groups, n_in, n_out)
         return (), normal(key, (groups, m, n), n)
 
-    def inputs(self, pre: States, post: States = ()) -> int | None:
-        return None if isinstance(post, tuple) else post.shape[0] * post.shape[2]
-
-    def alike(self, pre: States, post: States, kind: Array) -> tuple[States, States]:
-        return pre, self.rescale(pre, in_kinds(post, kind, axis=2))
-
-    @staticmethod
-    def send(x: Array, pre: States) -> Array:
+    def send(self, x: Array, pre: States) -> Array:
         return x
 
-    @staticmethod
-    def receive(signal: Array, post: States) -> Array:
+    def receive(self, signal: Array, post: States) -> Array:
         return merge(read(split(signal, post.shape[0]), post))
 
-    @staticmethod
-    def weights(pre: States, post: States, gate: Array | None = None) -> Array:
-        heard = post if gate is None else post * split(gate, post.shape[0])[:, None]
-        return _block_diagonal(heard)
-
-    def block_norms(self, pre: States, post: States) -> Array:
-        return jnp.diag(matrix_norm(post))
+    def weights(self, pre: States, post: States) -> Array:
+        return _block_diagonal(post)
 
 
 def split(x: Array, groups: int) -> Array:
@@ -221,11 +157,8 @@ def merge(y: Array) -> Array:
 
 
 def read(signal: Array, post: Array) -> Array:
-    """What neurons hear of their group's signal [G, ..., p], post [G, m, p]: [G, ..., m].
-
-    XLA:CPU multiplies by a right factor with the summed axis first, and moves one that lies
-    otherwise.
-    """
+    """What neurons hear of their group's signal [G, ..., p], post [G, m, p]: [G, ..., m]."""
+    # XLA:CPU multiplies by a right factor with the summed axis first, and moves another one.
     if math.prod(signal.shape[1:-1]) < FEW:
         return jnp.moveaxis(jnp.einsum("gjp,g...p->gj...", post, signal), 1, -1)
     return jnp.einsum("g...p,gjp->g...j", signal, post)
