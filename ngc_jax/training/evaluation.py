@@ -108,8 +108,8 @@ def compile_watch(
 ) -> Callable[[Any], dict[str, float]]:
     """The measures of `config.stability` on held-out data: params -> {"stability/...": value}.
 
-    They are means over windows of `config.stability.tokens` tokens in all, or as many as there are.
-    Each window counts equally often, also where there are fewer windows than parts of the mesh.
+    Means over windows of `config.stability.tokens` tokens in all, or as many as there are, each
+    counted equally often, also where there are fewer windows than parts of the mesh.
     """
     parts, available = mesh.size // mesh.shape["group"], len(data.validation)
     wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts

@@ -93,10 +93,7 @@ def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict,
 
 
 def cost(config: ConfigDict, what: str = "parameters") -> int:
-    """Parameters in matrices, or FLOPs of the matrix products of a forward pass over one window.
-
-    FLOPs are those of the form, weights or signals, that takes fewer: both are one function.
-    """
+    """Parameters in matrices, or FLOPs of a forward pass over one window in its cheaper form."""
     model = make_model(config, VOCAB)
     params = jax.eval_shape(model.init, jax.random.key(0))
     if what == "parameters":

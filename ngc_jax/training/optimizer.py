@@ -33,10 +33,7 @@ def schedule(config: Any, step: Array) -> Array:
 
 
 def make_optimizer(config: Any, info: Tree) -> optax.GradientTransformation:
-    """Gradient -> direction, before the learning rate: clip, AdamW or Muon, decoupled decay.
-
-    Matrices and states are decayed; norm scales, leak, drive and embeddings are not.
-    """
+    """Gradient -> direction: clip, AdamW or Muon, decay decoupled and of matrices and states."""
     direction = adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
     if config.optimizer == "muon":
         axes = lambda params: _beside(_matrix_axes, params, info)  # noqa: E731
@@ -60,10 +57,7 @@ def apply(config: Any, params: Tree, direction: Tree, step: Array, info: Tree) -
 
 
 def map_moments(function: Callable[..., Any], memory: Tree, *beside: Tree) -> Tree:
-    """function(moment, *beside) for all that the optimizer keeps for a parameter, counters not.
-
-    `beside` are trees parallel to the parameters, whose leaves may be of any kind.
-    """
+    """function(moment, *beside) for a parameter's memory; `beside`: trees like the parameters."""
     return map_like_params(lambda node: _beside(function, node, *beside), memory, beside[0])
 
 

@@ -1,7 +1,6 @@
 """Rewiring a model while it trains: edges between groups given up and tried anew between updates.
 
-For: `model.wiring="dynamic"` and "dynamic_ports", as `config.rewire` asks. Not for: what an edge is
-worth and which are chosen (`core/rewiring.py`), or when the loop calls this.
+For: `model.wiring="dynamic"` and "dynamic_ports". Not for: which edges (`core/rewiring.py`).
 
 Every synapse has a wiring of its own, one for all that share its send states. All is done in one
 layout: each listener has a slot for every possible edge, [..., G, n, E, p]. One that is not there
@@ -154,10 +153,9 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
 def compile_rewire(
     model: LanguageModel, config: Any, mesh: Mesh, like: Tree, batch: Any
 ) -> Callable[[TrainState, Batch, int], tuple[TrainState, Row]] | None:
-    """`make_rewire`, compiled for a state and a batch like these.
+    """`make_rewire`, compiled: (state, batch, step) -> the state and a row to log.
 
-    (state, batch, step) -> the state and a row to log, with the edges that `changes(config)` has at
-    that step. None where the wiring stands still.
+    With the edges that `changes(config)` has at that step. None: the wiring stands still.
     """
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return None
@@ -182,10 +180,7 @@ def compile_rewire(
 def pruned(
     model: LanguageModel, params: Tree, config: Any, step: int
 ) -> tuple[LanguageModel, Tree]:
-    """The model after `step` updates without its empty slots: the same function, fewer products.
-
-    A model whose wiring does not change is returned as it is.
-    """
+    """The model after `step` updates without empty slots: the same function, fewer products."""
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return model, params
     copies = model.shape.rewirable.copies

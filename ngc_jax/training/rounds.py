@@ -125,10 +125,7 @@ def count_marks(tokens: Array, mark: int, low: int, high: int) -> Array:
 
 
 def marked(model: LanguageModel, config: Any) -> Apply | None:
-    """What stands for `model.apply` where each example has as many rounds as marks, else None.
-
-    More than iteration.high too: that bounds training. It returns logits, and rounds [B, T].
-    """
+    """`model.apply`, and rounds [B, T], where an example has as many rounds as marks; else None."""
     mark, low = mark_of(config), config.iteration.low
     if not isinstance(model, Decoder) or mark is None:
         return None

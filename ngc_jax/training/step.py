@@ -60,10 +60,7 @@ def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
 
 
 def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
-    """Shapes and dtypes of a run's state, with shardings on a mesh; nothing is allocated.
-
-    A parameter's moments in the optimizer lie where it does; what is no parameter's lies whole.
-    """
+    """Shapes, dtypes and shardings of a run's state on a mesh: moments lie as their parameters."""
     info, whole = model.param_info(), meshes.replicated(mesh)
     state = jax.eval_shape(lambda: init_state(model, config, 0))
     placed: TrainState = jax.tree.map(lambda leaf: meshes.abstract(leaf, whole), state)
@@ -183,9 +180,8 @@ def make_eval_step(
 ) -> Callable[[Tree, Batch, Array], Scalars]:
     """Sums over one batch: (params, batch, real [B] bool) -> nats and targets.
 
-    Of text, whose tokens have `lengths` in bytes, also its bytes; of problems, how many there are
-    and are solved. `settle` stands for `model.apply` where rounds differ (`Decoder.settle`,
-    `rounds.marked`): then rounds too.
+    Of text, whose tokens have `lengths`, also bytes; of problems, how many there are, and are
+    solved; where `settle` (`Decoder.settle`, `rounds.marked`) replaces `model.apply`, rounds.
     """
     dtype = jnp.dtype(config.compute_dtype)
     apply = settle or model.apply

@@ -40,10 +40,7 @@ def workdir_of(config_file: str) -> str:
 
 
 def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Makes the work directory this run's own, which all of its processes must see.
-
-    Raises UserError where it cannot be written, or belongs to another run.
-    """
+    """Makes the work directory this run's own; UserError if it is another's, or unwritable."""
     here = f"--workdir={workdir}"
     with multihost.agreed():
         try:
