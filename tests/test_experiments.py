@@ -183,3 +183,48 @@ def test_the_results_table_has_the_largest_first_and_the_better_before_the_worse
         "| NGC",
     ]
     assert lines[3] == "| NGC | 32% of the parameters | 32 | 34 | 1.4 ± 0.1 | -0.05 | 1.4 |"
+
+
+def test_what_reading_a_spoilt_file_does_is_seen(tmp_path):
+    # In a process of its own: an audit hook stays for ever.
+    script = f"""
+import pathlib, socket, subprocess
+from experiments.fuzz import Watch, read_quietly
+own, outside = pathlib.Path({str(tmp_path / "own")!r}), pathlib.Path({str(tmp_path / "else")!r})
+own.mkdir(), outside.write_text("theirs")
+watch = Watch(own)
+watch.learn = False
+
+def imports():
+    import antigravity
+
+def runs():
+    subprocess.run(["true"])
+
+def connects():
+    with socket.socket() as one:
+        one.connect_ex(("127.0.0.1", 9))
+
+def fails():
+    raise KeyError("a traceback")
+
+for does in (outside.read_text, lambda: outside.write_text(""), imports, runs, connects, fails):
+    try:
+        with watch.watching():
+            read_quietly(does)
+    except (AssertionError, KeyError) as error:
+        print(type(error).__name__, str(error))
+    else:
+        print("unseen")
+with watch.watching():
+    print(read_quietly(lambda: (own / "a").write_text("ours")))
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    seen = done.stdout.splitlines()
+    assert seen[0].startswith("AssertionError open")
+    assert seen[1].startswith("AssertionError open")
+    assert "import 'antigravity'" in seen[2]
+    assert "subprocess.Popen" in seen[3]
+    assert "socket.connect" in seen[4]
+    assert seen[5:] == ["KeyError 'a traceback'", "read"]
