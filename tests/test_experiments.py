@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from experiments import (
     early_warning,
