@@ -1,12 +1,11 @@
-"""The global batch as a pure function of (seed, step).
+"""The global batch as a pure function of (seed, step), so that no iterator has a state to keep.
 
-For: what a batch is; cutting a token stream into windows, shuffling examples anew each epoch, and
-reading the rows of a step's batch that a process needs. There is no iterator state: a run that goes
-on from step s asks for batch s, on any number of processes. Not for: where tokens and problems come
-from (`tokens.py`, `problems.py`), or where batches go (`nn/mesh.py`).
+For: what a batch is, windows of a token stream, and the rows of a step's batch that a process
+needs. Not for: where tokens and problems come from (`tokens.py`, `problems.py`), or where batches
+go (`nn/mesh.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -15,6 +14,8 @@ import jax
 import numpy as np
 
 from ngc_jax.data import NOTHING
+
+Rows = Sequence[int] | None  # of a batch; None: all
 
 
 @flax.struct.dataclass
@@ -86,37 +87,30 @@ def batch_like(examples: Examples, rows: int) -> Batch:
 
 
 def train_batches(
-    examples: Examples,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    rows: Sequence[int] | None = None,
+    examples: Examples, *, batch_size: int, seed: int, start: int, stop: int, rows: Rows = None
 ) -> Iterator[Batch]:
-    """These rows (None: all) of the global batches of steps start .. stop - 1.
+    """These rows of the global batches of steps start .. stop - 1, read ahead on a thread.
 
     Global row r of step s is example number s * batch_size + r of an endless sequence of epochs,
-    each of them a permutation of all examples drawn from (seed, epoch). Rows are read ahead on a
-    thread.
+    each of them a permutation of all examples drawn from (seed, epoch).
     """
     epochs = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     wanted = range(batch_size) if rows is None else rows
 
     def batch(step: int) -> Batch:
-        return _stack([epochs[step * batch_size + int(row)] for row in wanted])
+        return _stack(epochs[step * batch_size + int(row)] for row in wanted)
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(ahead))
 
 
 def held_out_batches(
-    examples: Examples, *, batch_size: int, limit: int = 0, rows: Sequence[int] | None = None
+    examples: Examples, *, batch_size: int, limit: int = 0, rows: Rows = None
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Examples for evaluation, in order: pairs (batch, real [rows] bool).
+    """Examples for evaluation, in order: pairs (these rows of a batch, real [rows] bool).
 
     `limit` > 0 takes that many, evenly spaced over them. The last batch is filled up with rows that
-    are not real. `rows` of each batch (None: all).
+    are not real.
     """
     count = min(limit, len(examples)) if limit else len(examples)
     every = np.linspace(0, len(examples) - 1, count).round().astype(int)
@@ -125,8 +119,8 @@ def held_out_batches(
     for first in range(0, count, batch_size):
         index = first + wanted
         real = index < count
-        yield _stack([examples[chosen[i]] for i in np.minimum(index, count - 1)]), real
+        yield _stack(examples[chosen[i]] for i in np.minimum(index, count - 1)), real
 
 
-def _stack(examples: Sequence[Batch]) -> Batch:
+def _stack(examples: Iterable[Batch]) -> Batch:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *examples)

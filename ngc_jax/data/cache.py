@@ -9,32 +9,23 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import (
-    build_directory,
-    check_private,
-    expand,
-    files,
-    make_private,
-    read_json,
-    remove,
-    write_durably,
-)
 
 SEAL = "SEAL.json"  # {file: [SHA-256, its state when that was last found to hold]}
 
 
-def cache_directory(config: Any) -> pathlib.Path:
+def cache_directory(config: Any) -> Path:
     """`data.cache_dir`, or the user's cache."""
-    return expand(config.cache_dir or "~/.cache/ngc_jax")
+    return files.expand(config.cache_dir or "~/.cache/ngc_jax")
 
 
-def entry(cache: pathlib.Path, name: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
     """The folder CACHE/NAME, which `build(folder)` makes where there is none that is sound.
 
     Raises UserError where nothing can be kept, or others may write to the cache.
@@ -42,32 +33,32 @@ def entry(cache: pathlib.Path, name: str, build: Callable[[pathlib.Path], None])
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{name!r} names an entry of data.cache_dir: must be letters and digits")
     try:
-        make_private(cache)
+        files.make_private(cache)
     except OSError as error:
         raise UserError(f"data.cache_dir={str(cache)!r} cannot be used: {error}") from error
     home = cache / name
     if fault := _fault(home):
         if os.path.lexists(home):
             print(f"{home} is made again: {fault}")
-            remove(home)
-        with build_directory(home) as building:
+            files.remove(home)
+        with files.build_directory(home) as building:
             build(building)
-            sums = {path: _sha256(path) for path in files(building)}
-            sealed = {_name(path, building): [sum_, _state(path)] for path, sum_ in sums.items()}
+            made = _files(building).items()
+            sealed = {name: [_sha256(path), _state(path)] for name, path in made}
             (building / SEAL).write_text(json.dumps(sealed))
         if fault := _fault(home):
             raise UserError(f"{home} cannot be made again, but {fault}: give a data.cache_dir")
     return home
 
 
-def _fault(home: pathlib.Path) -> str:
+def _fault(home: Path) -> str:
     """What is wrong with an entry, or "". Reads only the files whose state is a new one."""
     try:
         if home.is_symlink():
             return "it is a link"
-        check_private(home)
-        held = {_name(path, home): path for path in files(home)}
-        sealed = read_json(home / SEAL, 1 << 26)
+        files.check_private(home)
+        held = _files(home)
+        sealed = files.read_json(home / SEAL, 1 << 26)
         if held.keys() != sealed.keys() | {SEAL}:
             return "its files are not those that were sealed"
         new = {name: at for name in sealed if (at := _state(held[name])) != sealed[name][1]}
@@ -81,12 +72,12 @@ def _fault(home: pathlib.Path) -> str:
         return f"it cannot be read: {error}"
     if new:
         with contextlib.suppress(OSError):  # then they are read again next time
-            write_durably(home / SEAL, json.dumps(sealed))
+            files.write_durably(home / SEAL, json.dumps(sealed))
     return ""
 
 
-def _name(path: Any, home: pathlib.Path) -> str:
-    return str(path.relative_to(home).as_posix())
+def _files(home: Path) -> dict[str, Any]:
+    return {path.relative_to(home).as_posix(): path for path in files.files(home)}
 
 
 def _state(path: Any) -> list[int]:

@@ -1,7 +1,6 @@
 """Where text comes from: this Python's library source, a user's files, or a prepared TFDS set.
 
-For: finding documents, splitting them, and keeping them as a TFDS dataset (`stored.py`). Not for:
-tokens or batches.
+For: finding documents, splitting and keeping them (`stored.py`). Not for: tokens or batches.
 """
 
 import hashlib
@@ -60,7 +59,7 @@ def stdlib_documents() -> Documents:
     paths = (p for p in every if not SKIPPED & set(p.relative_to(root).parts[:-1]))
     for name, text in _unique(root, paths):
         documents["validation" if _hash(name) % 20 == 0 else "train"].append((name, text))
-    if not documents["train"] or not documents["validation"]:
+    if not all(documents.values()):
         none = f"this Python ships no library source under {root}"
         raise UserError(f"{none}: give a text of your own with data.path")
     return documents
@@ -69,9 +68,8 @@ def stdlib_documents() -> Documents:
 def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     """A user's text: of one file the tail is held out, of a folder a share of its files.
 
-    Files with a NUL byte (not text), hidden files and duplicates are left out. All of it is held in
-    memory while it is prepared; a text of many gigabytes is better given as a TFDS set. Raises
-    UserError.
+    Files with a NUL byte (not text), hidden files and duplicates are left out. All of it must fit
+    in memory; a text of many gigabytes is better given as a TFDS set. Raises UserError.
     """
     asked = f"data.path={str(path)!r}"
     try:
@@ -136,35 +134,25 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
             digest.update(f"{split}\0{key}\0{hashlib.sha256(text).hexdigest()}\n".encode())
     fingerprint = digest.hexdigest()
     home = entry(cache, f"{name}-{fingerprint[:16]}", partial(_write, name, documents))
-    megabytes = {s: sum(len(text) for _, text in texts) / 1e6 for s, texts in documents.items()}
     summary = ", ".join(
-        f"{split} {len(documents[split])} files {size:.2f} MB" for split, size in megabytes.items()
+        f"{split} {len(texts)} files {sum(len(text) for _, text in texts) / 1e6:.2f} MB"
+        for split, texts in documents.items()
     )
     if name == "python_stdlib":
         name = f"python_stdlib {platform.python_version()}"
-    splits = {split: _Lazy(home, split) for split in documents}
+    # opened when they are read: a run whose tokens are cached needs no TFDS
+    splits = {split: stored.Texts(partial(stored.read, home, split), "text") for split in documents}
     return Corpus(fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
 
 
 def _write(name: str, documents: Documents, home: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
-    features = {"name": tfds.features.Text(), "text": tfds.features.Text()}
-    splits = {
+    kept = {
         split: [(key, {"name": key, "text": text}) for key, text in texts]
         for split, texts in documents.items()
     }
-    stored.write(name, features, splits, home)
-
-
-class _Lazy:
-    """The documents of one split of a kept set, which is opened when they are read."""
-
-    def __init__(self, home: pathlib.Path, split: str):
-        self.home, self.split = home, split
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(stored.Texts(stored.read(self.home, self.split), "text"))
+    stored.write(name, {key: tfds.features.Text() for key in ("name", "text")}, kept, home)
 
 
 def _prepared(config: Any) -> Corpus:
@@ -182,7 +170,7 @@ def _prepared(config: Any) -> Corpus:
         if kinds.get(key) != "Text":
             there = f"{info.full_name}: {sorted(kinds)}"
             raise UserError(f"data.text_key={key!r} is no text feature of {there}")
-        texts = {name: stored.Texts(builder.as_data_source(s), key) for name, s in splits.items()}
+        source = {name: builder.as_data_source(split) for name, split in splits.items()}
     except UserError:
         raise
     except Exception as error:  # whatever TFDS raises for what it reads
@@ -199,5 +187,7 @@ def _prepared(config: Any) -> Corpus:
     )
     identity = " ".join([info.full_name, *splits.values(), key, *sizes])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    counts = ", ".join(f"{split} {len(of)} documents" for split, of in texts.items())
+    counts = ", ".join(f"{split} {len(of)} documents" for split, of in source.items())
+    opened = {name: partial(builder.as_data_source, split) for name, split in splits.items()}
+    texts = {name: stored.Texts(of, key) for name, of in opened.items()}
     return Corpus(fingerprint, texts, f"{info.full_name}: {counts}, fingerprint {fingerprint[:16]}")

@@ -1,14 +1,13 @@
 """Mazes and Sudokus, drawn at random, with their one solution.
 
 For: drawing a grid of a wanted difficulty, and the solvers that this takes. Not for: what of it a
-model reads and is asked for (`tasks.py`).
-
-A Sudoku of `rows` x `columns` boxes has N = rows columns digits and N N cells, a flat list with 0
-for an empty one.
+model reads and is asked for (`tasks.py`). A Sudoku of `rows` x `columns` boxes has N = rows columns
+digits and N N cells, a flat list with 0 for an empty one.
 """
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 from numpy.random import Generator
@@ -35,9 +34,8 @@ def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         grid[2 * room[0], 2 * room[1]] = OPEN
         if before is not None:
             grid[room[0] + before[0], room[1] + before[1]] = OPEN
-        around = [
-            (room[0] + down, room[1] + right) for down, right in ((0, 1), (1, 0), (0, -1), (-1, 0))
-        ]
+        sides = ((0, 1), (1, 0), (0, -1), (-1, 0))
+        around = [(room[0] + down, room[1] + right) for down, right in sides]
         free = [at for at in around if min(at) >= 0 and max(at) < size and at not in came_from]
         walk += [(free[i], room) for i in rng.permutation(len(free))]
     solved, at = grid.copy(), last
@@ -50,14 +48,14 @@ def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sudoku(
-    rng: Generator, rows: int, columns: int, blanks: int, search: bool = False
+    rows: int, columns: int, rng: Generator, blanks: int, search: bool = False
 ) -> tuple[list[int], list[int]]:
     """A Sudoku with so many empty cells and exactly one solution, and the solution.
 
     Without `search` singles solve it (`fill_singles`); with it they do not. Cells of a random
-    solution are emptied in random order where that leaves one solution: a cell whose digit is then
-    a single leaves what was solvable solvable, and every Sudoku that singles solve can come about
-    so; any other cell is tried by `solutions`.
+    solution are emptied in random order where that leaves one solution. A cell whose digit is then
+    a single leaves it solvable by singles, and each such Sudoku can come about so; any other cell
+    is tried by `solutions`.
     """
     size = rows * columns
     while True:
@@ -68,17 +66,13 @@ def sudoku(
                 break
             given[cell] = 0
             single = is_single(given, rows, columns, cell, solution[cell])
-            if single or (search and _one(given, rows, columns)):
+            # one solution, and no second one
+            if single or (search and len([*islice(solutions(given, rows, columns), 2)]) == 1):
                 empty += 1
             else:
                 given[cell] = solution[cell]
         if empty == blanks and not (search and 0 not in fill_singles(given, rows, columns)):
             return given, solution
-
-
-def _one(given: list[int], rows: int, columns: int) -> bool:
-    found = solutions(given, rows, columns)
-    return next(found, None) is not None and next(found, None) is None
 
 
 def solutions(
@@ -89,21 +83,19 @@ def solutions(
     The empty cell with fewest digits left is tried first.
     """
     size, grid = rows * columns, given.copy()
-    where = [
-        (i // size, i % size, i // size // rows * rows + i % size // columns)
-        for i in range(size**2)
-    ]
-    # digits that they have already, as bits
-    used = in_row, in_column, in_box = [[0] * size for _ in range(3)]
+    cells = [divmod(i, size) for i in range(size**2)]
+    # of each cell its row, column and box among all of these, and the digits they have, as bits
+    where = [(i, size + j, 2 * size + i // rows * rows + j // columns) for i, j in cells]
+    used = [0] * 3 * size
 
     def taken(cell: int) -> int:
         row, column, box = where[cell]
-        return in_row[row] | in_column[column] | in_box[box]
+        return used[row] | used[column] | used[box]
 
     def put(cell: int, digit: int) -> None:
-        """Take a digit up where it is not, or back where it is."""
-        for has, place in zip(used, where[cell], strict=True):
-            has[place] ^= 1 << digit
+        """Takes a digit up where it is not, or back where it is."""
+        for place in where[cell]:
+            used[place] ^= 1 << digit
 
     def fill(empty: list[int]) -> Iterator[list[int]]:
         if not empty:

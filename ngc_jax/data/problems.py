@@ -1,12 +1,9 @@
 """Sets of problems: drawn once from a seed, kept as a TFDS set, with tests held apart.
 
-For: how many problems of which difficulty a set has, and which of its parts a problem may be in.
-Not for: what a problem is (`tasks.py`).
-
-The part of a problem follows from a hash of what it gives to read: of ten hashes one is for
-validation, one for tests, eight for training. So no problem of one part is in another, whatever
-seeds, counts and difficulties they came from. Within a part problems are drawn independently, and
-an easy one, of which there are few, may come more than once.
+For: how many problems of which difficulty a set has, and in which part a problem may be. A hash of
+what it gives to read says that, so no problem of one part is in another, whatever seeds, counts and
+difficulties they came from. Within a part an easy problem may come more than once. Not for: what a
+problem is (`tasks.py`).
 """
 
 import hashlib
@@ -60,8 +57,7 @@ class ProblemSet(NamedTuple):
 
 def part_of(problem: Problem) -> str:
     """The one part that a problem may be in."""
-    # Not a cyclic code: its bits are parities of the problem's, and would tell part of the answer
-    # to `parity`.
+    # Not a cyclic code, whose bits are parities: they would tell part of the answer to `parity`.
     digest = hashlib.sha256(problem.inputs.astype("<i4").tobytes()).digest()
     return PARTS.get(int.from_bytes(digest[:8], "little") % 10, "train")
 
@@ -81,11 +77,10 @@ def draw_set(
             drawn[part].append(problem)
         vain = 0 if wanted else vain + 1
         if vain == PATIENCE:
-            missing = [part for part, count in counts.items() if len(drawn[part]) < count]
+            missing = " and ".join(p for p, count in counts.items() if len(drawn[p]) < count)
             raise UserError(
                 f"data.task={task!r} has too few problems of difficulty {low} to {high} to have "
-                f"one for {' and '.join(missing)}: give harder ones, for instance "
-                f"data.high={high + 3}"
+                f"one for {missing}: give harder ones, for instance data.high={high + 3}"
             )
     return drawn
 
@@ -103,13 +98,10 @@ def problem_set(
     drawn = partial(draw_set, task, low, high, counts, seed)
     home = entry(cache, name, lambda building: _write(task, drawn(), building))
     meta = json.loads((home / "set.json").read_text())
-    parts = ", ".join(f"{count} {part}" for part, count in counts.items())
-    unit = tasks.TASKS[task].unit
     fingerprint, longest = meta["fingerprint"], meta["longest"]
-    summary = (
-        f"{task} of {low} to {high} {unit}, seed {seed}: {parts} problems of up to {longest} "
-        f"tokens, fingerprint {fingerprint[:16]}"
-    )
+    parts = ", ".join(f"{count} {part}" for part, count in counts.items())
+    of = f"{task} of {low} to {high} {tasks.TASKS[task].unit}, seed {seed}: {parts} problems"
+    summary = f"{of} of up to {longest} tokens, fingerprint {fingerprint[:16]}"
     return ProblemSet(home, fingerprint, longest, summary)
 
 
@@ -124,10 +116,7 @@ def _write(task: str, drawn: Mapping[str, list[Problem]], home: pathlib.Path) ->
         for problem in problems:
             digest.update(part.encode() + np.stack(problem).astype("<i4").tobytes())
             longest = max(longest, len(problem.inputs))
-        splits[part] = [
-            (str(i), {"problem": np.stack(problem)}) for i, problem in enumerate(problems)
-        ]
+        splits[part] = [(str(i), {"problem": np.stack(p)}) for i, p in enumerate(problems)]
     stored.write(task, features, splits, home)
-    (home / "set.json").write_text(
-        json.dumps({"fingerprint": digest.hexdigest(), "longest": longest})
-    )
+    meta = {"fingerprint": digest.hexdigest(), "longest": longest}
+    (home / "set.json").write_text(json.dumps(meta))

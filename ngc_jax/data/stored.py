@@ -6,10 +6,11 @@ for: preparing it (`corpus.py`, `problems.py`).
 """
 
 import contextlib
+import dataclasses
 import io
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ngc_jax.runtime.files import expand, files, read_json
@@ -110,16 +111,14 @@ def find_set(name: str, home: str) -> pathlib.Path:
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
 class Texts:
     """The texts of one feature of a split, in the order in which TFDS stored them."""
 
-    def __init__(self, source: Any, key: str):
-        self.source, self.key = source, key
-
-    def __len__(self) -> int:
-        return len(self.source)
+    examples: Callable[[], Iterable[Any]]
+    key: str
 
     def __iter__(self) -> Iterator[bytes]:
-        for example in self.source:
+        for example in self.examples():
             text = example[self.key]
             yield text.encode() if isinstance(text, str) else text

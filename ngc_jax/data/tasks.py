@@ -1,22 +1,16 @@
 """Reasoning tasks: problems drawn at random, of any difficulty, each with its one right answer.
 
-For: what a problem reads and what is asked of it, as symbols and as tokens. `python -m
-ngc_jax.data.tasks parity 5` prints one. Not for: keeping many of them for training (`problems.py`),
-or how mazes and Sudokus are made (`grids.py`).
-
-What is read at a position and what is asked there are two rows. An answer of several symbols is
-asked one by one and read as it grows; all of them are right exactly when greedy decoding writes the
-answer. A grid is read twice, and asked cell by cell in the second reading, by when a causal model
-knows all of it; or it is read once and asked "in place", of a model whose tokens see those after
-them too.
+For: what a problem reads and what is asked at each position (docs/tasks.md). `python -m
+ngc_jax.data.tasks parity 5` prints one. Not for: keeping many of them (`problems.py`), or how mazes
+and Sudokus are made (`grids.py`).
 """
 
 import argparse
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -38,6 +32,7 @@ OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
 # what is read and what is asked at each position; "" = nothing
 Written = tuple[list[str], list[str]]
 Writer = Callable[[Generator, int], Written]  # of a problem of a difficulty
+Drawer = Callable[[Generator, int], Sequence[Any]]  # of a grid and its solution, as numbers
 
 
 class Task(NamedTuple):
@@ -48,8 +43,7 @@ class Task(NamedTuple):
     unit: str  # what difficulty counts
     lowest: int
     highest: int  # beyond it problems do not exist, or take long to find
-    # whether a symbol is asked where those that it follows from are still to come
-    in_place: bool = False
+    in_place: bool = False  # whether symbols are asked before those that they follow from
 
 
 class Problem(NamedTuple):
@@ -64,13 +58,11 @@ def draw(name: str, rng: Generator, difficulty: int) -> Problem:
     task = TASKS[name]
     token = {symbol: i for i, symbol in enumerate(task.symbols)} | {"": NOTHING}
     read, asked = task.write(rng, difficulty)
-    return Problem(
-        *(np.array([token[symbol] for symbol in row], np.int32) for row in (read, asked))
-    )
+    return Problem(*(np.array([token[s] for s in row], np.int32) for row in (read, asked)))
 
 
 def _written(question: list[str], answer: list[str]) -> Written:
-    """The answer symbol by symbol, from the question's last symbol on."""
+    """The answer, symbol by symbol: each is asked where all before it have been read."""
     return question + answer[:-1], [""] * (len(question) - 1) + answer
 
 
@@ -163,8 +155,7 @@ def dyck(rng: Generator, depth: int) -> Written:
     What is given climbs to its depth, wanders for as many symbols again, and goes straight to where
     it stops.
     """
-    question: list[str] = []
-    open_: list[str] = []
+    question, open_ = list[str](), list[str]()
     stop = int(rng.integers(1, depth + 1))  # brackets that are left open
     wandered = 0  # symbols up to which it wanders, once the depth is reached
     while not wandered or len(question) < wandered or len(open_) != stop:
@@ -191,7 +182,12 @@ def path(rng: Generator, length: int) -> Written:
     edges = [(int(parent[i]), i) for i in range(1, nodes)]
     for _ in range(nodes // 3):
         extra = tuple(sorted(rng.choice(nodes, 2, replace=False).tolist()))
-        if extra not in edges and _shortest([*edges, extra], nodes, length) == (length, 1):
+        beside = np.zeros((nodes, nodes), np.int64)
+        for a, b in [*edges, extra]:
+            beside[a, b] = beside[b, a] = 1
+        # Walks of each number of steps from node 0 to the last: none shorter, and one as short.
+        walks = [np.linalg.matrix_power(beside, n)[0, length] for n in range(length + 1)]
+        if extra not in edges and walks == [0] * length + [1]:
             edges.append(extra)
     name = [LETTERS[i] for i in rng.permutation(len(LETTERS))]
     question: list[str] = []
@@ -201,69 +197,27 @@ def path(rng: Generator, length: int) -> Written:
     return _written([*question, name[0], name[length], "="], name[1 : length + 1])
 
 
-def _shortest(edges: list[tuple[int, int]], nodes: int, goal: int) -> tuple[int, int]:
-    """How long the shortest way from node 0 to a node is, and how many there are, breadth first."""
-    beside: list[list[int]] = [[] for _ in range(nodes)]
-    for a, b in edges:
-        beside[a].append(b)
-        beside[b].append(a)
-    front, seen, length = Counter({0: 1}), {0}, 0
-    while goal not in front:
-        after: Counter[int] = Counter()
-        for node, ways in front.items():
-            for other in beside[node]:
-                if other not in seen:
-                    after[other] += ways
-        seen |= after.keys()
-        front, length = after, length + 1
-    return length, front[goal]
-
-
-def maze(rng: Generator, rooms: int) -> Written:
-    """The path from S to G: rooms and doors on it become "*"."""
-    given, solved = grids.maze(rng, rooms)
-    return [MAZE[cell] for cell in given.flat], [MAZE[cell] for cell in solved.flat]
-
-
-def sudoku(rows: int, columns: int, search: bool = False) -> Writer:
-    """Sudokus of N = rows x columns digits, which singles solve, or with `search` do not."""
-
-    def write(rng: Generator, blanks: int) -> Written:
-        """The whole grid."""
-        given, solved = grids.sudoku(rng, rows, columns, blanks, search)
-        return [str(digit) if digit else "." for digit in given], [*map(str, solved)]
-
-    return write
-
-
-def _twice(grid: Writer) -> Writer:
-    """A grid, and every cell of its solution where the cell is read again."""
+def _grid(draw: Drawer, spelling: Sequence[str], in_place: bool) -> Writer:
+    """A grid with every cell of its solution, asked where the cell is, or is read again."""
 
     def write(rng: Generator, difficulty: int) -> Written:
-        given, solved = grid(rng, difficulty)
+        grids_ = draw(rng, difficulty)
+        given, solved = ([spelling[cell] for cell in np.ravel(grid)] for grid in grids_)
+        if in_place:
+            return [*given, "="], [*solved, ""]
         return [*given, "=", *given], [""] * (len(given) + 1) + solved
 
     return write
 
 
-def _once(grid: Writer) -> Writer:
-    """A grid, and every cell of its solution where the cell stands."""
-
-    def write(rng: Generator, difficulty: int) -> Written:
-        given, solved = grid(rng, difficulty)
-        return [*given, "="], [*solved, ""]
-
-    return write
-
-
-MAZE = ("#", "_", "S", "G", "*")
-_SUDOKU = (".", *DIGITS[1:], "=")
-_GRIDS = {
-    "maze": Task(maze, (*MAZE, "="), "rooms of a side", 2, 50),
-    "sudoku4": Task(sudoku(2, 2), (*_SUDOKU[:5], "="), "empty cells", 1, 11),
-    "sudoku6": Task(sudoku(2, 3), (*_SUDOKU[:7], "="), "empty cells", 1, 25),
-    "sudoku9": Task(sudoku(3, 3), _SUDOKU, "empty cells", 1, 50),
-    "sudoku9_search": Task(sudoku(3, 3, search=True), _SUDOKU, "empty cells", 48, 54),
+MAZE, SUDOKU = ("#", "_", "S", "G", "*"), (".", *DIGITS[1:])
+# the function, what its cells are spelt as, the unit of difficulty, and its limits
+_GRIDS: dict[str, tuple[Drawer, tuple[str, ...], str, int, int]] = {
+    "maze": (grids.maze, MAZE, "rooms of a side", 2, 50),
+    "sudoku4": (partial(grids.sudoku, 2, 2), SUDOKU[:5], "empty cells", 1, 11),
+    "sudoku6": (partial(grids.sudoku, 2, 3), SUDOKU[:7], "empty cells", 1, 25),
+    "sudoku9": (partial(grids.sudoku, 3, 3), SUDOKU, "empty cells", 1, 50),
+    "sudoku9_search": (partial(grids.sudoku, 3, 3, search=True), SUDOKU, "empty cells", 48, 54),
 }
 TASKS = {
     "parity": Task(parity, ("0", "1", "="), "bits", 1, 10_000),
@@ -274,49 +228,42 @@ TASKS = {
     "listops": Task(listops, (*DIGITS, *OPERATORS, "]", "="), "lists in one another", 1, 200),
     "dyck": Task(dyck, ("(", ")", "[", "]", "=", "."), "brackets in one another", 1, 1000),
     "path": Task(path, (*LETTERS, ",", "="), "edges of the path", 1, len(LETTERS) // 2 - 1),
-    **{name: task._replace(write=_twice(task.write)) for name, task in _GRIDS.items()},
-    **{
-        f"{name}_in_place": task._replace(write=_once(task.write), in_place=True)
-        for name, task in _GRIDS.items()
-    },
 }
+for _end, _in_place in (("", False), ("_in_place", True)):
+    for _name, (_draw, _cells, *_limits) in _GRIDS.items():
+        _write = _grid(_draw, _cells, _in_place)
+        TASKS[_name + _end] = Task(_write, (*_cells, "="), *_limits, in_place=_in_place)
 
 
 def spell(name: str, problem: Problem) -> str:
     """A problem to be read: what is given above what is asked, grids by rows."""
     symbols = TASKS[name].symbols
     given, asked = ([symbols[i] if i >= 0 else "" for i in row] for row in problem)
-    width = max(map(len, symbols))
     if name.startswith(("maze", "sudoku")):
         cells = [symbol for symbol in asked if symbol]
         side = math.isqrt(len(cells))
         rows = [slice(i, i + side) for i in range(0, len(cells), side)]
         return "\n".join(f"{' '.join(given[row])}   {' '.join(cells[row])}" for row in rows)
-    return "\n".join(
-        " ".join(symbol.ljust(width) for symbol in row).rstrip() for row in (given, asked)
-    )
+    width = max(map(len, symbols))
+    return "\n".join(" ".join(s.ljust(width) for s in row).rstrip() for row in (given, asked))
 
 
 def main() -> None:
     """Print problems of a task."""
-    parser = argparse.ArgumentParser(
-        description="Print problems: what is read, and below or beside it what is asked."
-    )
+    about = "Print problems: what is read, and below or beside it what is asked."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("difficulty", type=int)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in (("--count", 1), ("--seed", 0)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args()
     try:
         check(args.task, args.difficulty, "difficulty")
     except UserError as error:
         parser.error(str(error))
     rng = np.random.default_rng(args.seed)
-    print(
-        "\n\n".join(
-            spell(args.task, draw(args.task, rng, args.difficulty)) for _ in range(args.count)
-        )
-    )
+    drawn = (draw(args.task, rng, args.difficulty) for _ in range(args.count))
+    print("\n\n".join(spell(args.task, problem) for problem in drawn))
 
 
 def check(name: str, difficulty: int, field: str) -> None:

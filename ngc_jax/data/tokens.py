@@ -1,8 +1,7 @@
-"""Text to tokens and back, and the token cache: one flat file for each split, read by memory map.
+"""Text to tokens and back, and `load_data`, which gives a run what it learns from.
 
-For: the tokenizers (bytes; a byte-level BPE trained on the corpus; the symbols of a task), turning
-documents into one stream in which each document begins with a mark, and `load_data`, which gives a
-run what it learns from. Not for: batches (`batches.py`).
+For: the tokenizers, and streams of tokens in which each document begins with a mark: one flat file
+for each split, read by memory map. Not for: batches (`batches.py`).
 """
 
 import hashlib
@@ -24,6 +23,10 @@ from ngc_jax.runtime.files import Path, read, read_json, write_durably
 
 MARK = "<|document|>"
 LARGEST = 1 << 28  # bytes of a tokenizer
+# The printable character that stands for each byte in byte-level BPE, as in GPT-2.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+ALPHABET = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 NO_TOKENIZERS = "data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'"
 
 
@@ -46,37 +49,29 @@ class BPE:
 
     def __init__(self, serialised: str):
         """Raises ValueError for what `train` did not make; only tokens and merges are taken."""
-        from tokenizers import models
+        import tokenizers
 
         self.serialised, learned = serialised, json.loads(serialised)["model"]
-        ids: dict[str, int] = learned["vocab"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in learned["merges"]]
-        self.vocab, self.mark = len(ids), ids[MARK]
-        # In the byte-level alphabet one character stands for one byte.
-        alphabet = {char: byte for byte, char in _byte_alphabet().items()}
-        spelling = {
-            i: bytes(alphabet[char] for char in token) for token, i in ids.items() if token != MARK
-        }
-        if {*map(repr, ids.values())} != {*map(repr, range(self.vocab))}:
+        ids = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+        self.vocab, self.mark = len(ids), ids.index(MARK)
+        if [*map(repr, map(learned["vocab"].get, ids))] != [*map(repr, range(self.vocab))]:
             raise ValueError("its tokens are not numbered")
-        self.spelling = [spelling.get(i, b"") for i in range(self.vocab)]
+        self.spelling = [bytes(ALPHABET[c] for c in t) if t != MARK else b"" for t in ids]
         self.lengths = np.array([len(token) for token in self.spelling], np.int32)
-        self.model = _byte_level(models.BPE(vocab=ids, merges=[(a, b) for a, b in merges]))
+        merges = [(a, b) for a, b in merges]
+        self.model = _byte_level(tokenizers.models.BPE(vocab=learned["vocab"], merges=merges))
         self.model.add_special_tokens([MARK])
         self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
 
     @staticmethod
     def train(texts: Iterable[bytes], vocab: int) -> str:
         """Learn `vocab` tokens, the mark among them; returns the tokenizer in serialised form."""
-        from tokenizers import models, pre_tokenizers, trainers
+        import tokenizers
 
-        model = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab,
-            special_tokens=[MARK],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        model, letters = tokenizers.models.BPE(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        how = {"special_tokens": [MARK], "initial_alphabet": letters, "show_progress": False}
+        trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), _byte_level(model)
         model.train_from_iterator((text.decode() for text in texts), trainer)
         return model.to_str()
 
@@ -88,11 +83,11 @@ class BPE:
 
 
 def _byte_level(model: Any) -> Any:
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    import tokenizers
 
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return tokenizer
 
 
@@ -154,9 +149,8 @@ def _problems(config: Any, mark: int | None) -> Data:
             f"longest problem of data.task={config.task!r} up to data.high={config.high}"
         )
     ends = boundary(config.task) if mark is None else mark
-    train, held = (Problems(found.home, part, config.context, ends) for part in counts)
-    symbols = Symbols(TASKS[config.task].symbols)
-    return Data(symbols, train, held, found.fingerprint, found.summary)
+    parts = (Problems(found.home, part, config.context, ends) for part in counts)
+    return Data(Symbols(TASKS[config.task].symbols), *parts, found.fingerprint, found.summary)
 
 
 def _text(config: Any, mark: int | None) -> Data:
@@ -182,10 +176,9 @@ def _text(config: Any, mark: int | None) -> Data:
         return Windows(tokens, config.context, tokenizer.mark, ends)
 
     sizes = ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
-    fingerprint = corpus.fingerprint
+    fingerprint, summary = corpus.fingerprint, f"{corpus.summary}; {sizes}"
     if isinstance(tokenizer, BPE):
         fingerprint = hashlib.sha256((fingerprint + tokenizer.serialised).encode()).hexdigest()
-    summary = f"{corpus.summary}; {sizes}"
     return Data(tokenizer, windows("train"), windows("validation"), fingerprint, summary)
 
 
@@ -211,11 +204,11 @@ def load_tokenizer(home: Path, config: Any) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
-    """Keep what `load_tokenizer` needs; bytes need nothing."""
-    if isinstance(tokenizer, BPE):
-        write_durably(home / "tokenizer.json", tokenizer.serialised)
-    if isinstance(tokenizer, Symbols):
-        write_durably(home / "tokenizer.json", json.dumps({"symbols": tokenizer.symbols}))
+    """Keeps what `load_tokenizer` needs; bytes need nothing."""
+    if not isinstance(tokenizer, Bytes):
+        bpe = isinstance(tokenizer, BPE)
+        text = tokenizer.serialised if bpe else json.dumps({"symbols": tokenizer.symbols})
+        write_durably(home / "tokenizer.json", text)
 
 
 def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
@@ -239,12 +232,3 @@ def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
             f"the text is not UTF-8 ({error}), as data.tokenizer='bpe' wants it: use 'bytes'"
         ) from error
     (directory / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in byte-level BPE, as in GPT-2."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
