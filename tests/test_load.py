@@ -229,6 +229,7 @@ def test_a_set_that_a_directory_names_runs_no_code(run, home, tmp_path, monkeypa
         ('{"model": {"width": 1e999}}', "is out of range"),
         ('{"model": {"width": NaN}}', "is out of range"),
         ('{"model": {"width": 10000000000000000}}', "is out of range"),
+        ('{"model": {"prelude": 10000}}', "model.prelude=10000: must be from 0 to 1,000"),
         ('{"model": {"width": "16"}}', "cannot be read"),
         ('{"model": {"width": 0}}', "model.width=0: must be 1 or more"),
         ('{"model": {"widht": 16}}', 'Did you mean "model.width"'),

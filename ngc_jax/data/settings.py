@@ -73,7 +73,7 @@ DATA = Section("data",
     Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text", ("bytes", "bpe")),
     Field("vocab_size", 4096, "vocabulary of 'bpe'; that of 'bytes' is 257", "[258, 1e6]",
           "tokens"),
-    Field("context", 128, "length of a window, or of the longest problem", "[1, inf)", "tokens"),
+    Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),
     Field("isolate_documents", False, "whether a token attends to its own document only"),
     Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),
 ], _check)

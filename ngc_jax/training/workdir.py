@@ -179,7 +179,7 @@ def read_config(workdir: Path) -> ConfigDict:
         stored = read_json(path, LARGEST)
         parts = [part if isinstance(part, dict) else {"": part} for part in stored.values()]
         for value in itertools.chain(*(part.values() for part in parts)):
-            if not isinstance(value, str) and not abs(value) < 2**53:
+            if not isinstance(value, str) and not abs(value) < 2**32:
                 raise ValueError(f"{value!r:.40} is out of range")
         config.update(stored)
     except FileNotFoundError as error:
