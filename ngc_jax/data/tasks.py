@@ -230,9 +230,9 @@ TASKS = {
     "path": Task(path, (*LETTERS, ",", "="), "edges of the path", 1, len(LETTERS) // 2 - 1),
 }
 for _end, _in_place in (("", False), ("_in_place", True)):
-    for _name, (_draw, _cells, *_limits) in _GRIDS.items():
+    for _name, (_draw, _cells, _unit, _least, _most) in _GRIDS.items():
         _write = _grid(_draw, _cells, _in_place)
-        TASKS[_name + _end] = Task(_write, (*_cells, "="), *_limits, in_place=_in_place)
+        TASKS[_name + _end] = Task(_write, (*_cells, "="), _unit, _least, _most, _in_place)
 
 
 def spell(name: str, problem: Problem) -> str:

@@ -52,14 +52,14 @@ class BPE:
         import tokenizers
 
         self.serialised, learned = serialised, json.loads(serialised)["model"]
-        merges = [m.split(" ") if isinstance(m, str) else m for m in learned["merges"]]
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in learned["merges"])
         ids = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
         self.vocab, self.mark = len(ids), ids.index(MARK)
         if [*map(repr, map(learned["vocab"].get, ids))] != [*map(repr, range(self.vocab))]:
             raise ValueError("its tokens are not numbered")
         self.spelling = [bytes(ALPHABET[c] for c in t) if t != MARK else b"" for t in ids]
         self.lengths = np.array([len(token) for token in self.spelling], np.int32)
-        merges = [(a, b) for a, b in merges]
+        merges = [(a, b) for a, b in pairs]
         self.model = _byte_level(tokenizers.models.BPE(vocab=learned["vocab"], merges=merges))
         self.model.add_special_tokens([MARK])
         self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
@@ -70,7 +70,7 @@ class BPE:
         import tokenizers
 
         model, letters = tokenizers.models.BPE(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        how = {"special_tokens": [MARK], "initial_alphabet": letters, "show_progress": False}
+        how: Any = {"special_tokens": [MARK], "initial_alphabet": letters, "show_progress": False}
         trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), _byte_level(model)
         model.train_from_iterator((text.decode() for text in texts), trainer)
         return model.to_str()
@@ -99,6 +99,7 @@ class Symbols:
 
     def __init__(self, symbols: Sequence[str]):
         self.symbols, self.vocab = tuple(symbols), len(symbols)
+        self.serialised = json.dumps({"symbols": self.symbols})
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         return " ".join(self.symbols[token] for token in tokens).encode()
@@ -149,8 +150,9 @@ def _problems(config: Any, mark: int | None) -> Data:
             f"longest problem of data.task={config.task!r} up to data.high={config.high}"
         )
     ends = boundary(config.task) if mark is None else mark
-    parts = (Problems(found.home, part, config.context, ends) for part in counts)
-    return Data(Symbols(TASKS[config.task].symbols), *parts, found.fingerprint, found.summary)
+    train, held = (Problems(found.home, part, config.context, ends) for part in counts)
+    symbols = Symbols(TASKS[config.task].symbols)
+    return Data(symbols, train, held, found.fingerprint, found.summary)
 
 
 def _text(config: Any, mark: int | None) -> Data:
@@ -206,9 +208,7 @@ def load_tokenizer(home: Path, config: Any) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
     """Keeps what `load_tokenizer` needs; bytes need nothing."""
     if not isinstance(tokenizer, Bytes):
-        bpe = isinstance(tokenizer, BPE)
-        text = tokenizer.serialised if bpe else json.dumps({"symbols": tokenizer.symbols})
-        write_durably(home / "tokenizer.json", text)
+        write_durably(home / "tokenizer.json", tokenizer.serialised)
 
 
 def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
