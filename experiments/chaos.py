@@ -168,6 +168,8 @@ def main() -> None:
     if args.processes > 1 and not set(faults) <= SIGNALS.keys():
         raise UserError(f"--faults={args.faults}: with --processes, some of {','.join(SIGNALS)}")
     home = args.workdir.absolute()
+    if (home / "own").is_mount():  # a campaign was killed
+        subprocess.run(["umount", "--lazy", home / "own"], check=True)
     remove(home)
     with own_file_system(home / "own") as mounted:
         missing = [name for name in faults if name in MOUNTED and not mounted]
