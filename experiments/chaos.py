@@ -63,7 +63,7 @@ def outcome(workdir: Path) -> tuple[str, list[dict[str, object]]]:
 def ends_of(fault: str) -> set[int]:
     """The exit codes that a run may have after a fault: its own, or that of a signal."""
     if fault == "interrupt":
-        return {0, EXIT_CODE, INTERRUPTED}
+        return {0, EXIT_CODE, INTERRUPTED, -signal.SIGINT}  # the last: Python had ended already
     if fault == "fill" or fault in MOUNTED:  # its last save may fail
         return {0, FAILED}
     return {0, EXIT_CODE, -SIGNALS.get(fault, signal.SIGKILL)}
