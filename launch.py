@@ -31,14 +31,14 @@ def main() -> None:
     # Only now: --help and a mistake need not wait for these.
     from etils import epath
 
-    from ngc_jax.runtime.checkpoint import unraisable
+    from ngc_jax.runtime.checkpoint import quiet_failures
     from ngc_jax.runtime.compilation_cache import keep_compiled
     from ngc_jax.training.loop import run
     from ngc_jax.training.run import Diverged
     from ngc_jax.training.workdir import hold, workdir_of
 
     workdir = epath.Path(given.value or workdir_of(file))
-    sys.unraisablehook = unraisable
+    quiet_failures()
     try:
         join()
         keep_compiled()

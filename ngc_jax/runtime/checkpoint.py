@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -281,13 +282,18 @@ class Checkpoints:
             remove(begun)
 
 
-def unraisable(told: Any) -> None:
-    """A `sys.unraisablehook` that leaves out what TensorStore tells of a save that has failed.
+def quiet_failures() -> None:
+    """Leaves out what libraries tell of a save that fails, once for each part: we say it once.
 
-    It tells each part to Orbax, whose event loop is closed by then.
+    For programs. TensorStore tells Orbax, whose event loop is closed by then or does not listen.
     """
-    if str(told.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(told)
+
+    def unraisable(told: Any) -> None:
+        if str(told.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(told)
+
+    sys.unraisablehook = unraisable
+    logging.getLogger("asyncio").addFilter(lambda told: "orbax" not in told.getMessage())
 
 
 def digest(tree: Tree) -> str:
