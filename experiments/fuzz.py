@@ -137,7 +137,7 @@ def _paths(tree: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def spoilt(draw: Any, sound: bytes) -> bytes:
     """Other bytes in place of these."""
     try:
-        tree = json.loads(sound)
+        tree = json.loads(sound.decode())
     except ValueError:
         tree = None
     kinds = ["edit", "edit", "whole", "deep"] + ["value"] * 4 * (tree is not None)

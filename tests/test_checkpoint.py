@@ -204,6 +204,11 @@ CANNOT_COUNT = {
         "meta is []",
     ),
     "brackets": (lambda home: (home / MANIFEST).write_text(DEEP), "cannot be read"),
+    "UTF-16": (lambda home: (home / MANIFEST).write_text("{}", "utf-16"), "cannot be read"),
+    "a name of control characters": (
+        lambda home: (home / "\x1b[2J\n").write_text(""),
+        r"\x1b[2J does not match its checksum",
+    ),
     "invalid UTF-8": (lambda home: (home / MANIFEST).write_bytes(b"\xff"), "cannot be read"),
     "bad metadata": (
         lambda home: reseal(home, write("state/_METADATA", "{}")),

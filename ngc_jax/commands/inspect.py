@@ -15,6 +15,7 @@ from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.report.blocks import aligned
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
+from ngc_jax.runtime.errors import plain
 from ngc_jax.training.load import load
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     trained = load(args.workdir, args.step)
     with Checkpoints(args.workdir / "checkpoints", read_only=True) as checkpoints:
         for step in checkpoints.steps():
-            print(f"checkpoint {step}: {checkpoints.fault(step) or 'sound'}")
+            print(f"checkpoint {step}: {plain(checkpoints.fault(step) or 'sound')}")
     print(parameter_table(trained.params, trained.model))
     print(f"state at step {trained.step}, sha256 {digest(trained.state)}")
 

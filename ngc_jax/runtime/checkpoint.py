@@ -27,8 +27,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ngc_jax.runtime import multihost
-from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, files, in_bucket, move, read, remove, sync, write_durably
+from ngc_jax.runtime.errors import UserError, plain
+from ngc_jax.runtime.files import (
+    Path,
+    files,
+    in_bucket,
+    move,
+    read_json,
+    remove,
+    sync,
+    write_durably,
+)
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
@@ -130,9 +139,9 @@ class Checkpoints:
                 try:
                     return self.restore(step, like, config), faults
                 except Damaged as error:
-                    faults[step] = str(error)
+                    faults[step] = plain(error)
                     if isinstance(error, Foreign):
-                        foreign = Foreign(f"checkpoint {step}: {error}")
+                        foreign = Foreign(f"checkpoint {step}: {faults[step]}")
         if foreign:
             raise foreign
         return None, faults
@@ -324,9 +333,9 @@ def _manifest(home: Path) -> dict[str, Any]:
 
     Raises ValueError for what is no manifest.
     """
-    found = json.loads(read(home / MANIFEST, LARGEST))
+    found = read_json(home / MANIFEST, LARGEST)
     if isinstance(found, dict) and isinstance(found.get("meta/metadata"), str):
-        said = json.loads(read(home / "meta" / "metadata", LARGEST))
+        said = read_json(home / "meta" / "metadata", LARGEST)
         found = {"step": UNSAID, "files": found, "meta": said, "tree": {}}
     like = {"step": 0, "files": {}, "meta": {}, "tree": {}}
     if not isinstance(found, dict) or found.keys() != like.keys():

@@ -14,11 +14,16 @@ class UserError(ValueError):
     """What the user gave is wrong; the message names it, its value, and a value that works."""
 
 
+def plain(error: object) -> str:
+    """A message as one line, with control characters escaped: a file's name may have some."""
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
 def say(error: object) -> None:
     """Prints an error as a single line."""
-    line = "".join(c if c.isprintable() else " " for c in str(error))
     with contextlib.suppress(OSError):  # the terminal is gone
-        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
 
 
 def end_soon(code: int, seconds: float = 8.0) -> None:

@@ -68,9 +68,9 @@ def read(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """What a JSON file holds. Raises OSError as `read` does, and ValueError for what is no JSON."""
+    """What a JSON file in UTF-8 holds. Raises OSError as `read` does, and ValueError for others."""
     try:
-        return json.loads(read(path, limit))
+        return json.loads(read(path, limit).decode())  # json.loads(bytes) would guess an encoding
     except RecursionError as error:
         raise ValueError(f"{path.name} is nested too deeply") from error
 

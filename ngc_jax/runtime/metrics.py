@@ -49,7 +49,7 @@ def _lines(workdir: Path) -> list[tuple[int, Row | None]]:
 
 def _row(line: bytes) -> Row | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
         step, most = row["step"], sys.float_info.max
         numbers = (abs(value) <= most for value in row.values() if value is not None)
         return row if type(step) is int and 0 <= step < 2**53 and all(numbers) else None

@@ -138,7 +138,8 @@ def exchange(value: Any) -> list[Any]:
     filled = np.zeros(sizes.max(), np.uint8)
     filled[: len(message)] = message
     messages = multihost_utils.process_allgather(filled)
-    return [json.loads(bytes(sent[:size])) for sent, size in zip(messages, sizes, strict=True)]
+    received = zip(messages, sizes, strict=True)
+    return [json.loads(bytes(sent[:size]).decode()) for sent, size in received]
 
 
 @contextlib.contextmanager
