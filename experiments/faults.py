@@ -257,7 +257,7 @@ def rename(fault: Fault, run: Running) -> str:
     later = newest.with_name(str(int(newest.name) + fault.chance.choice([1, 25, 1000])))
     match how := fault.chance.choice(["swapped", "renamed", "copied"]):
         case "swapped":
-            aside = newest.rename(fault.outside / "aside")
+            aside = newest.rename(run.workdir / "aside")
             older.rename(newest)
             aside.rename(older)
         case "renamed":
