@@ -31,7 +31,7 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import RMSNorm, Stage
 from ngc_jax.nn.synapse import intercept
-from ngc_jax.training.evaluation import attending, compile_watch
+from ngc_jax.training.evaluation import compile_watch
 from ngc_jax.training.rewiring import make_rewire
 from ngc_jax.training.rounds import make_iteration
 from ngc_jax.training.stability_metrics import PROBES, make_penalty, make_watch
@@ -229,7 +229,7 @@ def test_all_that_works_on_embeddings_takes_a_model_that_reads_no_tokens():
     assert jax.eval_shape(penalty, state.params, batch, jax.random.key(0)).shape == ()
     assert "stability/exponent_per_round" in jax.eval_shape(watch, state.params, batch)
     assert make_iteration(model, config).flops(state.params, batch) > 0
-    assert type(attending(model, 4)) is type(model.at(2)) is Seeing
+    assert type(model.reshaped(context=4)) is type(model.at(2)) is Seeing
 
 
 def test_queries_and_keys_of_a_route_are_made_once_of_what_they_read():

@@ -26,7 +26,7 @@ from ngc_jax.nn.model import generate
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training import loop as train
-from ngc_jax.training.evaluation import attending, score
+from ngc_jax.training.evaluation import score
 from ngc_jax.training.load import load
 from ngc_jax.training.step import predict, solved
 
@@ -484,5 +484,7 @@ def test_exact_is_what_greedy_decoding_writes(kept):
     right = np.all(np.array([problem.targets[-answers:] for problem in problems]) == said, axis=1)
     assert 0 < right.sum() < len(problems)
     examples = [padded(problem, length + 5) for problem in problems]
-    result = score(attending(trained.model, length), trained.params, trained.config, examples)
+    result = score(
+        trained.decoder.reshaped(context=length), trained.params, trained.config, examples
+    )
     assert result["exact"] == pytest.approx(right.mean())

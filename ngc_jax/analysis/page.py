@@ -105,16 +105,24 @@ def labels(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def describe(config: Any) -> str:
-    """A run's config in two sentences."""
-    m, t = config.model, config.train
-    dense = m.rule == "dense"
-    kind = "A standard Transformer decoder" if dense else "A Neuronal Group Communication decoder"
-    messages = "no messages" if m.rule == "none" else f"{m.rule!r} messages"
-    between = "" if dense else f", {m.groups} groups with {messages} between them"
-    loop = f"{m.core} in a loop of {m.rounds} rounds" if m.core else "no loop"
+    """A run's model, its sizes and its updates, in three sentences."""
+    m, i, t = config.model, config.iteration, config.train
+    form = {"recurrent": "recurrent model", "bdh": "BDH (arXiv 2509.26507)"}.get(m.kind, m.kind)
+    drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
+    sizes = f"{m.heads} heads; stages: {m.prelude}, then {m.core} in {m.rounds} rounds{drawn}"
+    others = {"recurrent": f"{m.core} cells in {m.rounds} rounds a token"}
+    others["bdh"] = f"{m.heads} heads; one layer, {m.rounds} times"
+    what = f"a dense {form}, for comparison"
+    if m.kind != "bdh" and m.rule != "dense":
+        intra = f"up to {m.p_intra} numbers a neuron" if m.p_intra else "none"
+        what = (
+            f"a Neuronal Group Communication {form}: {m.groups} groups, intra-group part: {intra}; "
+            f"between groups: {m.rule} with {m.p_inter} numbers, message activation "
+            f"{m.message_activation}"
+        )
     return (
-        f"{kind}: width {m.width}, hidden {m.hidden}, {m.heads} heads{between}; stages: "
-        f"{m.prelude} before, {loop}, {m.coda} after. Trained for {t.steps:,} updates of "
+        f"A model trained from scratch, {what}. Width {m.width}, hidden {m.hidden}, "
+        f"{others.get(m.kind, f'{sizes}, then {m.coda}')}. Trained for {t.steps:,} updates of "
         f"{t.batch_size} windows of {config.data.context} tokens."
     )
 

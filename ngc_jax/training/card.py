@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ngc_jax.analysis.page import describe
 from ngc_jax.count import Parameters
 from ngc_jax.report.blocks import heading, listing, table, to_markdown
 from ngc_jax.runtime.files import Path, write_durably
@@ -22,13 +23,9 @@ HELD_OUT = {
 
 
 def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: int) -> None:
-    """Writes DIR/card.md.
-
-    `data` is their summary, `stored` counts parameters, `generated` the weights of a forward pass.
-    """
+    """Writes DIR/card.md; `data` says what they are, `generated` counts weights of a forward."""
     rows = read_rows(workdir)
-    last = latest(rows)
-    m, t, task = config.model, config.train, config.data.task
+    last, t, task = latest(rows), config.train, config.data.task
     seen = t.steps * t.batch_size * config.data.context / 1e6
     measures = HELD_OUT | {name: name for name in sorted(last) if name.startswith("stability/")}
     shown = [[said, _number(last[name])] for name, said in measures.items() if name in last]
@@ -47,17 +44,16 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     ]
     text = f"""{heading(workdir.name, level=1).markdown}
 
-**What.** A model trained from scratch, {to_markdown(_kind(m))}.
-Width {m.width}, hidden {m.hidden}, {_sizes(config)}
+**What.** {to_markdown(describe(config))}
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
 {stored.embeddings:,} in embeddings; {generated:,} weights are generated in a forward pass.
 
 **Data.** {to_markdown(data)}.
-Tokens: {to_markdown(task or config.data.tokenizer)}; windows of {config.data.context}.
+Tokens: {to_markdown(task or config.data.tokenizer)}.
 
-**How.** {t.steps:,} updates of {t.batch_size} windows ({seen:.2f} M tokens), {t.optimizer},
-peak learning rate {t.learning_rate:g} (neuron states {t.state_learning_rate:g}), {t.schedule},
-weight decay {t.weight_decay:g}, {t.compute_dtype}, seed {config.seed}.
+**How.** {seen:.2f} M tokens, {t.optimizer}, peak learning rate {t.learning_rate:g} (neuron states
+{t.state_learning_rate:g}), {t.schedule}, weight decay {t.weight_decay:g}, {t.compute_dtype}, seed
+{config.seed}.
 {duration(last["seconds"])} of training on {jax.device_count()} x {jax.devices()[0].device_kind}
 with jax {jax.__version__}.
 Updates skipped: {last["train/skipped"]}; batches skipped by rewinding:
@@ -82,30 +78,6 @@ def _places(data: Any) -> str:
     """The flags that say where the text is: no command takes that from the directory."""
     flags = {"data_path": data.path, "tfds_dir": data.tfds_name and (data.tfds_data_dir or TFDS)}
     return "".join(f" --{name}={shlex.quote(at)}" for name, at in flags.items() if at)
-
-
-def _kind(m: Any) -> str:
-    forms = {"recurrent": "recurrent model", "bdh": "BDH (arXiv 2509.26507)"}
-    form = forms.get(m.kind, m.kind)
-    if m.kind == "bdh" or m.rule == "dense":
-        return f"a dense {form}, for comparison"
-    intra = "none" if m.p_intra == 0 else f"up to {m.p_intra} numbers a neuron"
-    return (
-        f"a Neuronal Group Communication {form}: {m.groups} groups, intra-group part: {intra};\n"
-        f"between groups: {m.rule} with {m.p_inter} numbers, message activation "
-        f"{m.message_activation}"
-    )
-
-
-def _sizes(config: Any) -> str:
-    m, i = config.model, config.iteration
-    if m.kind == "recurrent":
-        return f"{m.core} cells in {m.rounds} rounds a token."
-    if m.kind == "bdh":
-        return f"{m.heads} heads.\nOne layer, {m.rounds} times."
-    drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
-    stages = f"{m.prelude}, then {m.core} in {m.rounds} rounds{drawn}, then {m.coda}"
-    return f"{m.heads} heads.\nStages: {stages}."
 
 
 def _number(value: float | None) -> str:

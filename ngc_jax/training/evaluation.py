@@ -1,7 +1,7 @@
 """Held-out loss, problems solved and stability of a model, over as many rounds as one asks for.
 
-For: turning sums over held-out batches into nats per target, bits per byte or the share of problems
-solved. Not for: one batch (`step.py`), or the stability measures (`stability_metrics.py`).
+For: sums over held-out batches as nats per target, bits per byte or problems solved. Not for: one
+batch (`step.py`), or the stability measures (`stability_metrics.py`).
 """
 
 import dataclasses
@@ -40,6 +40,8 @@ class Settled:
 
 
 Rounds = int | Settled | None  # rounds of the loop; None: those of training
+Step = Callable[..., Any]  # the evaluation of one batch, `make_eval_step`
+Watch = Callable[[Any], dict[str, float]]  # params -> a row of stability measures
 
 
 def at_rounds(
@@ -60,39 +62,26 @@ def at_rounds(
     return model.at(rounds), None
 
 
-def attending(model: LanguageModel, length: int) -> LanguageModel:
-    """The same model, whose attention looks back on `length` tokens."""
-    return model.reshaped(context=length) if isinstance(model, Decoder) else model
-
-
 def compile_eval(
     model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
-) -> Callable[..., Any]:
+) -> Step:
     """The jitted evaluation of one batch on a mesh; `settle`, if given, replaces `model.apply`."""
     step = make_eval_step(model, config.train, data.tokenizer.lengths, settle)
     return jax.jit(meshes.with_mesh(mesh, step), out_shardings=meshes.replicated(mesh))
 
 
 def held_out(
-    step: Callable[..., Any],
-    params: Any,
-    mesh: Mesh,
-    examples: Examples,
-    batch_size: int,
-    limit: int = 0,
-    between: Callable[[], None] = lambda: None,
+    step: Step, params: Any, mesh: Mesh, examples: Examples, batch_size: int, limit: int = 0
 ) -> dict[str, float]:
-    """Means over `limit` examples (0: all), by a `step` of `make_eval_step`.
+    """Means over `limit` examples (0: all), by the sums of `step`.
 
     "loss": nats per target. "bits_per_byte": of text, comparable over tokenizers. "exact": share of
     problems with every answer right. "rounds" per target: of a loop that runs until it settles.
-    `between` is called before each batch, and may raise to abandon all.
     """
     rows, total = meshes.local_batch_rows(mesh, batch_size), Counter[str]()
     for placed in held_out_batches(examples, batch_size=batch_size, limit=limit, rows=rows):
-        between()
         sums = step(params, *(meshes.put_batch(mesh, part) for part in placed))
-        total.update({name: float(value) for name, value in jax.device_get(sums).items()})
+        total.update(jax.tree.map(float, jax.device_get(sums)))
     means = {"loss": total["nats"] / total["targets"]}
     if "problems" in total:
         means["exact"] = total["solved"] / total["problems"]
@@ -103,9 +92,7 @@ def held_out(
     return means
 
 
-def compile_watch(
-    model: Decoder, config: Any, mesh: Mesh, data: Data
-) -> Callable[[Any], dict[str, float]]:
+def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Watch:
     """The measures of `config.stability` on held-out data: params -> {"stability/...": value}.
 
     Means over windows of `config.stability.tokens` tokens in all, or as many as there are, each
@@ -113,18 +100,15 @@ def compile_watch(
     """
     parts, available = mesh.size // mesh.shape["group"], len(data.validation)
     wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
-    count = min(wanted, available // parts * parts)
-    chosen = np.linspace(0, available - 1, count).round().astype(int)
-    if not count:
-        count = math.lcm(available, parts)
-        chosen = np.arange(count) % available
+    count = min(wanted, available // parts * parts) or math.lcm(available, parts)
+    spread = np.linspace(0, available - 1, count).round().astype(int)
+    chosen = spread if count <= available else np.arange(count) % available
     rows = meshes.local_batch_rows(mesh, count)
     batches = held_out_batches([data.validation[i] for i in chosen], batch_size=count, rows=rows)
     batch = meshes.put_batch(mesh, next(batches)[0])
     watch = meshes.with_mesh(mesh, make_watch(model, config.stability))
     step = jax.jit(watch, out_shardings=meshes.replicated(mesh), compiler_options=SELDOM)
-    found = lambda params: jax.device_get(step(params, batch)).items()  # noqa: E731
-    return lambda params: {name: float(value) for name, value in found(params)}
+    return lambda params: jax.tree.map(float, jax.device_get(step(params, batch)))
 
 
 def score(
@@ -157,6 +141,7 @@ def examine(
     ends = boundary(data.task) if mark is None else mark
     problems = Problems(found.home, "test", found.longest, ends)
     attend = config.model.attend if attend is None else attend
-    model = attending(model, attend or max(found.longest, data.context))
+    if isinstance(model, Decoder):
+        model = model.reshaped(context=attend or max(found.longest, data.context))
     model, settle = at_rounds(model, config, rounds)
     return score(model, params, config, problems, settle)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from ngc_jax import config as configs
 from ngc_jax.analysis import probes
-from ngc_jax.config import make_model, named
 from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
 from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
@@ -30,9 +30,8 @@ from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import refusals
 from ngc_jax.runtime.files import Path
+from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
-from ngc_jax.training.loop import run
-from ngc_jax.training.rewiring import pruned
 from ngc_jax.training.rounds import Apply, mark_of
 from ngc_jax.training.step import TrainState, abstract_state, nats_of, predict
 from ngc_jax.training.workdir import hold, identity, read_config
@@ -74,18 +73,14 @@ class Trained:
         return self.model
 
     def data(self) -> Data:
-        """The data trained on and held out.
-
-        Raises UserError where they have changed since, or only the directory says where they are.
-        """
+        """The data trained on and held out. Raises UserError: changed since, or `withheld`."""
         if self.withheld:
             raise UserError(f"--workdir={self.workdir}: {self.withheld}")
         data, trained_on = load_data(self.config.data, mark_of(self.config)), self.meta["data"]
         if trained_on != data.fingerprint:
             raise UserError(
-                f"this is not what {self.workdir} was trained on (another Python version, or "
-                f"changed files at data.path, or another ngc_jax): fingerprint "
-                f"{data.fingerprint[:16]}, trained on {trained_on[:16]}"
+                f"this is not what {self.workdir} was trained on (another Python or ngc_jax, or a "
+                f"changed data.path): fingerprint {data.fingerprint[:16]}, was {trained_on[:16]}"
             )
         return data
 
@@ -119,22 +114,20 @@ class Trained:
 
     def logits(self, text: Text) -> Array:
         """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
-        return self._as_given(text, _logits(self._apply, self.params, self._batch(text)))
+        found: Array = self._ask(partial(_logits, self._apply, self.params), text)
+        return found
 
     def loss(self, text: str | bytes) -> Loss:
-        """The loss of a text, each token predicted from those before it in a window of the run's.
-
-        Raises UserError for an empty text.
-        """
+        """The loss of a text in windows as of the run. Raises UserError for an empty text."""
         tokens, context, mark = self._encode(text), self.config.data.context, self.tokenizer.mark
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
         padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
         windows = Windows(padded, context, mark, self._boundary)
-        apply, dtype = self._apply, self.config.train.compute_dtype
         size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
-            logits = _logits(apply, self.params, batch, dtype)
+            dtype = self.config.train.compute_dtype
+            logits = _logits(self._apply, self.params, batch, dtype)
             nats, counts = jax.device_get(nats_of(logits, batch.targets))
             counts = counts & real[:, None]
             length = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]  # bytes
@@ -147,8 +140,8 @@ class Trained:
 
         Raises UserError for a model without stages.
         """
-        found = _activations(self.decoder, self.params, self._batch(text))
-        return {name: self._as_given(text, x) for name, x in found.items()}
+        found: dict[str, Array] = self._ask(partial(_activations, self.decoder, self.params), text)
+        return found
 
     def silence(
         self, groups: Collection[int] = (), channels: Collection[tuple[int, int]] = ()
@@ -171,15 +164,12 @@ class Trained:
         ends = self.tokenizer.mark if data.isolate_documents else boundary(data.task)
         return ends if mark is None else mark
 
-    def _batch(self, text: Text) -> Batch:
+    def _ask(self, program: Callable[[Batch], Any], text: Text) -> Any:
+        """program(batch): its results [B, ...], without the axis B unless the tokens have it."""
         given = self._encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
         tokens = np.atleast_2d(given)
-        return Batch(tokens, segments=segments_of(tokens, self._boundary))
-
-    @staticmethod
-    def _as_given(text: Text, found: Array) -> Array:
-        """Results [B, ...] without the axis B, unless the tokens have it."""
-        return found[0] if isinstance(text, str | bytes) or np.ndim(text) == 1 else found
+        found = program(Batch(tokens, segments=segments_of(tokens, self._boundary)))
+        return found if given.ndim == 2 else jax.tree.map(lambda a: a[0], found)
 
     def _encode(self, text: str | bytes) -> np.ndarray:
         """The tokens of a document that begins with this text, its mark included: [T] int32."""
@@ -198,8 +188,8 @@ def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
     """
     home = epath.Path(workdir)
     with hold(home):
-        config = named(config) if isinstance(config, str) else config
-        if not run(config.copy_and_resolve_references(), home):
+        config = configs.named(config) if isinstance(config, str) else config
+        if not loop.run(config.copy_and_resolve_references(), home):
             raise KeyboardInterrupt(f"asked to stop: {home} is saved, and the same call continues")
     return load(home, trust=True)  # its config was typed
 
@@ -221,16 +211,15 @@ def load(
     config = read_config(home)
     run, tokenizer = identity(config), load_tokenizer(home, config.data)
     withheld = withhold(config.data, data_path, tfds_dir, trust)
-    model = make_model(config, tokenizer.vocab)
+    model = configs.make_model(config, tokenizer.vocab)
     abstract = abstract_state(model, config.train, meshes.single_device())
     with Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
-        among = step if step is None else {step}
         try:
-            read, faults = checkpoints.newest(abstract, run, among)
+            read, faults = checkpoints.newest(abstract, run, steps if step is None else {step})
         except UserError as error:
             raise UserError(f"--workdir={workdir}: {error}") from error
         if read is None:
@@ -238,14 +227,13 @@ def load(
             raise UserError(f"--workdir={workdir} holds no sound checkpoint: {found}")
         for bad, fault in faults.items():
             print(f"checkpoint {bad} is skipped: {fault}", file=sys.stderr)
-    model, params = pruned(model, read.state.params, config, read.step)
-    opened = home, config, model, params, tokenizer, read.step, read.state, read.meta
-    return Trained(*opened, withheld)
+    model, params = rewiring.pruned(model, read.state.params, config, read.step)
+    return Trained(home, config, model, params, tokenizer, *read, withheld)
+
+
+_activations = jax.jit(probes.activations, static_argnums=0)
 
 
 @partial(jax.jit, static_argnames=("apply", "dtype"))
 def _logits(apply: Apply, params: Params, batch: Batch, dtype: str = "float32") -> Array:
     return predict(apply, params, batch, jnp.dtype(dtype))[0]
-
-
-_activations = jax.jit(probes.activations, static_argnums=0)

@@ -22,11 +22,10 @@ from ngc_jax.runtime import multihost
 from ngc_jax.runtime.files import Path
 from ngc_jax.runtime.metrics import duration
 from ngc_jax.runtime.profiler import Profile
-from ngc_jax.training import card
+from ngc_jax.training import card, rewiring
 from ngc_jax.training.costs import costs, devices, update_flops, versions
 from ngc_jax.training.evaluation import compile_eval, compile_watch
 from ngc_jax.training.match_size import prepare
-from ngc_jax.training.rewiring import changes, compile_rewire, pruned
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
 from ngc_jax.training.stability_metrics import make_penalty
@@ -46,8 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         data = load_data(config.data, mark_of(config))
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
-    model = make_model(config, data.tokenizer.vocab)
-    mesh = meshes.make_mesh(config.mesh)
+    model, mesh = make_model(config, data.tokenizer.vocab), meshes.make_mesh(config.mesh)
     profile = Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")
@@ -55,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------
     programs = compile_programs(model, config, mesh, data)
     this = Run(config, workdir, data, mesh, programs)
-    rewiring = changes(config) if programs.rewire else None
+    changes = rewiring.changes(config) if programs.rewire else None
 
     # ---- Train -----------------------------------------------------------------------------------
     with this.checkpoints, this.asked_to_stop, this.watchdog, profile:
@@ -63,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         while True:
             # What comes after update `this.step`, also after that which this start continues from.
             profile.turn(this.step, this.state)
-            stop, save = this.agreed_wishes()
+            stop, save = this.wishes() if jax.process_count() == 1 else this.votes
             save = save or this.last or this.step % config.checkpoint.every_steps == 0
             kinds = this.due()
             if kinds or save or stop:
@@ -86,7 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
                 this.state, outputs = programs.update(this.state, batch, ballots)
             this.log()  # of the update before, while this one runs
             this.advance(outputs)
-            if programs.rewire and rewiring and rewiring.due(this.step):
+            if programs.rewire and changes and changes.due(this.step):
                 this.log()
                 this.state, row = programs.rewire(this.state, batch, this.step)
                 this.metrics.write({"step": this.step, **row})
@@ -101,7 +99,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         return False
     if multihost.first():
         # Without the slots that a changing wiring has left empty.
-        trim = lambda params: pruned(model, params, config, this.step)[1]  # noqa: E731
+        trim = lambda params: rewiring.pruned(model, params, config, this.step)[1]  # noqa: E731
         final = jax.eval_shape(trim, programs.state.params)
         stored = count.parameters(final, model.param_info())
         card.write(workdir, config, data.summary, stored, count.generated_weights(model))
@@ -115,12 +113,13 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
     train = config.train
     state = abstract_state(model, train, mesh)
     batch = meshes.abstract_batch(mesh, batch_like(data.train, train.batch_size))
-    decoder = model if isinstance(model, Decoder) else None  # only a decoder has stages
-    penalty = make_penalty(decoder, config.stability) if decoder else None
+    penalty = watch = None
+    if isinstance(model, Decoder):  # only a decoder has stages
+        penalty = make_penalty(model, config.stability)
+        watch = compile_watch(model, config, mesh, data) if config.stability.every else None
     iteration = make_iteration(model, config)
     step = make_train_step(model, train, penalty, iteration, config.seed)
-    began = time.monotonic()
-    shardings = meshes.shardings(state)
+    began, shardings = time.monotonic(), meshes.shardings(state)
 
     def voting(state: Any, batch: Any, ballots: Any) -> tuple[Any, Any]:
         after, scalars = step(state, batch)
@@ -129,10 +128,8 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
     placed, program = (shardings, meshes.replicated(mesh)), meshes.with_mesh(mesh, voting)
     update = jax.jit(program, out_shardings=placed, donate_argnums=0)
     compiled = update.lower(state, batch, multihost.ballots(mesh, False, False)).compile()
-    rewire = compile_rewire(model, config, mesh, state, batch)
+    rewire = rewiring.compile_rewire(model, config, mesh, state, batch)
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
-    watched = decoder and config.stability.every
-    watch = compile_watch(decoder, config, mesh, data) if decoder and watched else None
     begin = partial(init_state, model, train, config.seed)
     init = jax.jit(begin, out_shardings=shardings, compiler_options=SELDOM)
     flops = update_flops(model, state.params, batch, iteration)

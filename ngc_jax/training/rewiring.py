@@ -172,7 +172,7 @@ def compile_rewire(
     def rewire(state: TrainState, placed: Batch, step: int) -> tuple[TrainState, Row]:
         grow = plan.exchanged(step)
         state, row = compiled(state, placed, np.int32(plan.edges(step) - grow), np.int32(grow))
-        return state, {name: float(value) for name, value in jax.device_get(row).items()}
+        return state, jax.tree.map(float, jax.device_get(row))
 
     return rewire
 

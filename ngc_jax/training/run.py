@@ -1,12 +1,9 @@
 """A run between two updates: where it stands, and what is done there.
 
-For: `Run`, whose methods log, measure, save and rewind. Not for: their order (`loop.py`), or what
-an update is (`step.py`).
-
-Update s reads batch s - 1 + passed at learning rate s - 1; row s and checkpoint s are made after
-it, the row first. So no row before a checkpoint is missing, except that of an abandoned evaluation,
-which is then made first; rows after it are made again. `passed` counts the batches that rewinding
-left out, as Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, 5.1) did by hand.
+For: `Run`, which logs, measures, saves and rewinds. Not for: their order (`loop.py`), or an update
+(`step.py`). Update s reads batch s - 1 + passed; row s and then checkpoint s are made after it. So
+before a checkpoint no row is missing but that of an abandoned evaluation, made when it goes on.
+`passed` counts batches that rewinding left out, as PaLM did by hand (arXiv 2204.02311, 5.1).
 """
 
 import contextlib
@@ -14,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,10 +28,8 @@ from ngc_jax.runtime.files import Path
 from ngc_jax.runtime.metrics import Clock, Metrics, Progress
 from ngc_jax.runtime.preemption import Asked, Preemption
 from ngc_jax.runtime.watchdog import Watchdog
-from ngc_jax.training.costs import peak, versions
-from ngc_jax.training.evaluation import held_out
+from ngc_jax.training import costs, evaluation, workdir
 from ngc_jax.training.step import TrainState
-from ngc_jax.training.workdir import identity
 
 MEASURED = {"eval", "stability", "final"}  # kinds of rows made of the state between two updates
 
@@ -50,7 +46,7 @@ class Programs:
     update: Callable[..., Any]  # (state, batch, ballots) -> state, (scalars, votes)
     rewire: Callable[..., Any] | None  # (state, batch, step) -> state, row
     evaluate: Callable[..., Any]  # see `evaluation.held_out`
-    watch: Callable[[Any], dict[str, float]] | None  # params -> the row of stability measures
+    watch: evaluation.Watch | None
     state: TrainState  # shapes, dtypes and shardings of the state
     flops: float  # of an update
 
@@ -63,7 +59,6 @@ class Run:
 
     step: int  # updates made
     state: TrainState  # after them
-    batches: Iterator[Any]  # of the updates to come
     unmeasured: Collection[str]  # kinds of rows that were not made of this state yet
     logged: int  # the last update whose scalars were read
     late: tuple[int, Any] | None  # the update whose scalars are still on the device
@@ -71,52 +66,39 @@ class Run:
     broken: int  # updates skipped in a row, up to `logged`
     warned: int  # the update at which the standing warning of divergence began; 0: none stands
 
-    def __init__(self, config: ConfigDict, workdir: Path, data: Data, mesh: Mesh, do: Programs):
-        self.config, self.workdir, self.data, self.mesh, self.do = config, workdir, data, mesh, do
+    def __init__(self, config: ConfigDict, home: Path, data: Data, mesh: Mesh, do: Programs):
+        self.config, self.home, self.data, self.mesh, self.do = config, home, data, mesh, do
         train = config.train
-        self.peak = peak(train.compute_dtype)
+        self.peak = costs.peak(train.compute_dtype)
         self.progress = Progress(train.steps)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = Checkpoints(home / "checkpoints", config.checkpoint.keep)
         self.asked_to_stop = Preemption()
         hang = "hang.txt" if multihost.first() else f"hang_{jax.process_index()}.txt"
-        self.watchdog = Watchdog(train.hang_minutes, train.hang_exit, workdir / hang)
-        self.clock = Clock(self._start())
-        self.last_save = time.monotonic()
-
-    def _start(self) -> float:
-        """Begins at the newest sound checkpoint, or at step 0. Returns earlier training seconds."""
-        found = self._newest()
-        if found is None:
-            self._stand_at(0, self.do.init(), META)
-            print(f"starting from step 0 in {self.workdir}")
-            return 0.0
-        step, state, meta = found
-        now, then = self.data.fingerprint, meta["data"]
-        if now != then:
+        self.watchdog = Watchdog(train.hang_minutes, train.hang_exit, home / hang)
+        step, state, meta = self._newest() or (0, do.init(), META)
+        now, then, made_with = data.fingerprint, meta["data"], meta["versions"]
+        if step and now != then:
             raise UserError(
-                f"the text has changed since checkpoint {step} of --workdir={self.workdir}: "
-                f"fingerprint {now[:16]}, was {then[:16]}; give the same text (library source: the "
-                "same Python; a task: the same ngc_jax), or another --workdir"
+                f"the text has changed since checkpoint {step} of --workdir={home}: fingerprint "
+                f"{now[:16]}, was {then[:16]}; give the same text (library source: the same "
+                "Python; a task: the same ngc_jax), or another --workdir"
             )
         self._stand_at(step, state, meta)
-        print(f"continuing from checkpoint {step} of {self.config.train.steps} in {self.workdir}")
-        if meta["versions"] != versions():
-            print(f"made with {meta['versions']}, now {versions()}: equal up to rounding only")
-        return float(meta["seconds"])
+        self.clock, self.last_save = Clock(float(meta["seconds"])), time.monotonic()
+        of = f"checkpoint {step} of {train.steps}"
+        print(f"continuing from {of} in {home}" if step else f"starting from step 0 in {home}")
+        if step and made_with != costs.versions():
+            print(f"made with {made_with}, now {costs.versions()}: equal up to rounding only")
 
     def _stand_at(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Stands after `step` updates, with the batches and rows that follow them."""
         jax.block_until_ready(state)
-        size, passed = self.config.train.batch_size, meta["passed"]
-        self.metrics = Metrics(self.workdir, step, meta["rows"], meta["rows_sha256"])
-        self.batches = train_batches(
-            self.data.train,
-            batch_size=size,
-            seed=self.config.seed,
-            start=step + passed,
-            stop=self.config.train.steps + passed,
-            rows=meshes.local_batch_rows(self.mesh, size),
-        )
+        train, passed = self.config.train, meta["passed"]
+        self.metrics = Metrics(self.home, step, meta["rows"], meta["rows_sha256"])
+        span = {"start": step + passed, "stop": train.steps + passed}
+        size, seed = train.batch_size, self.config.seed
+        rows = meshes.local_batch_rows(self.mesh, size)
+        self.batches = train_batches(self.data.train, batch_size=size, seed=seed, rows=rows, **span)
         self.step, self.state, self.rewinds, self.passed = step, state, meta["rewinds"], passed
         # What was due after this step and was abandoned has yet to be made.
         self.unmeasured = MEASURED - self.metrics.measured
@@ -125,7 +107,8 @@ class Run:
 
     def _newest(self, among: Collection[int] | None = None) -> Restored | None:
         """The newest checkpoint of these that is this run's; others are named and set aside."""
-        found, faults = self.checkpoints.newest(self.do.state, identity(self.config), among)
+        own = workdir.identity(self.config)
+        found, faults = self.checkpoints.newest(self.do.state, own, among)
         for bad, fault in faults.items() if multihost.first() else ():
             aside = self.checkpoints.set_aside(bad)
             self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
@@ -140,10 +123,6 @@ class Run:
         """Whether this process was asked to stop, and whether the clock asks it to save."""
         minutes = (time.monotonic() - self.last_save) / 60
         return bool(self.asked_to_stop), minutes > self.config.checkpoint.every_minutes
-
-    def agreed_wishes(self) -> tuple[bool, ...]:
-        """The wishes of any process, all of which get the same answer at the same update."""
-        return self.wishes() if jax.process_count() == 1 else self.votes
 
     def due(self) -> list[str]:
         """Kinds of rows to make of this state."""
@@ -163,9 +142,8 @@ class Run:
         if self.late is None or self.broken >= train.max_bad_steps:
             return
         (at, outputs), self.late = self.late, None
-        scalars, votes = jax.device_get(outputs)
-        self.votes = tuple(map(bool, votes))
-        row = {name: value.item() for name, value in scalars.items()}
+        row, votes = jax.tree.map(lambda value: value.item(), jax.device_get(outputs))
+        self.votes = tuple(votes)
         self.watchdog.beat()
         self.logged, self.broken = at, row["train/bad_in_a_row"]
         if self.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
@@ -179,39 +157,39 @@ class Run:
         likely = row["stability/warning"] > 0
         if likely and not self.warned:
             change = f"the parameters change by {row['stability/relative_update']:.1%} in an update"
-            told = f"step {at}: divergence likely: {change}; a smaller learning rate is safer"
-            self.progress.say(told)
+            self.progress.say(f"step {at}: divergence likely: {change}; lower the learning rate")
         self.warned = (self.warned or at) if likely or (self.broken and self.warned) else 0
         if self.broken:
             loss, norm = row["train/loss"], row["train/grad_norm"]
-            fault = "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
-            told = f"step {at}: loss {loss}, gradient norm {norm}, {fault}: update skipped"
-            self.progress.say(told)
+            fault = "a spike" if math.isfinite(loss + norm) else "not finite"
+            found = f"loss {loss}, gradient norm {norm}, {fault}"
+            self.progress.say(f"step {at}: {found}: update skipped")
 
     def measure(self, kinds: Iterable[str]) -> bool:
         """Writes the rows of these kinds. False: asked to stop meanwhile, and abandoned."""
+
+        def unless_asked(program: Any, *given: Any) -> Any:
+            self.watchdog.beat()
+            if any(multihost.exchange(bool(self.asked_to_stop))):
+                raise Asked
+            return program(*given)
+
+        step, params, c = partial(unless_asked, self.do.evaluate), self.state.params, self.config
+        parts = {"eval": ("held-out", c.eval.windows), "final": ("all held-out", 0)}
         with self.clock, contextlib.suppress(Asked):
             for kind in kinds:
-                self._between()
-                watch = self.do.watch if kind == "stability" else None
-                row = watch(self.state.params) if watch else self._hold_out(kind)
+                if kind == "stability":
+                    row = unless_asked(self.do.watch, params)
+                else:
+                    part, limit = parts[kind]
+                    amount = self.data.validation, c.eval.batch_size, limit
+                    found = evaluation.held_out(step, params, self.mesh, *amount).items()
+                    shown = ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in found)
+                    self.progress.say(f"step {self.step}: {part} {shown}")
+                    row = {f"{kind}/{name}": value for name, value in found}
                 self.metrics.write({"step": self.step, **row})
             return True
         return False
-
-    def _between(self) -> None:
-        self.watchdog.beat()
-        if any(multihost.exchange(bool(self.asked_to_stop))):
-            raise Asked
-
-    def _hold_out(self, kind: str) -> dict[str, float]:
-        c = self.config.eval
-        limit, part = (0, "all held-out") if kind == "final" else (c.windows, "held-out")
-        amount = self.data.validation, c.batch_size, limit
-        result = held_out(self.do.evaluate, self.state.params, self.mesh, *amount, self._between)
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
-        self.progress.say(f"step {self.step}: {part} {shown}")
-        return {f"{kind}/{name}": value for name, value in result.items()}
 
     def save(self, ending: bool) -> None:
         """Saves this state in the background; before the run ends, waits until it is on disk."""
@@ -220,8 +198,8 @@ class Run:
         with self.clock, self.saving(ending):
             self.metrics.sync()
             meta = {"seconds": self.clock.seconds(), "data": self.data.fingerprint}
-            meta |= {"versions": versions(), "rewinds": self.rewinds, "passed": self.passed}
-            meta |= {"config": identity(self.config), **self.metrics.written()}
+            meta |= {"versions": costs.versions(), "rewinds": self.rewinds, "passed": self.passed}
+            meta |= {"config": workdir.identity(self.config), **self.metrics.written()}
             self.checkpoints.save(self.step, self.state, meta)
             if ending:
                 self.checkpoints.wait()
@@ -235,21 +213,16 @@ class Run:
             yield
         except OSError as error:
             sound = self.checkpoints.newest_sound()
-            kept = f"the last sound checkpoint, {sound}, is kept"
-            kept = "there is no sound checkpoint yet" if sound is None else kept
+            kept = f"the last sound checkpoint, {sound}, is kept" if sound else "none is sound yet"
             if ending or jax.process_count() > 1:
-                again = "make room and give the same command again"
-                raise OSError(f"{error}; {kept}; {again}") from error
+                raise OSError(f"{error}; {kept}; make room, give the same command again") from error
             every = self.config.checkpoint
             later = (self.step // every.every_steps + 1) * every.every_steps
             soon = f"next try after step {later}, or in {every.every_minutes:g} minutes"
             self.progress.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
 
     def rewind(self) -> None:
-        """Goes back to a checkpoint from before the trouble, and on with the batches after it.
-
-        Raises Diverged where there is none, or `train.max_rewinds` are made.
-        """
+        """Back to a checkpoint before the trouble, on with the batches after it; or Diverged."""
         train, logged, every = self.config.train, self.logged, self.config.checkpoint.every_steps
         with self.saving():
             self.checkpoints.wait()
@@ -259,14 +232,16 @@ class Run:
         # Not one that a signal or the clock made: a run that was never stopped must find it, too.
         found = self._newest([at for at in before if at % every == 0] or before)
         if found is None or self.rewinds == train.max_rewinds:
-            warning = f"the warning stood from step {self.warned} on"
+            warned = (
+                f"a warning stood from step {self.warned}" if self.warned else "no warning came"
+            )
             raise Diverged(
                 f"stopped at step {logged}: {self.broken} updates in a row were skipped, not "
                 f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: "
-                f"{found and found.step}; {warning if self.warned else 'no warning came before it'}"
-                f"; try a smaller train.learning_rate={train.learning_rate:g} or "
-                f"train.state_learning_rate={train.state_learning_rate:g}, or more "
-                f"train.warmup_steps={train.warmup_steps}, in a new --workdir"
+                f"{found and found.step}; {warned}; try a smaller "
+                f"train.learning_rate={train.learning_rate:g} or train.state_learning_rate="
+                f"{train.state_learning_rate:g}, or more train.warmup_steps={train.warmup_steps}, "
+                "in a new --workdir"
             )
         sound, state, meta = found
         rewinds, left_out = self.rewinds + 1, logged - sound

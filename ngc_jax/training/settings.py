@@ -20,9 +20,10 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _unread_rewire(config: Any) -> dict[str, str]:
+    if config.model.wiring in DYNAMIC:
+        return {}
     reason = f"model.wiring={config.model.wiring!r} does not change in training"
-    still = config.model.wiring not in DYNAMIC
-    return dict.fromkeys([field.name for field in REWIRE.fields if still], reason)
+    return dict.fromkeys([field.name for field in REWIRE.fields], reason)
 
 
 def _check_rewire(config: Any, need: Need) -> None:
@@ -34,8 +35,8 @@ def _check_rewire(config: Any, need: Need) -> None:
     wants = f"above rewire.begin={r.begin} and at most 1, for instance {(r.begin + 1) / 2}"
     need(r.begin < r.end, "rewire.end", wants)
     span = round(r.end * steps) - round(r.begin * steps)
-    wants = f"later, since none of the {steps} updates comes between rewire.begin and it"
-    need(span >= 1, "rewire.end", f"{wants}, for instance 1.0")
+    wants = f"one or more of the {steps} updates after rewire.begin, for instance 1.0"
+    need(span >= 1, "rewire.end", wants)
     wants = f"from 1 to the {span} updates between rewire.begin and rewire.end"
     need(r.every <= span, "rewire.every", wants)
 
@@ -44,12 +45,12 @@ def _unread_iteration(config: Any) -> dict[str, str]:
     i = config.iteration
     if not has_loop(config):
         return dict.fromkeys([field.name for field in ITERATION.fields], NO_LOOP)
-    reads = {"fixed": "", "uniform": "low high", "lognormal_poisson": "low high mean"}
-    unread = {"mark", "low", "high", "mean"} - {*reads.get(i.rounds, "mark low high").split()}
+    read = {"fixed": "", "uniform": "low high", "lognormal_poisson": "low high mean"}
+    unread = {"mark", "low", "high", "mean"} - {*read.get(i.rounds, "mark low high").split()}
     found = dict.fromkeys(unread, f"iteration.rounds={i.rounds!r}")
-    if not i.supervise_every:
-        found["supervise_weight"] = "iteration.supervise_every=0"
-    return found
+    return found | (
+        {} if i.supervise_every else {"supervise_weight": "iteration.supervise_every=0"}
+    )
 
 
 def _check_iteration(config: Any, need: Need) -> None:
@@ -59,8 +60,7 @@ def _check_iteration(config: Any, need: Need) -> None:
     most, of = m.rounds, f"model.rounds={m.rounds}"
     if i.rounds != "fixed":
         most, of = i.high, f"iteration.high={i.high}"
-        wants = f"at most iteration.high={i.high}, for instance {max(1, i.high // 2)}"
-        need(i.low <= i.high, "iteration.low", wants)
+        need(i.low <= i.high, "iteration.low", f"at most {of}, for instance {max(1, i.high // 2)}")
     need(i.backprop <= most, "iteration.backprop", f"from 1 to {of}, or 0 for all rounds")
     wants = "0 where model.drive=False: all before the loop would not be trained"
     need(m.drive or i.backprop in (0, most), "iteration.backprop", wants)
@@ -73,10 +73,9 @@ def _check_train(config: Any, need: Need) -> None:
     t = config.train
     wants = f"below train.steps={t.steps}, for instance {t.steps // 10}"
     need(t.warmup_steps < t.steps, "train.warmup_steps", wants)
-    wants = "False where train.hang_minutes is 0, so that no hang is noticed"
+    wants = "False where train.hang_minutes is 0"
     need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", wants)
-    wants = "'', or the first and the last update to trace, for instance '10:20'"
-    need(traceable(t.profile), "train.profile", wants)
+    need(traceable(t.profile), "train.profile", "'', or the updates to trace, for instance '10:20'")
 
 
 def _check_mesh(config: Any, need: Need) -> None:
@@ -91,12 +90,12 @@ def _check_mesh(config: Any, need: Need) -> None:
     rest = parts // mesh.fsdp
     wants = f"the {devices} devices here / (mesh.fsdp={mesh.fsdp} x mesh.group={mesh.group})"
     need(mesh.data in (-1, rest), "mesh.data", f"{wants}, {rest}, or -1")
-    unit, split = t.accumulation * parts, f"{parts} parts (mesh.data x mesh.fsdp)"
-    wants = f"a multiple of train.accumulation={t.accumulation} x {split}, for instance "
-    near = -(-t.batch_size // unit) * unit
-    need(t.batch_size % unit == 0, "train.batch_size", f"{wants}{near}")
-    rows, near = config.eval.batch_size, -(-config.eval.batch_size // parts) * parts
-    need(rows % parts == 0, "eval.batch_size", f"a multiple of {split}, for instance {near}")
+    split, rows = f"{parts} parts (mesh.data x mesh.fsdp)", config.eval.batch_size
+    near = f"for instance {-(-rows // parts) * parts}"
+    need(rows % parts == 0, "eval.batch_size", f"a multiple of {split}, {near}")
+    unit, times = t.accumulation * parts, f"train.accumulation={t.accumulation} x {split}"
+    near = f"for instance {-(-t.batch_size // unit) * unit}"
+    need(t.batch_size % unit == 0, "train.batch_size", f"a multiple of {times}, {near}")
 
 
 def _unread_stability(config: Any) -> dict[str, str]:
@@ -110,7 +109,7 @@ def _unread_stability(config: Any) -> dict[str, str]:
 def _check_stability(config: Any, need: Need) -> None:
     from ngc_jax.training.stability_metrics import PROBES  # it takes a second
 
-    s, m = config.stability, config.model
+    s, m, loop = config.stability, config.model, has_loop(config)
     wants = f"0 where model.kind={m.kind!r} has no stages to measure"
     need(kind_of(config).stages or s.every == 0, "stability.every", wants)
     wants = f"some of {','.join(PROBES)}, for instance 'rounds,tokens'"
@@ -118,10 +117,8 @@ def _check_stability(config: Any, need: Need) -> None:
     wants = f"below stability.high={s.high}, for instance {s.high - 1}"
     need(s.low < s.high, "stability.low", wants)
     wants = "'none' where the model has no loop of 2 rounds or more (model.core, rounds)"
-    looped = has_loop(config) and m.rounds > 1
-    need(s.regulariser == "none" or looped, "stability.regulariser", wants)
-    wants = "0 where the model has no loop (model.core=0)"
-    need(s.jacobian == 0 or has_loop(config), "stability.jacobian", wants)
+    need(s.regulariser == "none" or (loop and m.rounds > 1), "stability.regulariser", wants)
+    need(s.jacobian == 0 or loop, "stability.jacobian", f"0 where {NO_LOOP}")
 
 
 def _divisors(*counts: int) -> list[int]:

@@ -1,8 +1,7 @@
 """The work directory: what lies where, who may use it, and the config kept in it.
 
-For: DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, card.md}; damaged/
-holds checkpoints that were set aside, hang.txt the stacks of a hang, profile/ a trace. Not for:
-writing rows or checkpoints, or opening a trained model (`load.py`).
+For: DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, card.md}, damaged/
+(checkpoints set aside), hang.txt (stacks), profile/. Not for: rows, checkpoints, or `load.py`.
 """
 
 import contextlib
@@ -51,27 +50,24 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
             raise UserError(unable) from error
     with multihost.agreed():
         if not (workdir / "config.json").exists():
-            raise UserError(
-                f"{here}: made by process 0, but not seen by this one: give a directory on a file "
-                "system that all processes share"
-            )
+            shared = "give one on a file system that all processes share"
+            raise UserError(f"{here}: made by process 0, but not seen by this one: {shared}")
 
 
 def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     here = f"--workdir={workdir}"
-    links = [] if in_bucket(workdir) else [p for p in workdir.glob("*") if os.path.islink(p)]
-    if links:
-        raise UserError(f"{links[0]} is a link, which a run does not follow: remove it")
+    inside = list(workdir.iterdir()) if workdir.is_dir() else []
+    for path in () if in_bucket(workdir) else inside:
+        if os.path.islink(path):
+            raise UserError(f"{path} is a link, which a run does not follow: remove it")
+    # What a claim that was killed may have left.
+    left = ("tokenizer.json", ".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
     if (workdir / "config.json").exists():
         changed = "; ".join(differences(read_config(workdir).to_dict(), config.to_dict()))
         if changed:
-            raise UserError(
-                f"{here} holds a run of another config ({changed}): give another --workdir, or "
-                "the config that it was made with"
-            )
-    elif workdir.is_file() or (
-        workdir.exists() and not all(map(_left_by_claim, workdir.iterdir()))
-    ):
+            unlike = f"{here} holds a run of another config ({changed})"
+            raise UserError(f"{unlike}: give another --workdir, or the config it was made with")
+    elif workdir.is_file() or not all(path.name.startswith(left) for path in inside):
         raise UserError(f"{here} exists and holds no run: give another, or empty it")
     else:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -83,19 +79,12 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     write_durably(workdir / "config.json", text)
 
 
-def _left_by_claim(path: Path) -> bool:
-    """Whether a claim that was killed may have left this file."""
-    hidden = (".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
-    return path.name == "tokenizer.json" or path.name.startswith(hidden)
-
-
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """Keeps other trainers out of a work directory while the block runs.
+    """Keeps other trainers out of a work directory; UserError where one holds it.
 
-    The first process holds a lock on the directory, which ends with the process, and a file in it
-    says whose it is. Buckets have no locks; where a file system has none, that is said. An empty
-    directory is removed at the end. Raises UserError where another trainer holds the directory.
+    The first process locks the directory, until it ends, and a file in it says who. Buckets have no
+    locks; where a file system has none, that is said. An empty directory is removed at the end.
     """
     with multihost.agreed():
         handle = _lock(workdir) if multihost.first() and not in_bucket(workdir) else None
@@ -133,23 +122,17 @@ def _lock(workdir: Path) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        busy = f"--workdir={workdir} is in use by {_holder(workdir)}: wait for it, or give another"
-        raise UserError(busy) from error
     except OSError as error:
-        print(
-            f"--workdir={workdir} cannot be locked ({error}): see to it that no other process "
-            f"trains in it; the last one was {_holder(workdir)}"
-        )
+        here, holder = f"--workdir={workdir}", "a process that is not named"
+        with contextlib.suppress(OSError, ValueError):
+            holder = read(workdir / HOLDER, 1000).decode()
+        if isinstance(error, BlockingIOError):
+            os.close(handle)
+            busy = f"{here} is in use by {holder}: wait for it, or give another"
+            raise UserError(busy) from error
+        alone = f"see to it that no other process trains in it; the last one was {holder}"
+        print(f"{here} cannot be locked ({error}): {alone}")
     return handle
-
-
-def _holder(workdir: Path) -> str:
-    """Who has locked a work directory, as far as is known."""
-    with contextlib.suppress(OSError, ValueError):
-        return read(workdir / HOLDER, 1000).decode()
-    return "a process that is not named"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -170,10 +153,7 @@ def _free(name: str) -> bool:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run, which must be as one that is typed. Raises UserError.
-
-    Fields that are newer than the run, or that nothing reads, have their defaults.
-    """
+    """The config of a run; what is newer or unread has its default. Raises UserError."""
     path, config = workdir / "config.json", base()
     try:
         stored = read_json(path, LARGEST)
@@ -190,11 +170,9 @@ def read_config(workdir: Path) -> ConfigDict:
         for field in section.fields:
             value, known = section.of(config)[field.name], field.options()
             if known and value not in known:
-                raise UserError(
-                    f"{workdir} was trained with {section.path(field.name)}={value!r}, which is "
-                    "not registered here: give the file that registers it by --extend=FILE.py, or "
-                    "import it first"
-                )
+                told = f"{workdir} was trained with {section.path(field.name)}={value!r}"
+                give = "give the file that registers it by --extend=FILE.py, or import it first"
+                raise UserError(f"{told}, which is not registered here: {give}")
     try:
         check_fields(config, SECTIONS)
         reset_unread(config)  # as older versions let stand
