@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from ngc_jax import count
-from ngc_jax.analysis import (
+from ngc_jax.dynamics.lyapunov import (
     bootstrap_interval,
     entropy_rate,
     kaplan_yorke_dimension,
     leading_exponent,
     local_exponents,
     lyapunov_spectrum,
+    orthonormalise,
+    unresolved,
 )
-from ngc_jax.dynamics.lyapunov import orthonormalise, unresolved
 
 
 def rotation(n, seed=0):

@@ -155,7 +155,7 @@ def test_signals_of_a_rule_of_ones_own_are_watched_and_silenced(monkeypatch):
     model = make_model(config, 20)
     params = drawn(model)
     batch = Batch(np.random.default_rng(0).integers(0, 20, (2, 16)).astype(np.int32))
-    still = silenced_channels(model, params, groups=[1])
+    still = silenced_channels(model, params, groups=[1], channels=[])
     apply = jax.jit(lambda params: model.apply(params, batch)[0])
     signals = jax.jit(lambda params: model.reshaped(form="signals").apply(params, batch)[0])
     for weighed in (params, still):

@@ -16,10 +16,10 @@ from test_decoder import numpy_norm
 import ngc_jax
 from experiments.chaos import outcome
 from ngc_jax import count
-from ngc_jax.analysis import leading_exponent
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.core.recurrence import along_tokens, in_chunks, time_scales
 from ngc_jax.data.batches import Batch, token_batch
+from ngc_jax.dynamics.lyapunov import leading_exponent
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import loop as train
 from ngc_jax.training import optimizer as optim

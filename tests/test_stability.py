@@ -18,6 +18,8 @@ from ngc_jax.config import base, model_shape
 from ngc_jax.core.communicate import communicate
 from ngc_jax.core.rules import RULES, transmit, weights
 from ngc_jax.data.batches import Batch
+from ngc_jax.dynamics import measures
+from ngc_jax.dynamics.lyapunov import bootstrap_interval
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.synapse import Heard, Synapse, SynapsePart
@@ -57,35 +59,35 @@ def last_stream(model, params, batch):
 def test_measures_are_their_formulas():
     x = np.random.default_rng(0).normal(size=(5, 2, 7, 4)).astype(np.float32)
     step = np.linalg.norm(np.diff(x, axis=0), axis=-1)
-    np.testing.assert_allclose(stability.contraction(x), step[1:] / step[:-1], rtol=1e-5)
+    np.testing.assert_allclose(measures.contraction(x), step[1:] / step[:-1], rtol=1e-5)
     size = np.linalg.norm(x, axis=-1)
-    np.testing.assert_allclose(stability.boundedness(x), (size / size[0]).max(0), rtol=1e-5)
+    np.testing.assert_allclose(measures.boundedness(x), (size / size[0]).max(0), rtol=1e-5)
     far = np.linalg.norm(x[0] - x[1], axis=-1) / size[1]
-    np.testing.assert_allclose(stability.departure(x[0], x[1]), far, rtol=1e-5)
+    np.testing.assert_allclose(measures.departure(x[0], x[1]), far, rtol=1e-5)
     share = size[0] / (size[0] + size[1])
-    np.testing.assert_allclose(stability.drive_ratio(x[0], x[1]), share, rtol=1e-5)
+    np.testing.assert_allclose(measures.drive_ratio(x[0], x[1]), share, rtol=1e-5)
     moved = np.linalg.norm(np.diff(x[0], axis=1), axis=-1) / size[0].mean(-1, keepdims=True)
     slopes = [np.polyfit(np.arange(6), np.log(row), 1)[0] for row in moved]
-    np.testing.assert_allclose(stability.token_contraction(x[0]), slopes, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(measures.token_contraction(x[0]), slopes, rtol=1e-3, atol=1e-5)
 
 
 def test_token_contraction_reads_the_rate_at_which_a_sequence_settles():
     states = 5 + 0.8 ** jnp.arange(20)[:, None] * jnp.ones(3)
-    assert float(stability.token_contraction(states)) == pytest.approx(np.log(0.8), abs=1e-3)
+    assert float(measures.token_contraction(states)) == pytest.approx(np.log(0.8), abs=1e-3)
 
 
 def test_token_contraction_leaves_out_tokens_that_do_not_move():
     moving = 5 + 0.8 ** jnp.arange(20)[:, None] * jnp.ones(3)
     repeated = jnp.concatenate([moving[:1], moving])
-    assert float(stability.token_contraction(repeated)) == pytest.approx(np.log(0.8), abs=1e-3)
+    assert float(measures.token_contraction(repeated)) == pytest.approx(np.log(0.8), abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: stability.contraction(jnp.ones((2, 4))), "states: 2"),
-        (lambda: stability.token_contraction(jnp.ones((2, 4))), "states: 2 tokens"),
-        (lambda: stability.bootstrap_interval(jnp.ones((1, 4))), "blocks: 1"),
+        (lambda: measures.contraction(jnp.ones((2, 4))), "states: 2"),
+        (lambda: measures.token_contraction(jnp.ones((2, 4))), "states: 2 tokens"),
+        (lambda: bootstrap_interval(jnp.ones((1, 4))), "blocks: 1"),
         (
             lambda: stability.silenced(build()[0], {}, "everything"),
             "what='everything': this model can silence 'messages' or 'drive'",
@@ -259,10 +261,10 @@ def test_departure_is_zero_with_everything_on_and_not_without():
     model, params, _ = build()
     run = jax.jit(functools.partial(last_stream, model))
     here = run(params, text())
-    assert float(jnp.max(stability.departure(here, here))) == 0
+    assert float(jnp.max(measures.departure(here, here))) == 0
     for what in ("messages", "drive"):
         without = run(stability.silenced(model, params, what), text())
-        assert float(jnp.min(stability.departure(here, without))) > 1e-3
+        assert float(jnp.min(measures.departure(here, without))) > 1e-3
 
 
 # that W is 0 where post is holds for every rule (test_rules)
@@ -406,7 +408,7 @@ def test_the_band_moves_what_is_measured_into_it(name):
         if name == "exponent":
             return jnp.mean(stability.round_exponents(model, params, batch, rounds=3))
         states = stability.round_states(model, params, batch, rounds=3)
-        return jnp.mean(jnp.log(stability.contraction(states)))
+        return jnp.mean(jnp.log(measures.contraction(states)))
 
     assert measure(params) > -0.25
     params = minimise(make_penalty(model, settings), params, batch)

@@ -1,7 +1,7 @@
 """The sentences of the stability page: the meaning of each headline number, and the captions.
 
-For: a function for each figure or table, of what was measured: what is drawn, the axes with units,
-how to read it, and what it does not show. Not for: the order of the page (`page.py`).
+For: what is drawn, the axes with units, how to read it, and what it does not show. Not for: the
+order of the page (`page.py`).
 """
 
 import math
@@ -23,19 +23,16 @@ def meaning(row: Headline) -> str:
     return MEANINGS[row.kind](row)
 
 
-def _growth(row: Headline) -> str:
-    factor = math.exp(row.mean)
-    if row.low <= 0 <= row.high:
-        return f"is not significantly different from 1 (factor {factor:.3f})"
-    return f"is {factor:.3f}: the change {'grows' if row.mean > 0 else 'shrinks'}"
-
-
 def _exponent(row: Headline) -> str:
+    factor = math.exp(row.mean)
+    growth = f"is {factor:.3f}: the change {'grows' if row.mean > 0 else 'shrinks'}"
+    if row.low <= 0 <= row.high:
+        growth = f"is not significantly different from 1 (factor {factor:.3f})"
     if row.unit != "per token":
-        return f"A small change of all states is multiplied {row.unit}. The factor {_growth(row)}."
+        return f"A small change of all states is multiplied {row.unit}. The factor {growth}."
     return (
-        "A small change of the first token changes later tokens. The factor of that effect "
-        f"from one token to the next {_growth(row)}."
+        "A small change of the first token changes later tokens. The factor of that effect from "
+        f"one token to the next {growth}."
     )
 
 
@@ -57,10 +54,7 @@ def _token_contraction(row: Headline) -> str:
 def _dimension(row: Headline) -> str:
     if row.mean >= int("".join(filter(str.isdigit, row.unit))) - 0.01:
         return "The measured directions together do not shrink: the dimension is this or more."
-    return (
-        "The number of directions in which a cloud of close states keeps its size. At 0 the cloud "
-        "shrinks to a point."
-    )
+    return "The directions in which a cloud of close states keeps its size; at 0 it is a point."
 
 
 MEANINGS: dict[str, Callable[[Headline], str]] = {
@@ -85,29 +79,25 @@ MEANINGS: dict[str, Callable[[Headline], str]] = {
     ),
 }
 NUMBERS = (
-    "Means over sequences, each with its 95% interval below (bootstrap over sequences). The "
-    "interval is for other text of this kind and this one trained model; other seeds of training "
-    "may differ by more."
+    "Means over sequences, each with its 95% interval below (bootstrap over sequences): for other "
+    "text of this kind and this one trained model. Other seeds of training may differ by more."
 )
 BOUNDS = (
     "The largest factor by which each synapse of each stage can multiply the difference of two "
-    "inputs, a factor of lengths. It is an upper bound of the spectral norm of the weights and "
-    "holds for every input. A stage of the loop uses the same synapses in each round. A small "
-    "number excludes large growth. A large number can only say that growth is possible. "
-    "Normalization and attention around a synapse are not included."
+    "inputs, a factor of lengths: an upper bound of the spectral norm of the weights, for every "
+    "input. A stage of the loop uses the same synapses in each round. A small number excludes "
+    "large growth; a large one can only say that growth is possible. Normalization and attention "
+    "around a synapse are not included."
 )
 
 
 def spectrum(measured: Measured) -> str:
-    loop = measured.loop
-    along = "depth (all stages in order, rounds included) and along tokens"
-    later = ""
+    loop, along, later = measured.loop, "depth (all stages, rounds included) and along tokens", ""
     if loop is not None:
         along = f"rounds, along {along}"
         later = (
-            f" The loop is followed to round {loop.followed}. The second series leaves out the "
-            f"first {loop.dropped} rounds, in which the changes turn to the directions of largest "
-            "growth."
+            f" The loop is followed to round {loop.followed}; the second series leaves out the "
+            f"first {loop.dropped}, in which changes turn to the directions of largest growth."
         )
     found = np.concatenate([measured.depth] + ([loop.start, loop.exponents] if loop else []))
     small = float(np.mean(unresolved(found) | np.isinf(found)))
@@ -123,18 +113,15 @@ def spectrum(measured: Measured) -> str:
         "per token. Horizontal axis: index of the exponent. Bars: 95% intervals over sequences "
         f"(bootstrap).{later} Above 0 changes grow, below 0 they decay, each exponent in a "
         "direction of its own. The figure does not say that growth is harmful: a model must "
-        "separate its inputs. It does not describe large changes. Over few steps the changes have "
-        "not yet turned to the direction of largest growth, so these rates are no limits."
+        "separate its inputs. It does not describe large changes. Over few steps changes have not "
+        "yet turned to the direction of largest growth, so these rates are no limits."
     )
 
 
 def rounds(measured: Measured) -> str:
     assert measured.loop is not None
     lost = float(np.mean(np.isnan(measured.loop.contraction)))
-    left_out = (
-        f" {lost:.0%} of the ratios are left out, because a step is below {RESOLVED:g} of the "
-        "state and so rounding error."
-    )
+    left_out = f" {lost:.0%} of the ratios are left out: a step below {RESOLVED:g} of the state."
     return (
         "Contraction of a token's state by round. Vertical axis: length of a round's step over "
         "the length of the previous step, a factor per round. Horizontal axis: round. The line is "
@@ -147,10 +134,7 @@ def rounds(measured: Measured) -> str:
 
 def tokens(measured: Measured) -> str:
     same = float(np.mean(np.isnan(measured.moves)))
-    repeats = (
-        f" {same:.1%} of the positions are left out, because their distance is 0 up to rounding, "
-        "as where a window begins with a repeated token."
-    )
+    repeats = f" {same:.1%} of the positions are left out: repeated tokens, whose distance is 0."
     return (
         "Distance of the last stage's state between neighbouring tokens. Vertical axis: natural "
         "logarithm of the distance, relative to the mean length of a state (no unit). "
@@ -167,9 +151,8 @@ def drive(measured: Measured) -> str:
         "groups' update, a fraction per round. At 0 only the groups act, at 1 only the input. "
     )
     parts = (
-        "Departure: distance of the last stage's state from the state of the same model with "
-        f"{' or '.join(measured.departures)} off, relative to the length of the latter. At 0 "
-        "that part has no effect. "
+        "Departure: distance of the last stage's state from that of the same model with "
+        f"{' or '.join(measured.departures)} off, over the length of the latter; 0: no effect. "
     )
     said = ratio * (measured.loop is not None) + parts * bool(measured.departures)
     return (
@@ -184,8 +167,7 @@ def traffic(_: Measured) -> str:
         "receiving group. Column: the sending group. Colour: root mean square of what arrives by "
         "messages, over tokens, the receiver's neurons and all synapses of the stage, in units of "
         "the signal. The diagonal is what a group sends itself by messages; direct connections "
-        "inside a group are not drawn. A bright column is a group that many receive from, a bright "
-        "row one that receives much. The figure does not say that a large message is useful."
+        "inside a group are not drawn. The figure does not say that a large message is useful."
     )
 
 
@@ -195,7 +177,7 @@ def paths(measured: Measured) -> str:
         "States of a few tokens of the first sequence over rounds, in the plane of the two "
         "directions in which they differ most. Both axes are in units of the signal and name their "
         "fraction of the variance. Hollow mark: before the loop. Filled mark: after the last round "
-        f"of training, {measured.loop.trained}. Dots: each round up to {measured.loop.followed}. "
-        "Dots that come together have converged. The figure does not show the other directions: "
-        "paths that cross here need not meet."
+        f"of training, {measured.loop.trained}. Dots: each round up to {measured.loop.followed}; "
+        "where they come together they have converged. The figure does not show the other "
+        "directions: paths that cross here need not meet."
     )

@@ -1,6 +1,6 @@
 """The figures of the stability page: each function draws one on an empty Matplotlib figure.
 
-For: drawing what `stability.py` measured. Not for: captions, or colours and files (`report/`).
+For: what `stability.py` measured. Not for: captions, or colours and files (`report/`).
 """
 
 import math

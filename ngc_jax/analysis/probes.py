@@ -1,9 +1,7 @@
 """Our models as dynamical systems: a step along rounds, depth and tokens, and its exponents.
 
-For: a decoder, its parameters and a batch as maps for `dynamics/lyapunov.py`; parts switched off;
-messages and attention. All runs the forward pass of training, segments and two-way attention
-included. Not for: the kernels, or what is logged in training (`training/stability_metrics.py`).
-
+For: a decoder on a batch as a map for `dynamics/lyapunov.py`; parts switched off; messages and
+attention. Not for: the kernels, or what training logs (`training/stability_metrics.py`).
 Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 """
 
@@ -32,6 +30,7 @@ Array = jax.Array
 Params = dict[str, Any]
 Step = Callable[[Any, Any], Any]
 Visit = Callable[[Params, Array, Array | None], tuple[Array, Any]]
+After = Callable[[int, Array], None]
 
 
 def rounds_step(model: Decoder, params: Params, batch: Batch) -> tuple[Step, Array]:
@@ -58,10 +57,7 @@ def round_states(model: Decoder, params: Params, batch: Batch, rounds: int) -> A
 def round_exponents(
     model: Decoder, params: Params, batch: Batch, *, rounds: int, transient: int = 0, k: int = 1
 ) -> Array:
-    """The k largest exponents of the loop for each sequence, whose state is [T, D]: [B, k].
-
-    Per round; `rounds` may be more than in training, after a `transient`.
-    """
+    """The k largest exponents of the loop per round, by sequence, over any `rounds`: [B, k]."""
 
     def one(row: Batch) -> Array:
         step, start = rounds_step(model, params, row)
@@ -73,7 +69,7 @@ def round_exponents(
 def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1) -> Array:
     """The k largest finite-time exponents from embedding to last stage, per stage: [B, k].
 
-    No long-run limit: log of the k largest stretches on the way of tangents [T, D], over the number
+    No long-run limit: log of the k largest stretches of tangents [T, D] on the way, over the number
     of stages, those of each round counted. The drive is an input of the loop and held.
     """
     params, s = model.expand_shared(params), model.shape
@@ -126,8 +122,8 @@ def token_exponents(
     """How fast a change of one token's embedding fades from the tokens after it: [B, k], per token.
 
     The slopes over later tokens t of its document of log of the singular values, descending, of
-    M_t: the derivative of the last stream at t by k directions of the embedding at `source`. Raises
-    ValueError for fewer than 3 tokens after the source.
+    M_t: the derivative of the last stream at t by k directions of the embedding at `source`.
+    ValueError for fewer than 3 tokens after it.
     """
 
     def one(row: Batch) -> Array:
@@ -143,9 +139,8 @@ def token_exponents(
 
         moved = jax.vmap(respond)(directions)[:, source + 1 :]  # [k, lag, D]
         square = jnp.linalg.eigvalsh(jnp.einsum("ktd,ltd->tkl", moved, moved))[:, ::-1]
-        hears = None  # tokens of other documents do not
-        if row.segments is not None:
-            hears = row.segments[0, source + 1 :] == row.segments[0, source]
+        at = row.segments  # tokens of other documents do not hear
+        hears = None if at is None else at[0, source + 1 :] == at[0, source]
         return slope(0.5 * jnp.log(jnp.maximum(square, 1e-30)).T, hears)
 
     return _each_row(one, batch)
@@ -159,11 +154,11 @@ def parts_to_silence(shape: ModelShape) -> list[str]:
 def silenced(model: Decoder, params: Params, what: str) -> Params:
     """The parameters with nothing sent between groups ("messages") or no potential ("drive").
 
-    What is silenced adds exactly nothing. Raises ValueError for what the model has not.
+    What is silenced adds exactly nothing. ValueError for what the model has not.
     """
     able = parts_to_silence(model.shape)
-    there = " or ".join(map(repr, able)) or "nothing"
     if what not in able:
+        there = " or ".join(map(repr, able)) or "nothing"
         raise ValueError(f"what={what!r}: this model can silence {there}")
     if what == "drive":
         core = params["core"]
@@ -176,16 +171,13 @@ def silenced(model: Decoder, params: Params, what: str) -> Params:
 
 
 def silenced_channels(
-    model: Decoder,
-    params: Params,
-    groups: Collection[int] = (),
-    channels: Collection[tuple[int, int]] = (),
+    model: Decoder, params: Params, groups: Collection[int], channels: Collection[tuple[int, int]]
 ) -> Params:
     """Parameters under which `groups` send nothing to others, and `channels` carry nothing.
 
     channels: pairs (listener, speaker) of groups, under rule "addressed" with a fixed wiring. Under
     another signal rule, groups alone can be silenced, and then send nothing to themselves either.
-    Raises ValueError, naming what would work, for another model and for a group that there is not.
+    ValueError for another model, and for a group that there is not.
     """
     s = model.shape
     for group in {*groups, *(g for pair in channels for g in pair)}:
@@ -218,16 +210,11 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     """How loudly each group speaks to each other one, {"core 1, round 2": [listeners, speakers]}.
 
     Root mean square, over tokens and the listeners' neurons, of what the stage's synapses carry by
-    messages, under the gates of the moment. Raises ValueError for a model without messages.
+    messages, under the gates of the moment. ValueError for a model without messages.
     """
     s = model.shape
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
-
-    def loudness(heard: dict[str, list[tuple[int, Array]]]) -> Array:
-        """The mean over synapses, each the mean over its members."""
-        means = [sum(n * x for n, x in of) / sum(n for n, _ in of) for of in heard.values()]
-        return jnp.sqrt(jnp.mean(jnp.stack(means), axis=0))
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
         heard: dict[str, list[tuple[int, Array]]] = defaultdict(list)
@@ -237,7 +224,9 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
 
         with intercept(listen):
             x = run_stage(s, weights, x, batch, route)[0]
-        return x, loudness(heard)
+        # The mean over synapses, each the mean over its members.
+        means = [sum(n * loud for n, loud in of) / sum(n for n, _ in of) for of in heard.values()]
+        return x, jnp.sqrt(jnp.mean(jnp.stack(means), axis=0))
 
     return {name: loud for name, _, loud in walk(model, params, batch, visit)}
 
@@ -268,35 +257,32 @@ def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str
 
 
 def walk(
-    model: Decoder,
-    params: Params,
-    batch: Batch,
-    visit: Visit,
-    after_round: Callable[[int, Array], None] = lambda turn, x: None,
+    model: Decoder, params: Params, batch: Batch, visit: Visit, after_round: After | None = None
 ) -> list[tuple[str, int, Any]]:
     """Takes a batch through a decoder one stage at a time, visit(weights, x, route) -> (x, found).
 
     Returns, for each stage passed, its name, "core 1, round 2", its number among the stored stages,
     and what was found. `after_round` sees the state of round 1, 2, ...
     """
-    s, params = model.shape, model.expand_shared(params)
+    s, params, names = model.shape, model.expand_shared(params), iter(stage_names(model.shape))
     passed: list[tuple[str, int, Any]] = []
     first = dict(zip(STACKS, (0, s.prelude, s.prelude + s.core), strict=True))
 
-    def stages(stack: str, x: Array, turn: str = "", route: Array | None = None) -> Array:
+    def stages(stack: str, x: Array, route: Array | None = None) -> Array:
         found = get_stack(params, stack)
         for i, weights in enumerate(stages_of(found) if found is not None else ()):
             x, seen = visit(weights, x, route)
-            passed.append((f"{stack} {i + 1}{turn}", first[stack] + i, seen))
+            passed.append((next(names), first[stack] + i, seen))
         return x
 
     x = stages("prelude", model.embed(params, batch))
     if s.core:
         start, route, (keep, drive) = x, model.route(x), model.scales(params)
         for turn in range(s.rounds):
-            after = stages("core", x, f", round {turn + 1}", route)
+            after = stages("core", x, route)
             x = advance(x, after - x, drive * start, keep, s.state_activation)
-            after_round(turn + 1, x)
+            if after_round:
+                after_round(turn + 1, x)
     stages("coda", x)
     return passed
 

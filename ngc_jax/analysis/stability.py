@@ -1,10 +1,7 @@
 """All that the stability page shows of a trained model, measured on some held-out windows.
 
-For: running the measures over sequences, compiled, and the headline numbers with their intervals.
-Not for: the measures (`dynamics/`, `probes.py`), pictures (`figures.py`) or words (`captions.py`).
-
-Axes: B sequences, T tokens, D width, G groups, R rounds of training, K rounds followed, k
-exponents.
+For: the measures over sequences, and headline numbers. Not for: pictures (`figures.py`) or words.
+Axes: B sequences, T tokens, D width, G groups, R rounds of training, K followed, k exponents.
 """
 
 from collections.abc import Callable
@@ -80,7 +77,7 @@ class Headline(NamedTuple):
 def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measured:
     """Measures on a batch, following the loop over `rounds` rounds, or those of training if more.
 
-    Takes B >= 2, T >= LEAST_TOKENS, rounds >= LEAST_ROUNDS; ValueError where more is needed.
+    ValueError unless B >= 2, T >= LEAST_TOKENS, rounds >= LEAST_ROUNDS.
     """
     k = min(EXPONENTS, model.shape.width)
     # A program for each: two calls of LAPACK in one can wait for each other for ever on XLA:CPU.
@@ -108,35 +105,31 @@ def headlines(measured: Measured) -> list[Headline]:
         ("exponent", "along depth", measured.depth[:, 0], "per stage"),
         ("exponent", "along tokens", measured.along[:, 0], "per token"),
     ]
-    others = [
-        ("departure", f"{what} off", values.mean(1), "times the size of the state without")
-        for what, values in measured.departures.items()
-    ]
-    others.append(("token contraction", "last stage", measured.settling, "per token"))
     if loop is not None:
         several = f"the {loop.trained} rounds of training"
         trained = several if loop.trained > 1 else "the one round of training"
         whole = f"rounds 1 to {loop.followed}"
         along = f"along rounds, rounds {loop.dropped + 1} to {loop.followed}"
-        rows[:0] = [
+        steps, unit = loop.contraction[:, : loop.trained - 1], "factor per round"
+        early = [("contraction", trained, settled(steps), unit)] if loop.trained > 1 else []
+        rows = [
             ("exponent", f"along rounds, {trained}", loop.start[:, 0], "per round"),
             ("exponent", along, loop.exponents[:, 0], "per round"),
-        ]
-        if loop.trained > 1:
-            early = settled(loop.contraction[:, : loop.trained - 1])
-            rows.append(("contraction", trained, early, "factor per round"))
-        k = loop.exponents.shape[1]
-        rows += [
-            ("contraction", whole, settled(loop.contraction), "factor per round"),
+            *rows,
+            *early,
+            ("contraction", whole, settled(loop.contraction), unit),
             ("drive ratio", trained, loop.drive_ratio.mean((1, 2)), "share, per round"),
             ("boundedness", trained, loop.boundedness.mean(1), size),
             ("boundedness", whole, loop.bounded_on.mean(1), size),
         ]
-        others += [
-            ("Kaplan-Yorke dimension", along, loop.dimension, f"directions, of {k} measured"),
-            ("entropy rate", along, loop.entropy, "nats per round"),
-        ]
-    rows += others
+    for what, values in measured.departures.items():
+        unit = "times the size of the state without"
+        rows.append(("departure", f"{what} off", values.mean(1), unit))
+    rows.append(("token contraction", "last stage", measured.settling, "per token"))
+    if loop is not None:
+        of = f"directions, of {loop.exponents.shape[1]} measured"
+        rows.append(("Kaplan-Yorke dimension", along, loop.dimension, of))
+        rows.append(("entropy rate", along, loop.entropy, "nats per round"))
     mean, low, high = interval(np.stack([values for _, _, values, _ in rows], axis=1))
     return [
         Headline(kind, where, float(mean[i]), float(low[i]), float(high[i]), unit)
@@ -166,9 +159,9 @@ def _streams(model: Decoder, params: Params, row: Batch) -> dict[str, Any]:
     def last(params: Params) -> Array:
         return model.stream(params, model.embed(params, row), row.segments)[0][0]
 
-    state, parts = last(params), probes.parts_to_silence(model.shape)
-    without = {part: last(probes.silenced(model, params, part)) for part in parts}
-    off = {part: measures.departure(state, other) for part, other in without.items()}
+    state, off = last(params), {}
+    for part in probes.parts_to_silence(model.shape):
+        off[part] = measures.departure(state, last(probes.silenced(model, params, part)))
     moves, settling = measures.token_moves(state), measures.token_contraction(state)
     return {"moves": moves, "settling": settling, "departures": off}
 
@@ -210,12 +203,10 @@ def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
 
 
 def _traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, np.ndarray]:
-    by_sequence = _each(partial(probes.traffic, model), params, batch)
+    loud = _each(partial(probes.traffic, model), params, batch)
     # jit returns a dict in the order of its keys, "coda 1" first: put stages in a token's order.
-    return {
-        stage: np.sqrt(np.mean(np.square(by_sequence[stage]), axis=0))
-        for stage in probes.stage_names(model.shape)
-    }
+    stages = probes.stage_names(model.shape)
+    return {stage: np.sqrt(np.mean(np.square(loud[stage]), axis=0)) for stage in stages}
 
 
 def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
@@ -231,33 +222,25 @@ def of_synapses(
     shape, params = model.shape, model.expand_shared(params)
     parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
     rules = {part.name: part.how for part in parts}
-    one = partial(_of_members, measure, rules)
-    runs = {name: jax.jit(partial(one, shape.shared.of(name))) for name in FANS}
+
+    def member(pre: Params, post: Params) -> Array:
+        return measure([(rules[name], pre[name], post[name]) for name in post])
+
+    def stage(senders: tuple[int, ...], states: dict[str, Params]) -> Array:
+        pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
+        post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
+        return jax.vmap(member)(pre, post)
+
+    stages = {name: partial(stage, shape.shared.of(name)) for name in FANS}
+    runs = {name: jax.jit(jax.vmap(one)) for name, one in stages.items()}
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in stack_rows(shape):
         stack = get_stack(params, name)  # measured: [stages, fan, ...]
         measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in FANS}
         for i in range(len(measured["down"])):
             found[f"{name} {i + 1}"] = {
-                member: measured[synapse][i, place]
+                said: measured[synapse][i, place]
                 for synapse, members in FANS.items()
-                for place, member in enumerate(members)
+                for place, said in enumerate(members)
             }
     return found
-
-
-def _of_members(
-    measure: Callable[[list[Part]], Array],
-    rules: dict[str, Rule],
-    senders: tuple[int, ...],
-    synapse: dict[str, Params],
-) -> Array:
-    """A stack of synapses, measured [stages, fan, ...]; `rules` by the names of their parts."""
-
-    def stage(states: dict[str, Params]) -> Array:
-        pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
-        post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
-        one = lambda pre, post: measure([(rules[k], pre[k], post[k]) for k in post])  # noqa: E731
-        return jax.vmap(one)(pre, post)
-
-    return jax.vmap(stage)(synapse)

@@ -75,7 +75,7 @@ class Run:
         self.asked_to_stop = Preemption()
         hang = "hang.txt" if multihost.first() else f"hang_{jax.process_index()}.txt"
         self.watchdog = Watchdog(train.hang_minutes, train.hang_exit, home / hang)
-        step, state, meta = self._newest() or (0, do.init(), META)
+        step, state, meta = self._newest() or Restored(0, do.init(), META)
         now, then, made_with = data.fingerprint, meta["data"], meta["versions"]
         if step and now != then:
             raise UserError(
