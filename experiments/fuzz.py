@@ -56,7 +56,7 @@ class Watch:
 
     def __init__(self, *allowed: Path):
         self.allowed = [os.path.realpath(place) for place in allowed]
-        self.on, self.seen, self.learn = False, [], True
+        self.on, self.seen, self.learn = False, list[str](), True
         self.known: set[str] = set()  # modules that reading sound files imports
         sys.addaudithook(self._hook)
 

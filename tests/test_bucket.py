@@ -16,7 +16,7 @@ from experiments.chaos import outcome
 from ngc_jax.config import base
 from ngc_jax.runtime.checkpoint import Checkpoints
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Log, files
+from ngc_jax.runtime.files import Log, inside
 from ngc_jax.runtime.metrics import Progress, read_rows
 from ngc_jax.training import loop as train
 from ngc_jax.training.workdir import claim
@@ -107,12 +107,12 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket):
     for step in (1, 2):
         checkpoints.save(step, state, {})
     checkpoints.wait()
-    largest = max(files(checkpoints.directory / "2"), key=lambda path: path.stat().length)
+    largest = max(inside(checkpoints.directory / "2").values(), key=lambda path: path.stat().length)
     largest.write_bytes(bytes(reversed(largest.read_bytes())))
     assert checkpoints.newest_sound() == 1
     assert checkpoints.set_aside(2) == bucket / "alone" / "damaged" / "2"
     assert checkpoints.steps() == [1]
-    assert any(files(bucket / "alone" / "damaged" / "2"))
+    assert any(inside(bucket / "alone" / "damaged" / "2"))
     checkpoints.close()
 
 

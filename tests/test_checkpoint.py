@@ -396,7 +396,7 @@ def test_a_failed_save_is_raised(tmp_path, monkeypatch):
     def fail(path, text):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ngc_jax.runtime.checkpoint.write_durably", fail)
+    monkeypatch.setattr("ngc_jax.runtime.files.write_durably", fail)
     checkpoints.save(1, state(1), {})
     with pytest.raises(OSError, match="disk full"):
         checkpoints.wait()

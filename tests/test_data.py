@@ -272,11 +272,11 @@ def test_a_cache_of_the_same_length_but_other_content_is_made_again(tmp_path, ca
 def test_a_cache_file_is_read_for_its_checksum_once_in_each_state(tmp_path, monkeypatch):
     summed = []
 
-    def sha256(path, found=cache._sha256):
+    def sha256(path, found=cache.files.sha256):
         summed.append(path.name)
         return found(path)
 
-    monkeypatch.setattr(cache, "_sha256", sha256)
+    monkeypatch.setattr(cache.files, "sha256", sha256)
     made = lambda: cache.entry(tmp_path, "a", lambda home: (home / "x").write_text("x"))  # noqa: E731
     home = made()
     assert summed == ["x"]

@@ -1,8 +1,7 @@
 """The global batch as a pure function of (seed, step), so that no iterator has a state to keep.
 
 For: what a batch is, windows of a token stream, and the rows of a step's batch that a process
-needs. Not for: where tokens and problems come from (`tokens.py`, `problems.py`), or where batches
-go (`nn/mesh.py`).
+needs. Not for: where tokens and problems come from, or where batches go (`nn/mesh.py`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,8 +42,8 @@ class Examples(Protocol):
 class Windows:
     """A token stream as windows of `context` tokens next to one another, each with its targets.
 
-    `mark` begins a document. It cannot be foreseen and is no text, so it is read but no target. A
-    token sees nothing across the last `boundary` token, if one is given.
+    `mark` begins a document; it is read, but no target. A token sees nothing across the last
+    `boundary` token, if one is given.
     """
 
     def __init__(
@@ -70,9 +69,7 @@ def next_token_targets(tokens: np.ndarray, mark: int = NOTHING) -> np.ndarray:
 
 def segments_of(tokens: np.ndarray, boundary: int | None) -> np.ndarray | None:
     """Documents of tokens [..., T], numbered: how many boundaries there are up to each token."""
-    if boundary is None:
-        return None
-    return np.cumsum(tokens == boundary, axis=-1, dtype=np.int32)
+    return None if boundary is None else np.cumsum(tokens == boundary, -1, dtype=np.int32)
 
 
 def token_batch(rows: int, context: int, segmented: bool = False) -> Batch:
@@ -109,12 +106,10 @@ def held_out_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Examples for evaluation, in order: pairs (these rows of a batch, real [rows] bool).
 
-    `limit` > 0 takes that many, evenly spaced over them. The last batch is filled up with rows that
-    are not real.
+    `limit` > 0 takes that many, evenly spaced. Rows that fill up the last batch are not real.
     """
     count = min(limit, len(examples)) if limit else len(examples)
-    every = np.linspace(0, len(examples) - 1, count).round().astype(int)
-    chosen = every if limit else np.arange(count)
+    chosen = np.linspace(0, len(examples) - 1, count).round().astype(int)
     wanted = np.arange(batch_size) if rows is None else np.asarray(rows)
     for first in range(0, count, batch_size):
         index = first + wanted

@@ -1,12 +1,10 @@
 """The cache: folders of what was prepared, sealed when made, used while the seal holds.
 
-For: where the cache is, and making an entry once. The seal finds damage. Against other users there
-is no seal: a cache must be its user's alone (`docs/trust.md`). Not for: what an entry holds
-(`corpus.py`, `problems.py`, `tokens.py`).
+For: where the cache is, and making an entry once. The seal finds damage; against other users a
+cache must be private (`docs/trust.md`). Not for: what an entry holds.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -43,8 +41,8 @@ def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
             files.remove(home)
         with files.build_directory(home) as building:
             build(building)
-            made = _files(building).items()
-            sealed = {name: [_sha256(path), _state(path)] for name, path in made}
+            made = files.inside(building).items()
+            sealed = {name: [files.sha256(path), _state(path)] for name, path in made}
             (building / SEAL).write_text(json.dumps(sealed))
         if fault := _fault(home):
             raise UserError(f"{home} cannot be made again, but {fault}: give a data.cache_dir")
@@ -57,13 +55,13 @@ def _fault(home: Path) -> str:
         if home.is_symlink():
             return "it is a link"
         files.check_private(home)
-        held = _files(home)
+        held = files.inside(home)
         sealed = files.read_json(home / SEAL, 1 << 26)
         if held.keys() != sealed.keys() | {SEAL}:
             return "its files are not those that were sealed"
         new = {name: at for name in sealed if (at := _state(held[name])) != sealed[name][1]}
         for name, state in new.items():
-            if _sha256(held[name]) != sealed[name][0]:
+            if files.sha256(held[name]) != sealed[name][0]:
                 return f"{name} does not match its checksum"
             sealed[name][1] = state
     except FileNotFoundError:
@@ -76,16 +74,7 @@ def _fault(home: Path) -> str:
     return ""
 
 
-def _files(home: Path) -> dict[str, Any]:
-    return {path.relative_to(home).as_posix(): path for path in files.files(home)}
-
-
 def _state(path: Any) -> list[int]:
     """What changes where a file does; nobody can set the time of its last change (ctime)."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _sha256(path: Any) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

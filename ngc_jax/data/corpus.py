@@ -9,7 +9,7 @@ import pathlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class Corpus(NamedTuple):
     """Documents by split, read lazily, and what identifies them."""
 
     fingerprint: str  # sha256, hex: equal fingerprints are equal texts
-    splits: Mapping[str, Iterable[bytes]]  # "train", "validation"
+    splits: Mapping[str, Callable[[], Iterable[bytes]]]  # "train", "validation": reads its texts
     summary: str  # one line for the log and the card
 
 
@@ -40,23 +40,20 @@ def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
         raise UserError(f"{both} are both set: give one of them")
     if config.tfds_name:
         return _prepared(config)
-    if config.path:
-        name, documents = "text", text_documents(expand(config.path), config.validation_fraction)
-    else:
-        name, documents = "python_stdlib", stdlib_documents()
-    return _keep(name, documents, cache)
+    if not config.path:
+        return _keep("python_stdlib", stdlib_documents(), cache)
+    return _keep("text", text_documents(expand(config.path), config.validation_fraction), cache)
 
 
 def stdlib_documents() -> Documents:
     """The source of this Python's standard library without duplicates: about 10 MB.
 
-    A file's split follows from the hash of its path (1 in 20 is held out), so it stays in its split
-    from one patch release to the next.
+    The hash of a file's path holds out 1 in 20, in each patch release the same ones.
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     documents: Documents = {"train": [], "validation": []}
     every = sorted(root.rglob("*.py"))
-    paths = (p for p in every if not SKIPPED & set(p.relative_to(root).parts[:-1]))
+    paths = (p for p in every if not SKIPPED & {*p.relative_to(root).parts[:-1]})
     for name, text in _unique(root, paths):
         documents["validation" if _hash(name) % 20 == 0 else "train"].append((name, text))
     if not all(documents.values()):
@@ -68,16 +65,15 @@ def stdlib_documents() -> Documents:
 def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     """A user's text: of one file the tail is held out, of a folder a share of its files.
 
-    Files with a NUL byte (not text), hidden files and duplicates are left out. All of it must fit
-    in memory; a text of many gigabytes is better given as a TFDS set. Raises UserError.
+    Files with a NUL byte (not text), hidden files and duplicates are left out. All must fit in
+    memory. Raises UserError.
     """
     asked = f"data.path={str(path)!r}"
     try:
         if not path.exists():
             raise UserError(f"{asked} does not exist: give a text file or a folder of them")
-        root, paths = path.parent, [path] if path.is_file() else []
-        if path.is_dir():
-            root, paths = path, sorted(_files(path))
+        root = path if path.is_dir() else path.parent
+        paths = sorted(_files(path)) if path.is_dir() else [path] if path.is_file() else []
         found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise UserError(f"{asked} cannot be read: {error}") from error
@@ -126,51 +122,52 @@ def _hash(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
+def _texts(examples: Callable[[], Iterable[Any]], key: str) -> Iterator[bytes]:
+    """The texts of one feature, in the order in which TFDS stored them."""
+    for example in examples():
+        text = example[key]
+        yield text.encode() if isinstance(text, str) else text
+
+
 def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
     """Writes the documents once as a TFDS set of ArrayRecord files, named by fingerprint."""
-    digest = hashlib.sha256()
-    for split, texts in sorted(documents.items()):
+
+    def write(home: pathlib.Path) -> None:
+        kept = {
+            split: [(key, {"name": key, "text": text}) for key, text in texts]
+            for split, texts in documents.items()
+        }
+        stored.write(name, lambda kind: {"name": kind.Text(), "text": kind.Text()}, kept, home)
+
+    digest, sizes = hashlib.sha256(), []
+    for split, texts in documents.items():
+        size = sum(len(text) for _, text in texts) / 1e6
+        sizes.append(f"{split} {len(texts)} files {size:.2f} MB")
         for key, text in texts:
             digest.update(f"{split}\0{key}\0{hashlib.sha256(text).hexdigest()}\n".encode())
     fingerprint = digest.hexdigest()
-    home = entry(cache, f"{name}-{fingerprint[:16]}", partial(_write, name, documents))
-    summary = ", ".join(
-        f"{split} {len(texts)} files {sum(len(text) for _, text in texts) / 1e6:.2f} MB"
-        for split, texts in documents.items()
-    )
-    if name == "python_stdlib":
-        name = f"python_stdlib {platform.python_version()}"
+    home = entry(cache, f"{name}-{fingerprint[:16]}", write)
+    version = f" {platform.python_version()}" if name == "python_stdlib" else ""
+    about = f"{name}{version}: {', '.join(sizes)}, fingerprint {fingerprint[:16]}"
     # opened when they are read: a run whose tokens are cached needs no TFDS
-    splits = {split: stored.Texts(partial(stored.read, home, split), "text") for split in documents}
-    return Corpus(fingerprint, splits, f"{name}: {summary}, fingerprint {fingerprint[:16]}")
-
-
-def _write(name: str, documents: Documents, home: pathlib.Path) -> None:
-    import tensorflow_datasets as tfds
-
-    kept = {
-        split: [(key, {"name": key, "text": text}) for key, text in texts]
-        for split, texts in documents.items()
-    }
-    stored.write(name, {key: tfds.features.Text() for key in ("name", "text")}, kept, home)
+    opened = {split: partial(stored.read, home, split) for split in documents}
+    return Corpus(fingerprint, {s: partial(_texts, of, "text") for s, of in opened.items()}, about)
 
 
 def _prepared(config: Any) -> Corpus:
     """A prepared TFDS set by name; splits and the text's key are fields of `config.data`."""
-    asked = f"data.tfds_name={config.tfds_name!r}"
     splits = {split: config[f"{split}_split"] for split in ("train", "validation")}
     try:
         builder = stored.open_set(stored.find_set(config.tfds_name, config.tfds_data_dir))
-        info, key = builder.info, config.text_key
+        info, name, key = builder.info, builder.info.full_name, config.text_key
         for split, wanted in splits.items():
             if re.split(r"[\[+]", wanted)[0] not in info.splits:
-                there = f"{info.full_name} has {sorted(info.splits)}"
-                raise UserError(f"data.{split}_split={wanted!r}: {there}")
-        kinds = {name: type(feature).__name__ for name, feature in info.features.items()}
+                there = sorted(info.splits)
+                raise UserError(f"data.{split}_split={wanted!r}: {name} has {there}")
+        kinds = {feature: type(of).__name__ for feature, of in info.features.items()}
         if kinds.get(key) != "Text":
-            there = f"{info.full_name}: {sorted(kinds)}"
-            raise UserError(f"data.text_key={key!r} is no text feature of {there}")
-        source = {name: builder.as_data_source(split) for name, split in splits.items()}
+            raise UserError(f"data.text_key={key!r} is no text feature of {name}: {sorted(kinds)}")
+        counts = {split: len(builder.as_data_source(wanted)) for split, wanted in splits.items()}
     except UserError:
         raise
     except Exception as error:  # whatever TFDS raises for what it reads
@@ -178,16 +175,14 @@ def _prepared(config: Any) -> Corpus:
         made = f"tfds.builder({config.tfds_name!r}, file_format='array_record'{given})"
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{asked} is not prepared as ArrayRecord, which is what can be read without "
-            f"TensorFlow: prepare it once with {made}.download_and_prepare() ({line})"
+            f"data.tfds_name={config.tfds_name!r} is not prepared as ArrayRecord, which is read "
+            f"without TensorFlow: prepare it once with {made}.download_and_prepare() ({line})"
         ) from error
-    sizes = (
-        f"{name}:{list(split.shard_lengths)}:{split.num_bytes}"
-        for name, split in sorted(info.splits.items())
-    )
-    identity = " ".join([info.full_name, *splits.values(), key, *sizes])
+    parts = sorted(info.splits.items())
+    sizes = (f"{part}:{list(of.shard_lengths)}:{of.num_bytes}" for part, of in parts)
+    identity = " ".join([name, *splits.values(), key, *sizes])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    counts = ", ".join(f"{split} {len(of)} documents" for split, of in source.items())
-    opened = {name: partial(builder.as_data_source, split) for name, split in splits.items()}
-    texts = {name: stored.Texts(of, key) for name, of in opened.items()}
-    return Corpus(fingerprint, texts, f"{info.full_name}: {counts}, fingerprint {fingerprint[:16]}")
+    documents = ", ".join(f"{split} {count} documents" for split, count in counts.items())
+    opened = {split: partial(builder.as_data_source, of) for split, of in splits.items()}
+    texts = {split: partial(_texts, of, key) for split, of in opened.items()}
+    return Corpus(fingerprint, texts, f"{name}: {documents}, fingerprint {fingerprint[:16]}")

@@ -1,18 +1,19 @@
 """Mazes and Sudokus, drawn at random, with their one solution.
 
 For: drawing a grid of a wanted difficulty, and the solvers that this takes. Not for: what of it a
-model reads and is asked for (`tasks.py`). A Sudoku of `rows` x `columns` boxes has N = rows columns
-digits and N N cells, a flat list with 0 for an empty one.
+model reads and is asked for (`tasks.py`). A Sudoku of boxes of `shape`, (rows, columns), has
+N = rows columns digits and N N cells, a flat list with 0 for an empty one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from numpy.random import Generator
 
 WALL, OPEN, START, GOAL, PATH = range(5)
+Shape = tuple[int, int]
 
 
 def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sudoku(
-    rows: int, columns: int, rng: Generator, blanks: int, search: bool = False
+    shape: Shape, rng: Generator, blanks: int, search: bool = False
 ) -> tuple[list[int], list[int]]:
     """A Sudoku with so many empty cells and exactly one solution, and the solution.
 
@@ -57,69 +58,28 @@ def sudoku(
     a single leaves it solvable by singles, and each such Sudoku can come about so; any other cell
     is tried by `solutions`.
     """
-    size = rows * columns
+    of = peers(shape)
     while True:
-        solution = next(solutions([0] * size**2, rows, columns, rng))
+        solution = next(solutions([0] * len(of), shape, rng))
         given, empty = solution.copy(), 0
-        for cell in rng.permutation(size**2).tolist():
+        for cell in rng.permutation(len(of)).tolist():
             if empty == blanks:
                 break
             given[cell] = 0
-            single = is_single(given, rows, columns, cell, solution[cell])
+            single = is_single(free(given, shape, of[cell]), shape, cell, solution[cell])
             # one solution, and no second one
-            if single or (search and len([*islice(solutions(given, rows, columns), 2)]) == 1):
+            if single or (search and len([*islice(solutions(given, shape), 2)]) == 1):
                 empty += 1
             else:
                 given[cell] = solution[cell]
-        if empty == blanks and not (search and 0 not in fill_singles(given, rows, columns)):
+        if empty == blanks and not (search and 0 not in fill_singles(given, shape)):
             return given, solution
 
 
-def solutions(
-    given: list[int], rows: int, columns: int, rng: Generator | None = None
-) -> Iterator[list[int]]:
-    """All solutions, one after another; digits are tried in order, or as `rng` has it.
-
-    The empty cell with fewest digits left is tried first.
-    """
-    size, grid = rows * columns, given.copy()
-    cells = [divmod(i, size) for i in range(size**2)]
-    # of each cell its row, column and box among all of these, and the digits they have, as bits
-    where = [(i, size + j, 2 * size + i // rows * rows + j // columns) for i, j in cells]
-    used = [0] * 3 * size
-
-    def taken(cell: int) -> int:
-        row, column, box = where[cell]
-        return used[row] | used[column] | used[box]
-
-    def put(cell: int, digit: int) -> None:
-        """Takes a digit up where it is not, or back where it is."""
-        for place in where[cell]:
-            used[place] ^= 1 << digit
-
-    def fill(empty: list[int]) -> Iterator[list[int]]:
-        if not empty:
-            yield grid.copy()
-            return
-        cell = max(empty, key=lambda i: taken(i).bit_count())
-        digits = [digit for digit in range(1, size + 1) if not taken(cell) >> digit & 1]
-        if rng is not None:
-            rng.shuffle(digits)
-        rest = [i for i in empty if i != cell]
-        for digit in digits:
-            grid[cell] = digit
-            put(cell, digit)
-            yield from fill(rest)
-            put(cell, digit)
-
-    for cell in (i for i, digit in enumerate(grid) if digit):
-        put(cell, grid[cell])
-    yield from fill([i for i, digit in enumerate(grid) if digit == 0])
-
-
 @lru_cache
-def units(rows: int, columns: int) -> list[list[list[int]]]:
+def units(shape: Shape) -> list[list[list[int]]]:
     """For each cell the cells of its row, of its column and of its box."""
+    rows, columns = shape
     size = rows * columns
     cells = np.arange(size**2).reshape(size, size)
     boxes = cells.reshape(columns, rows, rows, columns).swapaxes(1, 2).reshape(size, size)
@@ -127,37 +87,62 @@ def units(rows: int, columns: int) -> list[list[list[int]]]:
     return [[line for line in lines if cell in line] for cell in range(size**2)]
 
 
-def is_single(given: list[int], rows: int, columns: int, cell: int, digit: int) -> bool:
-    """Whether an empty cell must hold this digit, seen from one cell or one unit alone.
+@lru_cache
+def peers(shape: Shape) -> list[set[int]]:
+    """For each cell the cells of its units, itself among them."""
+    return [{*chain(*around)} for around in units(shape)]
 
-    A naked single: the cell sees all other digits. A hidden single: no other empty cell of its row,
-    column or box can hold it. The digit is one that the cell can hold.
+
+def free(grid: list[int], shape: Shape, cells: Iterable[int] = ()) -> dict[int, set[int]]:
+    """The digits that each empty one of these cells, or of all, can hold: what no peer holds."""
+    digits, of = {*range(1, shape[0] * shape[1] + 1)}, peers(shape)
+    empty = [cell for cell in cells or range(len(grid)) if not grid[cell]]
+    return {cell: digits.difference([grid[peer] for peer in of[cell]]) for cell in empty}
+
+
+def solutions(given: list[int], shape: Shape, rng: Generator | None = None) -> Iterator[list[int]]:
+    """All solutions, one after another; digits are tried in order, or as `rng` has it.
+
+    The empty cell that can hold fewest digits is tried first.
     """
-    of = units(rows, columns)
-    seen = {given[other] for unit in of[cell] for other in unit}
-    if len(seen - {0, digit}) == rows * columns - 1:
-        return True
-    return any(
-        all(
-            given[other]
-            or other == cell
-            or any(given[far] == digit for around in of[other] for far in around)
-            for other in unit
-        )
-        for unit in of[cell]
+    grid, of = given.copy(), peers(shape)
+
+    def fill(left: dict[int, set[int]]) -> Iterator[list[int]]:
+        if not left:
+            yield grid.copy()
+            return
+        cell = min(left, key=lambda i: len(left[i]))
+        digits = sorted(left[cell])
+        if rng is not None:
+            rng.shuffle(digits)
+        rest = {i: held for i, held in left.items() if i != cell}
+        near = [i for i in of[cell] if i in rest]
+        for digit in digits:
+            grid[cell] = digit
+            yield from fill(rest | {i: rest[i] - {digit} for i in near})
+
+    yield from fill(free(given, shape))
+
+
+def is_single(left: dict[int, set[int]], shape: Shape, cell: int, digit: int) -> bool:
+    """Whether an empty cell must hold this digit, one of `left` to it, seen from one unit alone.
+
+    A naked single: the cell can hold no other. A hidden single: no other empty cell of its row,
+    column or box can hold it.
+    """
+    return left[cell] == {digit} or any(
+        not any(digit in left.get(other, ()) for other in unit if other != cell)
+        for unit in units(shape)[cell]
     )
 
 
-def fill_singles(given: list[int], rows: int, columns: int) -> list[int]:
+def fill_singles(given: list[int], shape: Shape) -> list[int]:
     """The grid after naked and hidden singles were filled in until there were none."""
-    grid, of = given.copy(), units(rows, columns)
-    changed = True
-    while changed:
-        changed = False
-        for cell in (i for i, digit in enumerate(grid) if digit == 0):
-            seen = {grid[other] for unit in of[cell] for other in unit}
-            for digit in set(range(1, rows * columns + 1)) - seen:
-                if is_single(grid, rows, columns, cell, digit):
-                    grid[cell], changed = digit, True
-                    break
-    return grid
+    grid = given.copy()
+    while True:
+        left = free(grid, shape)
+        found = {i: d for i in left for d in left[i] if is_single(left, shape, i, d)}
+        if not found:
+            return grid
+        for cell, digit in found.items():
+            grid[cell] = digit

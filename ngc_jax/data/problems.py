@@ -1,9 +1,8 @@
 """Sets of problems: drawn once from a seed, kept as a TFDS set, with tests held apart.
 
 For: how many problems of which difficulty a set has, and in which part a problem may be. A hash of
-what it gives to read says that, so no problem of one part is in another, whatever seeds, counts and
-difficulties they came from. Within a part an easy problem may come more than once. Not for: what a
-problem is (`tasks.py`).
+what it gives to read says that, so that parts never share one; within a part an easy problem may
+come more than once. Not for: what a problem is (`tasks.py`).
 """
 
 import hashlib
@@ -11,7 +10,6 @@ import json
 import linecache
 import pathlib
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +27,8 @@ PATIENCE = 10_000  # problems drawn in vain, one after another, that say that th
 class Problems:
     """A part of a set, as examples of `length` tokens, padded on the right with 0 and NOTHING.
 
-    What stands to the right of a problem changes none of its answers: a causal model does not see
-    it, and one that looks both ways sees nothing across `boundary`, a token (None: it does).
+    The padding changes no answer: a causal model does not see it, and one that looks both ways sees
+    nothing across the token `boundary`.
     """
 
     def __init__(self, home: pathlib.Path, part: str, length: int, boundary: int | None = None):
@@ -95,8 +93,22 @@ def problem_set(
     drawers = ["".join(linecache.getlines(file)) for file in files]
     recipe = json.dumps([task, low, high, dict(counts), seed, np.__version__, drawers])
     name = f"{task}-{low}-{high}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    drawn = partial(draw_set, task, low, high, counts, seed)
-    home = entry(cache, name, lambda building: _write(task, drawn(), building))
+
+    def write(home: pathlib.Path) -> None:
+        drawn, digest = draw_set(task, low, high, counts, seed), hashlib.sha256()
+        splits = {
+            part: [(str(i), {"problem": np.stack(p)}) for i, p in enumerate(problems)]
+            for part, problems in drawn.items()
+        }
+        for part, examples in splits.items():
+            for _, example in examples:
+                digest.update(part.encode() + example["problem"].astype("<i4").tobytes())
+        stored.write(task, _feature, splits, home)
+        longest = max(len(problem.inputs) for problems in drawn.values() for problem in problems)
+        meta = {"fingerprint": digest.hexdigest(), "longest": longest}
+        (home / "set.json").write_text(json.dumps(meta))
+
+    home = entry(cache, name, write)
     meta = json.loads((home / "set.json").read_text())
     fingerprint, longest = meta["fingerprint"], meta["longest"]
     parts = ", ".join(f"{count} {part}" for part, count in counts.items())
@@ -105,18 +117,5 @@ def problem_set(
     return ProblemSet(home, fingerprint, longest, summary)
 
 
-def _write(task: str, drawn: Mapping[str, list[Problem]], home: pathlib.Path) -> None:
-    import tensorflow_datasets as tfds
-
-    raw = tfds.features.Encoding.BYTES
-    features = {"problem": tfds.features.Tensor(shape=(2, None), dtype=np.int32, encoding=raw)}
-    digest, longest = hashlib.sha256(), 0
-    splits: dict[str, list[tuple[str, Any]]] = {}
-    for part, problems in drawn.items():
-        for problem in problems:
-            digest.update(part.encode() + np.stack(problem).astype("<i4").tobytes())
-            longest = max(longest, len(problem.inputs))
-        splits[part] = [(str(i), {"problem": np.stack(p)}) for i, p in enumerate(problems)]
-    stored.write(task, features, splits, home)
-    meta = {"fingerprint": digest.hexdigest(), "longest": longest}
-    (home / "set.json").write_text(json.dumps(meta))
+def _feature(kind: Any) -> Any:
+    return {"problem": kind.Tensor(shape=(2, None), dtype=np.int32, encoding=kind.Encoding.BYTES)}

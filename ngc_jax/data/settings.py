@@ -1,7 +1,6 @@
 """Settings of the data, `config.data`: the table of fields, and which values go together.
 
-For: the defaults, ranges and help of these fields. Not for: reading them (`tokens.py`, `corpus.py`,
-`problems.py`).
+For: the defaults, ranges and help of these fields. Not for: reading them.
 """
 
 from typing import Any
@@ -18,11 +17,9 @@ def _check(config: Any, need: Need) -> None:
     if not d.task:
         return
     task, where = TASKS[d.task], f"where data.task={d.task!r}"
-    text = d.path or d.tfds_name
+    text, isolated = d.path or d.tfds_name, "data.isolate_documents"
     need(not text, "data.task", "'' where data.path or data.tfds_name gives a text")
-    need(
-        not d.isolate_documents, "data.isolate_documents", "False where data.task has no documents"
-    )
+    need(not d.isolate_documents, isolated, "False where data.task has no documents")
     need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) {where}")
     need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) {where}")
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
@@ -31,8 +28,7 @@ def _check(config: Any, need: Need) -> None:
 def withhold(data: Any, path: str = "", tfds_dir: str = "", trust: bool = False) -> str:
     """Leaves in a stored `config.data` only the places that a user types, or trusts it with.
 
-    Returns what to say where its text is asked for; "" where that may be read. Raises UserError for
-    a place that nothing is read from.
+    Returns why its text may not be read, or "". Raises UserError for a place that nothing reads.
     """
     if (path and data.task) or (tfds_dir and not data.tfds_name):
         given = f"data_path={path!r}" if path else f"tfds_dir={tfds_dir!r}"
@@ -49,8 +45,8 @@ def withhold(data: Any, path: str = "", tfds_dir: str = "", trust: bool = False)
         return ""
     return (
         f"its config.json names the text {' and '.join(stored)}, which is not read unless you say "
-        "so: say where it is by --data_path=FILE or --tfds_dir=FOLDER, or give --trust to read "
-        "what the directory names (ngc_jax.load: data_path, tfds_dir, trust=True)"
+        "so: give --data_path=FILE or --tfds_dir=FOLDER, or --trust to read what the directory "
+        "names (ngc_jax.load: data_path, tfds_dir, trust=True)"
     )
 
 

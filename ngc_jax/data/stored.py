@@ -1,57 +1,40 @@
 """TFDS sets in folders, ours and others': written as ArrayRecord, read without TensorFlow.
 
 For: keeping what was prepared, and opening a folder, which must run no code and lead to no file
-outside. So a set is not opened by its name in TFDS, which imports, and may ask the network. Not
-for: preparing it (`corpus.py`, `problems.py`).
+outside: not by its name in TFDS, which imports, and may ask the network. Not for: preparing it.
 """
 
 import contextlib
-import dataclasses
 import io
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ngc_jax.runtime.files import expand, files, read_json
+from ngc_jax.runtime.files import expand, inside, read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 LARGEST = 1 << 26  # bytes of a description
 CLASSES = {"pythonClassName", "python_class_name", "type"}  # fields that name a class to import
 PACKAGE = "tensorflow_datasets.core.features."
+Splits = Mapping[str, Iterable[tuple[str, Any]]]  # examples (key, {feature: value}) of each
 
 
-def write(
-    name: str,
-    features: Mapping[str, Any],
-    splits: Mapping[str, Iterable[tuple[str, Any]]],
-    home: pathlib.Path,
-) -> None:
-    """Writes examples (key, {feature: value}) of each split; TFDS orders them by key hash."""
+def write(name: str, features: Callable[[Any], Any], splits: Splits, home: pathlib.Path) -> None:
+    """Writes a set; features(tfds.features) describes an example. TFDS orders by hash of key."""
     import tensorflow_datasets as tfds
 
-    with tfds.core.registered.skip_registration():  # one process may keep several sets
+    class Stored(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+        def _split_generators(self, dl_manager: Any) -> Any:  # its own would import TensorFlow
+            return {split: self._generate_examples_iterator(of) for split, of in splits.items()}
 
-        class Stored(tfds.core.GeneratorBasedBuilder):
-            """Examples that were prepared before."""
-
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self) -> Any:
-                named = tfds.features.FeaturesDict(dict(features))
-                return tfds.core.DatasetInfo(builder=self, features=named)
-
-            def _split_generators(self, dl_manager: Any) -> Any:
-                return {split: self._generate_examples(of) for split, of in splits.items()}
-
-            def _generate_examples(self, examples: Iterable[tuple[str, Any]]) -> Any:
-                yield from examples
-
-    Stored.name = name
     tfds.disable_progress_bar()
     # two lines on a "download" that there is none of
     with contextlib.redirect_stdout(io.StringIO()):
-        Stored(data_dir=str(home), file_format="array_record").download_and_prepare()
+        kind = tfds.features
+        kept = {"features": kind.FeaturesDict(features(kind)), "split_datasets": splits}
+        where = {"data_dir": str(home), "file_format": "array_record"}
+        Stored(name=name, version="1.0.0", **kept, **where).download_and_prepare()
 
 
 def read(home: pathlib.Path, split: str) -> Any:
@@ -67,7 +50,7 @@ def open_set(folder: pathlib.Path) -> Any:
     """
     import tensorflow_datasets as tfds  # late: a run whose tokens are cached never needs it
 
-    _ = [*files(folder)]  # raises OSError for a link
+    inside(folder)  # raises OSError for a link
     info, features = (read_json(folder / name, LARGEST) for name in (INFO, FEATURES))
     fields = ("name", "version", "filepathTemplate", "filepath_template")
     paths = {str(part[f]) for part in (info, *info.get("splits", ())) for f in fields if f in part}
@@ -109,16 +92,3 @@ def find_set(name: str, home: str) -> pathlib.Path:
     if not folder.resolve().is_relative_to(top):
         raise ValueError(f"{folder} is a link that leads out of {top}")
     return folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The texts of one feature of a split, in the order in which TFDS stored them."""
-
-    examples: Callable[[], Iterable[Any]]
-    key: str
-
-    def __iter__(self) -> Iterator[bytes]:
-        for example in self.examples():
-            text = example[self.key]
-            yield text.encode() if isinstance(text, str) else text

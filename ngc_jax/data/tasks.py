@@ -1,8 +1,7 @@
 """Reasoning tasks: problems drawn at random, of any difficulty, each with its one right answer.
 
 For: what a problem reads and what is asked at each position (docs/tasks.md). `python -m
-ngc_jax.data.tasks parity 5` prints one. Not for: keeping many of them (`problems.py`), or how mazes
-and Sudokus are made (`grids.py`).
+ngc_jax.data.tasks parity 5` prints one. Not for: keeping many of them (`problems.py`).
 """
 
 import argparse
@@ -89,7 +88,7 @@ def running_parity(rng: Generator, bits: int) -> Written:
 
 
 def modular(rng: Generator, terms: int) -> Written:
-    """A chain of +, - and * modulo five, from left to right without precedence."""
+    """A chain of +, - and * modulo five, from left to right."""
     first, *digits = rng.integers(MODULUS, size=terms).tolist()
     question, value = [str(first)], first
     for digit in digits:
@@ -102,9 +101,9 @@ def modular(rng: Generator, terms: int) -> Written:
 def hops(rng: Generator, count: int) -> Written:
     """`count` hops from each letter; one leads to the letter after its last occurrence.
 
-    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; where one of the hops finds
-    none nothing is asked. Letters are never twice in a row, which would be a hop onto itself. There
-    are 32 and 4 for each hop: one goes back 3 on average, 32 seldom (a share of 1e-5).
+    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; where a hop finds none nothing
+    is asked. No letter stands twice in a row, a hop onto itself. There are 32, and 4 for each hop,
+    which goes back 3 on average.
     """
     letters = [int(rng.integers(4))]
     while len(letters) < 32 + 4 * count:
@@ -152,8 +151,7 @@ def listops(rng: Generator, depth: int) -> Written:
 def dyck(rng: Generator, depth: int) -> Written:
     """The brackets that close what is open, then ".".
 
-    What is given climbs to its depth, wanders for as many symbols again, and goes straight to where
-    it stops.
+    The question climbs to its depth, wanders for as many symbols, and goes straight to its end.
     """
     question, open_ = list[str](), list[str]()
     stop = int(rng.integers(1, depth + 1))  # brackets that are left open
@@ -174,8 +172,8 @@ def dyck(rng: Generator, depth: int) -> Written:
 def path(rng: Generator, length: int) -> Written:
     """The one shortest path between two nodes of a graph, given as its edges, node by node.
 
-    There are as many nodes off the path as on it, each hung onto an earlier one, and then edges, up
-    to a third as many, that leave the shortest path what and as short as it is.
+    As many nodes are off the path as on it, each hung onto an earlier one; up to a third as many
+    more edges leave the shortest path as it is.
     """
     nodes = 2 * (length + 1)
     parent = np.array([max(0, i - 1) if i <= length else rng.integers(i) for i in range(nodes)])
@@ -189,8 +187,7 @@ def path(rng: Generator, length: int) -> Written:
         walks = [np.linalg.matrix_power(beside, n)[0, length] for n in range(length + 1)]
         if extra not in edges and walks == [0] * length + [1]:
             edges.append(extra)
-    name = [LETTERS[i] for i in rng.permutation(len(LETTERS))]
-    question: list[str] = []
+    name, question = [LETTERS[i] for i in rng.permutation(len(LETTERS))], list[str]()
     for i in rng.permutation(len(edges)):
         a, b = rng.permutation(edges[i]).tolist()
         question += [name[a], name[b], ","]
@@ -201,8 +198,8 @@ def _grid(draw: Drawer, spelling: Sequence[str], in_place: bool) -> Writer:
     """A grid with every cell of its solution, asked where the cell is, or is read again."""
 
     def write(rng: Generator, difficulty: int) -> Written:
-        grids_ = draw(rng, difficulty)
-        given, solved = ([spelling[cell] for cell in np.ravel(grid)] for grid in grids_)
+        drawn = draw(rng, difficulty)
+        given, solved = ([spelling[cell] for cell in np.ravel(grid)] for grid in drawn)
         if in_place:
             return [*given, "="], [*solved, ""]
         return [*given, "=", *given], [""] * (len(given) + 1) + solved
@@ -214,10 +211,10 @@ MAZE, SUDOKU = ("#", "_", "S", "G", "*"), (".", *DIGITS[1:])
 # the function, what its cells are spelt as, the unit of difficulty, and its limits
 _GRIDS: dict[str, tuple[Drawer, tuple[str, ...], str, int, int]] = {
     "maze": (grids.maze, MAZE, "rooms of a side", 2, 50),
-    "sudoku4": (partial(grids.sudoku, 2, 2), SUDOKU[:5], "empty cells", 1, 11),
-    "sudoku6": (partial(grids.sudoku, 2, 3), SUDOKU[:7], "empty cells", 1, 25),
-    "sudoku9": (partial(grids.sudoku, 3, 3), SUDOKU, "empty cells", 1, 50),
-    "sudoku9_search": (partial(grids.sudoku, 3, 3, search=True), SUDOKU, "empty cells", 48, 54),
+    "sudoku4": (partial(grids.sudoku, (2, 2)), SUDOKU[:5], "empty cells", 1, 11),
+    "sudoku6": (partial(grids.sudoku, (2, 3)), SUDOKU[:7], "empty cells", 1, 25),
+    "sudoku9": (partial(grids.sudoku, (3, 3)), SUDOKU, "empty cells", 1, 50),
+    "sudoku9_search": (partial(grids.sudoku, (3, 3), search=True), SUDOKU, "empty cells", 48, 54),
 }
 TASKS = {
     "parity": Task(parity, ("0", "1", "="), "bits", 1, 10_000),
@@ -240,7 +237,7 @@ def spell(name: str, problem: Problem) -> str:
     symbols = TASKS[name].symbols
     given, asked = ([symbols[i] if i >= 0 else "" for i in row] for row in problem)
     if name.startswith(("maze", "sudoku")):
-        cells = [symbol for symbol in asked if symbol]
+        cells = [*filter(None, asked)]
         side = math.isqrt(len(cells))
         rows = [slice(i, i + side) for i in range(0, len(cells), side)]
         return "\n".join(f"{' '.join(given[row])}   {' '.join(cells[row])}" for row in rows)
@@ -249,13 +246,12 @@ def spell(name: str, problem: Problem) -> str:
 
 
 def main() -> None:
-    """Print problems of a task."""
-    about = "Print problems: what is read, and below or beside it what is asked."
-    parser = argparse.ArgumentParser(description=about)
+    """Prints problems: what is read, and below or beside it what is asked."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("difficulty", type=int)
-    for name, default in (("--count", 1), ("--seed", 0)):
-        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
         check(args.task, args.difficulty, "difficulty")
@@ -267,7 +263,7 @@ def main() -> None:
 
 
 def check(name: str, difficulty: int, field: str) -> None:
-    """Raise UserError for a difficulty that the task does not have."""
+    """Raises UserError for a difficulty that the task does not have."""
     task = TASKS[name]
     if not task.lowest <= difficulty <= task.highest:
         wants = f"from {task.lowest} to {task.highest} ({task.unit})"

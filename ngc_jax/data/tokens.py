@@ -1,7 +1,7 @@
 """Text to tokens and back, and `load_data`, which gives a run what it learns from.
 
-For: the tokenizers, and streams of tokens in which each document begins with a mark: one flat file
-for each split, read by memory map. Not for: batches (`batches.py`).
+For: the tokenizers, and streams of tokens in which a mark begins each document: a flat file for
+each split, read by memory map. Not for: batches (`batches.py`).
 """
 
 import hashlib
@@ -33,8 +33,7 @@ NO_TOKENIZERS = "data.tokenizer='bpe' needs the tokenizers package: pip install 
 class Bytes:
     """Token = byte. 256 of them, and the mark that begins a document."""
 
-    vocab = 257
-    mark = 256
+    vocab, mark = 257, 256
     lengths = np.array([1] * 256 + [0], np.int32)  # bytes of each token; the mark is no text
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -66,7 +65,7 @@ class BPE:
 
     @staticmethod
     def train(texts: Iterable[bytes], vocab: int) -> str:
-        """Learn `vocab` tokens, the mark among them; returns the tokenizer in serialised form."""
+        """Learns `vocab` tokens, the mark among them; returns the serialised tokenizer."""
         import tokenizers
 
         model, letters = tokenizers.models.BPE(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -94,8 +93,7 @@ def _byte_level(model: Any) -> Any:
 class Symbols:
     """The alphabet of a task: its problems are tokens, so nothing is encoded."""
 
-    mark = NOTHING
-    lengths = None
+    mark, lengths = NOTHING, None
 
     def __init__(self, symbols: Sequence[str]):
         self.symbols, self.vocab = tuple(symbols), len(symbols)
@@ -136,19 +134,16 @@ def load_data(config: Any, mark: int | None = None) -> Data:
     Examples have segments where documents are isolated, where a task is read both ways, and where
     `mark` is given: a token sees nothing across the last mark. Raises UserError.
     """
-    return _problems(config, mark) if config.task else _text(config, mark)
-
-
-def _problems(config: Any, mark: int | None) -> Data:
+    if not config.task:
+        return _text(config, mark)
     held_out = max(1, round(config.validation_fraction * config.problems))
     counts = {"train": config.problems, "validation": held_out}
     cache = cache_directory(config)
     found = problem_set(config.task, config.low, config.high, counts, config.problem_seed, cache)
     if found.longest > config.context:
-        raise UserError(
-            f"data.context={config.context}: must be {found.longest} or more, the tokens of the "
-            f"longest problem of data.task={config.task!r} up to data.high={config.high}"
-        )
+        wants = f"{found.longest} or more, the tokens of the longest problem"
+        of = f"of data.task={config.task!r} up to data.high={config.high}"
+        raise UserError(f"data.context={config.context}: must be {wants} {of}")
     ends = boundary(config.task) if mark is None else mark
     train, held = (Problems(found.home, part, config.context, ends) for part in counts)
     symbols = Symbols(TASKS[config.task].symbols)
@@ -185,10 +180,7 @@ def _text(config: Any, mark: int | None) -> Data:
 
 
 def load_tokenizer(home: Path, config: Any) -> Tokenizer:
-    """The tokenizer of `config.data`, of which a directory keeps what was learned.
-
-    Raises UserError where tokenizer.json is not that.
-    """
+    """The tokenizer of `config.data`, as a directory keeps it. Raises UserError for another."""
     if not config.task and config.tokenizer == "bytes":
         return Bytes()
     file = home / "tokenizer.json"
@@ -215,13 +207,13 @@ def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
     tokenizer: Bytes | BPE = Bytes()
     try:
         if config.tokenizer == "bpe":
-            tokenizer = BPE(BPE.train(corpus.splits["train"], config.vocab_size))
+            tokenizer = BPE(BPE.train(corpus.splits["train"](), config.vocab_size))
         save_tokenizer(tokenizer, directory)
         dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
         counts = {}
         for split, texts in corpus.splits.items():
             with open(directory / f"{split}.bin", "wb") as file:
-                for text in texts:
+                for text in texts():
                     file.write(np.array([tokenizer.mark], dtype).tobytes())
                     file.write(tokenizer.encode(text).astype(dtype).tobytes())
                 counts[split] = file.tell() // dtype.itemsize

@@ -4,10 +4,9 @@ For: the only file that touches Orbax. Checkpoint s is the state after s updates
 save (`training/loop.py`).
 
 Orbax commits a step by renaming its directory, so a kill leaves no half step. But it restores one
-with a flipped byte in silence, and under any name. So each is sealed with MANIFEST.json: its step,
-what the run says of itself (`meta`), the parameter tree, and the SHA-256 of every other file.
-(Before version 0.2 it is a plain {file: SHA-256}.) Whatever cannot be read, or is not what it is
-named, is damaged. The seal finds accidents; against one who rewrites it there is no key.
+with a flipped byte in silence, and under any name. So MANIFEST.json seals each: its step, what the
+run says of itself (`meta`), the parameter tree, and the SHA-256 of every other file. (Before
+version 0.2 it is a plain {file: SHA-256}.) It finds accidents; who rewrites it is not stopped.
 """
 
 import concurrent.futures
@@ -18,7 +17,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ngc_jax.runtime import multihost
+from ngc_jax.runtime import files, multihost
 from ngc_jax.runtime.errors import UserError, plain
-from ngc_jax.runtime.files import (
-    Path,
-    files,
-    in_bucket,
-    move,
-    read_json,
-    remove,
-    sync,
-    write_durably,
-)
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
@@ -45,8 +34,8 @@ UNSAID = 2**40 - 1  # as the step of a manifest: an old one, which names none
 LARGEST = 1 << 26  # bytes of a manifest, and of what a checkpoint holds besides its arrays
 # What a run says of itself, where it says nothing: seconds of training, fingerprint of its data,
 # software, config {field: value}, and how many rows of metrics.jsonl there were, and their SHA-256.
-META = {"seconds": 0.0, "data": "", "versions": {}, "rewinds": 0, "passed": 0, "config": {}}
-META |= {"rows": 0, "rows_sha256": ""}
+META: dict[str, Any] = {"seconds": 0.0, "data": "", "versions": {}, "rewinds": 0, "passed": 0}
+META |= {"config": {}, "rows": 0, "rows_sha256": ""}
 
 
 class SaveFailed(OSError):
@@ -75,8 +64,8 @@ class Checkpoints:
     As a context it is closed at the end. Raises UserError where the directory is a link.
     """
 
-    def __init__(self, directory: Path, keep: int = 3, read_only: bool = False):
-        path = directory if in_bucket(directory) else os.path.abspath(directory)
+    def __init__(self, directory: files.Path, keep: int = 3, read_only: bool = False):
+        path = directory if files.in_bucket(directory) else os.path.abspath(directory)
         if os.path.islink(path):
             raise UserError(f"{directory} is a link, which is not followed: give the place itself")
         self.directory, self._keep = epath.Path(path), keep
@@ -102,20 +91,20 @@ class Checkpoints:
         try:
             if os.path.islink(home):
                 return "it is a link, which is not followed"
-            held = {str(path.relative_to(home)): path for path in files(home)}
+            held = files.inside(home)
             if MANIFEST not in held:
                 return "it is not sealed: it is being written, or the run ended meanwhile"
             size = sum(epath.Path(path).stat().length for path in held.values())
             if size > most:
                 return f"it has {size} bytes, of a state that needs fewer than {most}"
             manifest = _manifest(home)
-            named, sealed = manifest["step"], manifest["files"]
-            if named not in (UNSAID, step):
-                return f"it is checkpoint {named} under another name"
+            if manifest["step"] not in (UNSAID, step):
+                return f"it is checkpoint {manifest['step']} under another name"
+            sealed = manifest["files"]
             for name in sorted(sealed.keys() | held.keys() - {MANIFEST}):
                 if name not in held:
                     return f"{name} is missing"
-                if _sha256(held[name]) != sealed.get(name):
+                if files.sha256(held[name]) != sealed.get(name):
                     return f"{name} does not match its checksum"
         except (OSError, ValueError, RecursionError) as error:
             return f"it cannot be read: {error}"
@@ -146,10 +135,10 @@ class Checkpoints:
             raise foreign
         return None, faults
 
-    def set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int) -> epath.Path:
         """Moves an unsound step aside, so that it can be saved again. Returns its new place."""
         aside = self.directory.parent / "damaged" / str(step)
-        move(self.directory / str(step), aside)
+        files.move(self.directory / str(step), aside)
         return aside
 
     def restore(self, step: int, like: Tree, config: dict[str, Any] | None = None) -> Restored:
@@ -177,19 +166,16 @@ class Checkpoints:
         home = self.directory / str(step)
         manifest = _manifest(home)
         meta, tree = manifest["meta"], manifest["tree"]
-        theirs = meta["config"]
-        for name in sorted(config.keys() & theirs.keys()):
-            if config[name] != theirs[name]:
-                raise Foreign(
-                    f"it is of another run: {name} was {theirs[name]!r}, is {config[name]!r}"
-                )
-        wanted = _shapes(like) if tree else {}  # an old manifest names none
-        for name in sorted(tree.keys() | wanted.keys()):
-            if tree.get(name) != wanted.get(name):
-                raise Foreign(
-                    f"{name} is of shape {tree.get(name)}, not {wanted.get(name)}: it is of "
-                    f"another model, or made by other software ({meta['versions']})"
-                )
+        for name in sorted(config.keys() & meta["config"].keys()):
+            was, wanted = meta["config"][name], config[name]
+            if was != wanted:
+                raise Foreign(f"it is of another run: {name} was {was!r}, is {wanted!r}")
+        shapes = _shapes(like) if tree else {}  # an old manifest names none
+        other = f"it is of another model, or made by other software ({meta['versions']})"
+        for name in sorted(tree.keys() | shapes.keys()):
+            was, wanted = tree.get(name), shapes.get(name)
+            if was != wanted:
+                raise Foreign(f"{name} is of shape {was}, not {wanted}: {other}")
         # By itself, without a barrier: one that fails here would leave the others waiting at it.
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(me, {me}, f"process{me}")
@@ -197,9 +183,9 @@ class Checkpoints:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
             state = orbax.restore(home, args=items)["state"]
-        for name, leaf in _leaves(state):
-            if name == "step" and int(leaf) != step:
-                raise ValueError(f"its state is that after {int(leaf)} updates")
+        updates = int(_named(state).get("step", step))
+        if updates != step:
+            raise ValueError(f"its state is that after {updates} updates")
         return Restored(step, state, meta)
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
@@ -207,9 +193,9 @@ class Checkpoints:
         self.wait()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state))
         if multihost.first():
-            self._remove_begun()
-            if in_bucket(self.directory):  # where a step has its name from the start
-                remove(self.directory / str(step))
+            self._drop()
+            if files.in_bucket(self.directory):  # where a step has its name from the start
+                files.remove(self.directory / str(step))
         with self._attempt(step):
             self._orbax.save(self.directory / str(step), args=items, force=True)
         self._sealing = self._pool.submit(self._seal, step, meta, _shapes(state))
@@ -228,7 +214,7 @@ class Checkpoints:
     def drop_after(self, step: int) -> None:
         """Removes the checkpoints after a step; a run that continues from it makes them anew."""
         if multihost.first():
-            self._drop(later for later in self.steps() if later > step)
+            self._drop([later for later in self.steps() if later > step])
 
     def close(self) -> None:
         """Waits, then lets go of the directory."""
@@ -258,7 +244,7 @@ class Checkpoints:
             # Many processes cannot go on: the others may be waiting for this one in the save.
             home = self.directory / str(step)
             if jax.process_count() == 1 and not (home / MANIFEST).exists():
-                remove(home)
+                files.remove(home)
             raise SaveFailed(f"checkpoint {step} could not be saved: {_cause(error)}") from error
 
     def _seal(self, step: int, meta: dict[str, Any], tree: dict[str, str]) -> None:
@@ -267,28 +253,26 @@ class Checkpoints:
             if not multihost.first():
                 return
             home = self.directory / str(step)
-            sums = {str(path.relative_to(home)): _sha256(path) for path in files(home)}
+            sums = {name: files.sha256(path) for name, path in files.inside(home).items()}
             sums.pop(MANIFEST, None)
             seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
-            write_durably(home / MANIFEST, json.dumps(seal, indent=1))
-            if not in_bucket(home):
-                sync(self.directory)  # where Orbax has given the step its name
+            files.write_durably(home / MANIFEST, json.dumps(seal, indent=1))
+            if not files.in_bucket(home):
+                files.sync(self.directory)  # where Orbax has given the step its name
             _manifest(home)  # One that could not be read back must not replace older ones.
+            # Begun ones again: Orbax's threads may write on after a failed save was raised.
             self._drop(self.steps()[: -self._keep])
-            # Again: Orbax's threads may write on for a while after a failed save was raised.
-            self._remove_begun()
 
-    def _drop(self, steps: Collection[int] | Iterator[int]) -> None:
+    def _drop(self, steps: Iterable[int] = ()) -> None:
+        """Removes steps, and what a kill or a failed save has begun, while none is under way."""
         for step in steps:
             home = self.directory / str(step)
-            if not in_bucket(home):  # a kill must not leave a half one
-                home = home.replace(home.with_name(f"{step}.orbax-checkpoint-tmp-dropped"))
-            remove(home)
-
-    def _remove_begun(self) -> None:
-        """Removes what a kill or a failed save has left, while none is under way."""
+            if files.in_bucket(home):
+                files.remove(home)
+            else:  # a kill must not leave a half one
+                home.replace(home.with_name(f"{step}.orbax-checkpoint-tmp-dropped"))
         for begun in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            remove(begun)
+            files.remove(begun)
 
 
 def quiet_failures() -> None:
@@ -315,46 +299,38 @@ def digest(tree: Tree) -> str:
     return total.hexdigest()
 
 
-def _leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+def _named(tree: Tree) -> dict[str, Any]:
+    leaves, keystr = jax.tree_util.tree_leaves_with_path(tree), jax.tree_util.keystr
+    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _shapes(tree: Tree) -> dict[str, str]:
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(tree)}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
 
 
 def _cause(error: Exception) -> str:
     return str(error).partition(" [tensorstore_spec")[0]
 
 
-def _manifest(home: Path) -> dict[str, Any]:
-    """A checkpoint's step, files, meta and tree; of an old one UNSAID, and {} for the tree.
+def _manifest(home: epath.Path) -> dict[str, Any]:
+    """A checkpoint's step, files, meta and tree; an old one's step is UNSAID, and its tree {}.
 
     Raises ValueError for what is no manifest.
     """
-    found = read_json(home / MANIFEST, LARGEST)
+    found = files.read_json(home / MANIFEST, LARGEST)
     if isinstance(found, dict) and isinstance(found.get("meta/metadata"), str):
-        said = read_json(home / "meta" / "metadata", LARGEST)
+        said = files.read_json(home / "meta" / "metadata", LARGEST)
         found = {"step": UNSAID, "files": found, "meta": said, "tree": {}}
-    like = {"step": 0, "files": {}, "meta": {}, "tree": {}}
+    like: dict[str, Any] = {"step": 0, "files": {}, "meta": {}, "tree": {}}
     if not isinstance(found, dict) or found.keys() != like.keys():
         raise ValueError(f"{MANIFEST} is no manifest")
-    _check(found, like)
-    found["meta"] = META | found["meta"]
-    _check(found["meta"], META)
+    if isinstance(found["meta"], dict):
+        found["meta"] = META | found["meta"]
+    for part, examples in ((found, like), (found["meta"], META)):
+        for name, example in examples.items():
+            value, number = part[name], isinstance(example, int | float)
+            if not isinstance(value, int | float if number else type(example)):
+                raise ValueError(f"{MANIFEST}: {name} is {value!r:.40}")
+            if number and not 0 <= value < 2**40:
+                raise ValueError(f"{MANIFEST}: {name}={value} is out of range")
     return found
-
-
-def _check(found: dict[str, Any], like: dict[str, Any]) -> None:
-    for name, example in like.items():
-        value, number = found[name], isinstance(example, int | float)
-        if not isinstance(value, int | float if number else type(example)):
-            raise ValueError(f"{MANIFEST}: {name} is {value!r:.40}")
-        if number and not 0 <= value < 2**40:
-            raise ValueError(f"{MANIFEST}: {name}={value} is out of range")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

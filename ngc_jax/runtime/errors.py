@@ -26,11 +26,19 @@ def say(error: object) -> None:
         print(f"error: {plain(error)}", file=sys.stderr, flush=True)
 
 
-def end_soon(code: int, seconds: float = 8.0) -> None:
-    """Ends the process with this code after so long, also where threads of libraries live on."""
-    timer = threading.Timer(seconds, os._exit, [code])
+def end(code: int, error: object = None) -> None:
+    """Ends the process at once, also where threads of libraries live on."""
+    if error:
+        say(error)
+    os._exit(code)
+
+
+def end_soon(code: int, seconds: float = 8.0, error: object = None) -> threading.Timer:
+    """Ends the process after so long, unless the timer that this returns is cancelled."""
+    timer = threading.Timer(seconds, end, [code, error])
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def fail(code: int, error: object) -> NoReturn:

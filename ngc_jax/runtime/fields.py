@@ -1,7 +1,7 @@
 """Tables of settings: the name, default, help, range and unit of each field, written once.
 
-For: what is made of such tables: defaults, checks and their messages, the lines of `--help`. Not
-for: the fields themselves (`settings.py` of each room) or what reads them.
+For: defaults, checks and their messages, the lines of `--help`. Not for: the fields themselves
+(`settings.py` of each room).
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ COLUMNS = {"field": 19, "default": 12, "unit": 10, "values": 26, "help": 25}
 class Field:
     """One setting, whose values have the type of its default: bool, int, float or str.
 
-    `values` is an interval, such as "(0, 0.5]" or "[1, inf)", or a table, or function, of the
-    strings that may be, read at each check, so that it may grow. "": the type alone matters.
+    `values`: an interval, such as "(0, 0.5]" or "[1, inf)"; or the strings that may be, as a table
+    or function, read at each check, so that it may grow; "": the type alone matters.
     """
 
     name: str
@@ -87,8 +87,8 @@ def _ends(interval: str) -> list[float]:
 class Section:
     """Fields that stand together: `config.NAME`, or the config itself where the name is "".
 
-    check(config, need) refuses values that do not go together; each is in its own range by then.
-    unread(config) names fields that nothing reads, {name: why}. Both get the whole config.
+    Of a whole config, check(config, need) refuses values that do not go together, each within its
+    own range; unread(config) names fields that nothing reads, {name: why}.
     """
 
     name: str
@@ -170,11 +170,10 @@ def check_unread(config: Any, sections: Sequence[Section]) -> None:
 
 
 def rows_of(section: Section) -> list[list[str]]:
-    """Of each field the COLUMNS: name, default, unit, values and help."""
-    return [
-        [f.name, repr(f.default), f.unit, f.range().removeprefix("one of "), f.help]
-        for f in section.fields
-    ]
+    """The COLUMNS of each field."""
+    values = [field.range().removeprefix("one of ") for field in section.fields]
+    told = zip(section.fields, values, strict=True)
+    return [[field.name, repr(field.default), field.unit, may, field.help] for field, may in told]
 
 
 def help_text(sections: Sequence[Section]) -> str:

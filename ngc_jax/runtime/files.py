@@ -1,12 +1,12 @@
 """Files and directories that exist whole or not at all, whatever is killed or runs meanwhile.
 
 For: `write_durably` a file, a `Log` of lines, `build_directory` a cache entry. In a bucket (gs://)
-an object is written whole or not at all; nothing is added to one, renamed, or held back from the
-disk. Not for: checkpoints, which Orbax writes.
+an object is written whole, and nothing is added to it. Not for: checkpoints, which Orbax writes.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -37,16 +37,26 @@ def in_bucket(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def files(directory: Path) -> Iterator[Path]:
-    """All files below a directory. Raises OSError for a link, a pipe or a device among them."""
-    for path in directory.iterdir():
-        mode = stat.S_IFREG if in_bucket(path) else os.lstat(path).st_mode
-        if path.is_dir() if in_bucket(path) else stat.S_ISDIR(mode):
-            yield from files(path)
-        elif stat.S_ISREG(mode):
-            yield path
-        else:
-            raise OSError(f"{path.relative_to(directory)} is neither a file nor a directory")
+def inside(directory: Path) -> dict[str, Path]:
+    """All files below a directory, by their names in it. Raises OSError for a link or a pipe."""
+    found, left = dict[str, Path](), [directory]
+    while left:
+        for path in left.pop().iterdir():
+            name = path.relative_to(directory).as_posix()
+            mode = stat.S_IFREG if in_bucket(path) else os.lstat(path).st_mode
+            if path.is_dir() if in_bucket(path) else stat.S_ISDIR(mode):
+                left.append(path)
+            elif stat.S_ISREG(mode):
+                found[name] = path
+            else:
+                raise OSError(f"{name} is neither a file nor a directory")
+    return found
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_follow(path: str, flags: int) -> int:
@@ -76,10 +86,7 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def make_private(directory: pathlib.Path) -> None:
-    """Makes a directory that is its user's alone, or checks that nobody else may write to it.
-
-    Raises OSError, also where others may: what lies there might be theirs.
-    """
+    """Makes a directory that is its user's alone. Raises OSError where others may write to it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(0o700)
@@ -116,8 +123,8 @@ def move(directory: Path, to: Path) -> None:
     Raises OSError where the directory to move into is a link.
     """
     if in_bucket(directory):
-        for path in files(directory):
-            epath.Path(path).copy(to / path.relative_to(directory), overwrite=True)
+        for name, path in inside(directory).items():
+            epath.Path(path).copy(to / name, overwrite=True)
         remove(directory)
         return
     to.parent.mkdir(exist_ok=True)
@@ -165,11 +172,11 @@ class Log:
 
     def __init__(self, path: Path, text: str):
         write_durably(path, text)
-        self._path, self._file = path, None
-        self._unwritten = text.encode()  # in a bucket: all lines
-        if not in_bucket(path):
+        self._path, self._file, self._unwritten = path, None, b""
+        if in_bucket(path):
+            self._unwritten = text.encode()  # stays all lines
+        else:
             self._file = open(path, "ab", 0, opener=no_follow)  # noqa: SIM115 (closed by close())
-            self._unwritten = b""
 
     def add(self, line: str) -> None:
         """Adds a line. A full disk raises no error yet."""
@@ -202,14 +209,11 @@ def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
     A build that is killed leaves nothing that a later one could take for whole. Of two builds at
     once the second to finish is dropped. Raises UserError where nothing can be written.
     """
+    wrong, building = f"data.cache_dir={str(home.parent)!r} cannot be written", None
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         building = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir={str(home.parent)!r} cannot be written: {error}"
-        ) from error
-    try:
+        wrong = f"building {home} failed"
         yield building
         for path in (building, *building.rglob("*")):
             sync(path)
@@ -219,6 +223,7 @@ def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
         if not home.is_dir():
             raise UserError(f"cannot move a finished build to {home}: is a file in its place?")
     except OSError as error:
-        raise UserError(f"building {home} failed: {error}") from error
+        raise UserError(f"{wrong}: {error}") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if building:
+            remove(building)

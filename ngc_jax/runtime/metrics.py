@@ -1,8 +1,7 @@
 """What a run reports: rows in metrics.jsonl, a view of them for TensorBoard, and the live line.
 
-For: writing and reading rows. Not for: computing them. A row is {"step": s, name: value, ...}; its
-values belong to update s. A run that continues from checkpoint s keeps the rows up to s and writes
-the later ones anew.
+For: writing and reading rows, {"step": s, name: value, ...}, whose values belong to update s. A run
+that continues from checkpoint s keeps the rows up to s. Not for: computing them.
 """
 
 import contextlib
@@ -16,35 +15,33 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from ngc_jax.runtime import multihost
+from ngc_jax.runtime import files, multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Log, Path, in_bucket, read, remove
 
 Row = dict[str, Any]
 LARGEST = 1 << 32  # bytes of metrics.jsonl that are read
 TIMES = ("seconds", "tokens_per_second", "mfu")  # the only values that repeating a run changes
 
 
-def read_rows(workdir: Path) -> list[Row]:
+def read_rows(workdir: files.Path) -> list[Row]:
     """All rows that can be read: not one that a kill cut off, nor what is no row."""
-    return [row for _, row in _lines(workdir) if row]
+    return [row for row in _lines(workdir).values() if row]
 
 
-def _lines(workdir: Path) -> list[tuple[int, Row | None]]:
-    """The whole lines that are not blank: their numbers, and their rows; None for what is no row.
+def _lines(workdir: files.Path) -> dict[int, Row | None]:
+    """Whole lines as rows, by number; None: no row. Not blank ones, which may be NULs (a crash).
 
-    A blank line may hold NULs, which a crash of the machine leaves. Raises UserError where there is
-    no file that can be read.
+    Raises UserError where there is no file that can be read.
     """
     path = workdir / "metrics.jsonl"
     try:
-        lines = read(path, LARGEST).split(b"\n")[:-1]
+        lines = files.read(path, LARGEST).split(b"\n")[:-1]
     except FileNotFoundError:
-        return []
+        return {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    lines = [line.strip(b"\0 \t\r") for line in lines]
-    return [(at, _row(line)) for at, line in enumerate(lines, 1) if line]
+    stripped = enumerate((line.strip(b"\0 \t\r") for line in lines), 1)
+    return {at: _row(line) for at, line in stripped if line}
 
 
 def _row(line: bytes) -> Row | None:
@@ -67,12 +64,11 @@ class Metrics:
 
     `measured`: what the rows of `start` hold besides its update: "eval", "stability", "final",
     "wiring". Of many processes the first one writes, and all must open it. `rows`, `sha256`: how
-    many rows a checkpoint of `start` counted, and their digest; 0 where it did not. What is no row
-    is dropped. Raises UserError where a row up to `start` would be lost, or is: it is not made
-    again.
+    many rows a checkpoint of `start` counted, and their digest; 0 where it did not. Raises
+    UserError where a row up to `start` is lost, since it is not made again.
     """
 
-    def __init__(self, workdir: Path, start: int, rows: int = 0, sha256: str = ""):
+    def __init__(self, workdir: files.Path, start: int, rows: int = 0, sha256: str = ""):
         writes = multihost.first()
         with multihost.agreed():
             kept = _kept(workdir, start, rows, sha256) if start and writes else []
@@ -80,11 +76,9 @@ class Metrics:
         measured = {name.partition("/")[0] for row in others for name in row}
         self.measured = set(multihost.exchange(sorted(measured))[0])
         self._rows, self._sha256 = len(kept), hashlib.sha256(_text(*kept).encode())
-        self._log = Log(workdir / "metrics.jsonl", _text(*kept)) if writes else None
+        self._log = files.Log(workdir / "metrics.jsonl", _text(*kept)) if writes else None
         self._board = _open_board(workdir / "tensorboard") if writes else None
-        self._add_event(file_version="brain.Event:2")
-        for row in kept:
-            self._show(row)
+        self._show(*kept)
 
     def write(self, row: Row) -> None:
         """Adds a row, null for numbers that are not finite. A full disk raises no error yet."""
@@ -115,20 +109,13 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self._board.close()
 
-    def _show(self, row: Row) -> None:
-        if self._board:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
+    def _show(self, *rows: Row) -> None:
+        for row in rows:
             shown = {k: v for k, v in row.items() if k != "step" and v is not None}
-            values = [Summary.Value(tag=k, simple_value=v) for k, v in shown.items()]
-            self._add_event(step=row["step"], summary=Summary(value=values))
-
-    def _add_event(self, **content: Any) -> None:
-        if self._board:
-            from tensorboard.compat.proto.event_pb2 import Event
-
+            values = [{"tag": k, "simple_value": v} for k, v in shown.items()]
             try:
-                self._board.write(Event(wall_time=time.time(), **content).SerializeToString())
+                if self._board:
+                    self._board.write(_event(step=row["step"], summary={"value": values}))
             except OSError:
                 self._board = None  # it is only a view, made anew when the run continues
 
@@ -137,13 +124,12 @@ def _text(*rows: Row) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _kept(workdir: Path, start: int, rows: int, sha256: str) -> list[Row]:
+def _kept(workdir: files.Path, start: int, rows: int, sha256: str) -> list[Row]:
     """The rows up to `start`. Says what it drops; see Metrics."""
     path, lines = workdir / "metrics.jsonl", _lines(workdir)
-    up_to = [(at, row) for at, row in lines if row and row["step"] <= start]
-    kept, last = [row for _, row in up_to], max((at for at, _ in up_to), default=0)
-    bad = [at for at, row in lines if row is None]
-    lost = f"line {bad[0]} is no row" if bad and bad[0] < last else ""
+    up_to = {at: row for at, row in lines.items() if row and row["step"] <= start}
+    kept, bad = [*up_to.values()], [at for at, row in lines.items() if row is None]
+    lost = f"line {bad[0]} is no row" if bad and bad[0] < max(up_to, default=0) else ""
     if rows and hashlib.sha256(_text(*kept[:rows]).encode()).hexdigest() == sha256:
         lost = ""  # whatever is no row there, none is missing
     elif rows and path.exists():
@@ -152,31 +138,37 @@ def _kept(workdir: Path, start: int, rows: int, sha256: str) -> list[Row]:
     elif rows:
         print(f"{path} is gone: the {rows} rows up to step {start} are missing", flush=True)
     if lost:
-        raise UserError(
-            f"{path}: {lost}, and they cannot be made again: put the file back as it was, or move "
-            "it away to go on without the rows so far"
-        )
+        mend = "put the file back as it was, or move it away to go on without the rows so far"
+        raise UserError(f"{path}: {lost}, and they cannot be made again: {mend}")
     if bad:
         print(f"{path}: dropped {len(bad)} lines that are no rows, from {bad[0]} on", flush=True)
     return kept
 
 
-def _open_board(directory: Path) -> Any:
+def _open_board(directory: files.Path) -> Any:
     """A TensorBoard event file, a view of the rows, made anew; None where there can be none."""
     # With this name importable TensorBoard does not load TensorFlow, where that is installed.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
     try:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        if in_bucket(directory):
+        if files.in_bucket(directory):
             return None
-        remove(directory)
+        files.remove(directory)
         os.mkdir(directory)
         # Not TensorBoard's own writer, whose thread prints a traceback on a full disk.
         path = directory / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
-        return RecordWriter(open(path, "xb", buffering=0))
+        board = RecordWriter(open(path, "xb", buffering=0))  # noqa: SIM115 (it is closed with the rows)
+        board.write(_event(file_version="brain.Event:2"))
+        return board
     except (ImportError, OSError):
         return None  # the extra is not installed; metrics.jsonl holds everything
+
+
+def _event(**content: Any) -> Any:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    return Event(wall_time=time.time(), **content).SerializeToString()
 
 
 class Clock:
@@ -190,7 +182,7 @@ class Clock:
         return self._before + time.monotonic() - self._since
 
     def start(self, step: int) -> None:
-        """Begins the first lap."""
+        """Begins a lap."""
         self._mark = (step, self.seconds())
 
     def lap(self, step: int) -> float:

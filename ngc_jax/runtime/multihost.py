@@ -1,11 +1,9 @@
 """Many processes that train one model together: how they find each other, agree, and end.
 
-For: one answer for all processes, at the same update. One alone passes through without a wait. Not
-for: which part of an array or a batch is whose (`nn/mesh.py`).
-
-Every process runs the same program and comes to the same exchanges in the same order. So whatever
-differs between them (a signal, a clock, a file, an error) is exchanged before it decides anything.
-Devices are at rest meanwhile: on CPUs two programs that communicate at once mix their messages.
+For: one answer for all processes, at the same update. Not for: whose a part of a batch is
+(`nn/mesh.py`). Whatever differs between processes (a signal, a clock, a file, an error) is
+exchanged before it decides anything, in the same order in all. Devices are at rest meanwhile: on
+CPUs two programs that communicate at once mix their messages.
 """
 
 import contextlib
@@ -15,7 +13,6 @@ import itertools
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,14 +22,11 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ngc_jax.runtime.errors import UserError, say
+from ngc_jax.runtime.errors import UserError, end, end_soon
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
-    """What has started this process as one of several: "TPU", "SLURM" or "Kubernetes", else None.
-
-    A TPU host may be one of a slice of hosts; which one, jax asks the machine.
-    """
+    """What has started this process as one of several: "TPU", "SLURM", "Kubernetes" or None."""
     devices = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     tpu = "tpu" in environment.get("JAX_PLATFORMS", "tpu")
     if tpu and devices and importlib.util.find_spec("libtpu"):
@@ -46,14 +40,13 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 
 def define_flags() -> Callable[[], None]:
     """Defines a command's flags for `join`, and returns the call of it with their values."""
+    integer, lost = flags.DEFINE_integer, "Silence after which one is lost."
     given: list[flags.FlagHolder[Any]] = [
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if no cluster tells it."),
-        flags.DEFINE_integer("processes", None, "How many there are; 1: alone, also in a cluster."),
-        flags.DEFINE_integer("process", None, "Which of them this one is, from 0."),
+        integer("processes", None, "How many there are; 1: alone, also in a cluster."),
+        integer("process", None, "Which of them this one is, from 0."),
         flags.DEFINE_float("join_minutes", 5.0, "How long to wait for others.", lower_bound=0.01),
-        flags.DEFINE_integer(
-            "lost_seconds", 100, "Silence after which one is lost.", lower_bound=5
-        ),
+        integer("lost_seconds", 100, lost, lower_bound=5),
     ]
     return lambda: join(*(flag.value for flag in given))
 
@@ -68,10 +61,9 @@ def join(
     """Finds the other processes of this run; called before anything asks jax for devices.
 
     `coordinator` is HOST:PORT of process 0. All three None: what `cluster` says, or alone;
-    `processes` 1: alone. Where the others have not come after so many minutes, the process ends
-    with a message. From then on a process that gives no sign of life for `lost` seconds ends all
-    others, and all but the first are silent on stdout. Raises UserError for flags that contradict
-    each other, and where jax cannot find the others.
+    `processes` 1: alone. If the others have not come after so many minutes, the process ends with a
+    message. Later one that gives no sign of life for `lost` seconds ends all. Only the first prints
+    to stdout. Raises UserError for flags that contradict each other, and where jax finds no others.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
@@ -79,40 +71,31 @@ def join(
     if processes == 1 or (by_cluster and not cluster(os.environ)):
         return
     if missing and not by_cluster:
-        wants = f"all of {', '.join(given)}, or none of them"
-        raise UserError(f"{', '.join(missing)} must be given too: {wants}")
+        wants = f"must be given too: all of {', '.join(given)}, or none of them"
+        raise UserError(f"{', '.join(missing)} {wants}")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process={process}: must be from 0 to --processes - 1 = {processes - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         wants = "HOST:PORT of process 0, for instance host0:1234"
         raise UserError(f"--coordinator={coordinator!r}: must be {wants}")
     found = f"process {process} of {processes}, coordinator {coordinator}"
-    if by_cluster:
-        found = f"{cluster(os.environ)} says"
+    found = f"{cluster(os.environ)} says" if by_cluster else found
     others = {None: "one of them", 0: "one or more of the others"}
     missed = others.get(process, f"process 0 at {coordinator}, or another,")
     late = (
-        "the processes of this run did not come together within "
-        f"--join_minutes={minutes:g} ({found}): {missed} is missing; check that the same command "
-        "was started on every host, that each can reach the coordinator's port, and that no "
-        "process of an earlier start still runs"
+        f"the processes of this run did not come together within --join_minutes={minutes:g} "
+        f"({found}): {missed} is missing; check that the same command was started on every host, "
+        "that each can reach the coordinator's port, and that no process of an earlier start runs"
     )
-    about = f"({found}), at most {minutes:g} minutes"
-    print(f"waiting for all processes of this run {about}", flush=True)
-    deadline = threading.Timer(60 * minutes, _end, [late])  # jax's own aborts, and says less
-    deadline.daemon = True
-    deadline.start()
+    every = "all processes of this run"
+    print(f"waiting for {every} ({found}), at most {minutes:g} minutes", flush=True)
+    deadline = end_soon(1, 60 * minutes, late)  # jax's own aborts, and says less
+    how: dict[str, Any] = {"cluster_detection_method": None if by_cluster else "deactivate"}
+    how |= {"heartbeat_timeout_seconds": lost, "initialization_timeout": round(60 * minutes) + 60}
     try:
         # It would take SIGTERM from `preemption.py`.
         jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            cluster_detection_method=None if by_cluster else "deactivate",
-            heartbeat_timeout_seconds=lost,
-            initialization_timeout=round(60 * minutes) + 60,
-        )
+        jax.distributed.initialize(coordinator, processes, process, **how)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the processes of this run cannot find each other ({found}): {error}; give "
@@ -162,15 +145,12 @@ def same(**values: str) -> None:
     everyone = exchange(values)
     for name, (process, theirs) in itertools.product(values, enumerate(everyone)):
         if theirs[name] != everyone[0][name]:
-            wants = "give all of them the same"
-            raise UserError(f"process {process} has another {name} than process 0: {wants}")
+            other = f"another {name} than process 0: give all of them the same"
+            raise UserError(f"process {process} has {other}")
 
 
 def ballots(mesh: Mesh, *votes: bool) -> jax.Array | None:
-    """This process's votes, a row for each of its devices: [devices, votes] bool; None if alone.
-
-    A jitted function counts them by `tally`: a question rides on work that all do anyway.
-    """
+    """This process's votes, a row for each of its devices, [devices, votes] bool; None if alone."""
     if jax.process_count() == 1:
         return None
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
@@ -184,16 +164,8 @@ def tally(cast: jax.Array | None) -> tuple[jax.Array, ...]:
 
 
 def leave(error: BaseException) -> None:
-    """Ends this process at once for an error that the others do not share, so that they end too.
-
-    The usual way out would wait for them, and they for this one. One process alone returns.
-    """
+    """Ends one of many processes at once for an error of its own: the usual way out would wait."""
     if jax.distributed.is_initialized():
         who = f"process {jax.process_index()} of {jax.process_count()}"
         told = str(error) or type(error).__name__
-        _end(f"{who} failed, or lost another one, whose message then says more: {told}")
-
-
-def _end(message: str) -> None:
-    say(message)
-    os._exit(1)
+        end(1, f"{who} failed, or lost another one, whose message then says more: {told}")

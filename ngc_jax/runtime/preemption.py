@@ -19,10 +19,9 @@ class Asked(Exception):
 
 
 def end_at_ctrl_c(told: str = "interrupted") -> None:
-    """Makes Ctrl-C end this process at once, with a line and exit code INTERRUPTED.
+    """Makes Ctrl-C end a program at once, with a line and exit code INTERRUPTED, unless ignored.
 
-    For programs. A KeyboardInterrupt is lost where it happens to be raised in a destructor or a
-    callback. A shell that has Ctrl-C ignored keeps it so.
+    A KeyboardInterrupt would be lost where it happens to be raised in a destructor or a callback.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -36,8 +35,8 @@ def end_at_ctrl_c(told: str = "interrupted") -> None:
 class Preemption:
     """`with Preemption() as asked: ... if asked: save and leave`.
 
-    A second Ctrl-C interrupts at once. SIGHUP counts where `nohup` does not have it ignored.
-    Signals reach the main thread alone: in another one the flag is never set.
+    A second Ctrl-C interrupts at once. SIGHUP counts unless ignored (`nohup`). Signals reach the
+    main thread alone: in another one the flag is never set.
     """
 
     def __enter__(self) -> "Preemption":
