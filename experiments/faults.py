@@ -302,6 +302,7 @@ def reseal(fault: Fault, run: Running) -> str:
     manifest = newest / MANIFEST
     if file != manifest:
         seal = json.loads(manifest.read_text())
+        del seal["sha256"]
         name = str(file.relative_to(newest))
         seal["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest.write_text(json.dumps(seal))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import random
 import shutil
 import threading
 
@@ -122,6 +123,7 @@ def test_damage_is_named_and_passed_over(three, kind):
 def reseal(home, change):
     """Changes a checkpoint, or what its manifest says, and seals it as if it had been saved so."""
     manifest = json.loads((home / MANIFEST).read_text())
+    manifest.pop("sha256", None)  # which one who reseals makes again
     change(home, manifest)
     manifest["files"] = {
         str(path.relative_to(home)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -312,6 +314,18 @@ def test_a_manifest_says_what_the_checkpoint_is(three):
     }
     held = {str(p.relative_to(three / "3")) for p in (three / "3").rglob("*") if p.is_file()}
     assert manifest["files"].keys() == held - {MANIFEST}
+
+
+def test_no_flipped_bit_of_a_manifest_is_accepted(three):
+    manifest, chance = three / "3" / MANIFEST, random.Random(0)
+    whole = manifest.read_bytes()
+    with Checkpoints(three, read_only=True) as checkpoints:
+        assert checkpoints.fault(3) is None
+        for at in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << chance.randrange(8)
+            manifest.write_bytes(flipped)
+            assert checkpoints.fault(3), (at, bytes(flipped[at - 20 : at + 20]))
 
 
 def test_a_seal_of_the_time_before_step_and_tree_were_sealed_still_holds(three):

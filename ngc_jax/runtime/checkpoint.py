@@ -256,6 +256,7 @@ class Checkpoints:
             sums = {name: files.sha256(path) for name, path in files.inside(home).items()}
             sums.pop(MANIFEST, None)
             seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
+            seal["sha256"] = _sum(seal)
             files.write_durably(home / MANIFEST, json.dumps(seal, indent=1))
             if not files.in_bucket(home):
                 files.sync(self.directory)  # where Orbax has given the step its name
@@ -312,6 +313,10 @@ def _cause(error: Exception) -> str:
     return str(error).partition(" [tensorstore_spec")[0]
 
 
+def _sum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _manifest(home: epath.Path) -> dict[str, Any]:
     """A checkpoint's step, files, meta and tree; an old one's step is UNSAID, and its tree {}.
 
@@ -322,8 +327,11 @@ def _manifest(home: epath.Path) -> dict[str, Any]:
         said = files.read_json(home / "meta" / "metadata", LARGEST)
         found = {"step": UNSAID, "files": found, "meta": said, "tree": {}}
     like: dict[str, Any] = {"step": 0, "files": {}, "meta": {}, "tree": {}}
+    said = found.pop("sha256", None) if isinstance(found, dict) else None
     if not isinstance(found, dict) or found.keys() != like.keys():
         raise ValueError(f"{MANIFEST} is no manifest")
+    if said not in (None, _sum(found)):  # none in one of an early 0.2
+        raise ValueError(f"{MANIFEST} does not match its checksum")
     if isinstance(found["meta"], dict):
         found["meta"] = META | found["meta"]
     for part, examples in ((found, like), (found["meta"], META)):
