@@ -101,12 +101,15 @@ class Running:
 
         Raises RuntimeError for what must not be: see the list at the top of this file.
         """
+        ended = None  # when the first of them had
         for process in self.processes:
             while process.poll() is None:
                 time.sleep(0.02)
-                silent = time.monotonic() - self.last
-                if silent > (HUNG if self.alive else GONE + 2 * TELLS * (len(self.processes) > 1)):
-                    os.killpg(process.pid, signal.SIGKILL)
+                if ended is None and not self.alive:
+                    ended = time.monotonic()
+                silent = time.monotonic() - max(self.last, ended or 0)
+                if silent > (HUNG if ended is None else GONE + 2 * TELLS):
+                    process.kill()
                     raise RuntimeError(f"{self.workdir}: it did not end: {silent:.0f} s of silence")
         took = time.monotonic() - self.last
         for reader in self._readers:
