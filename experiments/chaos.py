@@ -104,6 +104,7 @@ def campaign(
                 count[name] += 1
                 print(f"round {done + 1} of {rounds}: {befell}", flush=True)
             refusal = {FAILED, REFUSED} if undo or processes > 1 else set()
+            refusal |= {-signal.SIGABRT} if processes > 1 else set()  # by jax, which lost one
             code = run.end(ends_of(name) | refusal)
             unsaved += run.unsaved
             if code in (FAILED, REFUSED) and undo and not befell:
