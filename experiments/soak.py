@@ -58,7 +58,7 @@ def soak(workdir: pathlib.Path, updates: int, saves: int, more: list[str]) -> li
     fields += [f"checkpoint.every_steps={max(1, updates // saves)}"]
     line = [sys.executable, "launch.py", "--config=configs/ngc_tiny.py", f"--workdir={workdir}"]
     line += [f"--config.{field}" for field in fields] + more
-    found = []
+    found = list[Sample]()
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(1)

@@ -188,7 +188,7 @@ def test_the_clock_leaves_out_what_is_not_training(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     clock = Clock(before=50.0)
-    clock.start(0)
+    clock.lap(0)
     now[0] += 4
     with clock:
         now[0] += 1000

@@ -6,6 +6,7 @@ For: every file of `commands/`. Not for: what a command does.
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -30,15 +31,15 @@ PLACES = (
 
 
 def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
-    """The arguments that every command on a work directory takes, and `options`, for `read`."""
+    """The arguments of every command on a work directory, and `options`, for `read`."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     arguments.add_argument("--workdir", type=epath.Path, required=True, help="of a run")
     arguments.add_argument("--step", type=int, help="checkpoint; default: the newest sound one")
     arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
     for option in options:
-        told = ", ".join(filter(None, [option.help, option.range()]))
-        kind, default = type(option.default), option.default
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+        told, default = ", ".join(filter(None, [option.help, option.range()])), option.default
+        how: dict[str, Any] = {"type": type(default), "default": default}
+        how = {"action": "store_true"} if default is False else how
         arguments.add_argument(f"--{option.name}", help=told, **how)
     arguments.set_defaults(options=options)
     return arguments

@@ -2,15 +2,13 @@
 
 For: compiling a config's update for a mesh of devices that need not be there, and counting the
 bytes that its collectives move, per token that a device helps to compute: those of the batch /
-(mesh.data x mesh.fsdp). Beside them stand those of the dense model of the same sizes under ordinary
-tensor parallelism: heads and hidden neurons are split, each device has the whole stream. Fields are
-set as in `launch.py`: --config.model.heads=8. Not for: time.
-
-The program is XLA's for CPUs. For other devices it may split an all-reduce into a reduce-scatter
-and an all-gather, of the same bytes.
+(mesh.data x mesh.fsdp). Beside them stand those of the dense model of the same sizes under tensor
+parallelism. Fields are set as in `launch.py`. Not for: time. The program is XLA's for CPUs; others
+may split an all-reduce into a reduce-scatter and an all-gather, of the same bytes.
 """
 
 import functools
+import itertools
 import math
 import re
 from typing import Any
@@ -44,11 +42,8 @@ KEPT = ["width", "hidden", "groups", "heads", "attend", "remat", "exchange_activ
 KEPT += ["qk_norm", "qk_gain"]
 HEAD = ["bytes sent per token and device", "forward", "dense", "ratio", "update", "dense", "ratio"]
 Costs = tuple[dict[str, list[float]], dict[str, int]]  # of a model: see `costs`
-
 _COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-_OPERATION = re.compile(
-    r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.+?) (?P<name>[\w-]+)\((?P<rest>.*)$", re.MULTILINE
-)
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.+?) ([\w-]+)\((.*)$", re.MULTILINE)
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|(?:true|false)_computation|branch_computations)=(\{[^}]*\}|[^\s,]+)"
 )
@@ -59,10 +54,10 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 def wire_bytes(hlo: str) -> dict[str, float]:
     """Bytes that a device sends in one run of a compiled program, by kind of collective.
 
-    `hlo` is the program as text; a loop's body counts as often as it runs. Bytes are those of the
-    usual ring algorithms. For n participants and b bytes of result: all-reduce 2 b (n - 1) / n,
-    all-gather and all-to-all b (n - 1) / n, reduce-scatter b (n - 1), collective-permute b. Raises
-    ValueError for a loop of unknown length, and where the participants are not named.
+    `hlo` is the program as text; a loop's body counts as often as it runs. In the usual ring
+    algorithms, for n participants and b bytes of result: all-reduce 2 b (n - 1) / n, all-gather and
+    all-to-all b (n - 1) / n, reduce-scatter b (n - 1), collective-permute b. Raises ValueError for
+    a loop of unknown length, and where the participants are not named.
     """
     computations = {entry or name: body for entry, name, body in _COMPUTATION.findall(hlo)}
 
@@ -71,14 +66,12 @@ def wire_bytes(hlo: str) -> dict[str, float]:
         total = dict.fromkeys(KINDS, 0.0)
         for operation in _OPERATION.finditer(computations[computation]):
             result, name, rest = operation.groups()
-            kind, times = name.removesuffix("-start"), 1
+            kind, trips = name.removesuffix("-start"), _TRIPS.search(rest)
             if kind in KINDS:
                 total[kind] += _sent(kind, result, rest)
-            if name == "while":
-                trips = _TRIPS.search(rest)
-                if trips is None:
-                    raise ValueError(f"a loop of unknown length: {operation[0].strip()[:200]}")
-                times = int(trips[1])
+            if name == "while" and trips is None:
+                raise ValueError(f"a loop of unknown length: {operation[0].strip()[:200]}")
+            times = int(trips[1]) if name == "while" and trips else 1
             for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
                 for kind, size in sent(called).items():
                     total[kind] += times * size
@@ -89,9 +82,8 @@ def wire_bytes(hlo: str) -> dict[str, float]:
 
 def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
     """The loss of one accumulated part of a batch, compiled for a mesh; nothing is allocated."""
-    part = config.train.batch_size // config.train.accumulation
-    model, like, batch = _abstract(config, mesh, part)
-    dtype = jnp.dtype(config.train.compute_dtype)
+    train, dtype = config.train, jnp.dtype(config.train.compute_dtype)
+    model, like, batch = _abstract(config, mesh, train.batch_size // train.accumulation)
 
     def forward(params: Any, batch: Any) -> Any:
         return jnp.sum(losses(model, params, batch, dtype)[0])
@@ -112,8 +104,7 @@ def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
 def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageModel, Any, Any]:
     """The model, and the shapes and places of its state and of a batch."""
     model = make_model(config, most_tokens(config.data))
-    segments = segmented(config.data, mark_of(config))
-    batch = token_batch(windows, config.data.context, segments)
+    batch = token_batch(windows, config.data.context, segmented(config.data, mark_of(config)))
     return model, abstract_state(model, config.train, mesh), meshes.abstract_batch(mesh, batch)
 
 
@@ -124,10 +115,9 @@ def layers(config: ConfigDict) -> int:
 
 
 def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
-    """The ordinary decoder of as many layers and of the same sizes.
+    """The ordinary decoder of as many layers and of the same sizes, or of `width` in proportion.
 
-    `width`, if given, is its width, and hidden is in proportion. What a dense layer does not have
-    is at its default. Heads are those of the config, or as near as the sizes allow.
+    What a dense layer does not have is at its default. Heads are as near as the sizes allow.
     """
     dense, fresh, reads = config.copy_and_resolve_references(), base(), kind_of(config).reads
     dense.update({name: fresh[name] for name in ("model", "iteration", "rewire", "stability")})
@@ -144,10 +134,7 @@ def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
 
 
 def costs(config: ConfigDict, mesh: Mesh) -> Costs:
-    """What a device sends for a token, by kind of collective and in all, and bytes that it holds.
-
-    The former are pairs: bytes in a forward pass and in an update.
-    """
+    """Bytes that a device sends a token, [in a forward pass, in an update]; bytes that it holds."""
     forward, update = compile_forward(config, mesh), compile_update(config, mesh)
     tokens = config.train.batch_size * config.data.context / (mesh.size / mesh.shape["group"])
     part, whole = wire_bytes(forward.as_text()), wire_bytes(update.as_text())
@@ -165,14 +152,11 @@ def table(model: Costs, dense: Costs) -> str:
     for name, ours in model[0].items():
         both = list(zip(ours, dense[0][name], strict=True))
         if name not in KINDS or any(map(any, both)):
-            rows.append([name])
-            for a, b in both:
-                rows[-1] += [f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}" if a else ""]
-    lines = [aligned(rows)]
-    for what, size in model[1].items():
-        sizes = f"{size / 2**20:,.1f} MiB; dense {dense[1][what] / 2**20:,.1f} MiB"
-        lines.append(f"memory per device, {what}: {sizes}")
-    return "\n".join(lines)
+            cells = [(f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}" if a else "") for a, b in both]
+            rows.append([name, *itertools.chain(*cells)])
+    sizes = {what: (size / 2**20, dense[1][what] / 2**20) for what, size in model[1].items()}
+    held = [f"{what}: {a:,.1f} MiB; dense {b:,.1f} MiB" for what, (a, b) in sizes.items()]
+    return "\n".join([aligned(rows), *(f"memory per device, {line}" for line in held)])
 
 
 def read_mesh(text: str) -> dict[str, int]:
@@ -181,8 +165,8 @@ def read_mesh(text: str) -> dict[str, int]:
     for item in text.split(","):
         name, _, size = item.partition(":")
         if name not in sizes or not size.isdecimal() or int(size) < 1:
-            wants = "some of data:N,fsdp:N,group:N, for instance group:8"
-            raise UserError(f"--mesh={text}: must be {wants}")
+            wants = "must be some of data:N,fsdp:N,group:N, for instance group:8"
+            raise UserError(f"--mesh={text}: {wants}")
         sizes[name] = int(size)
     return sizes
 

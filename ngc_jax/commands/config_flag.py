@@ -23,10 +23,7 @@ EXTEND = "your own file, such as the config of the run, that registers a rule, t
 
 
 def extend(files: Iterable[str]) -> None:
-    """Runs Python files that add a rule, a task or a model of the user's to a table.
-
-    Raises UserError where one cannot be read.
-    """
+    """Runs a user's Python files, which fill our tables. Raises UserError for an unreadable one."""
     for file in files:
         try:
             runpy.run_path(file)
@@ -37,8 +34,8 @@ def extend(files: Iterable[str]) -> None:
 def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[ConfigDict, str]:
     """Reads the command line; returns the config, locked, and its file, "FILE" or "FILE:ARGUMENT".
 
-    The flags in `own` are read too. `--help` prints `about`, the flags and the fields, and ends the
-    command. Raises UserError for a mistake on the command line, or in the config file.
+    The flags in `own` are read too. `--help` prints `about`, the flags and the fields, and ends.
+    Raises UserError for a mistake on the command line, or in the config file.
     """
     flags.DEFINE_multi_string("extend", [], EXTEND, flag_values=own)
     if {"--help", "-help", "-h", "--helpfull"} & {*sys.argv}:
@@ -52,9 +49,8 @@ def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[Config
     name, colon, argument = given.partition(":")
     file = f"{config_path(name)}{colon}{argument}"
     argv = [sys.argv[0], f"--config={file}", *rest]
-    chosen = config_flags.DEFINE_config_file(
-        "config", None, lock_config=True, flag_values=own, sys_argv=argv
-    )
+    how = {"lock_config": True, "flag_values": own, "sys_argv": argv}
+    chosen = config_flags.DEFINE_config_file("config", None, **how)
     try:
         left = own(argv)[1:]
         config: ConfigDict = chosen.value
@@ -70,9 +66,8 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     """The last value of --config, or ""; and the other arguments."""
     value, rest, words = "", [], iter(arguments)
     for word in words:
-        name, given, told = word.partition("=")
-        if name in ("--config", "-config"):
-            value = told if given else next(words, "")
+        if found := re.fullmatch(r"--?config(=(.*))?", word, re.DOTALL):
+            value = found[2] if found[1] else next(words, "")
         else:
             rest.append(word)
     return value, rest

@@ -1,11 +1,9 @@
 """Held-out loss of a trained model: `python -m ngc_jax.evaluate --workdir=DIR`.
 
-`--rounds=8` runs the loop for another number of rounds than in training. `--rounds=settled` runs it
-until a round moves no token's state by `--tolerance` of its length, for `--cap` rounds at most, and
-prints how many rounds that took.
+`--rounds=8` runs the loop for so many rounds. `--rounds=settled` runs it until a round moves no
+token's state by `--tolerance` of its length, for `--cap` rounds at most, and prints their number.
 
-For: the command line. Not for: the evaluation itself (`training/evaluation.py`), or tests by
-difficulty (`solve.py`).
+For: the command line. Not for: the evaluation itself (`training/evaluation.py`).
 """
 
 from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of
@@ -26,8 +24,7 @@ def main() -> None:
     step = compile_eval(model, config, mesh, data, settle)
     amount = data.validation, config.eval.batch_size, args.windows
     result = held_out(step, trained.params, mesh, *amount)
-    # The measures are those of a loop with a fixed number of rounds.
-    if isinstance(model, Decoder) and settle is None:
+    if isinstance(model, Decoder) and settle is None:  # measures are of a fixed number of rounds
         result |= compile_watch(model, config, mesh, data)(trained.params)
     print(f"{args.workdir}, step {trained.step}, held out from {data.summary}")
     for name, value in result.items():

@@ -1,8 +1,7 @@
 """What a work directory holds: `python -m ngc_jax.inspect --workdir=DIR`.
 
-For: checkpoints and whether they are sound, the parameter table with stored against generated
-weights, and the SHA-256 of a state. Changes nothing, and may run beside the training. Not for: how
-good the model is (`evaluate.py`).
+For: checkpoints and whether they are sound, parameters, and the SHA-256 of a state; may run beside
+the training. Not for: how good the model is (`evaluate.py`).
 """
 
 import math
@@ -20,10 +19,7 @@ from ngc_jax.training.load import load
 
 
 def parameter_table(params: Any, model: LanguageModel) -> str:
-    """One line a parameter: path, shape, kind, numbers stored, and weights generated from them.
-
-    A synapse's weights stand in the line of its last part.
-    """
+    """A line for each parameter; beside the last part of a synapse, how many weights it makes."""
     info, made, rows = flatten_dict(model.param_info()), model.generated(), []
     for path, leaf in reversed(flatten_dict(params).items()):
         kind, synapses = info[path].kind, made.get(path[0], {})

@@ -1,7 +1,6 @@
 """Loss curves as a picture: `python -m ngc_jax.plot --out=curve.png DIR [DIR ...]`.
 
-For: reading metrics.jsonl of one run or several and drawing them. Not for: reports of studies
-(`experiments/`).
+For: drawing metrics.jsonl of runs. Not for: reports of studies (`experiments/`).
 """
 
 import argparse
@@ -49,9 +48,9 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 def main() -> None:
     """Draws the runs of a command line."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = pathlib.Path("curve.png")
-    arguments.add_argument("--out", type=pathlib.Path, default=default, help="PNG, SVG or PDF")
-    arguments.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    path = pathlib.Path
+    arguments.add_argument("--out", type=path, default=path("curve.png"), help="PNG, SVG or PDF")
+    arguments.add_argument("workdirs", nargs="+", type=path)
     args = arguments.parse_args()
     draw(args.workdirs, args.out)
     print(f"wrote {args.out}")

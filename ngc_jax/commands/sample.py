@@ -1,7 +1,6 @@
 """Continue a text: `python -m ngc_jax.sample --workdir=DIR --prompt="def " --tokens=200`.
 
-For: the command line. Not for: the sampling itself (`training/load.py`, `nn/model.py`), or
-serving.
+For: the command line. Not for: the sampling itself (`training/load.py`, `nn/model.py`).
 """
 
 import os
@@ -24,10 +23,7 @@ def main() -> None:
     """Prints the prompt and its continuation."""
     args = read(parser(__doc__, *OPTIONS, ROUNDS[0]))
     if args.rounds == "settled":
-        raise UserError(
-            "--rounds=settled: a cache keeps what each round made, so their number is fixed; give "
-            "a number"
-        )
+        raise UserError("--rounds=settled: must be a number: a cache keeps what each round made")
     asked = {name: getattr(args, name) for name in ("tokens", "temperature", "top_p", "seed")}
     asked["rounds"] = rounds_of(args)
     text = load(args.workdir, args.step).generate(os.fsencode(args.prompt), **asked)

@@ -1,7 +1,6 @@
 """The page of all settings: `python -m ngc_jax.settings > docs/settings.md`.
 
-For: writing docs/settings.md anew after a table of fields has changed. Not for: the tables
-themselves (`settings.py` of `data`, `nn` and `training`).
+For: writing docs/settings.md anew. Not for: the tables (`settings.py` of the rooms).
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """How many problems of a task a trained model solves: `python -m ngc_jax.solve --workdir=DIR`.
 
 A problem is solved when every answer is right, each the likeliest symbol given the right ones
-before it; for an answer of several symbols that is what greedy decoding writes. `--rounds` is that
-of `evaluate`.
+before it, as greedy decoding writes them. `--rounds` is that of `evaluate`.
 
-For: tests at any difficulty, also above those of training, on problems that training has not seen.
-Not for: the test itself (`training/evaluation.py`), or held-out loss (`evaluate.py`).
+For: tests at any difficulty, on problems that training has not seen. Not for: the test itself
+(`training/evaluation.py`).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,17 +34,15 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 
 def difficulties(given: str, data: Any) -> Sequence[int]:
-    """Difficulties to test: those given, as in "5,10,20".
+    """Difficulties to test: those given, as in "5,10,20". Raises UserError.
 
-    By default the least, middle and greatest of training, and twice the greatest. Raises UserError.
+    By default the least, middle and greatest of training, and twice the greatest.
     """
     middle, beyond = (data.low + data.high) // 2, min(2 * data.high, TASKS[data.task].highest)
-    try:
-        asked = [int(n) for n in given.split(",")] if given else None
-    except ValueError as error:
-        wants = "whole numbers with commas, for instance 5,10"
-        raise UserError(f"--difficulties={given}: must be {wants}") from error
-    asked = asked or sorted({data.low, middle, data.high, beyond})
+    if not re.fullmatch(r"(\d+(, ?\d+)*)?", given):
+        raise UserError(f"--difficulties={given}: must be whole numbers with commas, such as 5,10")
+    default = {data.low, middle, data.high, beyond}
+    asked = [int(n) for n in given.split(",")] if given else sorted(default)
     for difficulty in asked:
         check(data.task, difficulty, "--difficulties")
     return asked
@@ -53,14 +51,11 @@ def difficulties(given: str, data: Any) -> Sequence[int]:
 def main() -> None:
     """Prints the score at each difficulty."""
     args = read(parser(__doc__, *OPTIONS, *PLACES, *ROUNDS))
-    attend = None if args.attend < 0 else args.attend
-    how = {"seed": args.seed, "attend": attend, "rounds": rounds_of(args)}
-    trained = opened(args)
+    how = {"seed": args.seed, "attend": None if args.attend < 0 else args.attend}
+    how["rounds"], trained = rounds_of(args), opened(args)
     data = trained.config.data
     if not data.task:
-        raise UserError(
-            f"--workdir={args.workdir} holds a model of text: data.task is '' in its config"
-        )
+        raise UserError(f"--workdir={args.workdir} holds a model of text, with data.task=''")
     asked = difficulties(args.difficulties, data)
     about = f"trained on {data.low} to {data.high} {TASKS[data.task].unit}"
     print(f"{args.workdir}, step {trained.step}: {data.task}, {about}")

@@ -1,7 +1,7 @@
 """How stable a trained model is, as a page: `python -m ngc_jax.stability --workdir=DIR`.
 
-For: measuring a checkpoint on held-out text and writing OUT/index.html with its figures. Changes
-nothing else. Not for: what is measured or said (`ngc_jax/analysis/`).
+For: measuring a checkpoint on held-out text and writing OUT/index.html with its figures. Not for:
+what is measured or said (`ngc_jax/analysis/`).
 """
 
 import os
@@ -22,29 +22,20 @@ OPTIONS = (
 
 
 def held_out(examples: Examples, context: int, count: int) -> Batch:
-    """A batch of `count` held-out examples, or all where there are fewer, evenly spread.
-
-    Raises UserError where no interval or no slope can be had from them.
-    """
-    count = min(count, len(examples))
+    """A batch of at most `count` held-out examples, evenly spread. Raises UserError for too few."""
+    count, given = min(count, len(examples)), f"data.context={context}"
     if count < 2:
-        raise UserError(
-            f"the held-out data have {count} window of data.context={context}: an interval needs 2"
-        )
+        raise UserError(f"the held-out data have {count} window of {given}: an interval needs 2")
     if context < LEAST_TOKENS:
-        raise UserError(
-            f"data.context={context}: measures along tokens need a run with {LEAST_TOKENS} or more"
-        )
+        raise UserError(f"{given}: measures along tokens need a run with {LEAST_TOKENS} or more")
     batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
     return batch
 
 
 def main() -> None:
     """Writes the page and prints its headline numbers."""
-    arguments = parser(__doc__, *OPTIONS, *PLACES)
-    arguments.add_argument(
-        "--out", type=pathlib.Path, help="directory of the page; default: DIR/stability"
-    )
+    arguments, where = parser(__doc__, *OPTIONS, *PLACES), "of the page; default: DIR/stability"
+    arguments.add_argument("--out", type=pathlib.Path, help=f"directory {where}")
     args = read(arguments)
     matplotlib()
     trained = opened(args)
@@ -59,11 +50,9 @@ def main() -> None:
         raise page.unwritable(out, error) from error
     measured = measure(decoder, trained.params, batch, args.rounds)
     sequences, length = batch.inputs.shape
-    about = (
-        f"{page.describe(config)} Checkpoint of update {trained.step:,}, measured on "
-        f"{batch.inputs.size:,} tokens of held-out text: {sequences} windows of {length}, evenly "
-        "spread."
-    )
+    tokens = f"{batch.inputs.size:,} tokens of held-out text: {sequences} windows of {length}"
+    about = f"Checkpoint of update {trained.step:,}, measured on {tokens}, evenly spread."
+    about = f"{page.describe(config)} {about}"
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"
     for row in page.write(out, measured, trained.tokenizer, title, about):
         interval = f"{page.number(row.mean)} [{page.number(row.low)}, {page.number(row.high)}]"

@@ -42,8 +42,7 @@ class Examples(Protocol):
 class Windows:
     """A token stream as windows of `context` tokens next to one another, each with its targets.
 
-    `mark` begins a document; it is read, but no target. A token sees nothing across the last
-    `boundary` token, if one is given.
+    `mark`, which begins a document, is no target. A token sees nothing across the last `boundary`.
     """
 
     def __init__(
@@ -88,8 +87,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """These rows of the global batches of steps start .. stop - 1, read ahead on a thread.
 
-    Global row r of step s is example number s * batch_size + r of an endless sequence of epochs,
-    each of them a permutation of all examples drawn from (seed, epoch).
+    Row r of step s is example s * batch_size + r of endless epochs, each a permutation of all
+    examples drawn from (seed, epoch).
     """
     epochs = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     wanted = range(batch_size) if rows is None else rows

@@ -24,10 +24,7 @@ def cache_directory(config: Any) -> Path:
 
 
 def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder CACHE/NAME, which `build(folder)` makes where there is none that is sound.
-
-    Raises UserError where nothing can be kept, or others may write to the cache.
-    """
+    """The folder CACHE/NAME, sound, or made by `build(folder)`. Raises UserError if neither."""
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{name!r} names an entry of data.cache_dir: must be letters and digits")
     try:

@@ -46,10 +46,7 @@ def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
 
 
 def stdlib_documents() -> Documents:
-    """The source of this Python's standard library without duplicates: about 10 MB.
-
-    The hash of a file's path holds out 1 in 20, in each patch release the same ones.
-    """
+    """The source of this Python's library without duplicates, 10 MB; split by hashes of paths."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     documents: Documents = {"train": [], "validation": []}
     every = sorted(root.rglob("*.py"))
@@ -65,8 +62,7 @@ def stdlib_documents() -> Documents:
 def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
     """A user's text: of one file the tail is held out, of a folder a share of its files.
 
-    Files with a NUL byte (not text), hidden files and duplicates are left out. All must fit in
-    memory. Raises UserError.
+    Hidden files, duplicates and files with a NUL byte (no text) are left out. Raises UserError.
     """
     asked = f"data.path={str(path)!r}"
     try:

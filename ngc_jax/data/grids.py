@@ -13,34 +13,32 @@ import numpy as np
 from numpy.random import Generator
 
 WALL, OPEN, START, GOAL, PATH = range(5)
+Place = tuple[int, int]  # row, column
 Shape = tuple[int, int]
 
 
 def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A maze of size x size rooms, size >= 2, and the same with its path: grids of 2 size - 1.
 
-    Rooms stand at even places, walls or doors between them, and the wall around all is left out.
-    Any two rooms are joined by one way: doors are cut by a random depth-first walk. Start and goal
-    are two rooms drawn at random.
+    Rooms stand at even places, walls or doors between them, without the wall around all. A random
+    depth-first walk cuts the doors, so one way joins any two rooms. Start and goal are random.
     """
     grid = np.full((2 * size - 1,) * 2, WALL)
-    came_from: dict[tuple[int, int], tuple[int, int] | None] = {}
     first, last = (divmod(int(room), size) for room in rng.choice(size * size, 2, replace=False))
-    walk: list[tuple[tuple[int, int], tuple[int, int] | None]] = [(first, None)]
+    came_from, walk = dict[Place, Place](), [(first, first)]
     while walk:
         room, before = walk.pop()
         if room in came_from:
             continue
         came_from[room] = before
-        grid[2 * room[0], 2 * room[1]] = OPEN
-        if before is not None:
-            grid[room[0] + before[0], room[1] + before[1]] = OPEN
+        grid[2 * room[0], 2 * room[1]] = grid[room[0] + before[0], room[1] + before[1]] = OPEN
         sides = ((0, 1), (1, 0), (0, -1), (-1, 0))
         around = [(room[0] + down, room[1] + right) for down, right in sides]
-        free = [at for at in around if min(at) >= 0 and max(at) < size and at not in came_from]
-        walk += [(free[i], room) for i in rng.permutation(len(free))]
+        new = [at for at in around if min(at) >= 0 and max(at) < size and at not in came_from]
+        walk += [(new[i], room) for i in rng.permutation(len(new))]
     solved, at = grid.copy(), last
-    while (before := came_from[at]) is not None:
+    while at != first:
+        before = came_from[at]
         solved[2 * at[0], 2 * at[1]] = solved[at[0] + before[0], at[1] + before[1]] = PATH
         at = before
     for marked in (grid, solved):
@@ -54,9 +52,8 @@ def sudoku(
     """A Sudoku with so many empty cells and exactly one solution, and the solution.
 
     Without `search` singles solve it (`fill_singles`); with it they do not. Cells of a random
-    solution are emptied in random order where that leaves one solution. A cell whose digit is then
-    a single leaves it solvable by singles, and each such Sudoku can come about so; any other cell
-    is tried by `solutions`.
+    solution are emptied in random order where that leaves one solution: where the digit is then a
+    single, each of which leaves it solvable by singles, or `solutions` finds no other.
     """
     of = peers(shape)
     while True:
@@ -101,10 +98,7 @@ def free(grid: list[int], shape: Shape, cells: Iterable[int] = ()) -> dict[int, 
 
 
 def solutions(given: list[int], shape: Shape, rng: Generator | None = None) -> Iterator[list[int]]:
-    """All solutions, one after another; digits are tried in order, or as `rng` has it.
-
-    The empty cell that can hold fewest digits is tried first.
-    """
+    """All solutions, by trying digits in order, or as `rng` has it, where fewest are free."""
     grid, of = given.copy(), peers(shape)
 
     def fill(left: dict[int, set[int]]) -> Iterator[list[int]]:
@@ -125,10 +119,9 @@ def solutions(given: list[int], shape: Shape, rng: Generator | None = None) -> I
 
 
 def is_single(left: dict[int, set[int]], shape: Shape, cell: int, digit: int) -> bool:
-    """Whether an empty cell must hold this digit, one of `left` to it, seen from one unit alone.
+    """Whether a digit, one of left[cell], is a naked single (the only one there) or a hidden one.
 
-    A naked single: the cell can hold no other. A hidden single: no other empty cell of its row,
-    column or box can hold it.
+    Hidden: no other empty cell of its row, column or box can hold it. left: see `free`.
     """
     return left[cell] == {digit} or any(
         not any(digit in left.get(other, ()) for other in unit if other != cell)

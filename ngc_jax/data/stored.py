@@ -44,25 +44,19 @@ def read(home: pathlib.Path, split: str) -> Any:
 
 
 def open_set(folder: pathlib.Path) -> Any:
-    """The TFDS builder, read only, of the set in a folder.
-
-    Raises OSError or ValueError where there is none, or it names code, or a file elsewhere.
-    """
+    """The TFDS builder, read only, of a set. Raises OSError or ValueError where it is not sound."""
     import tensorflow_datasets as tfds  # late: a run whose tokens are cached never needs it
 
     inside(folder)  # raises OSError for a link
-    info, features = (read_json(folder / name, LARGEST) for name in (INFO, FEATURES))
+    info, features = read_json(folder / INFO, LARGEST), list[dict[str, Any]]()
+    read_json(folder / FEATURES, LARGEST, features.append)  # each object in it
     fields = ("name", "version", "filepathTemplate", "filepath_template")
     paths = {str(part[f]) for part in (info, *info.get("splits", ())) for f in fields if f in part}
-    left = [features]
-    while left:
-        found = left.pop()
-        inner = found if isinstance(found, dict) else dict(enumerate(found))
-        paths |= {name for name in inner if isinstance(name, str)}
-        for name in CLASSES & inner.keys():
-            if isinstance(inner[name], str) and not inner[name].startswith(PACKAGE):
-                raise ValueError(f"{FEATURES} names code to import, {inner[name]!r}")
-        left += [value for value in inner.values() if isinstance(value, dict | list)]
+    for part in features:
+        paths |= part.keys()
+        for kind in (part[name] for name in CLASSES & part.keys()):
+            if isinstance(kind, str) and not kind.startswith(PACKAGE):
+                raise ValueError(f"{FEATURES} names code to import, {kind!r}")
     if outside := sorted(path for path in paths if "/" in path or "\0" in path):
         raise ValueError(f"it names a file elsewhere, {outside[0]!r}")
     return tfds.builder_from_directory(str(folder))
@@ -71,8 +65,7 @@ def open_set(folder: pathlib.Path) -> Any:
 def find_set(name: str, home: str) -> pathlib.Path:
     """The folder of a prepared set, HOME/NAME[/CONFIG]/VERSION, of the newest version.
 
-    name: "set", "set/config", "set:1.0.0" or "set/config:1.0.0". home: "" for TFDS's default.
-    Raises OSError or ValueError where there is none.
+    name: "set", "set/config" or "set:1.0.0". home: "": TFDS's. Raises OSError or ValueError.
     """
     import tensorflow_datasets as tfds
 

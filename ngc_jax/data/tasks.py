@@ -101,9 +101,8 @@ def modular(rng: Generator, terms: int) -> Written:
 def hops(rng: Generator, count: int) -> Written:
     """`count` hops from each letter; one leads to the letter after its last occurrence.
 
-    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i]; where a hop finds none nothing
-    is asked. No letter stands twice in a row, a hop onto itself. There are 32, and 4 for each hop,
-    which goes back 3 on average.
+    A hop from X[i] goes to the largest j <= i with X[j - 1] = X[i], 3 back on average; where a hop
+    finds none nothing is asked. No letter stands twice in a row, which would be a hop onto itself.
     """
     letters = [int(rng.integers(4))]
     while len(letters) < 32 + 4 * count:
@@ -149,10 +148,7 @@ def listops(rng: Generator, depth: int) -> Written:
 
 
 def dyck(rng: Generator, depth: int) -> Written:
-    """The brackets that close what is open, then ".".
-
-    The question climbs to its depth, wanders for as many symbols, and goes straight to its end.
-    """
+    """The brackets that close what is open, then "."; it climbs, wanders, and goes to its end."""
     question, open_ = list[str](), list[str]()
     stop = int(rng.integers(1, depth + 1))  # brackets that are left open
     wandered = 0  # symbols up to which it wanders, once the depth is reached

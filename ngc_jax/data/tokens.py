@@ -131,8 +131,8 @@ def segmented(config: Any, mark: int | None = None) -> bool:
 def load_data(config: Any, mark: int | None = None) -> Data:
     """The data that `config.data` asks for, from the cache if they were made before.
 
-    Examples have segments where documents are isolated, where a task is read both ways, and where
-    `mark` is given: a token sees nothing across the last mark. Raises UserError.
+    With `mark` a token sees nothing across the last one, as in isolated documents and in tasks that
+    are read both ways. Raises UserError.
     """
     if not config.task:
         return _text(config, mark)

@@ -1,7 +1,7 @@
 """The blocks of a page: headings, paragraphs, tables, images, listings.
 
-For: one content in Markdown and in HTML. Text is plain: what they would read as markup is escaped,
-but for `code` between backticks. Not for: whole pages (`page.py`).
+For: one content in Markdown and in HTML. Text is plain: markup in it is escaped, but for `code`
+between backticks. Not for: whole pages (`page.py`).
 """
 
 import base64
@@ -44,8 +44,8 @@ def to_markdown(text: str) -> str:
 def heading(text: str, anchor: str = "", level: int = 2) -> Block:
     """A heading, in one line. `anchor`: a name for links to it."""
     text, name = " ".join(text.split()), f' id="{escape(anchor)}"' if anchor else ""
-    tag = f"h{level}"
-    return Block(f"{'#' * level} {to_markdown(text)}", f"<{tag}{name}>{to_html(text)}</{tag}>")
+    html = f"<h{level}{name}>{to_html(text)}</h{level}>"
+    return Block(f"{'#' * level} {to_markdown(text)}", html)
 
 
 def paragraph(text: str) -> Block:
@@ -55,10 +55,9 @@ def paragraph(text: str) -> Block:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", stacked: bool = False
 ) -> Block:
-    """Column heads, rows of as many cells, and a caption that explains the columns.
+    """Column heads, rows of as many cells, also of several lines, and a caption on the columns.
 
-    A cell may hold several lines. On a phone, a `stacked` table shows the cells of a row below each
-    other; another one of more than FEW columns tells the reader to scroll.
+    On a phone a `stacked` table has the cells of a row below each other; others are scrolled.
     """
     cells = [[to_markdown(c).replace("|", "\\|") for c in row] for row in [head, *rows]]
     cells.insert(1, ["---"] * len(head))
@@ -66,12 +65,10 @@ def table(
     heads = "".join(f"<th>{to_html(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
     html = f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody></table>"
-    if stacked:
-        html = f'<table class="stack">{html}'
-    else:
-        cue = f'<p class="cue">Scroll this table sideways: {len(head)} columns.</p>\n'
-        frame = '<div class="wide" tabindex="0" role="region" aria-label="table">'
-        html = f"{cue if len(head) > FEW else ''}{frame}<table>{html}</div>"
+    cue = f'<p class="cue">Scroll this table sideways: {len(head)} columns.</p>\n'
+    frame = '<div class="wide" tabindex="0" role="region" aria-label="table">'
+    scrolled = f"{cue if len(head) > FEW else ''}{frame}<table>{html}</div>"
+    html = f'<table class="stack">{html}' if stacked else scrolled
     if caption:
         text += f"\n\n{to_markdown(caption)}"
         html += f'\n<p class="caption">{to_html(caption)}</p>'

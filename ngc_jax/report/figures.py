@@ -34,10 +34,7 @@ def matplotlib() -> ModuleType:
 def figure(
     name: str, caption: str, draw: Callable[[Any], None], height: float = 4.0, width: float = WIDTH
 ) -> Block:
-    """What draw(figure) draws, as a block: on white, so that it is readable on a dark page.
-
-    height, width: in inches. The same drawing gives the same bytes each time.
-    """
+    """What draw(figure) draws, as a block, on white. height, width: in inches."""
     library, out = matplotlib(), io.BytesIO()
     with library.rc_context():
         library.rcdefaults()  # a user's own style may be dark
@@ -49,10 +46,7 @@ def figure(
 
 
 def look(kind: int, variant: int = 0, variants: int = 1) -> dict[str, str]:
-    """Colour, mark and line of a kind, or of one of its variants, all distinct for 40 of them.
-
-    Ten kinds have ten colours. Their variants, and further kinds, have other marks and lines.
-    """
+    """Colour, mark and line of a kind, or of one of its variants, all distinct for 40 of them."""
     turn, colour = divmod(kind, len(COLOURS))
     at = turn * variants + variant
     mark, line = MARKS[at % len(MARKS)], LINES[(at + at // len(MARKS)) % len(LINES)]

@@ -10,6 +10,12 @@ from html import escape
 from ngc_jax.report.blocks import Block, heading
 from ngc_jax.runtime.files import write_durably
 
+HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+"""
 # A wide table has a shadow at each end that can be scrolled to: two gradients of the page's colour
 # scroll with the table and cover the two shadows, which do not.
 STYLE = """
@@ -43,20 +49,14 @@ th, td { padding: 0.3rem 0.5rem; text-align: left; vertical-align: top;
 def write(
     home: pathlib.Path, name: str, title: str, blocks: Sequence[Block], markdown: bool = True
 ) -> None:
-    """Writes HOME/NAME.html, the files of its blocks and, if `markdown`, HOME/NAME.md.
-
-    Raises OSError where HOME cannot be written.
-    """
-    parts = [heading(title, level=1), *blocks]
+    """Writes HOME/NAME.html, its blocks' files and, if `markdown`, HOME/NAME.md. Raises OSError."""
+    parts, written = [heading(title, level=1), *blocks], dict[str, str | bytes]()
     for part in parts:
-        for file, data in part.files.items():
-            write_durably(home / file, data)
+        written |= part.files
     if markdown:
-        write_durably(home / f"{name}.md", "\n\n".join(part.markdown for part in parts) + "\n")
-    head = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-    )
+        written[f"{name}.md"] = "\n\n".join(part.markdown for part in parts) + "\n"
     body = "\n".join(part.html for part in parts)
-    write_durably(home / f"{name}.html", f"{head}<body>\n{body}\n</body>\n</html>\n")
+    head = f"{HEAD}<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+    written[f"{name}.html"] = f"{head}<body>\n{body}\n</body>\n</html>\n"
+    for file, data in written.items():
+        write_durably(home / file, data)

@@ -3,10 +3,9 @@
 For: the only file that touches Orbax. Checkpoint s is the state after s updates. Not for: when to
 save (`training/loop.py`).
 
-Orbax commits a step by renaming its directory, so a kill leaves no half step. But it restores one
-with a flipped byte in silence, and under any name. So MANIFEST.json seals each: its step, what the
-run says of itself (`meta`), the parameter tree, and the SHA-256 of every other file. (Before
-version 0.2 it is a plain {file: SHA-256}.) It finds accidents; who rewrites it is not stopped.
+Orbax commits a step by renaming its directory, but restores one with a flipped byte, or under any
+name. So MANIFEST.json seals each: its step, what the run says of itself (`meta`), the parameter
+tree, and the SHA-256 of every other file. (Before version 0.2 it is a plain {file: SHA-256}.)
 """
 
 import concurrent.futures
@@ -30,6 +29,7 @@ from ngc_jax.runtime.errors import UserError, plain
 
 Tree = Any
 MANIFEST = "MANIFEST.json"
+SPEC = " [tensorstore_spec"  # begins what TensorStore adds to an error
 UNSAID = 2**40 - 1  # as the step of a manifest: an old one, which names none
 LARGEST = 1 << 26  # bytes of a manifest, and of what a checkpoint holds besides its arrays
 # What a run says of itself, where it says nothing: seconds of training, fingerprint of its data,
@@ -59,10 +59,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one directory. `read_only` never writes or moves anything there.
-
-    As a context it is closed at the end. Raises UserError where the directory is a link.
-    """
+    """The checkpoints in a directory, which must be no link; `read_only` changes nothing there."""
 
     def __init__(self, directory: files.Path, keep: int = 3, read_only: bool = False):
         path = directory if files.in_bucket(directory) else os.path.abspath(directory)
@@ -122,7 +119,7 @@ class Checkpoints:
         Raises Foreign where it reads none, and one is whole.
         """
         faults: dict[int, str] = {}
-        foreign: Foreign | None = None
+        foreign = ""
         for step in reversed(multihost.exchange(self.steps())[0]):
             if among is None or step in among:
                 try:
@@ -130,9 +127,9 @@ class Checkpoints:
                 except Damaged as error:
                     faults[step] = plain(error)
                     if isinstance(error, Foreign):
-                        foreign = Foreign(f"checkpoint {step}: {faults[step]}")
+                        foreign = f"checkpoint {step}: {faults[step]}"
         if foreign:
-            raise foreign
+            raise Foreign(foreign)
         return None, faults
 
     def set_aside(self, step: int) -> epath.Path:
@@ -142,10 +139,9 @@ class Checkpoints:
         return aside
 
     def restore(self, step: int, like: Tree, config: dict[str, Any] | None = None) -> Restored:
-        """A step, read into the shapes, dtypes and shardings of `like`.
+        """A step, in shapes, dtypes and shardings of `like`. Fields of `config` must be as there.
 
-        Each field of `config` that the checkpoint has too must be the same there. Raises Damaged in
-        every process where one of them cannot read it, and Foreign.
+        Raises Damaged in every process where one of them cannot read it, and Foreign.
         """
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
         fault = self.fault(step, 2 * needed + LARGEST) if multihost.first() else None
@@ -156,7 +152,7 @@ class Checkpoints:
             except Foreign:
                 raise
             except Exception as error:  # whatever Orbax and TensorStore raise for what they read
-                fault = f"it cannot be restored: {_cause(error)}"
+                fault = f"it cannot be restored: {str(error).partition(SPEC)[0]}"
             (fault, *_) = [*filter(None, multihost.exchange(fault)), None]
         if fault is not None:
             raise Damaged(fault)
@@ -245,7 +241,8 @@ class Checkpoints:
             home = self.directory / str(step)
             if jax.process_count() == 1 and not (home / MANIFEST).exists():
                 files.remove(home)
-            raise SaveFailed(f"checkpoint {step} could not be saved: {_cause(error)}") from error
+            cause = str(error).partition(SPEC)[0]
+            raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
 
     def _seal(self, step: int, meta: dict[str, Any], tree: dict[str, str]) -> None:
         with self._attempt(step):
@@ -277,10 +274,7 @@ class Checkpoints:
 
 
 def quiet_failures() -> None:
-    """Leaves out what libraries tell of a save that fails, once for each part: we say it once.
-
-    For programs. TensorStore tells Orbax, whose event loop is closed by then or does not listen.
-    """
+    """Makes a program leave out what libraries tell of the parts of a failed save: we say it."""
 
     def unraisable(told: Any) -> None:
         if str(told.exc_value) != "Event loop is closed":
@@ -309,19 +303,12 @@ def _shapes(tree: Tree) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
 
 
-def _cause(error: Exception) -> str:
-    return str(error).partition(" [tensorstore_spec")[0]
-
-
 def _sum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest(home: epath.Path) -> dict[str, Any]:
-    """A checkpoint's step, files, meta and tree; an old one's step is UNSAID, and its tree {}.
-
-    Raises ValueError for what is no manifest.
-    """
+    """A checkpoint's step (UNSAID in an old one), files, meta and tree ({} in an old one)."""
     found = files.read_json(home / MANIFEST, LARGEST)
     if isinstance(found, dict) and isinstance(found.get("meta/metadata"), str):
         said = files.read_json(home / "meta" / "metadata", LARGEST)

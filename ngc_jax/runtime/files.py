@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from etils import epath
@@ -77,10 +77,10 @@ def read(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def read_json(path: Path, limit: int) -> Any:
-    """What a JSON file in UTF-8 holds. Raises OSError as `read` does, and ValueError for others."""
-    try:
-        return json.loads(read(path, limit).decode())  # json.loads(bytes) would guess an encoding
+def read_json(path: Path, limit: int, hook: Callable[[Any], Any] | None = None) -> Any:
+    """What a JSON file in UTF-8 holds; see `read`. Raises ValueError for another. hook: of json."""
+    try:  # json.loads(bytes) would guess an encoding
+        return json.loads(read(path, limit).decode(), object_hook=hook)
     except RecursionError as error:
         raise ValueError(f"{path.name} is nested too deeply") from error
 
@@ -118,10 +118,7 @@ def remove(path: Path) -> None:
 
 
 def move(directory: Path, to: Path) -> None:
-    """Renames a directory, over an existing one. In a bucket, copies and then removes its files.
-
-    Raises OSError where the directory to move into is a link.
-    """
+    """Renames a directory, over an existing one. Raises OSError where `to` is inside a link."""
     if in_bucket(directory):
         for name, path in inside(directory).items():
             epath.Path(path).copy(to / name, overwrite=True)
@@ -206,8 +203,7 @@ class Log:
 def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to build in, renamed to `home` if the block succeeds and removed if it fails.
 
-    A build that is killed leaves nothing that a later one could take for whole. Of two builds at
-    once the second to finish is dropped. Raises UserError where nothing can be written.
+    Of two builds at once the second to finish is dropped. Raises UserError if it cannot write.
     """
     wrong, building = f"data.cache_dir={str(home.parent)!r} cannot be written", None
     try:

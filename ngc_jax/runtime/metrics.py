@@ -29,10 +29,7 @@ def read_rows(workdir: files.Path) -> list[Row]:
 
 
 def _lines(workdir: files.Path) -> dict[int, Row | None]:
-    """Whole lines as rows, by number; None: no row. Not blank ones, which may be NULs (a crash).
-
-    Raises UserError where there is no file that can be read.
-    """
+    """Whole lines as rows, by number; None: no row. Blank ones, also of NULs, are left out."""
     path = workdir / "metrics.jsonl"
     try:
         lines = files.read(path, LARGEST).split(b"\n")[:-1]
@@ -63,9 +60,8 @@ class Metrics:
     """Appends rows. Opening it drops the rows after `start`, the step that the run continues from.
 
     `measured`: what the rows of `start` hold besides its update: "eval", "stability", "final",
-    "wiring". Of many processes the first one writes, and all must open it. `rows`, `sha256`: how
-    many rows a checkpoint of `start` counted, and their digest; 0 where it did not. Raises
-    UserError where a row up to `start` is lost, since it is not made again.
+    "wiring". Every process opens it; the first one writes. `rows`, `sha256`: how many rows a
+    checkpoint of `start` counted (0: not known), and their digest. Raises UserError for lost rows.
     """
 
     def __init__(self, workdir: files.Path, start: int, rows: int = 0, sha256: str = ""):
@@ -95,10 +91,7 @@ class Metrics:
         return {"rows": self._rows, "rows_sha256": self._sha256.hexdigest()}
 
     def sync(self) -> None:
-        """Puts all rows on disk, before a checkpoint, which so never lacks the rows before it.
-
-        Raises OSError where that cannot be; the rows are kept for the next time.
-        """
+        """Puts all rows on disk, before a checkpoint. Raises OSError; the rows are kept then."""
         if self._log:
             self._log.sync()
 
@@ -181,14 +174,9 @@ class Clock:
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._since
 
-    def start(self, step: int) -> None:
-        """Begins a lap."""
-        self._mark = (step, self.seconds())
-
     def lap(self, step: int) -> float:
-        """Seconds per step since the last lap."""
-        last, then = self._mark
-        self.start(step)
+        """Seconds per step since the last lap; begins the next one."""
+        (last, then), self._mark = self._mark, (step, self.seconds())
         return (self._mark[1] - then) / max(1, step - last)
 
     def __enter__(self) -> "Clock":

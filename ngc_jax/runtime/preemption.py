@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM (a scheduler), SIGHUP (a lost terminal) and the first Ctrl-C.
 
-For: one process, in which they set a flag that is read between updates and between batches of an
-evaluation. Not for: stopping many at the same update (`multihost.py`), or hangs (`watchdog.py`).
+For: one process, in which they set a flag. Not for: stopping many at the same update
+(`multihost.py`), or hangs (`watchdog.py`).
 """
 
 import os
@@ -19,11 +19,9 @@ class Asked(Exception):
 
 
 def end_at_ctrl_c(told: str = "interrupted") -> None:
-    """Makes Ctrl-C end a program at once, with a line and exit code INTERRUPTED, unless ignored.
+    """Makes Ctrl-C end a program at once, with a line and exit code INTERRUPTED, unless ignored."""
 
-    A KeyboardInterrupt would be lost where it happens to be raised in a destructor or a callback.
-    """
-
+    # A KeyboardInterrupt would be lost where it happens to be raised in a destructor or a callback.
     def end(number: int, frame: FrameType | None) -> None:
         os.write(2, f"error: {told}\n".encode())  # a print may be what is interrupted
         os._exit(INTERRUPTED)

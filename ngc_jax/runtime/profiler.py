@@ -19,10 +19,9 @@ def traceable(updates: str) -> bool:
 
 
 class Profile:
-    """Traces the updates "first:last" ("": none), and what is done between them, into a directory.
+    """Traces the updates "first:last" ("": none) of the first process into a directory.
 
-    As a context it ends a trace under way. Only the first process is traced. Raises UserError where
-    `home` is in a bucket.
+    As a context it ends a trace under way. Raises UserError where `home` is in a bucket.
     """
 
     def __init__(self, updates: str, home: Path):

@@ -1,7 +1,7 @@
 """A watch over a run that may hang: where nothing finishes for too long, it prints all stacks.
 
 For: a device, a file system or a partner that never answers. Not for: a run that is asked to stop
-(`preemption.py`), or code that hangs without letting other threads of Python run.
+(`preemption.py`), or code that lets no other thread of Python run.
 """
 
 import contextlib
@@ -47,8 +47,7 @@ class Watchdog:
     def _watch(self) -> None:
         told = 0.0  # the beat after which a hang was reported
         while not self._over.wait(max(0.01, min(1.0, self._seconds / 4))):
-            last = self._last
-            if last != told and time.monotonic() - last > self._seconds:
+            if (last := self._last) != told and time.monotonic() - last > self._seconds:
                 told = last
                 self._tell()
                 if self._leave:

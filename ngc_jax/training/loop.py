@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
 
     # ---- Train -----------------------------------------------------------------------------------
     with this.checkpoints, this.asked_to_stop, this.watchdog, profile:
-        this.clock.start(this.step)
+        this.clock.lap(this.step)
         while True:
             # What comes after update `this.step`, also after that which this start continues from.
             profile.turn(this.step, this.state)
