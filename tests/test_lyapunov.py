@@ -289,7 +289,7 @@ def test_cost_is_that_of_one_tangent_for_each_exponent():
         ({"qr_every": 3}, "qr_every=3: must divide the 10 steps of a block, for instance 2"),
         ({"step": lambda x, u: x[:2]}, "step: makes float32[2] of float32[3]"),
         ({"step": lambda x, u: x.astype(jnp.bfloat16)}, "step: makes bfloat16[3] of float32[3]"),
-        ({"step": lambda x, u: (x, x)}, "step: makes a PyTreeDef"),
+        ({"step": lambda x, u: (x, x)}, "step: makes ('float32[3]', 'float32[3]') of float32[3]"),
         ({"x0": jnp.array([1, 2, 3])}, "x0: dtype int32"),
         ({"x0": jnp.array([1.0, jnp.nan, 2.0])}, "x0: not finite"),
         (

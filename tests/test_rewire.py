@@ -379,7 +379,7 @@ def test_a_run_that_lost_its_latter_part_makes_it_again_to_the_bit(tiny, tmp_pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model.channels": 4}, "model.channels=4: must be from 1 to model.groups - 1 = 3"),
+        ({"model.channels": 4}, "model.channels=4: must be less than model.groups=4"),
         ({"rewire.channels": 5}, "rewire.channels=5: must be from 1 to model.channels = 3"),
         (
             {"rewire.end": 0.0},

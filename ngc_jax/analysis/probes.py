@@ -148,7 +148,7 @@ def token_exponents(
 
 def parts_to_silence(shape: ModelShape) -> list[str]:
     """What `silenced` can do without in a model."""
-    return ["messages"] * shape.has_messages + ["drive"] * shape.has_drive
+    return ["messages"] * shape.has_messages + ["drive"] * (shape.core > 0 and shape.drive)
 
 
 def silenced(model: Decoder, params: Params, what: str) -> Params:

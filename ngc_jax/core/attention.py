@@ -1,10 +1,8 @@
 """Attention across tokens: rotary positions; with or without a cache; without softmax.
 
-For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/layers.py`,
-`nn/bdh.py`).
-
-Axes: B batch, T query tokens, S keys (T, or the cache's length), H heads, d channels of a head; in
-linear attention N neurons of a head and D channels of a value.
+For: the only place where tokens meet. Not for: what makes queries, keys and values (`nn/`). Axes: B
+batch, T query tokens, S keys (T, or the cache's length), H heads, d channels of a head; in linear
+attention N neurons of a head, D channels of a value.
 """
 
 from typing import Any
@@ -31,9 +29,8 @@ def attention_mask(
 ) -> Array:
     """Which keys each query sees: boolean [1 or B, 1, T, S].
 
-    A query at positions [T] sees the keys [S] at its own position and up to `window` - 1 before it,
-    unless `causal` as many after it too; with segments [B, T] (documents, numbered; S = T), only
-    those of its own document.
+    A query at positions [T] sees the keys [S] at its own and up to `window` - 1 positions before,
+    unless `causal` as many after; with segments [B, T] (documents; S = T), those of its own only.
     """
     distance = positions[:, None] - keys[None, :]
     mask = (((distance >= 0) | (not causal)) & (abs(distance) < window))[None, None]
@@ -44,11 +41,9 @@ def attention_mask(
 
 def update_cache(cache: Cache, key: Array, value: Array, position: Array) -> Cache:
     """Write keys and values [B, T, H, d] into the cache from `position` on."""
-
-    def write(kept: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(kept, new.astype(kept.dtype), (0, position, 0, 0))
-
-    return jax.tree.map(write, cache, {"key": key, "value": value})
+    write, new = jax.lax.dynamic_update_slice, {"key": key, "value": value}
+    at = (0, position, 0, 0)
+    return {name: write(old, new[name].astype(old.dtype), at) for name, old in cache.items()}
 
 
 def attention_weights(query: Array, key: Array, mask: Array) -> Array:
@@ -68,8 +63,7 @@ def mix(share: Array, value: Array) -> Array:
 def fused(query: Array) -> bool:
     """Whether cuDNN has attention in one kernel (arXiv 2205.14135) for queries [B, T, H, d] here.
 
-    That is in half precision, on NVIDIA's GPUs from Ampere on, for d up to 128 in eights. It has no
-    forward-mode derivative, which measures of stability, in float32, need.
+    In half precision, from Ampere on, for d up to 128 in eights; without forward-mode derivatives.
     """
     if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
         return False
@@ -79,21 +73,17 @@ def fused(query: Array) -> bool:
 
 
 def attend_fused(query: Array, key: Array, value: Array, causal: bool = True) -> Array:
-    """`mix` of `attention_weights` where each token sees all, or if `causal` all before it.
-
-    [B, T, H, d] each -> [B, T, H d]. It lowers for CUDA; no GPU has run it yet.
-    """
-    mixed = jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, implementation="cudnn"
-    )
+    """Attention to all tokens, or if `causal` all before: [B, T, H, d] each -> [B, T, H d]."""
+    # It lowers for CUDA; no GPU has run it yet.
+    how: Any = {"is_causal": causal, "implementation": "cudnn"}
+    mixed = jax.nn.dot_product_attention(query, key, value, **how)
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
 def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
     """Rotary positions on the pairs of channels (2c, 2c + 1): x [..., T, N], N even; positions [T].
 
-    `rotate` pairs (c, c + N/2). As BDH does it, whole turns are dropped from angles: in float32 the
-    order of operations shows at distant positions.
+    As BDH does it: whole turns are dropped from angles, which float32 shows at distant positions.
     """
     frequency = base ** (-jnp.arange(0, x.shape[-1], 2, dtype=jnp.float32) / x.shape[-1])
     angle = 2 * jnp.pi * ((positions[:, None] * (frequency / (2 * jnp.pi))) % 1)  # [T, N/2]
@@ -106,11 +96,10 @@ def rotate_neighbours(x: Array, positions: Array, base: float) -> Array:
 def attend_linearly(
     read: Array, value: Array, mask: Array, state: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """sum over s of (read_t . read_s) value_s under the mask: [B, H, T, D].
+    """sum over s of (read_t . read_s) value_s under the mask, without softmax: [B, H, T, D].
 
-    read [B, H, T, N], query and key in one; value [B, T, D], the same for all heads; no softmax, no
-    scale. `state` [B, H, N, D], if given, is the sum of read_s value_s over the tokens before
-    these, all of which are heard; it is returned with these tokens added.
+    read [B, H, T, N], query and key in one; value [B, T, D], of all heads. `state` [B, H, N, D], if
+    given, is the sum of read_s value_s over tokens before; it is returned with these added.
     """
     score = jnp.where(mask, jnp.einsum("bhtn,bhsn->bhts", read, read), 0)
     mixed = jnp.einsum("bhts,bsd->bhtd", score, value)

@@ -1,8 +1,7 @@
 """The communication loop: groups exchange signals for some rounds, with the same states in each.
 
-For: one round and its scan, whatever the update is; and loops of a number of rounds that is an
-array, or that the state decides. Not for: the update itself (`nn/layers.py`), or how many rounds an
-update of training has (`training/rounds.py`).
+For: loops of a number of rounds that is fixed, an array, or that the state decides. Not for: what a
+round adds (`nn/layers.py`), or how many rounds training takes (`training/rounds.py`).
 """
 
 from collections.abc import Callable
@@ -40,19 +39,17 @@ def communicate(
 ) -> tuple[Array, Any, Round | None]:
     """Run x <- phi(keep x + drive e + update(x)) for `rounds` rounds from x_0 = e = `start`.
 
-    start [..., D]; keep (leak) and drive (external potential) [D], one number a channel; phi is the
-    entry `activation` of STATE_ACTIVATIONS, KeyError where there is none. `memory` is a tree whose
-    arrays have a leading axis of length `rounds` (key-value caches while decoding); update(x,
-    memory of this round) returns what it adds to x and its new memory. With `remat` a round is
-    recomputed for the gradient: memory grows by one [..., D] a round. Returns (x_R, memory, each
-    round's stability measures if `record`, else None).
+    start [..., D]; keep (leak) and drive (external potential) [D]; phi is the entry `activation` of
+    STATE_ACTIVATIONS, else KeyError. `memory`: a tree of arrays with a leading axis of `rounds`
+    (caches); update(x, memory of this round) returns what it adds to x and its new memory. With
+    `remat` a round is recomputed for the gradient. Returns (x_R, memory, each round's stability
+    measures if `record`, else None).
     """
     chex.assert_shape([keep, drive], start.shape[-1:])
 
     def one_round(carry: tuple[Array, Any], memory: Any) -> tuple[tuple[Array, Any], Any]:
         x, change = carry
-        added, memory = update(x, memory)
-        driven = drive * start
+        (added, memory), driven = update(x, memory), drive * start
         after = advance(x, added, driven, keep, activation)
         if change is None:
             return (after, None), (memory, None)
@@ -79,21 +76,17 @@ def communicate_per_example(
     """Run x <- turn(x) from x_0 = `start`, for each example as many rounds as it asks for.
 
     start [B, ...]; rounds [B], int32, >= 0. Gradients go through the last `backprop` rounds of each
-    example (truncated back-propagation). The rounds before are run by `still`, which is turn with
-    gradients stopped, in a loop that keeps nothing and runs as often as the longest example needs;
-    with still=None there are none before, and `backprop` is the most rounds that are run. An
-    example of fewer rounds than others rests before its first one, so that all end together.
-
-    disturb(x, rounds left with this one), if given, is what becomes of a state after its round.
+    example. The rounds before are run by `still`, turn with gradients stopped, in a loop that keeps
+    nothing; with still=None there are none, and `backprop` is the most rounds that are run. An
+    example of fewer rounds rests before its first one, so that all end together. disturb(x, rounds
+    left with this one), if given, is what becomes of a state after its round.
     Returns states [S, B, ...] and the rounds [S, B] that each example had made there: after the
-    last round, which is the last of them, and, where `every` > 0, at each `every` rounds before it
-    within the last `backprop`.
+    last round and, where `every` > 0, each `every` rounds before it within the last `backprop`.
     """
     asked = rounds.reshape(-1, *(1,) * (start.ndim - 1))
 
     def after_round(by: Turn, x: Array, left: Array) -> Array:
-        after = disturb(by(x), left) if disturb else by(x)
-        return jnp.where(left <= asked, after, x)
+        return jnp.where(left <= asked, disturb(by(x), left) if disturb else by(x), x)
 
     x = start
     if still is not None:
@@ -120,10 +113,8 @@ def communicate_until_settled(
 ) -> tuple[Array, Array]:
     """Runs x <- turn(x) from `start` [..., D] until no state moves, `cap` rounds at most.
 
-    A token's state rests in a round that would move it by less than `tolerance` of its length
-    (`relative_change`), until a round would move it again. So no token moves by what comes after
-    it, and at the end a round would move each by less than the tolerance, but for the cap. Returns
-    the state, and the rounds [...] in which each token moved. No gradient.
+    A token's state rests in a round that would move it by less than `tolerance` of its length.
+    Returns the state, and the rounds [...] in which each token moved. No gradient.
     """
 
     def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -132,8 +123,7 @@ def communicate_until_settled(
         moves = ~(relative_change(after, x) < tolerance)  # what is not finite does not rest
         return jnp.where(moves[..., None], after, x), rounds + moves, made + 1, jnp.any(moves)
 
-    zero = jnp.zeros((), jnp.int32)
-    rounds = jnp.zeros(start.shape[:-1], jnp.int32)
-    begin: tuple[Array, ...] = (start, rounds, zero, jnp.ones((), bool))
+    zeros = [jnp.zeros(shape, jnp.int32) for shape in (start.shape[:-1], ())]
+    begin: tuple[Array, ...] = (start, *zeros, jnp.ones((), bool))
     x, rounds, *_ = jax.lax.while_loop(lambda carry: carry[3] & (carry[2] < cap), one_round, begin)
     return x, rounds

@@ -1,7 +1,6 @@
 """What a parameter is: the record that whoever creates one gives with it.
 
-For: `ParamInfo`, read by the optimizer, the mesh, counts, rewiring, bounds and instruments. Not
-for: the parameters themselves, or how records are collected from layers (`nn/params.py`).
+For: `ParamInfo`, which all others read. Not for: how records are collected (`nn/params.py`).
 """
 
 import dataclasses
@@ -9,28 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 
+# Of neurons, with what they share; dense; at either end; a number a channel; who hears whom
 Kind = Literal["state", "matrix", "embedding", "scale", "wiring"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """One parameter. A tree of these lies parallel to a tree of parameters.
-
-    kind: "state" of neurons, with what they share; dense "matrix"; "embedding" at either end;
-    "scale", one number a channel; or "wiring", integers that say who hears whom.
-    axes: what each axis counts. `nn/mesh.py` knows "stage", "group", "channel" and "vocab"; other
-    words, and None, mean that nothing depends on it.
-    rule, part, side: of a synapse's states, the rule's name, the summand ("intra", "inter",
-    "dense"), and whether they send ("pre") or receive ("post").
-    matrix: the axis, counted from the end, that a product with this parameter sums over. The axes
-    after it are the outputs, those before it a batch of matrices. None: it is no matrix.
-    """
+    """One parameter. A tree of these lies parallel to a tree of parameters."""
 
     kind: Kind
-    axes: tuple[str | None, ...]
-    rule: str = ""
-    part: str = ""
-    side: str = ""
+    axes: tuple[str | None, ...]  # what each counts: "stage", "group", "channel", "vocab", ...
+    rule: str = ""  # of a synapse's states, its name
+    part: str = ""  # the summand of the synapse, "intra", "inter" or "dense"
+    side: str = ""  # whether they send, "pre", or receive, "post"
+    # The axis, from the end, that a product with this sums over; those before it are a batch of
+    # matrices, those after it outputs. None: it is no matrix.
     matrix: int | None = None
 
     @property
@@ -41,17 +33,16 @@ class ParamInfo:
 
 def state_info(states: Any, side: str, grouped: bool) -> Any:
     """The records of one side's states, as `Rule` describes them, or of their shapes."""
+    known = (
+        {"map": ("group",), "state": ("group", "neuron")} if grouped else {"state": ("channel",)}
+    )
 
     def record(name: str, leaf: Any) -> ParamInfo:
-        first, matrix = list[str](), None
         if not issubclass(leaf.dtype.type, np.floating):  # whatever it is called
             return ParamInfo("wiring", (None,) * leaf.ndim, side=side)
-        if name == "map":
-            first, matrix = ["group"] * grouped, -2
-        elif name == "state":
-            first = ["group", "neuron"] if grouped else ["channel"]
-            matrix = len(first) - 1 - leaf.ndim
+        first = known.get(name, ())
         axes = (*first, *(None,) * (leaf.ndim - len(first)))
+        matrix = {"map": -2, "state": len(first) - 1 - leaf.ndim}.get(name)
         return ParamInfo("state", axes, side=side, matrix=matrix)
 
     if isinstance(states, dict):

@@ -1,9 +1,7 @@
 """Communication along tokens: a state that hears one token after another, at any length.
 
-For: the loop over tokens, whole or in parts for truncated back-propagation through time. Not for:
-what a round does (`nn/recurrent.py`), or rounds with all tokens at once (`communicate.py`).
-
-Axes: T tokens, in front; B sequences, n neurons.
+For: the loop over tokens, whole or in parts. Not for: what a round does (`nn/recurrent.py`), or
+rounds of all tokens at once (`communicate.py`). Axes: T tokens, in front; B sequences, n neurons.
 """
 
 from collections.abc import Callable
@@ -18,10 +16,8 @@ Tree = Any
 
 
 def time_scales(neurons: int, groups: int, longest: float) -> np.ndarray:
-    """Tokens that neurons remember for at start: [neurons], 1 to `longest` in each group.
-
-    Spread evenly in their logarithm; chrono initialisation (arXiv 1804.11188) draws them.
-    """
+    """Tokens that neurons remember for at start, [neurons]: 1 to `longest` in each group."""
+    # Spread evenly in their logarithm; chrono initialisation (arXiv 1804.11188) draws them.
     return np.tile(np.geomspace(1.0, max(longest, 1.0), neurons // groups), groups)
 
 
@@ -37,8 +33,8 @@ def along_tokens(
     """Runs h <- turn(h, what the token says), `rounds` times a token, from `state` [B, n].
 
     said: a tree of arrays [T, B, ...]. first [T, B], bool, if given: where a document begins, which
-    finds h = 0. With `remat` a token is recomputed for the gradient: memory grows by one [B, n] a
-    token. Returns the last h, and h after each token [T, B, n].
+    finds h = 0. With `remat` a token is recomputed for the gradient. Returns the last h, and h
+    after each token [T, B, n].
     """
 
     def token(h: Array, heard: tuple[Tree, Array | None]) -> tuple[Array, Array]:
@@ -57,16 +53,14 @@ def in_chunks(
 ) -> tuple[Tree, Tree]:
     """run(state, inputs) -> (state, outputs), for `length` tokens at a time; 0: for all at once.
 
-    The leading axis of inputs and outputs is T; the last chunk may be shorter. The state goes from
-    chunk to chunk and gradients do not (truncated back-propagation through time, Williams and Peng
-    1990, Neural Computation 2); each chunk is recomputed for its own.
+    The leading axis of inputs and outputs is T. The state goes from chunk to chunk and gradients do
+    not (Williams and Peng 1990, Neural Computation 2); each chunk is recomputed for its own.
     """
     tokens = jax.tree.leaves(inputs)[0].shape[0]
     if not 0 < length < tokens:
         return run(state, inputs)
-    chunk = jax.checkpoint(
-        lambda state, inputs: run(jax.lax.stop_gradient(state), inputs), prevent_cse=False
-    )
+    begin = jax.lax.stop_gradient
+    chunk = jax.checkpoint(lambda state, said: run(begin(state), said), prevent_cse=False)
     whole = tokens - tokens % length
     parts = jax.tree.map(lambda a: a[:whole].reshape(-1, length, *a.shape[1:]), inputs)
     state, outputs = jax.lax.scan(chunk, state, parts)

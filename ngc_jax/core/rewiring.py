@@ -1,11 +1,8 @@
 """Wirings that change in training: how many edges when, which are given up, which are tried.
 
-For: the density schedule, what an edge is worth, and the choice, as pure functions of arrays. Not
-for: the rule whose edges these are (`addressed.Rewirable`), or doing it to a model
-(`training/rewiring.py`).
-
-Axes: G listening groups, n and m neurons of a group on either side, E edges that could lead to a
-group, of which it keeps a number of slots; p numbers of an edge; T tokens.
+For: the schedule, what an edge is worth, and the choice. Not for: the rule whose edges these are
+(`addressed.Rewirable`), or doing it to a model (`training/rewiring.py`). Axes: G listening groups,
+n and m neurons of a group on either side, E possible edges of a group, p numbers of one; T tokens.
 """
 
 import dataclasses
@@ -25,9 +22,8 @@ class Schedule:
     """When a wiring changes, and to how many edges a group.
 
     Rewiring i = 1 .. count comes after update begin + i every. The number of edges falls as a cubic
-    from `first` to `last` (Zhu and Gupta 2017, arXiv 1710.01878; GraNet, arXiv 2106.10404), which
-    the last rewiring reaches; the share exchanged falls as a cosine from `exchange` to 0 (RigL,
-    arXiv 1911.11134).
+    from `first` to `last` (arXiv 1710.01878; GraNet, arXiv 2106.10404); the share exchanged falls
+    as a cosine from `exchange` to 0 (RigL, arXiv 1911.11134).
     """
 
     first: int  # edges of a group at the start, >= last
@@ -57,27 +53,20 @@ class Schedule:
 
 
 def magnitude(pre: Array, post: Array) -> Array:
-    """Frobenius norm of the weights that each edge makes: [..., G, E], by Gram matrices of p by p.
-
-    pre [..., G, n, E, p], post [..., G, m, E, p]; a factor can go from one to the other.
-    """
+    """Frobenius norm of each edge's weights: pre [..., G, n, E, p], post alike -> [..., G, E]."""
     read, sent = (jnp.einsum("...giep,...gieq->...gepq", states, states) for states in (post, pre))
     return jnp.sqrt(jnp.maximum(jnp.sum(read * sent, axis=(-2, -1)), 0))
 
 
 def slope(gradient: Array) -> Array:
-    """Norm of the loss's gradient by each edge's post states: [..., G, m, E, p] -> [..., G, E].
-
-    RigL's and GraNet's score: how fast the loss would fall if an edge with post = 0 were let in.
-    """
+    """RigL's score, the gradient's norm by an edge's post: [..., G, m, E, p] -> [..., G, E]."""
     return jnp.sqrt(jnp.sum(jnp.square(gradient), axis=(-3, -1)))
 
 
 def correlation(signal: Array, heard: Array) -> Array:
     """How much an edge's signal [T, G, E, p] goes with what is received [T, G, m]: [G, E].
 
-    The mean over numbers and neurons of |Pearson's correlation over tokens|. Source: G2GNet's
-    regrowth by the correlation of activations (arXiv 2508.14140), read for groups.
+    The mean of |Pearson's correlation over tokens|; after G2GNet (arXiv 2508.14140), for groups.
     """
     a, b = (z - jnp.mean(z, axis=0) for z in (signal, heard))
     a, b = (z * jax.lax.rsqrt(jnp.sum(jnp.square(z), axis=0) + 1e-12) for z in (a, b))
@@ -89,11 +78,9 @@ def choose(
 ) -> tuple[Array, Array]:
     """The edges from now on: [..., slots], and which slots are used, bool, by scores [..., E].
 
-    The `keep` strongest stay, and of those that were not there the `grow` most promising are added.
-    Where these are too few, the most promising of those just given up come back: not before, since
-    listeners received what these said, and correlation would always call them back. Used slots come
-    first, in ascending order of edges; the edges of a row are distinct. strength of an edge that is
-    not there is negative, promise is >= 0; keep + grow <= slots.
+    The `keep` strongest stay, and of those that were not there the `grow` most promising are added;
+    where these are too few, the best of those given up come back. Used slots come first, in order
+    of edges. strength < 0 is of an edge that is not there; promise >= 0; keep + grow <= slots.
     """
     edges = strength.shape[-1]
     kept = _rank(strength) < keep

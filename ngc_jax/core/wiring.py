@@ -1,11 +1,8 @@
 """Who hears whom: wirings between groups, as tables of partners.
 
-For: fixed topologies, drawn once before training, and moving states from one table to another. Not
-for: what passes along a channel (`rules/`), or edges that change in training (`rewiring.py`).
-
-A wiring is a tuple of G rows of k numbers: row g names, in ascending order, the groups that group g
-hears. Every group hears equally many, so that channels make regular arrays and one that is absent
-costs nothing. None has a channel from a group to itself, which is the synapse's intra-group part.
+For: fixed topologies, and moving states from one to another. Not for: what passes along a channel
+(`rules/`), or edges that change in training (`rewiring.py`). A wiring is G rows of k numbers: row g
+names, in ascending order, the groups that group g hears; never itself, the intra-group part.
 """
 
 import functools
@@ -32,29 +29,21 @@ def ring(groups: int, k: int, seed: int) -> Wiring:
 
 @functools.cache  # a model asks for it at each synapse
 def small_world(groups: int, k: int, seed: int) -> Wiring:
-    """A ring in which each channel, with probability REWIRED, comes from a random group instead.
-
-    Watts and Strogatz 1998 (Nature 393), on channels that have a direction: a listener keeps its k.
-    """
+    """A ring, each channel from a random group instead by chance REWIRED (1998, Nature 393)."""
     draw = np.random.default_rng(seed)
-    rows = []
+    rows = [set(near) for near in _near(groups, k)]
     for g, near in enumerate(_near(groups, k)):
-        heard = set(near)
         for h in near:
-            strangers = sorted(set(range(groups)) - heard - {g})
+            strangers = sorted(set(range(groups)) - rows[g] - {g})
             if strangers and draw.random() < REWIRED:
-                heard = heard - {h} | {int(draw.choice(strangers))}
-        rows.append(heard)
+                rows[g] = rows[g] - {h} | {int(draw.choice(strangers))}
     return _table(rows)
 
 
 @functools.cache  # a model asks for it at each synapse
 def regular(groups: int, k: int, seed: int) -> Wiring:
-    """A random digraph in which each group hears k others and is heard by k.
-
-    A ring whose channels trade listeners in pairs, 20 trials for each channel: the usual Markov
-    chain over graphs with given degrees (Maslov and Sneppen 2002, Science 296).
-    """
+    """A random digraph in which each group hears k others and is heard by k."""
+    # A ring whose channels trade listeners, 20 trials each (Maslov and Sneppen 2002, Science 296).
     draw = np.random.default_rng(seed)
     rows = [set(near) for near in _near(groups, k)]
     for _ in range(20 * groups * k):
@@ -90,10 +79,7 @@ def slots_of(hears: Array, edges: int) -> Array:
 
 
 def carry(states: Array, slots: Array) -> Array:
-    """States [..., G, n, k, p] moved: slot s of [..., G, n, k', p] gets that of slots[..., g, s].
-
-    Where slots [..., G, k'] is -1 there is 0. Bits are kept: nothing is multiplied.
-    """
+    """States [..., G, n, k, p] in the order of slots [..., G, k'], 0 where -1; bits are kept."""
     index = slots[..., None, :, None]
     return jnp.where(index < 0, 0, jnp.take_along_axis(states, jnp.maximum(index, 0), axis=-2))
 

@@ -5,16 +5,13 @@ with or without inputs. Not for: this project's models, of which `analysis/probe
 
 With J_t the Jacobian of the step at x_t, tangent vectors follow Q_{t+1} R_{t+1} = J_t Q_t, and the
 exponents are the means of log |R_t[i, i]| (Benettin et al. 1980, Meccanica 15; Eckmann and Ruelle
-1985, Rev. Mod. Phys. 57, section V). Tangents are pushed forward without forming J_t. Inputs make
-exponents conditional: of two states fed the *same* inputs. Memory does not grow with the steps.
-
-Axes: n numbers of a state, k exponents.
+1985, Rev. Mod. Phys. 57, section V). Axes: n numbers of a state, k exponents.
 """
 
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,35 +21,33 @@ Array = jax.Array
 Tree = Any
 Step = Callable[[Any, Any], Any]
 Key = Array | None
-Plan = tuple[int, int, Any, int, int]  # steps, blocks, k, transient, qr_every
 TALL = 16  # numbers of a state for each tangent, from which QR goes by Gram matrices
 DIGITS = 400  # times the dtype's epsilon: what a step may shrink more than others, and be resolved
 NEW = 0.3  # of a row's length that must be new, for the shift not to be seen in it
 
 
+class Plan(NamedTuple):
+    """What is measured, and how."""
+
+    steps: int  # that are measured
+    blocks: int = 1  # stretches of these steps, each by itself
+    k: Any = None  # how many exponents, at most n; None: n
+    transient: int = 0  # steps before, in which state and tangents settle
+    qr_every: int = 1  # steps between orthonormalisations; too many lose the small exponents
+
+
 def lyapunov_spectrum(
-    step: Step,
-    x0: Tree,
-    inputs: Tree = None,
-    *,
-    steps: int,
-    k: int | None = None,
-    transient: int = 0,
-    qr_every: int = 1,
-    key: Key = None,
+    step: Step, x0: Tree, inputs: Tree = None, *, key: Key = None, **plan: Any
 ) -> Array:
     """The k largest Lyapunov exponents of x <- step(x, u), nats per step: [k], descending.
 
     x0: the first state, a floating array of any shape or a tree of them, n numbers in all. inputs:
     None (u is None), or a tree of arrays whose leading axis has a u for each step, transient
-    included. steps: how many are measured, after `transient` steps in which state and tangents
-    settle. k: at most n, default all n. qr_every: steps between orthonormalisations; more than 1 is
-    cheaper and overflows or loses the small exponents if it is too many. key: of the tangents that
-    it starts with. -inf is a direction that is lost altogether; of exponents that are `unresolved`
-    a warning is given. Raises ValueError, naming the argument. Inside jit or vmap a state that
-    stops being finite gives nan. `step` is traced once for each function object: define it once.
+    included. plan: steps, and k, transient and qr_every, as in `Plan`. key: of the first tangents.
+    -inf is a direction that is lost; `unresolved` ones give a warning. Raises ValueError, naming
+    the argument; inside jit or vmap gives nan. `step` is traced once for each function object.
     """
-    return -jnp.sort(-_measure(step, x0, inputs, key, (steps, 1, k, transient, qr_every))[0])
+    return -jnp.sort(-_measure(step, x0, inputs, key, Plan(blocks=1, **plan))[0])
 
 
 def leading_exponent(
@@ -60,40 +55,26 @@ def leading_exponent(
 ) -> Array:
     """The largest exponent alone, from one tangent vector renormalised at each step: a scalar.
 
-    Costs about two forward passes. Differentiable in x0, inputs and whatever `step` closes over.
-    Arguments and errors as in `lyapunov_spectrum`.
+    Costs two forward passes; differentiable in all that `step` reads. Else as `lyapunov_spectrum`.
     """
-    return _measure(step, x0, inputs, key, (steps, 1, 1, transient, 1))[0, 0]
+    return _measure(step, x0, inputs, key, Plan(steps, 1, 1, transient))[0, 0]
 
 
 def local_exponents(
-    step: Step,
-    x0: Tree,
-    inputs: Tree = None,
-    *,
-    steps: int,
-    blocks: int,
-    k: int | None = None,
-    transient: int = 0,
-    qr_every: int = 1,
-    key: Key = None,
+    step: Step, x0: Tree, inputs: Tree = None, *, key: Key = None, **plan: Any
 ) -> Array:
-    """Finite-time exponents of successive stretches of steps / blocks steps each: [blocks, k].
+    """Finite-time exponents of `blocks` successive stretches, of a plan as in `Plan`: [blocks, k].
 
     Their mean over blocks is the spectrum; `bootstrap_interval` makes of them its interval. Columns
-    are in the order of the tangents, which is descending in the long run. Arguments and errors as
-    in `lyapunov_spectrum`.
+    are in the order of the tangents, descending in the long run. Else as `lyapunov_spectrum`.
     """
-    return _measure(step, x0, inputs, key, (steps, blocks, k, transient, qr_every))
+    return _measure(step, x0, inputs, key, Plan(**plan))
 
 
 def unresolved(exponents: Any, qr_every: int = 1) -> Array:
     """Which of the exponents [..., k] lie so far below the largest that they are rounding error.
 
-    That is more than -log(400 epsilon) / qr_every per step: 10 nats in float32, 30 in float64. Of
-    random linear maps of 4 to 1,500 numbers, float32 has all exponents above that to 0.06, those 14
-    nats below the largest to 0.3, and those 16 nats below it to 2. A direction that such a map
-    loses altogether shows up 14 nats below or further in the median, but 4 in the worst map.
+    That is more than -log(400 epsilon) / qr_every per step: 10 nats in float32, 30 in float64.
     """
     largest = jnp.max(exponents, axis=-1, keepdims=True)
     span = -jnp.log(DIGITS * jnp.finfo(exponents.dtype).eps) / qr_every
@@ -103,20 +84,18 @@ def unresolved(exponents: Any, qr_every: int = 1) -> Array:
 def _measure(step: Step, x0: Tree, inputs: Tree, key: Key, plan: Plan) -> Array:
     """`local_exponents`, checked before and after."""
     x0, inputs = jax.tree.map(jnp.asarray, (x0, inputs))
-    size, (steps, blocks, k, transient, qr_every) = _check(step, x0, inputs, plan), plan
+    size, every, total = _check(step, x0, inputs, plan), plan.qr_every, plan.transient + plan.steps
     key = jax.random.key(0) if key is None else key
-    plan = (steps, blocks, k or size, transient, qr_every)
-    rates, sound, tangents_sound = _run(step, x0, inputs, key, plan)
+    rates, sound, tangents_sound = _run(step, x0, inputs, key, plan._replace(k=plan.k or size))
     if isinstance(sound, jax.core.Tracer):
         return rates
-    if sound < transient + steps:
-        at = f"step {int(sound) + 1} of {transient + steps}"
-        raise ValueError(f"x0: the state stopped being finite in {at}")
+    if sound < total:
+        raise ValueError(f"x0: the state stopped being finite in step {int(sound) + 1} of {total}")
     if not tangents_sound:
-        fewer = f"qr_every={qr_every}: take fewer, for instance 1"
-        remedy = fewer if qr_every > 1 else "step: look at its Jacobian"
+        fewer = f"qr_every={every}: take fewer, for instance 1"
+        remedy = fewer if every > 1 else "step: look at its Jacobian"
         raise ValueError(f"{remedy}; the tangents stopped being finite while the state did not")
-    small = unresolved(jnp.mean(rates, axis=0), qr_every)
+    small = unresolved(jnp.mean(rates, axis=0), every)
     if small.any():
         said = f"{int(small.sum())} of {small.size} exponents are too small beside the largest"
         warnings.warn(f"{said} for {rates.dtype}: rounding error (`unresolved`)", stacklevel=3)
@@ -186,8 +165,7 @@ def orthonormalise(tangents: Array) -> tuple[Array, Array]:
     """Rows [k, n] -> orthonormal rows of the same span, and the log of what each added [k].
 
     That is QR of the transpose, with log |R[i, i]|; -inf marks a row that adds nothing. Where n is
-    large the rows come out orthonormal to 1e-3 only: what one call leaves undone the next one does,
-    so means of logarithms over many steps are none the worse.
+    large the rows are orthonormal to 1e-3 only: what one call leaves undone the next one does.
     """
     k, n = tangents.shape
     if k == 1:  # has a gradient everywhere but at zero
@@ -198,10 +176,9 @@ def orthonormalise(tangents: Array) -> tuple[Array, Array]:
         q, r = jnp.linalg.qr(tangents.T)
         return q.T, jnp.log(jnp.abs(jnp.diagonal(r)))
 
-    # Cholesky of the k by k Gram matrix gives the same R by products alone. LAPACK's QR of a tall
-    # matrix takes up to 20 times as long, and would gather one that is spread over devices. The
-    # shift, above rounding, keeps the matrix positive where rows are nearly dependent. What it
-    # leaves undone, the next pass does (Fukaya et al. 2020, SIAM J. Sci. Comput. 42).
+    # Cholesky of the k by k Gram matrix gives the same R by products alone: LAPACK's QR takes up to
+    # 20 times as long. The shift, above rounding, keeps the matrix positive where rows are nearly
+    # dependent; the next pass does what it leaves undone (Fukaya et al. 2020, SIAM J. Sci. Comput).
     shift = 10 * jnp.finfo(tangents.dtype).eps * n**0.5
 
     def again(carry: Any) -> tuple[Array, Array, Array, Array]:
@@ -229,8 +206,8 @@ def bootstrap_interval(
 ) -> tuple[Array, Array]:
     """Percentile interval (low, high) of the mean of `blocks` [N, ...] over its first axis.
 
-    By the block bootstrap (Kuensch 1989, Annals of Statistics 17): give means of stretches long
-    enough to be independent of each other, or one value a sequence. Raises ValueError for N < 2.
+    By the block bootstrap (Kuensch 1989, Annals of Statistics 17), for blocks that are independent
+    of each other, such as means of long stretches. Raises ValueError for N < 2.
     """
     if blocks.shape[0] < 2:
         raise ValueError(f"blocks: {len(blocks)} of them; an interval needs 2 or more, better 20")
@@ -246,11 +223,7 @@ def bootstrap_interval(
 
 
 def kaplan_yorke_dimension(exponents: Array) -> Array:
-    """Lyapunov dimension of the attractor, from exponents [k] in any order (Kaplan and Yorke 1979).
-
-    j + (sum of the j largest) / |next|, j the most whose sum is not negative: 0 where all contract.
-    Where the sum of all k is not negative it is at least k, and k is returned.
-    """
+    """Lyapunov dimension, at most k, from exponents [k] in any order (Kaplan and Yorke 1979)."""
     ordered = -jnp.sort(-exponents)
     sums = jnp.cumsum(ordered)
     j = jnp.sum(jnp.cumprod(sums >= 0))
@@ -277,18 +250,15 @@ def _check(step: Step, x0: Tree, inputs: Tree, plan: Plan) -> int:
             raise ValueError(f"x0: dtype {leaf.dtype}; must be floating, for instance float32")
         if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
             raise ValueError("x0: not finite; must be finite in all its numbers")
-    counts = {"steps": steps, "blocks": blocks, "qr_every": qr_every, "transient": transient}
-    for name, count in counts.items():
-        least = 0 if name == "transient" else 1
-        if count < least:
-            raise ValueError(f"{name}={count}: must be {least} or more")
+    for name, least in {"steps": 1, "blocks": 1, "qr_every": 1, "transient": 0}.items():
+        if getattr(plan, name) < least:
+            raise ValueError(f"{name}={getattr(plan, name)}: must be {least} or more")
     if k is not None and not 1 <= k <= size:
         raise ValueError(f"k={k}: must be from 1 to {size}, the numbers of x0")
     length = steps // blocks
-    for name, part, whole, what in (
-        ("blocks", blocks, steps, f"steps={steps}"),
-        ("qr_every", qr_every, length, f"the {length} steps of a block"),
-    ):
+    parts = [("blocks", blocks, steps, f"steps={steps}")]
+    parts += [("qr_every", qr_every, length, f"the {length} steps of a block")]
+    for name, part, whole, what in parts:
         if whole % part:
             divisors = (d for d in range(1, whole + 1) if whole % d == 0)
             near = min(divisors, key=lambda d: abs(d - part))
@@ -298,12 +268,8 @@ def _check(step: Step, x0: Tree, inputs: Tree, plan: Plan) -> int:
             need = f"transient + steps = {transient + steps} entries"
             raise ValueError(f"inputs: shape {leaf.shape}; the leading axis must have {need}")
     u = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), inputs)
-    after = jax.eval_shape(step, x0, u)
-    made, given = (str(jax.tree.structure(tree)) for tree in (after, x0))
+    kind = partial(jax.tree.map, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
+    made, given = (str(kind(tree)) for tree in (jax.eval_shape(step, x0, u), x0))
     if made != given:
-        raise ValueError(f"step: makes a {made} of a {given}; must keep the structure of x0")
-    for new, old in zip(jax.tree.leaves(after), leaves, strict=True):
-        made, given = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (new, old))
-        if made != given:
-            raise ValueError(f"step: makes {made} of {given}; must keep shape and dtype of x0")
+        raise ValueError(f"step: makes {made} of {given}; must keep structure, shapes and dtypes")
     return size

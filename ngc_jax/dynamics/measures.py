@@ -1,10 +1,8 @@
 """Measures of stability that are read from states as they pass: of rounds, of tokens, of signals.
 
-For: numbers of a round inside the loop, and of sequences of states. Not for: exponents
-(`lyapunov.py`), or bounds from the weights alone (`analysis/bounds.py`). The published method
-describes its stability metric in words only; these definitions are this project's.
-
-x_k is the state after k rounds, x_0 = e the loop's start. Norms are per token, over channels.
+For: numbers of a round, and of sequences of states. Not for: exponents (`lyapunov.py`). The method
+has its stability metric in words only; these definitions are ours. x_k is the state after k rounds,
+x_0 = e the loop's start. Norms are per token, over channels.
 """
 
 from typing import NamedTuple
@@ -35,18 +33,16 @@ def record_round(
 ) -> Round:
     """Measures one round on [..., D]; `change` [...] is |x_k - x_{k-1}|, at first 0."""
     ratio = jnp.log(norm(after - before) + TINY) - jnp.log(change + TINY)
-    return Round(
-        log_contraction=jnp.mean(jnp.where(change > 0, ratio, 0.0)),
-        drive_ratio=jnp.mean(drive_ratio(drive, update)),
-        growth=jnp.mean(norm(after) / (norm(start) + TINY)),
-    )
+    contracted = jnp.mean(jnp.where(change > 0, ratio, 0.0))
+    share = jnp.mean(drive_ratio(drive, update))
+    return Round(contracted, share, growth=jnp.mean(norm(after) / (norm(start) + TINY)))
 
 
 def summarise(rounds: Round) -> dict[str, Array]:
     """Scalars for the log from recorded rounds [R].
 
-    contraction_per_round, contraction_per_round_max: geometric mean and maximum over rounds of
-    `contraction`; absent where R < 2. drive_ratio: its mean. boundedness: max of |x_k| / |x_0|.
+    contraction_per_round, contraction_per_round_max: geometric mean and maximum of `contraction`;
+    absent where R < 2. drive_ratio: its mean. boundedness: max of |x_k| / |x_0|.
     """
     scalars = {"drive_ratio": jnp.mean(rounds.drive_ratio), "boundedness": jnp.max(rounds.growth)}
     if rounds.log_contraction.shape[0] > 1:
@@ -56,10 +52,7 @@ def summarise(rounds: Round) -> dict[str, Array]:
 
 
 def contraction(states: Array) -> Array:
-    """|x_{k+1} - x_k| / |x_k - x_{k-1}| for states [K + 1, ..., D]: [K - 1, ...], per round.
-
-    Below 1 the loop settles, above 1 its steps grow. Raises ValueError where K < 2.
-    """
+    """|x_{k+1} - x_k| / |x_k - x_{k-1}|: states [K + 1, ..., D] -> [K - 1, ...], or ValueError."""
     if states.shape[0] < 3:
         raise ValueError(f"states: {states.shape[0]} of them; a ratio of two steps needs 3 or more")
     step = norm(jnp.diff(states.astype(jnp.float32), axis=0))
@@ -79,20 +72,14 @@ def drive_ratio(drive: Array, update: Array) -> Array:
 
 
 def token_moves(states: Array) -> Array:
-    """log d_t, d_t = |x_t - x_{t-1}| / mean norm, for states [..., T, D]: [..., T - 1].
-
-    nan where the two are equal up to rounding, as where a sequence begins with a repeated token.
-    """
+    """log of |x_t - x_{t-1}| / mean norm, nan where it is rounding: [..., T, D] -> [..., T - 1]."""
     scale = jnp.mean(norm(states), axis=-1, keepdims=True)
     moved = norm(jnp.diff(states.astype(jnp.float32), axis=-2)) / jnp.maximum(scale, TINY)
     return jnp.where(moved > STILL, jnp.log(moved + TINY), jnp.nan)
 
 
 def token_contraction(states: Array) -> Array:
-    """Slope of `token_moves` over tokens, by least squares, per token: states [..., T, D] -> [...].
-
-    Below 0 a sequence settles as it is read. Raises ValueError where T < 3.
-    """
+    """Slope of `token_moves`, < 0 if a text settles: [..., T, D] -> [...]; ValueError if T < 3."""
     if states.shape[-2] < 3:
         raise ValueError(f"states: {states.shape[-2]} tokens; a slope needs 3 or more")
     moves = token_moves(states)

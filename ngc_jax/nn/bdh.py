@@ -1,11 +1,8 @@
 """BDH, the Dragon Hatchling (arXiv 2509.26507), in its published GPU form: a baseline.
 
-For: the published function exactly. Not for: what only ours has (groups, synapse rules, rounds),
-nor the published dropout of 0.1 on the neurons.
-
-Tokens x [T, D] excite neurons, of which few are active; neurons of earlier tokens that are active
-together with a token's own pass their x on to it; what was heard gates the neurons. With n(z) = (z
-- mean z) / sqrt(var z + 1e-5) over channels and R_t the rotation by position t (base 2^16):
+For: the published function exactly. Not for: what only ours has (groups, rules, rounds), nor the
+published dropout of 0.1 on neurons. With n(z) = (z - mean z) / sqrt(var z + 1e-5) over channels and
+R_t the rotation by position t (base 2^16):
 
     x = n(E[token])
     L times, with the same weights:
@@ -13,7 +10,6 @@ together with a token's own pass their x on to it; what was heard gates the neur
         a_t = n(sum over u < t of (R_t s_t . R_u s_u) x_u)
         x = n(x + n((s * relu(a W_v)) W_d))               over the neurons of all heads
     logits = x U
-
 Axes: B batch, T tokens, D width, H heads, N neurons of a head, L layers, V vocabulary.
 """
 
@@ -48,8 +44,8 @@ class BDHShape:
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
-            even = f"an even number of neurons for each of {self.heads} heads"
-            raise ValueError(f"hidden={self.hidden}: must be {even}")
+            wants = f"must be an even number of neurons for each of {self.heads} heads"
+            raise ValueError(f"hidden={self.hidden}: {wants}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """The decoder: embed, prelude stages, core stages in rounds, coda stages, logits.
 
-For: the order of things and the loops. Not for: what a stage holds (`layers.py`), sizes
-(`shape.py`), how parameters lie (`stacks.py`), or a model of another kind (`recurrent.py`).
-
-Axes: B batch, T tokens, D width, V vocabulary, R rounds.
+For: the order of things and the loops. Not for: what a stage holds (`layers.py`), or how parameters
+lie (`stacks.py`). Axes: B batch, T tokens, D width, V vocabulary, R rounds.
 """
 
 import dataclasses
@@ -28,6 +26,7 @@ from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import spread, take
 
 Array = jax.Array
+Where = tuple[Maybe, Maybe]  # segments [B, T] and positions [T]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,8 @@ class Decoder(LanguageModel):
         rest = init_ends(s, embed, unembed)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at its input.
-            leak = jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(s.keep))))
-            drive = {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
-            rest["core"] = {"leak": leak, **drive}
+            rest["core"] = {"leak": jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(s.keep))))}
+            rest["core"] |= {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
         return stacks.arrange(s, stages, self.stage_info, rest, take)
 
     def param_info(self) -> Params:
@@ -88,9 +86,8 @@ class Decoder(LanguageModel):
     ) -> tuple[Array, Array]:
         """`apply` for a number of rounds that is an array, [] or [B] int32, and at most `most`.
 
-        Returns logits [S, B, T, V] and the rounds [S, B] made there, the last after the last round;
-        `how`: `backprop` (0), `every` and `disturb` of `communicate_per_example`. Raises ValueError
-        for a model without a loop.
+        how: `backprop` (0), `every`, `disturb` of `communicate_per_example`. Returns logits [S, B,
+        T, V] and the rounds [S, B] made there. Raises ValueError for a model without a loop.
         """
         params, x = self.loop_start(params, self.embed(params, batch), batch.segments)
         how = {"backprop": 0, "still": None, "remat": self.shape.remat != "none", **how}
@@ -102,10 +99,7 @@ class Decoder(LanguageModel):
         return jax.lax.map(lambda x: self._read_out(params, x, batch.segments), states), made
 
     def settle(self, params: Params, batch: Batch, *, tolerance: Array | float, cap: int) -> Pair:
-        """Logits after `communicate_until_settled`, and the rounds of each token [B, T].
-
-        Raises ValueError for a model without a loop.
-        """
+        """Logits after `communicate_until_settled`, and the rounds of each token [B, T]."""
         params, x = self.loop_start(params, self.embed(params, batch), batch.segments)
         turn = self.turn(params, x, batch.segments)
         x, rounds = loops.communicate_until_settled(turn, x, tolerance, cap)
@@ -117,7 +111,7 @@ class Decoder(LanguageModel):
         return LanguageModel.decode(sparing, params, tokens, cache, position)
 
     def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
-        x, cache, _ = self.stream(params, x, segments, at, cache)
+        x, cache, _ = self.stream(params, x, segments, past=(at, cache or {}))
         return self.unembed(params, x), cache
 
     def unstack(self, params: Params) -> Params:
@@ -129,19 +123,12 @@ class Decoder(LanguageModel):
         """Parameters in which each stage has send states of its own."""
         if "senders" not in params:
             return params
-        shared = spread(self.shape.shared.stages, params["senders"])
-        params = {name: leaf for name, leaf in params.items() if name != "senders"}
-
-        def own(stack: Params, rows: slice) -> Params:
-            return combine(stack, take(shared, rows))
-
-        return stacks.restack(self.shape, params, own)
+        own, s = dict(params), self.shape
+        shared = spread(s.shared.stages, own.pop("senders"))
+        return stacks.restack(s, own, lambda stack, rows: combine(stack, take(shared, rows)))
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
-        """An empty key-value cache for `length` tokens, of each stage apart, rounds in front.
-
-        Raises ValueError for a model that is not causal, whose tokens wait for those after them.
-        """
+        """A key-value cache, of each stage apart, rounds in front; ValueError if not causal."""
         s = self.shape
         if not s.causal:
             raise ValueError("causal=False: such a model reads all at once, and has no cache")
@@ -169,16 +156,16 @@ class Decoder(LanguageModel):
         if not self.shape.core:
             raise ValueError("model: has no loop (model.core=0), so there are no rounds to choose")
         params = self.expand_shared(params)
-        return params, self.stages(params, "prelude", x, segments)[0]
+        return params, self.stages(params, "prelude", x, (segments, None), None)[0]
 
     def update(
-        self, params: Params, start: Array, segments: Maybe = None, positions: Maybe = None
+        self, params: Params, start: Array, segments: Maybe = None, at: Maybe = None
     ) -> Callable[[Array, Any], Pair]:
         """What a round adds, update(x, cache) -> (core(x), cache), in the loop begun at `start`."""
-        where = (segments, positions)
 
         def update(x: Array, memory: Any) -> Pair:
-            after, memory = self.stages(params, "core", x, *where, memory, self.route(start))
+            route = self.route(start)
+            after, memory = self.stages(params, "core", x, (segments, at), memory, route)
             return after - x, memory
 
         return update
@@ -199,20 +186,13 @@ class Decoder(LanguageModel):
         return keep, params["core"]["drive"] if self.shape.drive else jnp.zeros_like(keep)
 
     def stages(
-        self,
-        params: Params,
-        name: str,
-        x: Array,
-        segments: Maybe = None,
-        positions: Maybe = None,
-        cache: Any = None,
-        route: Maybe = None,
+        self, params: Params, name: str, x: Array, where: Where, cache: Any, route: Maybe = None
     ) -> Pair:
         """Run a stack of expanded `params` on x [B, T, D]: the stream after it and the cache."""
-        stages = stacks.get_stack(params, name)
+        stages, (segments, at) = stacks.get_stack(params, name), where
         if stages is None:
             return x, cache
-        at = jnp.arange(x.shape[1]) if positions is None else positions
+        at = jnp.arange(x.shape[1]) if at is None else at
         if segments is not None:
             chex.assert_shape(segments, x.shape[:2])
 
@@ -232,29 +212,23 @@ class Decoder(LanguageModel):
         return jax.lax.scan(body, x, (stages, None))
 
     def stream(
-        self,
-        params: Params,
-        x: Array,
-        segments: Maybe = None,
-        positions: Maybe = None,
-        cache: Params | None = None,
-        record: bool = False,
+        self, params: Params, x: Array, segments: Maybe = None, record: bool = False, past: Any = ()
     ) -> tuple[Array, Params, Round | None]:
         """All stages on the embedded stream [B, T, D]: the stream, the cache, the records.
 
-        segments [B, T] number the documents, if given; positions [T] are 0, 1, ... by default.
+        segments [B, T], if given, number the documents; `past`: positions [T] and the cache.
         """
-        s, kept, records, where = self.shape, dict(cache or {}), None, (segments, positions)
-        params = self.expand_shared(params)
-        x, kept["prelude"] = self.stages(params, "prelude", x, *where, kept.get("prelude"))
+        at, cache = past or (None, {})
+        s, kept, records, params = self.shape, dict(cache), None, self.expand_shared(params)
+        x, kept["prelude"] = self.stages(params, "prelude", x, (segments, at), kept.get("prelude"))
         if s.core:
             how: Params = {"rounds": s.rounds, "remat": s.remat != "none", "record": record}
             how |= {"activation": s.state_activation, "memory": kept.get("core")}
-            update = self.update(params, x, *where)
+            update = self.update(params, x, segments, at)
             x, kept["core"], records = loops.communicate(update, x, *self.scales(params), **how)
-        x, kept["coda"] = self.stages(params, "coda", x, *where, kept.get("coda"))
+        x, kept["coda"] = self.stages(params, "coda", x, (segments, at), kept.get("coda"))
         return x, kept, records
 
     def _read_out(self, params: Params, x: Array, segments: Maybe) -> Array:
         """Logits [B, T, V] of the stream after a round; `params` are expanded."""
-        return self.unembed(params, self.stages(params, "coda", x, segments)[0])
+        return self.unembed(params, self.stages(params, "coda", x, (segments, None), None)[0])

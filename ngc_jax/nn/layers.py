@@ -1,13 +1,11 @@
 """Layers: NGC's dense layer, attention and MLP, for any Flax model, and a decoder's stage.
 
 For: one Flax module for each thing that owns parameters. Not for: loops over stages and rounds
-(`decoder.py`), cells (`recurrent.py`), nor mathematics (`core/`).
-
-Axes: B batch, T tokens, D width, G groups, H heads.
+(`decoder.py`), or mathematics (`core/`). Axes: B batch, T tokens, D width, G groups, H heads.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +23,7 @@ from ngc_jax.nn.model import Maybe, Pair
 from ngc_jax.nn.params import declare, declare_scale
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.synapse import Synapse, members_of
+from ngc_jax.runtime.fields import refusals
 
 Array = jax.Array
 KEPT = ("signal", "synapse", "share", "mixed")  # for a stage's gradient; all else is made again
@@ -50,8 +49,7 @@ class RMSNorm(nn.Module):
 class Gates(nn.Module):
     """How loudly each group speaks, read from the token's stream: read [..., D], said [..., G n].
 
-    Returns `said`, each group's times G a_g, a = softmax(read W) in float32, at start equal. What
-    reads it linearly sums what each group says by itself with coefficients that sum to one: our
+    Returns `said`, each group's times G a_g, a = softmax(read W) in float32, at start equal: our
     reading of structured neuron encapsulation (arXiv 2502.07124; its abstract has no formulas).
     """
 
@@ -69,56 +67,38 @@ class Gates(nn.Module):
 class NGCLayer(nn.Module, kw_only=True):
     """What the NGC layers have in common: how the neurons on their two sides are joined.
 
-    A weight between two neurons of one group is stored (or, by `intra`, made of states); one
-    between two groups is made of their neurons' states by a rule.
-
-    groups: groups of neighbouring neurons; must divide the numbers of neurons on both sides.
-    rule: between groups, a name of `RULES`; "none": no weights; "dense": an ordinary matrix.
-    ports: numbers of a port (rule "addressed") or of a state (all others).
-    intra: numbers of a state within its group; 0: no such part; None: a dense block.
-    message_activation: of the signal between groups, a name of `GATES`; None: linear.
-    wiring: of rule "addressed", which groups a group hears: "others", "complete" (itself as well),
-        or a name of `WIRINGS` with `channels` groups, drawn from `wiring_seed`.
-    init_rank: rank of the weights at the start, a multiple of groups; 0: as drawn.
-    form: "weights" makes each W, then multiplies; "signals", faster where ports are few, does not.
-    gain: standard deviation of the result, for unit-variance inputs of its synapse, at the start.
-    rewired: whether `ngc_jax.train` is the trainer, the only one for a wiring that changes.
-
     Raises ValueError, with values that work, where fields do not go together or are unknown.
     """
 
-    groups: int = 8
-    rule: str = "addressed"
-    ports: int = 2
-    intra: int | None = None
-    message_activation: str | None = None
+    groups: int = 8  # of neighbouring neurons; divides the numbers of neurons on both sides
+    rule: str = "addressed"  # between groups, of `RULES`; "none": no weights; "dense": a matrix
+    ports: int = 2  # numbers of a port (rule "addressed") or of a state (all others)
+    intra: int | None = None  # of a state inside its group; 0: no such part; None: a dense block
+    message_activation: str | None = None  # of signals between groups, of `GATES`; None: linear
+    # Of rule "addressed", which groups a group hears: "others", "complete" (itself as well), or a
+    # name of `WIRINGS`, with so many channels, drawn from the seed.
     wiring: str | None = None
     channels: int = 4
     wiring_seed: int = 0
-    init_rank: int = 0
-    form: str = "weights"
-    gain: float = 1.0
-    rewired: bool = False
+    init_rank: int = 0  # of weights at the start, a multiple of groups; 0: as drawn
+    form: str = "weights"  # makes each W; "signals", faster where ports are few, does not
+    gain: float = 1.0  # standard deviation of the result at the start, for unit-variance inputs
+    rewired: bool = False  # whether `ngc_jax.train` trains: else the wiring may not change
 
     def synapse(self, n_in: int, n_out: int, **more: Any) -> Synapse:
         """Synapses from n_in to n_out neurons."""
-        alone = self.rule != "addressed" or self.groups == 1
-        wiring = self.wiring or ("complete" if alone else "others")
+        partners = self.rule == "addressed" and self.groups > 1
+        wiring = self.wiring or ("others" if partners else "complete")
         self._check(wiring, n_in, n_out)
         intra = max(n_in, n_out) if self.intra is None else self.intra
         given = {"p_intra": intra, "p_inter": self.ports, "wiring": wiring}
         joined = ModelShape(**shared_fields(ModelShape, self) | given)
         return Synapse(joined.parts(n_in, n_out), n_in, n_out, self.form, **more)
 
-    def need(self, field: str, fits: bool, wants: str) -> None:
-        """Raises ValueError where a field does not fit."""
-        if not fits:
-            raise ValueError(f"{field}={getattr(self, field)!r}: must be {wants}")
-
-    def one_of(self, field: str, names: Iterable[Any], more: str = "") -> None:
+    def one_of(self, field: str, names: Sequence[Any], more: str = "") -> None:
         """Raises ValueError, with all names, where a field is none of them."""
-        known = {name: str(name) for name in names}
-        self.need(field, getattr(self, field) in known, f"one of {', '.join(known.values())}{more}")
+        wants = f"one of {', '.join(map(str, names))}{more}"
+        refusals(vars(self))(getattr(self, field) in names, field, wants)
 
     def _check(self, wiring: str, n_in: int, n_out: int) -> None:
         self.one_of("rule", rules_between_groups())
@@ -126,20 +106,20 @@ class NGCLayer(nn.Module, kw_only=True):
         if self.rule == "dense":
             return
         per_group(self.groups, n_in, n_out)
-        self.need("ports", self.ports >= 1, "1 or more")
+        need = refusals(vars(self))
+        need(self.ports >= 1, "ports", "1 or more")
         least = 1 if self.rule == "none" else 0  # where groups do not talk
         fits = self.intra is None or self.intra >= least
-        self.need("intra", fits, f"{least} or more, or None, with rule={self.rule!r}")
-        self.need("init_rank", self.init_rank % self.groups == 0, f"a multiple of {self.groups}")
-        if self.message_activation is not None:
-            self.one_of("message_activation", GATES)
-            if self.rule != "none":
-                signal_rule(self.rule)
+        need(fits, "intra", f"{least} or more, or None, with rule={self.rule!r}")
+        need(self.init_rank % self.groups == 0, "init_rank", f"a multiple of {self.groups}")
+        self.one_of("message_activation", [*GATES, None])
+        if self.message_activation is not None and self.rule != "none":
+            signal_rule(self.rule)
         if wiring != "complete":
-            if self.wiring is not None:
-                self.one_of("wiring", ["complete", *WIRINGS, *(DYNAMIC if self.rewired else ())])
-            self.need("wiring", self.rule == "addressed", "None where the rule is another")
-            self.need("wiring", self.groups > 1, "None where there is one group")
+            dynamic = DYNAMIC if self.rewired else ()
+            self.one_of("wiring", ["complete", *WIRINGS, *dynamic, None])
+            need(self.rule == "addressed", "wiring", "None where the rule is another")
+            need(self.groups > 1, "wiring", "None where there is one group")
         if wiring not in ("complete", "others"):
             able = channel_counts(wiring, self.groups)
             self.one_of("channels", able, f" with groups={self.groups}")
@@ -149,8 +129,7 @@ class NGCDense(NGCLayer):
     """A dense layer whose weights are made of neurons' states: x [..., n_in] -> [..., features].
 
     In place of `nn.Dense(features)`, with fewer parameters: n_in features / G in blocks inside
-    groups, ports (G - 1) (n_in + features) between them, and `features` in the bias. `NGCLayer` has
-    the other fields and the errors.
+    groups, ports (G - 1) (n_in + features) between them, `features` in the bias. See `NGCLayer`.
 
         layer = NGCDense(256, groups=8, rule="addressed", ports=2)
         params = layer.init(key, x)  # x [..., 128]
@@ -173,29 +152,17 @@ class NGCDense(NGCLayer):
 class NGCAttention(NGCLayer):
     """Attention across tokens whose projections are synapses: x [B, T, D] -> [B, T, D].
 
-    heads: a divisor of groups; D / heads must be even, since positions are rotary.
-    causal: a token sees none after it.
-    context: tokens that it looks back on, itself included; None: all.
-    qk_norm: queries and keys are normalised in each head (arXiv 2302.05442, section 2).
-    qk_gain: the learned scale of normalised queries at the start.
-    gates: a token sets how loudly each group speaks to the last synapse.
-    senders: for query, key and value, whose send states each has; (0, 0, 0): all the same.
-
-    The collection "intermediates" holds "attention", the weights [B, H, T, S], if asked for.
-    `NGCLayer` has the other fields and the errors.
-
-        layer = NGCAttention(heads=4, groups=8)
-        params = layer.init(key, x)  # x [B, T, 128]
-        y = layer.apply(params, x, segments)  # [B, T, 128]; segments [B, T] or None
+    As `NGCLayer`. The collection "intermediates" holds "attention", the weights [B, H, T, S], if
+    asked for: layer.apply(params, x, segments), segments [B, T] or None.
     """
 
-    heads: int = 4
-    causal: bool = True
-    context: int | None = None
-    qk_norm: bool = True
-    qk_gain: float = 1.0
-    gates: bool = False
-    senders: tuple[int, ...] = (0, 1, 2)
+    heads: int = 4  # a divisor of groups; D / heads is even, since positions are rotary
+    causal: bool = True  # a token sees none after it
+    context: int | None = None  # tokens that it looks back on, itself included; None: all
+    qk_norm: bool = True  # in each head (arXiv 2302.05442, section 2)
+    qk_gain: float = 1.0  # the learned scale of normalised queries at the start
+    gates: bool = False  # a token sets how loudly each group speaks to the last synapse
+    senders: tuple[int, ...] = (0, 1, 2)  # whose send states query, key and value have
 
     def __call__(self, x: Array, segments: Array | None = None) -> Array:
         """segments [B, T], if given, number the documents; a token sees its own."""
@@ -207,20 +174,15 @@ class NGCAttention(NGCLayer):
     def attend(
         self, x: Array, positions: Array, segments: Maybe, cache: Any = None, route: Maybe = None
     ) -> Pair:
-        """The layer with a cache, into which keys and values are written from positions[0] on.
-
-        With `route` [B, T, D], queries and keys are read from it in the place of x.
-        """
+        """The layer with a cache, written from positions[0] on; it asks of `route` if not of x."""
         width = x.shape[-1]
         even = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
         able = [n for n in even if self.rule == "dense" or self.groups % n == 0]
         self.one_of("heads", able, f" for width {width} and groups={self.groups}")
         heads = (*x.shape[:2], self.heads, width // self.heads)
         ask = self.synapse(width, width, senders=self.senders, name="query_key_value")
-        if route is None:
-            made = members_of(ask(x))
-        else:
-            made = [*members_of(ask(route, (0, 1))), *members_of(ask(x, (2,)))]
+        asked: Any = [(x,)] if route is None else [(route, (0, 1)), (x, (2,))]
+        made = [one for of in asked for one in members_of(ask(*of))]
         axes = ("window", None, "group", None)
         query, key, value = (constrain(one.reshape(heads), *axes) for one in made)
         if self.qk_norm:  # bounded logits bear the high learning rates that states want
@@ -250,29 +212,16 @@ class NGCAttention(NGCLayer):
 
 
 class NGCMLP(NGCLayer):
-    """A gated MLP whose matrices are synapses: x [..., D] -> [..., D], down(phi(gate x) * up x).
+    """A gated MLP of synapses, down(phi(gate x) * up x): x [..., D] -> [..., D]; as `NGCLayer`."""
 
-    hidden: neurons of the hidden layer, a multiple of groups.
-    activation: phi(z) = z g(z) with g a name of `GATES`; None: a plain product.
-    gates: a token sets how loudly each group speaks to `down`.
-    senders: of gate and up, whose send states each has; (0, 0): the same.
-
-    `NGCLayer` has the other fields and the errors.
-
-        layer = NGCMLP(384, groups=8)
-        params = layer.init(key, x)  # x [..., 128]
-        y = layer.apply(params, x)  # [..., 128]
-    """
-
-    hidden: int
-    activation: str | None = "silu"
-    gates: bool = False
-    senders: tuple[int, ...] = (0, 1)
+    hidden: int  # neurons between the matrices, a multiple of groups
+    activation: str | None = "silu"  # phi(z) = z g(z), g of `GATES`; None: a plain product
+    gates: bool = False  # a token sets how loudly each group speaks to `down`
+    senders: tuple[int, ...] = (0, 1)  # whose send states gate and up have
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        if self.activation is not None:
-            self.one_of("activation", GATES)
+        self.one_of("activation", [*GATES, None])
         up = self.synapse(x.shape[-1], self.hidden, senders=self.senders, name="gate_up")
         down = self.synapse(self.hidden, x.shape[-1], gain=self.gain, split="in", name="down")
         heard = up(x)
@@ -286,21 +235,13 @@ class NGCMLP(NGCLayer):
 
 
 class Stage(nn.Module):
-    """Attention across tokens, then an MLP across groups, each added to the stream: [B, T, D].
-
-    Pre-norm. Returns (x, cache); see `NGCAttention.attend` for segments, cache and route.
-    """
+    """Attention, then an MLP, pre-norm, each added to x [B, T, D]: (x, cache), as in `attend`."""
 
     shape: ModelShape
 
     @nn.compact
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        segments: Maybe = None,
-        cache: Any = None,
-        route: Maybe = None,
+        self, x: Array, at: Array, segments: Maybe = None, cache: Any = None, route: Maybe = None
     ) -> Pair:
         s = self.shape
         joined = {"ports": s.p_inter, "intra": s.p_intra, "rewired": True}
@@ -310,7 +251,7 @@ class Stage(nn.Module):
         nn.share_scope(self, attention_layer)  # its parameters are the stage's own
         norm = RMSNorm(name="attention_norm")
         asked = None if route is None else norm(route)
-        heard, cache = attention_layer.attend(norm(x), positions, segments, cache, asked)
+        heard, cache = attention_layer.attend(norm(x), at, segments, cache, asked)
         x = constrain(x + heard, *s.stream_axes)
         own = shared_fields(NGCMLP, s) | joined
         mlp = NGCMLP(activation=s.exchange_activation, senders=s.shared.of("gate_up"), **own)

@@ -1,8 +1,6 @@
 """Devices: the mesh of a run, and how its arrays lie on it.
 
-For: the table that says what is split over which devices, and putting arrays where it says. Models
-say what an axis counts. Not for: what crosses in the end (`collectives.py`).
-
+For: the table that says what is split over which devices. Not for: what crosses (`collectives.py`).
 Mesh axes: "data" splits the batch; "fsdp" splits the batch too, and parameters and optimizer where
 they are kept; "group" splits groups, so that only signals cross.
 """
@@ -73,10 +71,7 @@ def num_shards(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """x, laid out on the mesh of the moment by what its axes count; as it is where there is none.
-
-    An axis whose parts would not be equal (one sequence, say) is left to the compiler.
-    """
+    """x, laid out on the mesh of the moment by what its axes count, where parts are equal."""
     if num_shards("row") == 1:  # one device, or a mesh that is not one of ours
         return x
     places = [
@@ -86,37 +81,39 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*places))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole, such as scalars."""
-    return NamedSharding(mesh, partition_spec())
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """How an array lies on a mesh, by what its axes count."""
+    return NamedSharding(mesh, partition_spec(*axes))
+
+
+replicated = sharding  # by no axes: what every device holds whole, such as scalars
 
 
 def local_batch_rows(mesh: Mesh, size: int) -> list[int]:
     """Which of the `size` rows of a batch this process's devices hold, in any order of devices."""
-    held = _batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    held = sharding(mesh, "window").addressable_devices_indices_map((size,)).values()
     return sorted({row for index in held if index for row in range(size)[index[0]]})
 
 
 def put_batch(mesh: Mesh, local: Tree) -> Tree:
     """The global arrays of which `local` holds this process's rows (`local_batch_rows`)."""
-    put = partial(jax.make_array_from_process_local_data, _batch_sharding(mesh))
+    put = partial(jax.make_array_from_process_local_data, sharding(mesh, "window"))
     return jax.tree.map(put, local)
 
 
 def abstract_batch(mesh: Mesh, batch: Tree) -> Tree:
     """The shapes of a batch with their shardings."""
-    return jax.tree.map(lambda a: abstract(a, _batch_sharding(mesh)), batch)
+    return jax.tree.map(lambda a: abstract(a, sharding(mesh, "window")), batch)
 
 
-def abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def abstract(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
     """The shape of an array with its sharding."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def abstract_param(mesh: Mesh, leaf: Any, info: ParamInfo) -> jax.ShapeDtypeStruct:
     """The shape of a parameter, or of a moment of it, with its sharding: for jit and restoring."""
-    spec = partition_spec(*param_axes(info, leaf.shape, mesh))
-    return abstract(leaf, NamedSharding(mesh, spec))
+    return abstract(leaf, sharding(mesh, *param_axes(info, leaf.shape, mesh)))
 
 
 def shardings(placed: Tree) -> Tree:
@@ -125,12 +122,9 @@ def shardings(placed: Tree) -> Tree:
 
 
 def gathered(stage: Tree, info: Callable[[], Tree]) -> Tree:
-    """Parameters of a stage split over groups only: states are gathered, not weights made of them.
-
-    `info()`, their records, is asked for on a mesh of several devices only.
-    """
+    """Parameters of a stage, split over groups only: states are gathered, not weights."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if mesh.size <= 1:  # and nobody need make their records
         return stage
 
     def used(leaf: Array, info: ParamInfo) -> Array:
@@ -142,8 +136,8 @@ def gathered(stage: Tree, info: Callable[[], Tree]) -> Tree:
 
 def bytes_per_device(placed: Tree) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
-    parts = [(a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(placed)]
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    held = jax.tree.leaves(placed)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in held)
 
 
 def param_axes(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Axes:
@@ -164,7 +158,3 @@ def param_axes(info: ParamInfo, shape: tuple[int, ...], mesh: Mesh | AbstractMes
     if left:
         axes[max(left, key=lambda axis: shape[axis])] = "stored"
     return tuple(axes)
-
-
-def _batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec("window"))

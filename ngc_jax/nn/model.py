@@ -1,7 +1,7 @@
 """What training, evaluation and sampling need of a model, whatever it is made of.
 
-For: the one interface that our decoder and every baseline share, the two ends of a language model,
-and sampling tokens. Not for: what only some have (stages, rounds), or text (`training/load.py`).
+For: the one interface of our decoder and every baseline, the two ends of a language model, and
+sampling tokens. Not for: what only some have (stages, rounds), or text (`training/load.py`).
 """
 
 from functools import partial
@@ -41,10 +41,7 @@ class LanguageModel(Protocol):
         return constrain(table[batch.inputs], *self.shape.stream_axes)
 
     def apply(self, params: Params, batch: Batch, record: bool = False) -> Pair:
-        """Logits [B, T, V] in float32; and the records of rounds, where there are any and asked.
-
-        Computes in the dtype of `params`. `batch.segments` [B, T] number documents, kept apart.
-        """
+        """Logits [B, T, V] in float32, computed in the dtype of `params`; records, if asked for."""
         x = self.embed(params, batch)
         return self.forward(params, x, jnp.arange(x.shape[1]), batch.segments, None)[0], None
 
@@ -87,11 +84,9 @@ def end_info() -> Params:
 
 
 def unembed(x: Array, matrix: Array) -> Array:
-    """Logits [B, T, V] in float32 for x [B, T, D] and the matrix [D, V].
-
-    With groups on N devices, each has a part of the vocabulary if N divides it and gets all of x;
-    else (bytes, a small matrix) each takes a part of the tokens and gets the matrix.
-    """
+    """Logits [B, T, V] in float32 for x [B, T, D] and the matrix [D, V]."""
+    # Groups on N devices: each has a part of the vocabulary if N divides it and gets all of x; else
+    # (bytes, a small matrix) each takes a part of the tokens and gets the matrix.
     split = matrix.shape[1] % num_shards("vocab") == 0
     tokens, vocab = ("window", "vocab") if split else ("row", None)
     rows = constrain(x.reshape(-1, x.shape[-1]), tokens, None)
@@ -101,19 +96,9 @@ def unembed(x: Array, matrix: Array) -> Array:
 
 @partial(jax.jit, static_argnames=("model", "count"))
 def generate(
-    model: LanguageModel,
-    params: Any,
-    prompt: Array,
-    count: int,
-    key: Array,
-    temperature: Array,
-    top_p: Array,
+    model: LanguageModel, params: Params, prompt: Array, count: int, key: Array, *sampling: Array
 ) -> Array:
-    """`count` tokens [B, count] after the prompts [B, T], T >= 1.
-
-    temperature >= 0 divides the logits, 0 takes the likeliest token; top_p in (0, 1] keeps the
-    fewest tokens that together have that probability (nucleus sampling, arXiv 1904.09751).
-    """
+    """`count` tokens [B, count] after the prompts [B, T], T >= 1, by `sampling` as in `choose`."""
     batch, length = prompt.shape
     dtype, params = jax.tree.leaves(params)[0].dtype, model.unstack(params)
     cache = model.init_cache(batch, length + count, dtype)
@@ -121,7 +106,7 @@ def generate(
 
     def step(carry: Pair, i: Array) -> tuple[Pair, Array]:
         logits, cache = carry
-        token = choose(logits, jax.random.fold_in(key, i), temperature, top_p)
+        token = choose(logits, jax.random.fold_in(key, i), *sampling)
         after, cache = model.decode(params, token[:, None], cache, length + i)
         return (after[:, -1], cache), token
 
@@ -130,7 +115,11 @@ def generate(
 
 
 def choose(logits: Array, key: Array, temperature: Array, top_p: Array) -> Array:
-    """Draw one token for each row of logits [B, V]; see `generate`."""
+    """Draw one token for each row of logits [B, V].
+
+    temperature >= 0 divides them, 0 takes the likeliest; top_p in (0, 1] keeps the fewest tokens
+    that together have that probability (nucleus sampling, arXiv 1904.09751).
+    """
     scaled = logits / jnp.maximum(temperature, 1e-6)
     share = jax.nn.softmax(scaled, axis=-1)
     ranked = jnp.sort(share, axis=-1)[:, ::-1]

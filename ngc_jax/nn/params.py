@@ -1,7 +1,6 @@
 """Records of a model's parameters: collected from the layers that create them, and used on trees.
 
-For: `declare` in a Flax module, in place of `self.param`, and `describe` of a module; splits of a
-tree by its records. Not for: what a record says (`core/params.py`).
+For: `declare` in a Flax module, not `self.param`. Not for: what a record says (`core/params.py`).
 """
 
 import dataclasses

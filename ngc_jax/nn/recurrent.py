@@ -1,14 +1,11 @@
 """The recurrent model: embed, a stack of cells that hear the stream token by token, logits.
 
 For: streams. What a cell has heard is one state, so a token costs the same at any length. Not for:
-the loop over tokens (`core/recurrence.py`), or what only the decoder has, such as attention.
-
-Axes: B batch, T tokens, D width, V vocabulary, C cells.
+the loop over tokens (`core/recurrence.py`). Axes: B batch, T tokens, D width, C cells.
 """
 
 import dataclasses
-import functools
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -31,16 +28,11 @@ Array = jax.Array
 class Cell(nn.Module):
     """A state that hears the stream token by token: x [B, T, D], state [B, D] -> (x, state).
 
-    With e the normed stream and n(h) = h / rms(h), a round at a token is
-
-        h <- keep h + pace (drive e + MLP(n(h), e)),   keep = exp(-softplus(leak)),
-                                                       pace = sqrt(1 - keep^2)
-
-    where the MLP is that of a `Stage` with two readers: gate and up each sum what the state says
-    and what the token says. So the token multiplies the state, without which no linear recurrence
-    keeps track of even a parity (arXiv 2404.08819). pace keeps a state's variance at 1 whatever its
-    time scale (LRU, arXiv 2303.06349). What tokens say is one product, before the loop, and weights
-    are made once. The state is float32. first [B, T], bool: where a document, a new state, begins.
+    With e the normed stream, n(h) = h / rms(h), keep = exp(-softplus(leak)) and pace = sqrt(1 -
+    keep^2), which keeps a state's variance at 1 (LRU, arXiv 2303.06349), a round at a token is h <-
+    keep h + pace (drive e + MLP(n(h), e)), where gate and up of the MLP each sum what the state and
+    what the token says. So the token multiplies the state, without which no linear recurrence keeps
+    track of a parity (arXiv 2404.08819). first [B, T], bool: where a document, a new state, begins.
     """
 
     shape: ModelShape
@@ -93,7 +85,7 @@ class Recurrent(LanguageModel):
         cells, norm = stacked(self.cell_info, "stage"), ParamInfo("scale", (None,))
         return {"cells": cells, "norm": {"scale": norm}, **end_info()}
 
-    @functools.cached_property
+    @cached_property
     def cell_info(self) -> Params:
         """The records of one cell's parameters."""
         width = self.shape.width
@@ -101,8 +93,8 @@ class Recurrent(LanguageModel):
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
         """The cells' states before the first token: [C, B, D], for any `length`."""
-        shape = (self.shape.core, batch, self.shape.width)
-        return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return jnp.zeros((self.shape.core, batch, self.shape.width), wide)
 
     def generated(self) -> dict[str, dict[str, int]]:
         # Without chunks: each cell's once, for all tokens.

@@ -1,8 +1,7 @@
 """Settings of the model, `config.model`: the table of fields, and the kinds of models.
 
-For: how a kind of model is made, which fields it reads, and which values of them go together.
-`MODELS["mine"] = ModelKind(make, reads)` adds one, and `MODEL.fields.append(Field(...))` a field.
-Not for: the models themselves (`decoder.py`, `recurrent.py`, `bdh.py`), which know no config.
+For: `MODELS["mine"] = ModelKind(make, reads)`, and `MODEL.fields.append(Field(...))`. Not for: the
+models themselves (`decoder.py`, `recurrent.py`, `bdh.py`), which know no config.
 """
 
 import dataclasses
@@ -25,17 +24,12 @@ if TYPE_CHECKING:  # a table of settings does not need what takes a second to im
 
 @dataclasses.dataclass(frozen=True)
 class ModelKind:
-    """A kind of model, an entry of `MODELS`.
+    """A kind of model, an entry of `MODELS`."""
 
-    make(config, vocab) returns the model. `reads` names the fields of `config.model` that it reads;
-    all others must be at their defaults. check(config, need) refuses values that do not go
-    together. `stages`: make returns a `Decoder`, which iteration, rewire and stability act on.
-    """
-
-    make: "Callable[[Any, int], LanguageModel]"
-    reads: tuple[str, ...]
-    check: Callable[[Any, Need], None] = lambda config, need: None
-    stages: bool = False
+    make: "Callable[[Any, int], LanguageModel]"  # of a config and a vocabulary
+    reads: tuple[str, ...]  # the fields of `config.model` that may differ from their defaults
+    check: Callable[[Any, Need], None] = lambda config, need: None  # refuses values together
+    stages: bool = False  # make returns a `Decoder`, on which iteration, rewire and stability act
 
 
 def kind_of(config: Any) -> ModelKind:
@@ -99,9 +93,8 @@ def _check_groups(config: Any, need: Need) -> None:
         need(m.groups > 1, "model.wiring", "'complete' where model.groups is 1")
     if m.wiring not in ("complete", "others"):
         able = channel_counts(m.wiring, m.groups)
-        wants = f"from 1 to model.groups - 1 = {m.groups - 1}"
-        if m.wiring == "block":
-            wants = f"one less than a divisor of model.groups={m.groups}, for instance {able[-1]}"
+        fits = "one less than a divisor of" if m.wiring == "block" else "less than"
+        wants = f"{fits} model.groups={m.groups}, for instance {able[-1]}"
         need(m.channels in able, "model.channels", wants)
     try:
         parse(m.sharing, m.prelude + m.core + m.coda)
@@ -142,8 +135,7 @@ def _check_recurrent(config: Any, need: Need) -> None:
     need(m.sharing in ("none", "gate_up"), "model.sharing", f"one of 'none', 'gate_up' {where}")
     fixed = ", ".join(map(repr, ("complete", *WIRINGS)))
     need(m.wiring not in DYNAMIC, "model.wiring", f"one of {fixed} {where}")
-    crossing = f"1 {where}: signals would cross devices at each token"
-    need(config.mesh.group == 1, "mesh.group", crossing)
+    need(config.mesh.group == 1, "mesh.group", f"1 {where}: at each token signals would cross")
     _check_groups(config, need)
 
 
@@ -180,38 +172,32 @@ MODELS: dict[str, ModelKind] = {
     "recurrent": ModelKind(_shaped("Recurrent"), (*_GROUPS, "chunk"), _check_recurrent),
     "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat"), _check_bdh),
 }
-ABOUT_KIND = "'recurrent' = cells in place of attention; 'bdh' = a baseline"
-KIND = Field("kind", "decoder", ABOUT_KIND, MODELS)
+KIND = Field("kind", "decoder", "'recurrent' = cells, not attention; 'bdh' = a baseline", MODELS)
 # fmt: off
 MODEL = Section("model",
     "What is trained. Each kind of model reads some of these fields and refuses the others.", [
     KIND,
-    Field("rule", "addressed", "how states make the weights between groups (docs/method.md); "
-          "'dense' = a Transformer", rules_between_groups),
+    Field("rule", "addressed", "makes the weights; 'dense' = a Transformer", rules_between_groups),
     Field("match", "", "'dense_small:0.25' = sizes for this share of the matrix parameters of "
           "configs/dense_small.py, 'dense_small:0.25:flops' = of its FLOPs"),
     Field("match_by", "width", "size that match sets, before it adjusts hidden", MATCHED),
     Field("width", 128, "channels of the stream, a multiple of groups", "[1, inf)", "neurons"),
     Field("hidden", 384, "channels inside the MLP, a multiple of groups", "[1, inf)", "neurons"),
     Field("groups", 8, "groups of neighbouring channels", "[1, inf)", "groups"),
-    Field("attend", 0, "tokens that attention looks back on, itself included; 0 = data.context",
-          "[0, 1e9]", "tokens"),
+    Field("attend", 0, "tokens in reach of attention; 0 = data.context", "[0, 1e9]", "tokens"),
     Field("heads", 4, "attention heads, a divisor of groups", "[1, inf)", "heads"),
     Field("p_intra", 128, "size of a state inside its group; 0 = no such part; the group's size = "
           "a dense block", "[0, inf)", "numbers"),
     Field("p_inter", 3, "size of a state, or port, between groups", "[1, inf)", "numbers"),
-    Field("message_activation", "none", "activation of the signal between groups",
-          lambda: ("none", *GATES)),
+    Field("message_activation", "none", "activation of what groups send", lambda: ("none", *GATES)),
     Field("wiring", "complete", "which groups hear which (rule 'addressed'); rewire changes the "
           "dynamic ones", lambda: ("complete", *WIRINGS, *DYNAMIC)),
-    Field("channels", 4, "groups that a group hears, unless wiring is 'complete' or 'others'; of a "
-          "dynamic one at the start", "[1, inf)", "groups"),
+    Field("channels", 4, "groups that a group hears (dynamic: at the start)", "[1, inf)", "groups"),
     Field("wiring_seed", 0, "seed of random wirings", SEEDS),
     Field("sharing", "none", "what shares send states: of 'qkv', 'gate_up', 'depth2', 'depth3', "
           "sets such as 'query+key' or '1+2', and 'readers', with commas between"),
     Field("init_rank", 0, "greatest rank of weights at the start; 0 = as drawn", "[0, inf)"),
-    Field("exchange_activation", "silu", "activation of the MLP's gate; 'none' = no gate function",
-          lambda: ("none", *GATES)),
+    Field("exchange_activation", "silu", "activation of the MLP's gate", lambda: ("none", *GATES)),
     Field("gates", False, "whether a token sets how much each group sends; these shares sum to 1"),
     Field("qk_norm", True, "whether queries and keys are normalised in each head"),
     Field("qk_gain", 1.0, "scale of normalised queries at the start", "(0, inf)"),
@@ -220,16 +206,12 @@ MODEL = Section("model",
     Field("rounds", 2, "times that the core runs, with the same states", "[1, inf)", "rounds"),
     Field("keep", 0.9, "part of the state that a round keeps, at the start of training", "(0, 1)"),
     Field("drive", True, "whether each round adds the loop's input again; False = only the first"),
-    Field("route", "state", "source of queries and keys: the round's state, or what the loop began "
-          "with", ("state", "start")),
+    Field("route", "state", "queries and keys of the state, or loop's input", ("state", "start")),
     Field("state_activation", "none", "activation of the loop's state after each round",
           lambda: ("none", *filter(None, STATE_ACTIVATIONS))),
     Field("coda", 1, "stages after the loop", "[0, 1000]", "stages"),
-    Field("form", "weights", "'weights' = generate each W, then multiply; 'signals' = never form W",
-          ("weights", "signals")),
-    Field("remat", "rounds", "what the gradient recomputes: nothing, rounds, or rounds and stages",
-          ("none", "rounds", "stages")),
-    Field("chunk", 0, "tokens that gradients go back through ('recurrent'); 0 = all of a window",
-          "[0, inf)", "tokens"),
+    Field("form", "weights", "'weights' = form each W; 'signals' = never", ("weights", "signals")),
+    Field("remat", "rounds", "what the gradient computes again", ("none", "rounds", "stages")),
+    Field("chunk", 0, "tokens that gradients go back by; 0 = a window", "[0, inf)", "tokens"),
 ], _check, _unread)
 # fmt: on

@@ -13,9 +13,7 @@ from ngc_jax.nn.synapse import SynapsePart
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder or recurrent model: the fields of `config.model` (docs/settings.md says
-    what each is), with its defaults, and what the data give.
-    """
+    """Sizes of a decoder or recurrent model: `config.model` (docs/settings.md), and of the data."""
 
     vocab: int = 257
     context: int = 128  # tokens that attention looks back on
@@ -93,11 +91,6 @@ class ModelShape:
     def stream_axes(self) -> tuple[str | None, ...]:
         """What the axes of the stream [B, T, D] count; a dense model's channels are no groups'."""
         return ("window", None, None if self.rule == "dense" else "group")
-
-    @property
-    def has_drive(self) -> bool:
-        """Whether there is a loop that the external drive pulls back to where it began."""
-        return self.core > 0 and self.drive
 
     @property
     def shared(self) -> Sharing:

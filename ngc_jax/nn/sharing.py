@@ -1,8 +1,7 @@
 """Which synapses share their send states: presets, or a partition of one's own.
 
 For: reading `config.model.sharing`. Not for: the shared states (`synapse.py` in a stage,
-`stacks.py` across stages). Neurons whose synapses share `pre` states say the same to all of them;
-where these read the same input too, the signal is computed once. Post states are never shared.
+`stacks.py` across stages). Neurons whose synapses share `pre` states say the same to all of them.
 """
 
 import re
@@ -56,17 +55,14 @@ def parse(text: str, stages: int) -> Sharing:
     """Read "none", or a list with commas of presets and sets.
 
     Presets: "qkv", "gate_up", and "depth2", "depth3", ...: neighbours in depth, so many at a time.
-    Sets: members of a stage, "query+key", or stages by number, "1+2+4". With "readers" among them,
-    stages share where they read the stream (not in attention out and down), as in Basis Sharing.
-    Raises ValueError for another item.
+    Sets: members of a stage, "query+key", or stages, "1+2+4". With "readers", stages share where
+    they read the stream, as in Basis Sharing. Raises ValueError for another item.
     """
-    numbers = tuple(str(stage) for stage in range(1, stages + 1))
+    numbers = tuple(map(str, range(1, stages + 1)))
     places = [*FANS.values(), numbers]
     leader = {name: name for place in places for name in place}
     items = [] if text == "none" else text.split(",")
-    for item in items:
-        if item == "readers":
-            continue
+    for item in (one for one in items if one != "readers"):
         names = tuple(PRESETS.get(item, item).split("+"))
         if run := re.fullmatch(r"depth([1-9]\d*)", item):
             runs = [numbers[first : first + int(run[1])] for first in range(0, stages, int(run[1]))]
@@ -87,7 +83,9 @@ def parse(text: str, stages: int) -> Sharing:
 
     over_depth = READERS if "readers" in items else tuple(FANS)
     if over_depth == READERS and sets(numbers) == tuple(range(stages)):
-        shares = "says in which synapses stages share, and none do"
-        raise ValueError(f"'readers' {shares}: add 'depth2', for instance")
-    members = tuple((name, sets(fan)) for name, fan in FANS.items())
-    return Sharing(members, sets(numbers), over_depth)
+        raise ValueError(
+            "'readers' says where stages share, and none do: add 'depth2', for instance"
+        )
+    return Sharing(
+        tuple((name, sets(fan)) for name, fan in FANS.items()), sets(numbers), over_depth
+    )

@@ -1,8 +1,8 @@
 """How a decoder's parameters lie: stages in stacks, and send states that several stages share.
 
-For: the layout {"embed", "norm", "unembed", "prelude", "core": {"stages", "leak", "drive"},
-"coda"}, with the A stages of a stack behind one another on a leading axis; and "senders", states by
-sets of stages that share them. Not for: what a stage does with them (`layers.py`).
+For: the layout {"embed", "norm", "unembed", "prelude", "core": {"stages", "leak", "drive"}, "coda",
+"senders"}, the A stages of a stack behind one another on a leading axis, senders by sets of stages
+that share them. Not for: what a stage does with them (`layers.py`).
 """
 
 import itertools
@@ -46,8 +46,7 @@ def restack(shape: ModelShape, params: Params, change: Callable[[Tree, slice], T
 def arrange(shape: ModelShape, stages: Tree, info: Tree, rest: Params, rows_of: Any) -> Params:
     """The parameters of a decoder from those of all its stages [A, ...] and the `rest`.
 
-    info: records of one stage. rows_of(tree, rows) takes rows of the leading axis; it is the
-    identity where `stages` are records themselves.
+    info: records of a stage. rows_of(tree, rows): `take`, or the identity where stages are records.
     """
     params, sets, over = dict(rest), shape.shared.stages, shape.shared.over_depth
     if max(sets) + 1 < len(sets):
@@ -66,11 +65,10 @@ def join_stages(shape: ModelShape, params: Params) -> tuple[Tree, Tree]:
 
 def split_stages(shape: ModelShape, params: Params, stages: Tree, senders: Tree) -> Params:
     """The parameters with these stages and shared send states; undoes `join_stages`."""
-    params = params | ({"senders": senders} if senders else {})
-    return restack(shape, params, lambda _, rows: take(stages, rows))
+    shared = {"senders": senders} if senders else {}
+    return restack(shape, params | shared, lambda _, rows: take(stages, rows))
 
 
 def stages_of(stack: Tree) -> tuple[Tree, ...]:
     """The stages of a stack, each by itself."""
-    count = len(jax.tree.leaves(stack)[0])
-    return tuple(take(stack, i) for i in range(count))
+    return tuple(take(stack, i) for i in range(len(jax.tree.leaves(stack)[0])))

@@ -1,13 +1,11 @@
 """The synapse: what joins neurons to neurons, in place of a dense layer's matrix.
 
-For: its summands, its parameters, and its two forms, weights and signals. Not for: what is made of
-synapses (`layers.py`), or how a rule makes weights (`core/rules/`).
-
-Axes: n_in, n_out neurons on either side; the fan counts synapses that read the same input.
+For: its summands, parameters, and two forms, weights and signals. Not for: how a rule makes weights
+(`core/rules/`). Axes: n_in, n_out neurons; the fan counts synapses that read the same input.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -54,21 +52,18 @@ class SynapsePart(NamedTuple):
 class Synapse(nn.Module):
     """Synapses that read the same x: [..., n_in] -> [..., fan, n_out], in one wide product.
 
-    `senders` names, for each member of the fan, whose send states it has: (0, 1, 2) each its own,
-    (0, 0, 0) all the same, and then the signal is computed once. A synapse is the sum of its parts
-    (inside a group, between groups), scaled so that unit-variance x gives y of variance gain^2 at
-    start. Under form="weights" the linear parts' weights are generated, summed and multiplied once.
-    Under form="signals", or where groups are on different devices so that only signals may cross, a
-    signal rule's weights are never formed. `split`: the side of a dense synapse that is split.
+    The sum of its parts, scaled so that unit-variance x gives y of variance gain^2 at start. Under
+    form="weights" the linear parts' weights are generated, summed and multiplied once; under
+    "signals", or where groups are on different devices, a signal rule's are never formed.
     """
 
     parts: tuple[SynapsePart, ...]
     n_in: int
     n_out: int
     form: str
-    senders: tuple[int, ...] = (0,)
+    senders: tuple[int, ...] = (0,)  # whose send states each member of the fan has; (0, 0): shared
     gain: float = 1.0
-    split: str = "out"  # or "in"
+    split: str = "out"  # or "in": the side of a dense synapse that is split over devices
 
     def __call__(self, x: Array, members: tuple[int, ...] | None = None) -> Array:
         """y of these members of the fan; None: of all."""
@@ -105,19 +100,17 @@ class Synapse(nn.Module):
         def act(x: Array) -> Array:
             # A weight's gradient then sums over one axis, which XLA:CPU does twice as fast.
             tokens, outputs = x.reshape(-1, self.n_in), []
-            # One wide product of all members brings their states together: too much work for a few
-            # tokens, of which each member gets its own.
+            # A few tokens are handed to each member: one wide product would gather all states.
             axis = 0 if len(tokens) < FEW else None
 
-            def handed(members: Collection[int]) -> Array:
-                count = len(members)
+            def handed(count: int) -> Array:
                 return tokens if axis is None else jnp.broadcast_to(tokens, (count, *tokens.shape))
 
             for part, how, senders, pre, post in signals:
-                sent, sent_axis = handed(senders), axis  # of a one-hot state: x as it is
+                sent, sent_axis = handed(len(senders)), axis  # of a one-hot state: x as it is
                 if part.rule != "block":
                     speak = partial(emit, how, activation=part.activation)
-                    said = jax.vmap(speak, in_axes=(axis, 0))(handed(set(senders)), pre)
+                    said = jax.vmap(speak, in_axes=(axis, 0))(handed(len(set(senders))), pre)
                     said = constrain(said, None, "window", *how.spoken)
                     said = constrain(said, None, "window", *how.heard)  # here signals cross
                     sent, sent_axis = spread(senders, checkpoint_name(said, "signal")), 0

@@ -1,13 +1,10 @@
 """From states to weights: the table of rules, and using a rule by its name.
 
-For: the two ways to use a rule: `transmit` a signal, or look at its `weights`. Not for: what each
-rule is (`signal.py`, `addressed.py`, `generated.py`), or which synapses a model has (`nn/`).
-
-Every neuron owns *states*: `pre`, with which it sends, and `post`, with which it receives. A weight
-is an interaction of two of them, W[j, i] = mu(post[j], pre[i]). Under the *signal rules* W is a sum
-of products, so it is never formed: senders emit a low-dimensional signal and receivers read it, and
-`y == x @ W.T` holds to rounding. The *generated rules* make W whole, then multiply.
-
+For: to `transmit` a signal by a rule, or look at its `weights`. Not for: what each rule is
+(`signal.py`, `addressed.py`, `generated.py`). Every neuron has *states*: `pre`, with which it
+sends, and `post`, with which it receives; a weight is W[j, i] = mu(post[j], pre[i]). Under *signal
+rules* W is a sum of products and never formed: senders emit a signal of few numbers and receivers
+read it. *Generated rules* make W whole, then multiply.
 Axes: n_in, n_out neurons on either side; h, g the sending and the receiving group, G of each; i, j
 a neuron in its group, n = n_in / G and m = n_out / G of them; r, p numbers of a state, of a port.
 """
@@ -24,9 +21,7 @@ from ngc_jax.core.rules import addressed, generated, signal
 from ngc_jax.core.rules.base import Rule, SignalRule, States, numbers_of
 
 Array = jax.Array
-
-# An activation is z -> z gate(z). A synapse with an activated signal is y = W(x) x, a *transient*
-# weight that the signal gates; as a layer it is CoLA (arXiv 2502.10940).
+# An activation is z -> z gate(z): y = W(x) x, *transient* weights; as a layer, CoLA (2502.10940).
 GATES: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.sigmoid,
     "gelu": jax.scipy.stats.norm.cdf,
@@ -58,13 +53,13 @@ def transmit(
 ) -> Array:
     """What the receivers get: y [..., n_out] for x [..., n_in]. No signal rule forms its weights.
 
-    `rule` is a name, or a rule such as `Addressed(wiring)`; `activation`, of the signal, a name of
-    `GATES`. Raises KeyError for an unknown one, and ValueError where x, pre and post do not fit and
-    for an activation of a generated rule, which has no signal.
+    `rule`: a name, or a rule; `activation`, of the signal: a name of `GATES`. Raises KeyError for
+    an unknown one; ValueError where x, pre and post do not fit, or a rule with it has no signal.
     """
-    _check(named(rule), pre, post, x)
-    if activation is None and not isinstance(named(rule), SignalRule):
-        return x @ named(rule).weights(pre, post).T
+    found = named(rule)
+    _check(found, pre, post, x)
+    if activation is None and not isinstance(found, SignalRule):
+        return x @ found.weights(pre, post).T
     return signal_rule(rule).receive(emit(rule, x, pre, activation), post)
 
 
@@ -84,16 +79,14 @@ def weights(
 ) -> Array:
     """The weights that `transmit` acts with: W [n_out, n_in], `y == x @ W.T` to rounding.
 
-    With an activation, W(x) is the transient weight of a single token x [n_in]: ValueError if it is
-    not given, or if the rule is a generated one. Raises KeyError for an unknown rule or activation.
+    With an activation, W(x) is the transient weight of a single token x [n_in]. Errors as there.
     """
     if activation is None:
         _check(named(rule), pre, post)
         return named(rule).weights(pre, post)
     gated = signal_rule(rule)
     if x is None or x.ndim != 1:
-        wants = "the weights depend on the token: give x of shape [n_in]"
-        raise ValueError(f"activation={activation!r}: {wants}")
+        raise ValueError(f"activation={activation!r}: weights depend on x, give it as [n_in]")
     _check(gated, pre, post, x)
     opened = _entry("activation", activation, GATES)(gated.send(x, pre))
     return gated.receive(opened * gated.send(jnp.eye(len(x)), pre), post).T
@@ -130,8 +123,7 @@ def signal_rule(rule: str | Rule) -> SignalRule:
     found = named(rule)
     if not isinstance(found, SignalRule):
         takes = ", ".join(name for name, one in RULES.items() if isinstance(one, SignalRule))
-        sends = f"sends no signal for an activation to act on; those that do: {takes}"
-        raise ValueError(f"rule={rule!r}: {sends}")
+        raise ValueError(f"rule={rule!r}: sends no signal to activate; those that do: {takes}")
     return found
 
 

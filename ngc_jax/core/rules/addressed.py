@@ -1,7 +1,7 @@
 """The addressed rule: neurons keep a port for each partner group; its wiring is fixed, or is data.
 
-For: the states of a synapse under the wirings of `wiring.py` and `rewiring.py`. Not for: the other
-signal rules, and what a rule must answer (`base.py`; `__init__.py` has the axes).
+For: states under the wirings of `wiring.py` and `rewiring.py`. Not for: the other signal rules
+(`signal.py`). `__init__.py` has the axes.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.core.rules.base import Sides, SignalRule, States, normal, per_group
-from ngc_jax.core.rules.signal import merge, read, split
+from ngc_jax.core.rules.signal import merge, read, split, square
 from ngc_jax.core.wiring import Wiring, carry, slots_of
 
 Array = jax.Array
@@ -23,12 +23,9 @@ class Addressed(SignalRule):
 
     pre S [G, n, G, p], post R [G, m, G, p]. p G (n_in + n_out) parameters, twice that in FLOPs per
     token, rank up to min(n_in, n_out, G^2 p). Alone, it is the block form known as Monarch (arXiv
-    2204.00595) and BTT (2406.06248).
-
-    Under a wiring (`wiring.py`) group g hears k others, h = wiring[g][s], and W is 0 elsewhere. The
-    states are then those of the channels alone, kept by their listener: S[g, i, s, p] belongs to
-    neuron i of the group in slot s of g, pre [G, n, k, p], post R [G, m, k, p]. p k (n_in + n_out)
-    parameters, twice that in FLOPs per token: a channel that is not there costs nothing.
+    2204.00595) and BTT (2406.06248). Under a wiring group g hears k others, h = wiring[g][s], and W
+    is 0 elsewhere. States are then those of k channels for G, kept by their listener: pre S [G, n,
+    k, p], of which S[g, i, s, p] belongs to neuron i of the group in slot s of g; R [G, m, k, p].
     """
 
     spoken, heard = ("group", None, None), (None, "group", None)
@@ -50,15 +47,10 @@ class Addressed(SignalRule):
         return _overheard(said, np.array(self.wiring), pre)
 
     def receive(self, signal: Array, post: States) -> Array:
-        by_reader = jnp.moveaxis(signal, -2 if self.wiring is None else -3, 0)
-        return merge(read(numbers(by_reader), numbers(post)))
+        return _heard(jnp.moveaxis(signal, -2 if self.wiring is None else -3, 0), post)
 
     def to_speakers(self, pre: States, post: States) -> Sides:
-        """These weights as states [..., G, n, G, p] and [..., G, m, G, p] of the complete rule.
-
-        A speaker then holds its own states, zeros for channels that are not there, and can send on
-        its own where groups are on different devices; `send` would move all of x.
-        """
+        """The weights as states of the complete rule: speakers on other devices can then send."""
         if self.wiring is None:
             return pre, post
         slots = slots_of(jnp.array(self.wiring), len(self.wiring))
@@ -66,25 +58,21 @@ class Addressed(SignalRule):
 
     def weights(self, pre: States, post: States) -> Array:
         if self.wiring is None:
-            full = jnp.einsum("gjhp,higp->gjhi", post, pre)
-        else:
-            channels = jnp.einsum("gjsp,gisp->gsji", post, pre)
-            groups, _, m, n = channels.shape
-            full = jnp.zeros((groups, m, groups, n), channels.dtype)
-            full = full.at[np.arange(groups)[:, None], :, np.array(self.wiring), :].set(channels)
-        return full.reshape(full.shape[0] * full.shape[1], -1)
+            return square(jnp.einsum("gjhp,higp->gjhi", post, pre))
+        channels = jnp.einsum("gjsp,gisp->gsji", post, pre)
+        groups, _, m, n = channels.shape
+        full = jnp.zeros((groups, m, groups, n), channels.dtype)
+        return square(full.at[np.arange(groups)[:, None], :, np.array(self.wiring)].set(channels))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewirable(SignalRule):
     """`Addressed` under a wiring that is data: each synapse has its own, which may change.
 
-    The edges that can lead to a group g are numbered e = 0 .. (G - 1) copies - 1, and e comes from
-    the group g + 1 + e // copies (mod G), so never from g itself. With copies = 1 an edge is a
-    whole channel of p numbers; with more, an edge is one port (dim is then 1). g keeps `slots` of
-    them: pre {"state": S [G, n, slots, p], "hears": edges [G, slots], int32, distinct in each row},
-    post R [G, m, slots, p]. Parameters and FLOPs are those of the slots. A slot whose two states
-    are all 0 is empty: it is not heard and gets no gradient.
+    Edge e = 0 .. (G - 1) copies - 1 of a group g comes from group g + 1 + e // copies (mod G). With
+    copies = 1 an edge is a channel of p numbers; with more, one port (dim is then 1). g keeps some:
+    pre {"state": S [G, n, slots, p], "hears": edges [G, slots], int32, distinct in each row}, post
+    R [G, m, slots, p]. A slot whose two states are all 0 is empty: it gets no gradient.
     """
 
     slots: int
@@ -105,7 +93,7 @@ class Rewirable(SignalRule):
         return _overheard(split(x, state.shape[0]), self._speakers(pre["hears"]), state)
 
     def receive(self, signal: Array, post: States) -> Array:
-        return merge(read(numbers(jnp.moveaxis(signal, -3, 0)), numbers(post)))
+        return _heard(jnp.moveaxis(signal, -3, 0), post)
 
     def weights(self, pre: States, post: States) -> Array:
         return Addressed().weights(*self.to_speakers(pre, post))
@@ -123,9 +111,9 @@ class Rewirable(SignalRule):
         return (jnp.arange(len(hears))[:, None] + 1 + hears // self.copies) % len(hears)
 
 
-def numbers(ports: Array) -> Array:
-    """[..., k, p] -> [..., k p]: all numbers of all channels."""
-    return ports.reshape(*ports.shape[:-2], -1)
+def _heard(by_reader: Array, post: Array) -> Array:
+    """`read` of signals [G, ..., k, p], all numbers of all channels at once."""
+    return merge(read(*(ports.reshape(*ports.shape[:-2], -1) for ports in (by_reader, post))))
 
 
 def _overheard(said: Array, speakers: Array | np.ndarray, pre: Array) -> Array:

@@ -1,8 +1,7 @@
 """What a rule is: the two base classes, and the small functions that several rules share.
 
-For: a rule of your own, a subclass of `Rule` or `SignalRule` put into `RULES` under a name. Not
-for: the rules themselves (`signal.py`, `addressed.py`, `generated.py`), or using one by its name
-(`__init__.py`, whose axes these are).
+For: a rule of your own, a subclass put into `RULES` under a name. Not for: the rules themselves
+(`signal.py`, `addressed.py`, `generated.py`), or using one (`__init__.py`, whose axes these are).
 """
 
 import abc
@@ -20,11 +19,10 @@ Sides = tuple[States, States]  # pre, post
 
 
 class Rule(abc.ABC):
-    """From states to weights, as pure functions. A rule holds no arrays.
+    """From states to weights, as pure functions; holds no arrays.
 
-    A side's states are one array, numbers that each belong to one neuron. A rule with more has a
-    dict: the neurons' numbers as "state", matrices between numbers as "map", and whatever else the
-    neurons share. W is 0 where all of post is 0.
+    A side's states are one array, numbers that each belong to one neuron; or a dict of these as
+    "state", matrices between numbers as "map", and whatever else neurons share. post = 0 makes W 0.
     """
 
     grouped = True  # "state" begins with the axes (group, neuron); False: with all neurons
@@ -33,10 +31,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
-        """States (pre, post), float32, under which unit-variance x gives unit-variance y.
-
-        `dim`: numbers of a state (r) or of a port (p). Raises ValueError as `per_group` does.
-        """
+        """Float32 (pre, post), of `dim` numbers, that keep unit variance. Raises as `per_group`."""
 
     @abc.abstractmethod
     def weights(self, pre: States, post: States) -> Array:
@@ -63,10 +58,7 @@ class Rule(abc.ABC):
         return self.scaled(post, jax.lax.rsqrt(w.shape[1] * jnp.mean(jnp.square(w))))
 
     def alike(self, pre: States, post: States, kind: Array) -> Sides:
-        """The states in which sender i of each group sends as kind[i] did, W rescaled: a low rank.
-
-        Source: ours, to ask what the rank of initial weights does to learning (arXiv 2310.08513).
-        """
+        """The states in which sender i of a group sends as kind[i] did (after arXiv 2310.08513)."""
         if isinstance(pre, tuple):  # post has a number for each sender
             return pre, self.rescale(pre, _in_kinds(post, kind, axis=2))
         state = numbers_of(pre)
@@ -77,14 +69,11 @@ class Rule(abc.ABC):
 
 
 class SignalRule(Rule):
-    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T.
+    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
 
-    `spoken` and `heard` say which axis of a signal belongs to the group that sends, and which to
-    the group that reads. Where groups are on different devices, a signal crosses between the two.
-    """
-
-    spoken: ClassVar[tuple[str | None, ...]]  # "group" or None for each axis behind those of x
-    heard: ClassVar[tuple[str | None, ...]]
+    # For each axis of a signal behind those of x, "group" if it is of groups that send, else None.
+    spoken: ClassVar[tuple[str | None, ...]]
+    heard: ClassVar[tuple[str | None, ...]]  # the same of groups that read: here devices talk
 
     @abc.abstractmethod
     def send(self, x: Array, pre: States) -> Array:
@@ -101,10 +90,7 @@ def numbers_of(states: States) -> Array:
 
 
 def per_group(groups: int, n_in: int, n_out: int) -> tuple[int, int]:
-    """(n, m), the neurons of one group on either side.
-
-    Raises ValueError where groups do not divide n_in and n_out.
-    """
+    """(n, m), neurons of a group on either side; ValueError where groups do not divide them."""
     if groups < 1 or n_in % groups or n_out % groups:
         works = (g for g in range(max(groups, 1), 0, -1) if math.gcd(n_in, n_out) % g == 0)
         wants = f"must divide n_in={n_in} and n_out={n_out}, for instance groups={next(works)}"

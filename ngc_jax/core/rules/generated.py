@@ -1,12 +1,8 @@
 """The generated rules: a nonlinear interaction of two states, so W is made before it acts.
 
-For: `tanh`, `shift`, `riemannian` and `distance`, which save parameters and no FLOPs: W is made
-once in a call. Not for: rules that never form W (`signal.py`), or using a rule by its name
-(`__init__.py`, whose axes these are).
-
-States start as N(0, 1), which fixes what the nonlinearity sees; W is multiplied by n_in^(-1/2), so
-that gains are of order one; and the gains start where the W that was drawn (with few numbers a
-state, far from its mean) has mean square 1 / n_in exactly. Neurons are in no groups.
+For: `tanh`, `shift`, `riemannian` and `distance`, which save parameters, not FLOPs. Not for: rules
+that never form W (`signal.py`), or using one (`__init__.py`, whose axes these are). States start as
+N(0, 1), and gains, after a factor of n_in^(-1/2), where the W drawn has mean square 1 / n_in.
 """
 
 from collections.abc import Callable
@@ -35,10 +31,8 @@ class Tanh(GeneratedRule):
     pre {"state": S [n_in, r], "map": P' [r, f], "bias": b' [f]}, post {"state": R [n_out, r],
     "map": P [r, f], "bias": b [f], "gain": a [f]}. r (n_in + n_out) + 8 r^2 + 12 r parameters.
     FLOPs: 2 f n_in n_out + 2 r f (n_in + n_out) to make W, 2 n_in n_out per token. Rank up to f.
-    Source: ours. tanh sees standard deviations from 0.5 to 1.5 at start and a carries the scale:
-    where they are small the rule is a `broadcast` of rank r. P and P' start as the same four
-    reflections, so that all directions of a state are heard equally, and a with a sign for each, so
-    that their straight parts cancel in part.
+    Source: ours. P and P' start as the same four reflections, times 0.5 to 1.5, so that all
+    directions of a state are heard equally; a with a sign for each: straight parts cancel in part.
     """
 
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
@@ -62,17 +56,15 @@ class Tanh(GeneratedRule):
 class Shift(GeneratedRule):
     """W = n_in^(-1/2) (c_0 q_0 + c_2 tanh(q_2) + c_4 tanh(q_4)), products with shifted states.
 
-    q_k is R roll_k(S)^T / sqrt(r), and roll_k moves the numbers of a state k places round; with r =
-    1, 2 or 4 some shifts are none. pre S [n_in, r], post {"state": R [n_out, r], "gain": c [3]}, at
-    start in the proportion 0.5 : 1 : -1 (with equal signs, short states make nearly one direction
-    of W). r (n_in + n_out) + 3 parameters. FLOPs: 6 r n_in n_out and 2 tanh for each weight to make
-    W, 2 n_in n_out per token. Full rank in general; q_0 alone has rank r. Source: ours.
+    q_k is R roll_k(S)^T / sqrt(r), and roll_k moves the numbers of a state k places round. pre S
+    [n_in, r], post {"state": R [n_out, r], "gain": c [3]}, at start as 0.5 : 1 : -1 (with equal
+    signs, short states make nearly one direction of W). r (n_in + n_out) + 3 parameters. FLOPs: 6 r
+    and 2 tanh for each weight to make W, 2 n_in n_out per token. Full rank mostly. Source: ours.
     """
 
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         send, receive = jax.random.split(key)
-        gain = jnp.array([0.5, 1.0, -1.0])
-        pre = normal(send, (n_in, dim), 1)
+        pre, gain = normal(send, (n_in, dim), 1), jnp.array([0.5, 1.0, -1.0])
         return pre, self.rescale(pre, {"state": normal(receive, (n_out, dim), 1), "gain": gain})
 
     def weights(self, pre: States, post: States) -> Array:
@@ -87,13 +79,10 @@ class Riemannian(GeneratedRule):
 
     h is r, or r + 1 where r is odd. pre S [n_in, r], post {"state": R [n_out, r], "map": A [6, h,
     r], "bias": b [6, h], "gain": v [h], "offset": c []}. r (n_in + n_out) + 6 h r + 7 h + 1
-    parameters. Each neuron is projected first, so FLOPs to make W: 12 h r (n_in + n_out), then 6 h
-    tanh and 18 h FLOPs for each weight; 2 n_in n_out per token. Full rank in general, with singular
-    values that fall off. Source: after RieM (Pei et al., ICML 2024); its start is ours.
-
-    tanh of a sum is mostly a sum (of unit inputs, nine tenths of its variance), two directions of
-    W. So features start in pairs that share A, with b = 1 and -1 and v of opposite sign: a bump on
-    A_k S[i] + A_k roll_k(R[j]), a fifth of whose variance is a sum. c takes their mean away.
+    parameters. FLOPs to make W: 12 h r (n_in + n_out), then 6 h tanh and 18 h for each weight; 2
+    n_in n_out per token. Full rank in general. Source: after RieM (Pei et al., ICML 2024); its
+    start is ours: tanh of a sum is mostly a sum, two directions of W, so features start in pairs
+    that share A, with b = 1 and -1 and v of opposite sign: bumps, whose mean c takes away.
     """
 
     amplitude = ("gain", "offset")
@@ -125,11 +114,9 @@ class Riemannian(GeneratedRule):
 class Distance(GeneratedRule):
     """W[j, i] = n_in^(-1/2) sum_h w_h phi(|S[i, h] - R[j, h]|), phi(d) = (1 - 4.5 d^2) exp(-2 d^2).
 
-    A neuron is a place on each of r lines; the mean of phi over the places at start is 0. pre S
-    [n_in, r], post {"state": R [n_out, r], "gain": w [r]}. r (n_in + n_out) + r parameters. FLOPs
-    to make W: r exp and 8 r FLOPs for each weight; 2 n_in n_out per token. Full rank in general,
-    with singular values that fall off fast. Source: after DyN (Pei and Wang, ICML 2023); phi is
-    ours.
+    pre S [n_in, r], post {"state": R [n_out, r], "gain": w [r]}. r (n_in + n_out + 1) parameters.
+    FLOPs to make W: r exp and 8 r for each weight; 2 n_in n_out per token. Full rank in general.
+    Source: after DyN (Pei and Wang, ICML 2023); phi, of mean 0 over the places at start, is ours.
     """
 
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
@@ -151,8 +138,7 @@ def _sum_over_features(
 ) -> Array:
     """sum_f gain[f] function(heard[f, j] + sent[f, i]): [n_out, n_in]."""
 
-    # One at a time, computed again for the gradient: memory does not grow by n_in n_out for each.
-    @jax.checkpoint
+    @jax.checkpoint  # and one at a time: memory does not grow by n_in n_out for each
     def term(heard: Array, sent: Array, gain: Array) -> Array:
         return gain * function(heard[:, None] + sent)
 

@@ -1,8 +1,7 @@
 """The signal rules: W is a sum of products, so neurons send a few numbers and groups read them.
 
-For: the rules under which no weight need ever be formed: `broadcast`, `metric` and its two small
-forms, `within`, `block`. Not for: `addressed` with its wirings (`addressed.py`), rules that form W
-(`generated.py`), or using a rule by its name (`__init__.py`, whose axes these are).
+For: `broadcast`, `metric` and its two small forms, `within`, `block`. Not for: `addressed`
+(`addressed.py`), or using a rule by its name (`__init__.py`, whose axes these are).
 """
 
 import math
@@ -43,13 +42,13 @@ class Metric(SignalRule):
     """W[gj, hi] = R[g, j] . M[g, h] S[h, i]: a map for each pair of groups compares states.
 
     pre S [G, n, r], post {"state": R [G, m, r], "map": M [G, G, r, r]}. r (n_in + n_out) + G^2 r^2
-    parameters, twice that in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours. For
-    each partner the pair of groups has a map, where in `addressed` every neuron has a port.
+    parameters, twice that in FLOPs per token, rank up to min(n_in, n_out, G r). Source: ours.
     """
 
     amplitude = ("state",)
     spoken, heard = ("group", None), (None, None)
     pairs = "ghpq"  # the axes of M: listening group, speaking group, number read, number sent
+    sent = "q"  # a diagonal or scalar map leaves numbers where they are
 
     def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
         n, m = per_group(groups, n_in, n_out)
@@ -66,35 +65,24 @@ class Metric(SignalRule):
         return jnp.moveaxis(jnp.einsum("h...i,hip->h...p", split(x, pre.shape[0]), pre), 0, -2)
 
     def receive(self, signal: Array, post: States) -> Array:
-        # a diagonal or scalar map leaves numbers where they are
-        sent = "q" if "q" in self.pairs else "p"
-        heard = jnp.einsum(f"...h{sent},{self.pairs}->...gp", signal, post["map"])
+        heard = jnp.einsum(f"...h{self.sent},{self.pairs}->...gp", signal, post["map"])
         return merge(read(jnp.moveaxis(heard, -2, 0), post["state"]))
 
     def weights(self, pre: States, post: States) -> Array:
-        sent = "q" if "q" in self.pairs else "p"
-        read = jnp.einsum(f"gjp,{self.pairs}->gjh{sent}", post["state"], post["map"])
-        full = jnp.einsum("gjhp,hip->gjhi", read, pre)
-        return full.reshape(full.shape[0] * full.shape[1], -1)
+        read = jnp.einsum(f"gjp,{self.pairs}->gjh{self.sent}", post["state"], post["map"])
+        return square(jnp.einsum("gjhp,hip->gjhi", read, pre))
 
 
 class MetricDiagonal(Metric):
-    """W[gj, hi] = sum_r R[g, j, r] M[g, h, r] S[h, i, r]: `Metric` with diagonal maps M [G, G, r].
+    """`Metric` with diagonal M [G, G, r]: r (n_in + n_out + G^2) parameters, 2 FLOPs each."""
 
-    r (n_in + n_out) + G^2 r parameters, 2 FLOPs a token each. Rank and source as `Metric`.
-    """
-
-    pairs = "ghp"
+    pairs, sent = "ghp", "p"
 
 
 class MetricScalar(Metric):
-    """W[gj, hi] = M[g, h] R[g, j] . S[h, i]: `Metric` with one number a pair, a graph M [G, G].
+    """`Metric` with M [G, G]: r (n_in + n_out) + G^2 parameters, 2 r (n_in + n_out + G^2) FLOPs."""
 
-    r (n_in + n_out) + G^2 parameters; 2 r (n_in + n_out) + 2 r G^2 FLOPs per token. Rank and source
-    as `Metric`.
-    """
-
-    pairs = "gh"
+    pairs, sent = "gh", "p"
 
 
 class Within(SignalRule):
@@ -124,9 +112,8 @@ class Within(SignalRule):
 class Block(SignalRule):
     """W[gj, gi] = R[g, j, i]: a post state holds a number for each member of its group.
 
-    The send state is then one-hot and not stored: pre is (), post R [G, m, n]. n_in n_out / G
-    parameters, twice that in FLOPs per token, full rank inside a group. With one group it is the
-    dense layer, our first baseline.
+    The send state is one-hot and not stored: pre (), post R [G, m, n]. n_in n_out / G parameters, 2
+    FLOPs a token each, full rank inside a group. With one group it is the dense layer.
     """
 
     inside = True
@@ -151,6 +138,11 @@ def split(x: Array, groups: int) -> Array:
     return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
 
 
+def square(full: Array) -> Array:
+    """Weights [G, m, G, n] as a matrix [G m, G n]."""
+    return full.reshape(full.shape[0] * full.shape[1], -1)
+
+
 def merge(y: Array) -> Array:
     """[G, ..., n] -> [..., G n]."""
     return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], -1)
@@ -166,8 +158,7 @@ def read(signal: Array, post: Array) -> Array:
 
 def _block_diagonal(blocks: Array) -> Array:
     """[G, m, n] -> [G m, G n]."""
-    groups, m, n = blocks.shape
-    if groups == 1:
+    if len(blocks) == 1:
         return blocks[0]
-    full = blocks[:, :, None, :] * jnp.eye(groups, dtype=blocks.dtype)[:, None, :, None]
-    return full.reshape(groups * m, groups * n)
+    same = jnp.eye(len(blocks), dtype=blocks.dtype)
+    return square(blocks[:, :, None, :] * same[:, None, :, None])
