@@ -1,7 +1,4 @@
-"""Layers for any Flax model, and models: the public names, and nothing else.
-
-Flax modules hold parameters here; every computation that they name lives in `ngc_jax.core`.
-"""
+"""Layers for any Flax model, and models: the public names, each imported when first asked for."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,7 +16,6 @@ _HOMES |= {"ModelShape": "nn.shape", "Recurrent": "nn.recurrent"}
 
 
 def __getattr__(name: str) -> Any:
-    # When first asked for: a table of settings beside them does not wait for Flax.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"ngc_jax.{_HOMES.get(name, 'nn.layers')}"), name)

@@ -68,8 +68,7 @@ class BDH(LanguageModel):
         }
 
     def param_info(self) -> Params:
-        # Heads may be split.
-        inward = {"weight": ParamInfo("matrix", ("channel", None, None), matrix=-2)}
+        inward = {"weight": ParamInfo("matrix", ("channel", None, None), matrix=-2)}  # of heads
         outward = {"weight": ParamInfo("matrix", ("channel", None), matrix=-2)}
         return {"encoder": inward, "encoder_v": inward, "decoder": outward, **end_info()}
 

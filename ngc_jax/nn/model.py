@@ -77,10 +77,8 @@ def init_ends(shape: Any, embed: Array, unembed: Array) -> Params:
 
 def end_info() -> Params:
     """The records of embed [V, D] and unembed [D, V]."""
-    return {
-        "embed": ParamInfo("embedding", (None, "channel")),
-        "unembed": ParamInfo("embedding", ("channel", "vocab")),
-    }
+    info = partial(ParamInfo, "embedding")
+    return {"embed": info((None, "channel")), "unembed": info(("channel", "vocab"))}
 
 
 def unembed(x: Array, matrix: Array) -> Array:

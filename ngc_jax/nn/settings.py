@@ -51,9 +51,8 @@ def head_counts(model: Any) -> list[int]:
 
 def model_shape(config: Any, vocab: int) -> "nn.ModelShape":
     """The shape of a decoder or recurrent model for a vocabulary."""
-    values = {**config.model.to_dict(), "vocab": vocab}
+    values = {**config.model.to_dict(), "vocab": vocab, "causal": not both_ways(config.data.task)}
     values["context"] = config.model.attend or config.data.context
-    values["causal"] = not both_ways(config.data.task)
     for name in ("message_activation", "exchange_activation", "state_activation"):
         values[name] = None if values[name] == "none" else values[name]
     return nn.ModelShape(**{f.name: values[f.name] for f in dataclasses.fields(nn.ModelShape)})
@@ -115,8 +114,8 @@ def _check_groups(config: Any, need: Need) -> None:
 
 def _check_decoder(config: Any, need: Need) -> None:
     m = config.model
-    stages = m.prelude + m.core + m.coda
-    need(stages >= 1, "model.prelude", "1 or more where model.core and model.coda are 0")
+    wants = "1 or more where model.core and model.coda are 0"
+    need(m.prelude + m.core + m.coda >= 1, "model.prelude", wants)
     _check_groups(config, need)
     fits = head_counts(m)
     need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
