@@ -1,10 +1,9 @@
 """Bytes between devices: `python -m ngc_jax.collectives --config=defaults --mesh=group:4`.
 
-For: compiling a config's update for a mesh of devices that need not be there, and counting the
-bytes that its collectives move, per token that a device helps to compute: those of the batch /
-(mesh.data x mesh.fsdp). Beside them stand those of the dense model of the same sizes under tensor
-parallelism. Fields are set as in `launch.py`. Not for: time. The program is XLA's for CPUs; others
-may split an all-reduce into a reduce-scatter and an all-gather, of the same bytes.
+For: the bytes that the collectives of a config's update, compiled for devices that need not be
+there, move per token that a device helps to compute: those of the batch / (mesh.data x mesh.fsdp).
+Beside them: the dense model of the same sizes under tensor parallelism. Not for: time, or other
+programs than XLA's for CPUs.
 """
 
 import functools
@@ -31,10 +30,7 @@ from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.settings import head_counts, kind_of
 from ngc_jax.report.blocks import aligned
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training.match_size import prepare
-from ngc_jax.training.rounds import mark_of
-from ngc_jax.training.stability_metrics import make_penalty
-from ngc_jax.training.step import abstract_state, losses, make_train_step
+from ngc_jax.training import match_size, rounds, stability_metrics, step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 # fields of a model that its dense counterpart has too
@@ -86,7 +82,7 @@ def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
     model, like, batch = _abstract(config, mesh, train.batch_size // train.accumulation)
 
     def forward(params: Any, batch: Any) -> Any:
-        return jnp.sum(losses(model, params, batch, dtype)[0])
+        return jnp.sum(step.losses(model, params, batch, dtype)[0])
 
     return jax.jit(meshes.with_mesh(mesh, forward)).lower(like.params, batch).compile()
 
@@ -94,18 +90,20 @@ def compile_forward(config: ConfigDict, mesh: Mesh) -> Any:
 def compile_update(config: ConfigDict, mesh: Mesh) -> Any:
     """The train step, with `model.rounds` rounds, compiled for a mesh; nothing is allocated."""
     model, like, batch = _abstract(config, mesh, config.train.batch_size)
-    penalty = make_penalty(model, config.stability) if isinstance(model, Decoder) else None
-    step = make_train_step(model, config.train, penalty)
-    places = (meshes.shardings(like), meshes.replicated(mesh))
-    jitted = jax.jit(meshes.with_mesh(mesh, step), out_shardings=places, donate_argnums=0)
+    penalty, places = None, (meshes.shardings(like), meshes.replicated(mesh))
+    if isinstance(model, Decoder):
+        penalty = stability_metrics.make_penalty(model, config.stability)
+    update = step.make_train_step(model, config.train, penalty)
+    jitted = jax.jit(meshes.with_mesh(mesh, update), out_shardings=places, donate_argnums=0)
     return jitted.lower(like, batch).compile()
 
 
 def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageModel, Any, Any]:
     """The model, and the shapes and places of its state and of a batch."""
     model = make_model(config, most_tokens(config.data))
-    batch = token_batch(windows, config.data.context, segmented(config.data, mark_of(config)))
-    return model, abstract_state(model, config.train, mesh), meshes.abstract_batch(mesh, batch)
+    data, mark = config.data, rounds.mark_of(config)
+    batch = token_batch(windows, data.context, segmented(data, mark))
+    return model, step.abstract_state(model, config.train, mesh), meshes.abstract_batch(mesh, batch)
 
 
 def layers(config: ConfigDict) -> int:
@@ -182,7 +180,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
     config = config.copy_and_resolve_references()
     config.mesh.update(sizes)
-    prepare(config)
+    match_size.prepare(config)
     dense = dense_of(config, own.dense_width)
     try:
         validate(dense)

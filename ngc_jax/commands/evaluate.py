@@ -1,9 +1,8 @@
 """Held-out loss of a trained model: `python -m ngc_jax.evaluate --workdir=DIR`.
 
-`--rounds=8` runs the loop for so many rounds. `--rounds=settled` runs it until a round moves no
-token's state by `--tolerance` of its length, for `--cap` rounds at most, and prints their number.
-
-For: the command line. Not for: the evaluation itself (`training/evaluation.py`).
+For: `--rounds=8` of the loop, or `--rounds=settled`: until a round moves no token's state by
+`--tolerance` of its length, for `--cap` at most; prints their number. Not for: the evaluation
+itself (`training/evaluation.py`).
 """
 
 from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of

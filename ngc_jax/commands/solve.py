@@ -1,10 +1,7 @@
 """How many problems of a task a trained model solves: `python -m ngc_jax.solve --workdir=DIR`.
 
-A problem is solved when every answer is right, each the likeliest symbol given the right ones
-before it, as greedy decoding writes them. `--rounds` is that of `evaluate`.
-
-For: tests at any difficulty, on problems that training has not seen. Not for: the test itself
-(`training/evaluation.py`).
+For: tests at any difficulty, on problems that training has not seen. One is solved when greedy
+decoding writes every answer right. Not for: the test itself (`training/evaluation.py`).
 """
 
 import re

@@ -10,7 +10,7 @@ import pathlib
 from ngc_jax.analysis import page
 from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
 from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
-from ngc_jax.data.batches import Batch, Examples, held_out_batches
+from ngc_jax.data.batches import held_out_batches
 from ngc_jax.report.figures import matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
@@ -21,17 +21,6 @@ OPTIONS = (
 )
 
 
-def held_out(examples: Examples, context: int, count: int) -> Batch:
-    """A batch of at most `count` held-out examples, evenly spread. Raises UserError for too few."""
-    count, given = min(count, len(examples)), f"data.context={context}"
-    if count < 2:
-        raise UserError(f"the held-out data have {count} window of {given}: an interval needs 2")
-    if context < LEAST_TOKENS:
-        raise UserError(f"{given}: measures along tokens need a run with {LEAST_TOKENS} or more")
-    batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
-    return batch
-
-
 def main() -> None:
     """Writes the page and prints its headline numbers."""
     arguments, where = parser(__doc__, *OPTIONS, *PLACES), "of the page; default: DIR/stability"
@@ -40,7 +29,13 @@ def main() -> None:
     matplotlib()
     trained = opened(args)
     config, decoder = trained.config, trained.decoder
-    batch = held_out(trained.data().validation, config.data.context, args.sequences)
+    examples, context = trained.data().validation, config.data.context
+    count, given = min(args.sequences, len(examples)), f"data.context={context}"
+    if count < 2:
+        raise UserError(f"the held-out data have {count} window of {given}: an interval needs 2")
+    if context < LEAST_TOKENS:
+        raise UserError(f"{given}: measures along tokens need a run with {LEAST_TOKENS} or more")
+    batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
     out = args.out or args.workdir / "stability"
     if not args.out and os.path.islink(out):
         raise UserError(f"{out} is a link, which is not followed: give --out=FOLDER")
@@ -49,8 +44,7 @@ def main() -> None:
     except OSError as error:
         raise page.unwritable(out, error) from error
     measured = measure(decoder, trained.params, batch, args.rounds)
-    sequences, length = batch.inputs.shape
-    tokens = f"{batch.inputs.size:,} tokens of held-out text: {sequences} windows of {length}"
+    tokens = f"{batch.inputs.size:,} tokens of held-out text: {count} windows of {context}"
     about = f"Checkpoint of update {trained.step:,}, measured on {tokens}, evenly spread."
     about = f"{page.describe(config)} {about}"
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"

@@ -1,8 +1,7 @@
 """Mazes and Sudokus, drawn at random, with their one solution.
 
-For: drawing a grid of a wanted difficulty, and the solvers that this takes. Not for: what of it a
-model reads and is asked for (`tasks.py`). A Sudoku of boxes of `shape`, (rows, columns), has
-N = rows columns digits and N N cells, a flat list with 0 for an empty one.
+For: grids of a wanted difficulty, and the solvers that this takes. Not for: what of them a model
+reads (`tasks.py`). A Sudoku of N digits is a flat list of N N cells, 0 for an empty one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from numpy.random import Generator
 
 WALL, OPEN, START, GOAL, PATH = range(5)
 Place = tuple[int, int]  # row, column
-Shape = tuple[int, int]
+Shape = tuple[int, int]  # rows and columns of a box; their product is N
 
 
 def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

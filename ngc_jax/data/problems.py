@@ -1,8 +1,7 @@
 """Sets of problems: drawn once from a seed, kept as a TFDS set, with tests held apart.
 
-For: how many problems of which difficulty a set has, and in which part a problem may be. A hash of
-what it gives to read says that, so that parts never share one; within a part an easy problem may
-come more than once. Not for: what a problem is (`tasks.py`).
+For: how many problems of which difficulty a set has, and the one part that each may be in, again
+and again if it is easy. Not for: what a problem is (`tasks.py`).
 """
 
 import hashlib
@@ -53,7 +52,7 @@ class ProblemSet(NamedTuple):
 
 
 def part_of(problem: Problem) -> str:
-    """The one part that a problem may be in."""
+    """The one part that a problem may be in, by a hash of what it gives to read."""
     # Not a cyclic code, whose bits are parities: they would tell part of the answer to `parity`.
     digest = hashlib.sha256(problem.inputs.astype("<i4").tobytes()).digest()
     return PARTS.get(int.from_bytes(digest[:8], "little") % 10, "train")

@@ -12,14 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.data import NOTHING
+from ngc_jax.data import NOTHING, cache, corpus, problems
 from ngc_jax.data.batches import Examples, Windows
-from ngc_jax.data.cache import cache_directory, entry
-from ngc_jax.data.corpus import Corpus, open_corpus
-from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tasks import TASKS, boundary
+from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, read, read_json, write_durably
 
 MARK = "<|document|>"
 LARGEST = 1 << 28  # bytes of a tokenizer
@@ -138,25 +135,24 @@ def load_data(config: Any, mark: int | None = None) -> Data:
         return _text(config, mark)
     held_out = max(1, round(config.validation_fraction * config.problems))
     counts = {"train": config.problems, "validation": held_out}
-    cache = cache_directory(config)
-    found = problem_set(config.task, config.low, config.high, counts, config.problem_seed, cache)
+    given = config.task, config.low, config.high, counts, config.problem_seed
+    found = problems.problem_set(*given, cache.cache_directory(config))
     if found.longest > config.context:
         wants = f"{found.longest} or more, the tokens of the longest problem"
         of = f"of data.task={config.task!r} up to data.high={config.high}"
         raise UserError(f"data.context={config.context}: must be {wants} {of}")
     ends = boundary(config.task) if mark is None else mark
-    train, held = (Problems(found.home, part, config.context, ends) for part in counts)
+    train, held = (problems.Problems(found.home, part, config.context, ends) for part in counts)
     symbols = Symbols(TASKS[config.task].symbols)
     return Data(symbols, train, held, found.fingerprint, found.summary)
 
 
 def _text(config: Any, mark: int | None) -> Data:
-    """The fingerprint is the corpus's, with a learned tokenizer's own."""
-    cache = cache_directory(config)
-    corpus = open_corpus(config, cache)
+    kept = cache.cache_directory(config)
+    text = corpus.open_corpus(config, kept)
     vocab = f"-{config.vocab_size}" if config.tokenizer == "bpe" else ""
-    name = f"tokens-{config.tokenizer}{vocab}-{corpus.fingerprint[:16]}"
-    home = entry(cache, name, lambda building: _tokenise(config, corpus, building))
+    name = f"tokens-{config.tokenizer}{vocab}-{text.fingerprint[:16]}"
+    home = cache.entry(kept, name, lambda building: _tokenise(config, text, building))
     meta = json.loads((home / "meta.json").read_text())
     tokenizer = load_tokenizer(home, config)
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
@@ -165,30 +161,30 @@ def _text(config: Any, mark: int | None) -> Data:
         count = meta["tokens"][split]
         if count < config.context + 1:
             smaller = f", or data.context of at most {count - 1}" if count > 1 else ""
-            raise UserError(
-                f"the {split} text has {count} tokens, fewer than a window of "
-                f"data.context={config.context} and its target: give more text{smaller}"
-            )
+            wants = f"fewer than a window of data.context={config.context} and its target"
+            there = f"the {split} text has {count} tokens"
+            raise UserError(f"{there}, {wants}: give more text{smaller}")
         tokens = np.memmap(home / f"{split}.bin", meta["dtype"], mode="r")
         return Windows(tokens, config.context, tokenizer.mark, ends)
 
     sizes = ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
-    fingerprint, summary = corpus.fingerprint, f"{corpus.summary}; {sizes}"
+    fingerprint = text.fingerprint
     if isinstance(tokenizer, BPE):
         fingerprint = hashlib.sha256((fingerprint + tokenizer.serialised).encode()).hexdigest()
-    return Data(tokenizer, windows("train"), windows("validation"), fingerprint, summary)
+    parts = windows("train"), windows("validation")
+    return Data(tokenizer, *parts, fingerprint, f"{text.summary}; {sizes}")
 
 
-def load_tokenizer(home: Path, config: Any) -> Tokenizer:
+def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
     """The tokenizer of `config.data`, as a directory keeps it. Raises UserError for another."""
     if not config.task and config.tokenizer == "bytes":
         return Bytes()
     file = home / "tokenizer.json"
     try:
         if not config.task:
-            return BPE(read(file, LARGEST).decode())
+            return BPE(files.read(file, LARGEST).decode())
         symbols = Symbols(TASKS[config.task].symbols)
-        if read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
+        if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
             raise ValueError(f"its symbols are not those of data.task={config.task!r}")
         return symbols
     except ImportError as error:
@@ -197,30 +193,29 @@ def load_tokenizer(home: Path, config: Any) -> Tokenizer:
         raise UserError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
 
-def save_tokenizer(tokenizer: Tokenizer, home: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, home: files.Path) -> None:
     """Keeps what `load_tokenizer` needs; bytes need nothing."""
     if not isinstance(tokenizer, Bytes):
-        write_durably(home / "tokenizer.json", tokenizer.serialised)
+        files.write_durably(home / "tokenizer.json", tokenizer.serialised)
 
 
-def _tokenise(config: Any, corpus: Corpus, directory: pathlib.Path) -> None:
+def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path) -> None:
     tokenizer: Bytes | BPE = Bytes()
     try:
         if config.tokenizer == "bpe":
-            tokenizer = BPE(BPE.train(corpus.splits["train"](), config.vocab_size))
+            tokenizer = BPE(BPE.train(text.splits["train"](), config.vocab_size))
         save_tokenizer(tokenizer, directory)
         dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
         counts = {}
-        for split, texts in corpus.splits.items():
+        for split, documents in text.splits.items():
             with open(directory / f"{split}.bin", "wb") as file:
-                for text in texts():
+                for document in documents():
                     file.write(np.array([tokenizer.mark], dtype).tobytes())
-                    file.write(tokenizer.encode(text).astype(dtype).tobytes())
+                    file.write(tokenizer.encode(document).astype(dtype).tobytes())
                 counts[split] = file.tell() // dtype.itemsize
     except ImportError as error:
         raise UserError(NO_TOKENIZERS) from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"the text is not UTF-8 ({error}), as data.tokenizer='bpe' wants it: use 'bytes'"
-        ) from error
+        wants = "as data.tokenizer='bpe' wants it: use 'bytes'"
+        raise UserError(f"the text is not UTF-8 ({error}), {wants}") from error
     (directory / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))

@@ -37,8 +37,7 @@ th, td { padding: 0.3rem 0.5rem; text-align: left; vertical-align: top;
   linear-gradient(to left, var(--shadow), transparent) right / 1rem 100% no-repeat scroll; }
 .cue { display: none; margin-bottom: -1rem; font-style: italic; }
 @media (max-width: 40rem) {
-  .cue { display: block; }
-  .stack thead { display: none; }
+  .cue { display: block; } .stack thead { display: none; }
   .stack tr { display: block; border-bottom: 1px solid var(--line); padding: 0.4rem 0; }
   .stack td { display: block; border: 0; padding: 0.1rem 0; }
   .stack td:first-child { font-weight: bold; }

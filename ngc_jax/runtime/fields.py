@@ -1,7 +1,6 @@
 """Tables of settings: the name, default, help, range and unit of each field, written once.
 
-For: defaults, checks and their messages, the lines of `--help`. Not for: the fields themselves
-(`settings.py` of each room).
+For: defaults, checks, messages, `--help`. Not for: the fields (`settings.py` of each room).
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """What a run reports: rows in metrics.jsonl, a view of them for TensorBoard, and the live line.
 
-For: writing and reading rows, {"step": s, name: value, ...}, whose values belong to update s. A run
-that continues from checkpoint s keeps the rows up to s. Not for: computing them.
+For: rows {"step": s, name: value, ...}, whose values belong to update s. Not for: computing them.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
 """Many processes that train one model together: how they find each other, agree, and end.
 
-For: one answer for all processes, at the same update. Not for: whose a part of a batch is
-(`nn/mesh.py`). Whatever differs between processes (a signal, a clock, a file, an error) is
-exchanged before it decides anything, in the same order in all. Devices are at rest meanwhile: on
-CPUs two programs that communicate at once mix their messages.
+For: exchanging what differs (a signal, a clock, a file, an error) before it decides anything, in
+the same order in all; devices are at rest meanwhile, since on CPUs two programs at once mix their
+messages. Not for: whose a part of a batch is (`nn/mesh.py`).
 """
 
 import contextlib
