@@ -24,7 +24,9 @@ def write(name: str, features: Callable[[Any], Any], splits: Splits, home: pathl
     """Writes a set; features(tfds.features) describes an example. TFDS orders by hash of key."""
     import tensorflow_datasets as tfds
 
-    class Stored(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+    builder: Any = tfds.dataset_builders.AdhocBuilder
+
+    class Stored(builder, skip_registration=True):  # type: ignore[call-arg]
         def _split_generators(self, dl_manager: Any) -> Any:  # its own would import TensorFlow
             return {split: self._generate_examples_iterator(of) for split, of in splits.items()}
 

@@ -150,7 +150,7 @@ def _open_board(directory: files.Path) -> Any:
         os.mkdir(directory)
         # Not TensorBoard's own writer, whose thread prints a traceback on a full disk.
         path = directory / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
-        board = RecordWriter(open(path, "xb", buffering=0))  # noqa: SIM115 (it is closed with the rows)
+        board = RecordWriter(open(path, "xb", buffering=0))  # noqa: SIM115 (closed by `close`)
         board.write(_event(file_version="brain.Event:2"))
         return board
     except (ImportError, OSError):
