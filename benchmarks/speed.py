@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.timing import Paired, model_of, paired, update_of, zeros_of
 from ngc_jax.config import base, validate
-from ngc_jax.training.costs import peak, update_flops
+from ngc_jax.count import forward_flops, peak
 from ngc_jax.training.match_size import cost
 
 SHARE = 0.32  # fraction of dense's parameters in matrices
@@ -81,7 +81,7 @@ def flops(config: ConfigDict) -> float:
     """FLOPs of the matrix products of an update."""
     model = model_of(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    return update_flops(model, params, jax.eval_shape(lambda: zeros_of(config)), None)
+    return 3 * forward_flops(model.apply, params, jax.eval_shape(lambda: zeros_of(config)))
 
 
 def rows(dense: ConfigDict, ngc: ConfigDict, pairs: int) -> dict[str, Row]:

@@ -55,8 +55,7 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import expand, make_private, write_durably
 from ngc_jax.runtime.metrics import duration, latest, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE
-from ngc_jax.training.costs import versions
-from ngc_jax.training.workdir import in_use
+from ngc_jax.training.workdir import in_use, versions
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIVERGED = 3  # launch.py's exit code

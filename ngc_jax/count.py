@@ -1,4 +1,4 @@
-"""What a model costs: parameters stored, weights generated, FLOPs, memory.
+"""What a model costs: parameters stored, weights generated, FLOPs, memory; and what devices can do.
 
 For: numbers that are counted from shapes and programs. Not for: measured speed.
 """
@@ -13,6 +13,15 @@ import jax
 from ngc_jax.nn.model import LanguageModel
 
 Tree = Any
+PEAKS = {  # FLOPs a second of one device in bfloat16, without sparsity, by the vendors' data sheets
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 class Parameters(NamedTuple):
@@ -71,3 +80,10 @@ def _jaxprs(value: Any) -> list[Any]:
     if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
         return [value]
     return [j for item in value for j in _jaxprs(item)] if isinstance(value, list | tuple) else []
+
+
+def peak(dtype: str, kind: str = "") -> float | None:
+    """Peak FLOPs a second of a device of this kind (default: here) in bfloat16; None: not known."""
+    kind = kind or jax.devices()[0].device_kind
+    found = (peak for name, peak in PEAKS.items() if kind.startswith(name))
+    return next(found, None) if dtype == "bfloat16" else None

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from ngc_jax.count import peak
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import Clock, Metrics, Progress, duration, read_rows
-from ngc_jax.training.costs import peak
 
 
 def write(workdir, start, rows):

@@ -19,11 +19,9 @@ from ngc_jax.core.rules import GATES, RULES, SignalRule, States, signal_rule, tr
 from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics.lyapunov import lyapunov_spectrum, orthonormalise, push_forward
 from ngc_jax.dynamics.measures import slope
+from ngc_jax.nn import layers, sharing, stacks
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.layers import Stage
 from ngc_jax.nn.shape import ModelShape
-from ngc_jax.nn.sharing import spread
-from ngc_jax.nn.stacks import STACKS, get_stack, stages_of
 from ngc_jax.nn.synapse import Heard, intercept
 
 Array = jax.Array
@@ -96,7 +94,7 @@ def run_stage(
 ) -> Any:
     """What the module of a stage returns, for a stream at its positions."""
     at = jnp.arange(x.shape[1])
-    return Stage(shape).apply({"params": weights}, x, at, batch.segments, route=route, **how)
+    return layers.Stage(shape).apply({"params": weights}, x, at, batch.segments, route=route, **how)
 
 
 def _each_row(one: Callable[[Batch], Array], batch: Batch) -> Array:
@@ -266,11 +264,11 @@ def walk(
     """
     s, params, names = model.shape, model.expand_shared(params), iter(stage_names(model.shape))
     passed: list[tuple[str, int, Any]] = []
-    first = dict(zip(STACKS, (0, s.prelude, s.prelude + s.core), strict=True))
+    first = dict(zip(stacks.STACKS, (0, s.prelude, s.prelude + s.core), strict=True))
 
     def stages(stack: str, x: Array, route: Array | None = None) -> Array:
-        found = get_stack(params, stack)
-        for i, weights in enumerate(stages_of(found) if found is not None else ()):
+        found = stacks.get_stack(params, stack)
+        for i, weights in enumerate(stacks.stages_of(found) if found is not None else ()):
             x, seen = visit(weights, x, route)
             passed.append((next(names), first[stack] + i, seen))
         return x
@@ -314,5 +312,5 @@ def _loudness(heard: Heard, groups: int) -> Array:
         return jnp.mean(jnp.square(got), axis=(1, 3)).T
 
     chosen = jnp.array(heard.members)
-    both = (spread(synapse.senders, states["pre"]), states["post"])
+    both = (sharing.spread(synapse.senders, states["pre"]), states["post"])
     return jnp.mean(jax.vmap(one)(*jax.tree.map(lambda p: p[chosen], both)), axis=0)

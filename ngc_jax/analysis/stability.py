@@ -12,15 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngc_jax.analysis import probes
-from ngc_jax.analysis.bounds import gain_bound
+from ngc_jax.analysis import bounds, probes
 from ngc_jax.core.rules import Rule, States
 from ngc_jax.data.batches import Batch
-from ngc_jax.dynamics import measures
-from ngc_jax.dynamics.lyapunov import bootstrap_interval, entropy_rate, kaplan_yorke_dimension
+from ngc_jax.dynamics import lyapunov, measures
+from ngc_jax.nn import sharing, stacks
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.sharing import FANS, spread
-from ngc_jax.nn.stacks import get_stack, stack_rows
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -94,7 +91,7 @@ def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measur
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over sequences of values [B, ...] and its 95% interval: mean, low, high, each [...]."""
-    low, high = jax.jit(bootstrap_interval)(jnp.asarray(values, jnp.float32))
+    low, high = jax.jit(lyapunov.bootstrap_interval)(jnp.asarray(values, jnp.float32))
     return np.mean(values, axis=0), np.asarray(low), np.asarray(high)
 
 
@@ -195,8 +192,8 @@ def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
         dropped=dropped,
         start=_each(partial(exponents, rounds=trained), params, batch)[:, 0],
         exponents=spectrum,
-        dimension=np.asarray(jax.jit(jax.vmap(kaplan_yorke_dimension))(spectrum)),
-        entropy=np.asarray(jax.jit(jax.vmap(entropy_rate))(spectrum)),
+        dimension=np.asarray(jax.jit(jax.vmap(lyapunov.kaplan_yorke_dimension))(spectrum)),
+        entropy=np.asarray(jax.jit(jax.vmap(lyapunov.entropy_rate))(spectrum)),
         path=np.asarray(path(params, first)),
         **_each(one, params, batch),
     )
@@ -211,7 +208,7 @@ def _traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, np.ndarr
 
 def gain_bounds(model: Decoder, params: Params) -> dict[str, dict[str, float]]:
     """The most that synapses of linear messages stretch a difference: {stage: {synapse: most}}."""
-    found = of_synapses(model, params, gain_bound)
+    found = of_synapses(model, params, bounds.gain_bound)
     return {stage: {name: float(x) for name, x in of.items()} for stage, of in found.items()}
 
 
@@ -227,20 +224,20 @@ def of_synapses(
         return measure([(rules[name], pre[name], post[name]) for name in post])
 
     def stage(senders: tuple[int, ...], states: dict[str, Params]) -> Array:
-        pre = {name: spread(senders, part.get("pre", ())) for name, part in states.items()}
+        pre = {name: sharing.spread(senders, part.get("pre", ())) for name, part in states.items()}
         post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
         return jax.vmap(member)(pre, post)
 
-    stages = {name: partial(stage, shape.shared.of(name)) for name in FANS}
+    stages = {name: partial(stage, shape.shared.of(name)) for name in sharing.FANS}
     runs = {name: jax.jit(jax.vmap(one)) for name, one in stages.items()}
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name in stack_rows(shape):
-        stack = get_stack(params, name)  # measured: [stages, fan, ...]
-        measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in FANS}
+    for name in stacks.stack_rows(shape):
+        stack = stacks.get_stack(params, name)  # measured: [stages, fan, ...]
+        measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in sharing.FANS}
         for i in range(len(measured["down"])):
             found[f"{name} {i + 1}"] = {
                 said: measured[synapse][i, place]
-                for synapse, members in FANS.items()
+                for synapse, members in sharing.FANS.items()
                 for place, said in enumerate(members)
             }
     return found

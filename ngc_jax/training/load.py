@@ -26,10 +26,8 @@ from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokeni
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params, generate
-from ngc_jax.runtime.checkpoint import Checkpoints
+from ngc_jax.runtime import checkpoint, fields, files
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.fields import refusals
-from ngc_jax.runtime.files import Path
 from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rounds import Apply, mark_of
@@ -55,7 +53,7 @@ class Trained:
     Tokens, [T] or [B, T], are read as they are. Axes: B sequences, T tokens, D width, V vocabulary.
     """
 
-    workdir: Path
+    workdir: files.Path
     config: ConfigDict
     model: LanguageModel
     params: Params
@@ -101,7 +99,7 @@ class Trained:
         UserError for a value out of range, and for the model of a task, which reads no text.
         """
         given = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        need = refusals(given)
+        need = fields.refusals(given)
         need(tokens >= 1, "tokens", "1 or more")
         need(temperature >= 0, "temperature", "0 or more, for instance 0.8")
         need(0 < top_p <= 1, "top_p", "above 0 and at most 1, for instance 0.95")
@@ -118,7 +116,7 @@ class Trained:
         return found
 
     def loss(self, text: str | bytes) -> Loss:
-        """The loss of a text in windows as of the run. Raises UserError for an empty text."""
+        """The loss of a text, in windows like the run's. Raises UserError for an empty one."""
         tokens, context, mark = self._encode(text), self.config.data.context, self.tokenizer.mark
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
@@ -213,7 +211,7 @@ def load(
     withheld = withhold(config.data, data_path, tfds_dir, trust)
     model = configs.make_model(config, tokenizer.vocab)
     abstract = abstract_state(model, config.train, meshes.single_device())
-    with Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"

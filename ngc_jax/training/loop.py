@@ -18,22 +18,18 @@ from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.runtime import multihost
-from ngc_jax.runtime.files import Path
-from ngc_jax.runtime.metrics import duration
-from ngc_jax.runtime.profiler import Profile
+from ngc_jax.runtime import files, metrics, multihost, profiler
 from ngc_jax.training import card, rewiring
-from ngc_jax.training.costs import costs, devices, update_flops, versions
 from ngc_jax.training.evaluation import compile_eval, compile_watch
 from ngc_jax.training.match_size import prepare
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
 from ngc_jax.training.stability_metrics import make_penalty
 from ngc_jax.training.step import SELDOM, abstract_state, init_state, make_train_step
-from ngc_jax.training.workdir import claim
+from ngc_jax.training.workdir import claim, versions
 
 
-def run(config: ConfigDict, workdir: Path) -> bool:
+def run(config: ConfigDict, workdir: files.Path) -> bool:
     """Trains from scratch, or continues from the newest sound checkpoint in `workdir`.
 
     Returns True where it is done, False where it was asked to stop. Raises UserError for what the
@@ -46,7 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
     model, mesh = make_model(config, data.tokenizer.vocab), meshes.make_mesh(config.mesh)
-    profile = Profile(config.train.profile, workdir / "profile")
+    profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")
 
@@ -103,7 +99,7 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         final = jax.eval_shape(trim, programs.state.params)
         stored = count.parameters(final, model.param_info())
         card.write(workdir, config, data.summary, stored, count.generated_weights(model))
-    took = duration(this.clock.seconds())
+    took = metrics.duration(this.clock.seconds())
     this.progress.say(f"done: {this.step} steps in {took} of training; see {workdir / 'card.md'}")
     return True
 
@@ -132,7 +128,15 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
     begin = partial(init_state, model, train, config.seed)
     init = jax.jit(begin, out_shardings=shardings, compiler_options=SELDOM)
-    flops = update_flops(model, state.params, batch, iteration)
-    told, took = costs(model, state.params, flops, compiled), time.monotonic() - began
-    print(f"{told}; compiled in {took:.1f} s on {devices(mesh)}")
+    forward = count.forward_flops(model.apply, state.params, batch)  # the backward pass is twice it
+    flops = iteration.flops(state.params, batch) if iteration else 3.0 * forward
+    stored, memory = count.parameters(state.params, model.param_info()), count.peak_memory(compiled)
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    here = f"{mesh.size} x {jax.devices()[0].device_kind}" + (f" ({axes})" if axes else "")
+    print(
+        f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, "
+        f"{stored.embeddings:,} in embeddings; {count.generated_weights(model):,} weights "
+        f"generated per forward; {flops / 1e9:.2f} GFLOPs per step; {memory / 2**20:.0f} MiB peak "
+        f"per device; compiled in {time.monotonic() - began:.1f} s on {here}"
+    )
     return Programs(init, compiled, rewire, evaluate, watch, state, flops)

@@ -1,10 +1,10 @@
 """Sizes that give a model a stated cost: a share of the parameters or FLOPs of another config.
 
-For: `config.model.match`, and the last checks of a config before it is used. Not for: comparing
-what such models are worth (`experiments/`).
+For: `model.match`, and the last checks of a config. Not for: comparing models (`experiments/`).
 """
 
 import bisect
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -21,18 +21,16 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import check_fields
 
 CLOSE = 0.01  # relative distance from the share that is allowed
-# bytes; matrices do not depend on it, and of FLOPs the logits' share is the same on both sides
-VOCAB = 257
+VOCAB = 257  # bytes; matrices do not depend on it, and the logits' FLOPs are those of both sides
 
 
 def prepare(config: ConfigDict) -> None:
     """Checks a config, sets the sizes that `model.match` asks for, and checks what comes of it.
 
-    The share in `match`, "dense_small:0.25", is of the parameters in matrices. With ":flops" it is
-    of the matrix products of one forward pass over `config.data.context` tokens, attention and
-    logits included. `model.match_by` names the size that is set; "width" scales hidden with it, and
-    hidden then takes up what the steps of that size leave. Raises UserError for what cannot run, or
-    where no sizes come within 1%; the config is then unchanged, but for these sizes.
+    The share in `match`, "dense_small:0.25", is of the parameters in matrices; with ":flops" of the
+    matrix products of a forward pass over `config.data.context` tokens, attention and logits too.
+    `model.match_by` names the size that is set; "width" scales hidden with it, and hidden then
+    takes up what is left. Raises UserError for what cannot run, or where none come within 1%.
     """
     check_fields(config, SECTIONS)
     if config.model.match:
@@ -66,15 +64,14 @@ def _resolve(config: ConfigDict) -> None:
         m[m.match_by], m.hidden = found.model[m.match_by], found.model.hidden
     step = m.groups if "groups" in kind_of(config).reads else unit
     found, off = _nearest(lambda steps: sized("hidden", steps * step))
+    sizes = {m.match_by: m[m.match_by], "hidden": found.model.hidden}
     if abs(off - 1) > CLOSE:
-        size, hidden = found.model[m.match_by], found.model.hidden
+        made = " with ".join(f"{field}={found.model[field]}" for field in sizes)
         others = ", ".join(repr(field) for field in MATCHED if field != m.match_by)
-        raise UserError(
-            f"model.match={m.match!r}: no sizes come within 1% of {share:g}; {m.match_by}={size} "
-            f"with hidden={hidden} has {share * off:.4g}: ask for that, or set model.match_by to "
-            f"{others}"
-        )
-    config.model.update({m.match_by: m[m.match_by], "hidden": found.model.hidden})
+        none = f"model.match={m.match!r}: no sizes come within 1% of {share:g}"
+        ask = f"ask for that, or set model.match_by to {others}"
+        raise UserError(f"{none}; {made} has {share * off:.4g}: {ask}")
+    config.model.update(sizes)
 
 
 def _unit(config: ConfigDict) -> int:
@@ -109,10 +106,9 @@ def _read(match: str) -> tuple[Any, float, str]:
     """The reference's config, the share, and what is shared."""
     name, _, rest = match.partition(":")
     share, _, what = rest.partition(":")
-    try:
+    part = math.nan
+    with contextlib.suppress(ValueError):
         part = float(share)
-    except ValueError:
-        part = math.nan
     if not 0 < part < math.inf or what not in ("", "parameters", "flops"):
         wants = "must be CONFIG:SHARE or CONFIG:SHARE:flops, for instance 'dense_small:0.25'"
         raise UserError(f"model.match={match!r}: {wants}")

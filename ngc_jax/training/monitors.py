@@ -1,7 +1,6 @@
 """What an update remembers of those before it, to see trouble: an early warning, and loss spikes.
 
-For: two moving means and their verdicts, as pure functions that run inside the update. Not for:
-what is done about them (`step.py` skips a spike's update, `run.py` tells the warning and rewinds).
+For: moving means and verdicts, inside the update. Not for: what is done (`step.py`, `run.py`).
 """
 
 from typing import NamedTuple
@@ -19,8 +18,7 @@ WARMUP = 64  # losses in the mean, before which nothing is a spike
 class Updates(NamedTuple):
     """Early warning: a moving geometric mean of |change of the parameters| / |parameters|.
 
-    `experiments/early_warning.py` chose this number among ten, and measured how early and how
-    surely it warns: experiments/results/early_warning.md.
+    Chosen among ten, and measured, in experiments/results/early_warning.md.
     """
 
     level: Array  # moving mean of log relative update
@@ -49,8 +47,7 @@ def warn(memory: Updates, relative_update: Array) -> tuple[Updates, Array]:
 
     An update that was skipped, or was not finite, changes nothing.
     """
-    value = jnp.log(relative_update)
-    share = _share(memory.seen, HORIZON)
+    value, share = jnp.log(relative_update), _share(memory.seen, HORIZON)
     fed = Updates(memory.level + share * (value - memory.level), memory.seen + 1)
     usable = jnp.isfinite(value)
     memory = jax.tree.map(lambda new, old: jnp.where(usable, new, old), fed, memory)

@@ -1,9 +1,8 @@
 """The optimizer: its schedule, its optax chain, and learning rates by kind of parameter.
 
-For: all between a gradient and an update. Not for: gradients, or their guard (`step.py`).
-
-Learning rates are applied to the chain's output and follow the run's own step, so that a skipped
-update cannot shift them. `info` is a tree of records (`core/params.py`) of the trained parameters.
+For: all between a gradient and an update. Not for: gradients, or their guard (`step.py`). Learning
+rates follow the run's own step, so that a skipped update cannot shift them. `info`: the records
+(`core/params.py`) of the trained parameters.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,9 @@
 """Rewiring a model while it trains: edges between groups given up and tried anew between updates.
 
 For: `model.wiring="dynamic"` and "dynamic_ports". Not for: which edges (`core/rewiring.py`).
-
-Every synapse has a wiring of its own, one for all that share its send states. All is done in one
-layout: each listener has a slot for every possible edge, [..., G, n, E, p]. One that is not there
-has post = 0 and a new pre: the function stays, and its gradient tells what the edge is good for.
-
-Axes, before those of `core/rewiring.py`: A stages and F fan members, by sets that share send
-states.
+Synapses that share send states have one wiring. All is done in one layout: a slot for every edge
+that could be, [A, F, G, n, E, p], A stages and F fan members, by sets that share send states. One
+that is not there has post = 0 and a new pre: its gradient tells what it is good for.
 """
 
 import dataclasses
@@ -22,12 +18,9 @@ import optax
 from jax.sharding import Mesh
 
 from ngc_jax.analysis.probes import run_stage, walk
-from ngc_jax.core import rewiring
+from ngc_jax.core import rewiring, rules, wiring
 from ngc_jax.core.params import ParamInfo
-from ngc_jax.core.rewiring import Schedule
-from ngc_jax.core.rules import emit
 from ngc_jax.core.rules.base import normal
-from ngc_jax.core.wiring import carry, slots_of
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn import stacks
@@ -41,7 +34,6 @@ from ngc_jax.training.step import SELDOM, TrainState, losses
 Array = jax.Array
 Tree = Any
 Row = dict[str, Any]
-Rewire = Callable[[TrainState, Batch, Array, Array], tuple[TrainState, Row]]
 PART = "inter_addressed"  # the summand of a synapse that is rewired
 
 
@@ -53,21 +45,21 @@ class Ports(NamedTuple):
     post: Array  # [A, F, G, m, slots, p]
 
 
-def changes(config: Any) -> Schedule:
+def changes(config: Any) -> rewiring.Schedule:
     """The schedule that a config asks for; its model's wiring is a dynamic one."""
     r, steps, m = config.rewire, config.train.steps, config.model
     copies = m.p_inter if m.wiring == "dynamic_ports" else 1
     begin, end = round(r.begin * steps), round(r.end * steps)
     edges = m.channels * copies, r.channels * copies
-    return Schedule(*edges, begin, r.every, (end - begin) // r.every, r.exchange)
+    return rewiring.Schedule(*edges, begin, r.every, (end - begin) // r.every, r.exchange)
 
 
-def make_rewire(model: Decoder, config: Any) -> Rewire:
+def make_rewire(model: Decoder, config: Any) -> Callable[..., tuple[TrainState, Row]]:
     """(state, batch, keep, grow) -> the state with that many edges a group, and what to log of it.
 
-    `keep` edges stay by magnitude, `grow` are added by `config.rewire.regrow`. An edge that stays
-    keeps states and moments to the bit. A new one begins with post and moments of 0, so the model's
-    function changes by what was given up alone. An accumulated batch is scored on one part.
+    `keep` edges stay by magnitude, with states and moments to the bit; `grow` are added, as
+    `config.rewire.regrow` says, with post and moments of 0, so that the function changes by what
+    was given up alone. An accumulated batch is scored on one part.
     """
     s = model.shape
     rule = s.rewirable
@@ -76,7 +68,7 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
     wide = model.reshaped(channels=s.groups - 1)  # a slot for each possible edge
 
     def promises(params: Tree, batch: Batch, key: Array) -> dict[str, Array]:
-        """What each edge promises, for each stage and fan member: {synapse: [A, F, G, E]}."""
+        """What each edge promises to each member: {synapse: [A, F, G, E]}."""
         if config.rewire.regrow == "correlation":
             return _correlations(wide, params, batch)
         laid = _ports(model, params)
@@ -101,19 +93,19 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
         origins: dict[str, Array] = {}  # the slot that each edge has today, or -1: [A, F, G, E]
         for i, (synapse, (pre, hears, post)) in enumerate(laid.items()):
             used = jnp.any(pre != 0, axis=(-3, -1))
-            origin = origins[synapse] = slots_of(jnp.where(used, hears, -1), edges)
+            origin = origins[synapse] = wiring.slots_of(jnp.where(used, hears, -1), edges)
             wanted = (*pre.shape[:-2], edges, pre.shape[-1])
             drawn = normal(jax.random.fold_in(fresh_key, i), wanted, pre.shape[-3])
             laid[synapse] = Ports(
-                jnp.where(origin[..., None, :, None] < 0, drawn, carry(pre, origin)),
+                jnp.where(origin[..., None, :, None] < 0, drawn, wiring.carry(pre, origin)),
                 jnp.broadcast_to(jnp.arange(edges), origin.shape),
-                carry(post, _by_member(model, synapse, origin)),
+                wiring.carry(post, _by_member(model, synapse, origin)),
             )
         part = jax.tree.map(lambda a: a[:: config.train.accumulation], batch)
         promise = promises(_with_ports(model, state.params, laid), part, random_key)
 
         slots: dict[str, Array] = {}  # the slot that each new slot goes on from, or -1
-        fresh: dict[str, Ports] = {}  # pre states of edges that are new, and the wiring
+        fresh: dict[str, tuple[Array, Array]] = {}  # pre states of edges that are new; the wiring
         added = held = jnp.zeros((), jnp.int32)
         for synapse, ports in laid.items():
             origin = origins[synapse]
@@ -125,7 +117,7 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
             new = used & (slot < 0)
             added, held = added + jnp.sum(new), held + jnp.sum(used)
             slots[synapse] = slot
-            fresh[synapse] = Ports(carry(ports.pre, jnp.where(new, heard, -1)), heard, ports.post)
+            fresh[synapse] = wiring.carry(ports.pre, jnp.where(new, heard, -1)), heard
 
         def moved(tree: Tree) -> Tree:
             """States, or whatever the optimizer keeps for them, in their new slots."""
@@ -133,15 +125,14 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
             for synapse, ports in _ports(model, tree).items():
                 if isinstance(ports.pre, optax.MaskedNode):  # optax keeps nothing for states here
                     return tree
-                post = carry(ports.post, _by_member(model, synapse, slots[synapse]))
-                changed[synapse] = Ports(carry(ports.pre, slots[synapse]), ports.hears, post)
+                post = wiring.carry(ports.post, _by_member(model, synapse, slots[synapse]))
+                changed[synapse] = Ports(wiring.carry(ports.pre, slots[synapse]), ports.hears, post)
             return _with_ports(model, tree, changed)
 
-        params = moved(state.params)
-        renewed = {
-            name: Ports(one.pre + fresh[name].pre, fresh[name].hears, one.post)
-            for name, one in _ports(model, params).items()
-        }
+        params, renewed = moved(state.params), {}
+        for synapse, ports in _ports(model, params).items():
+            new, heard = fresh[synapse]
+            renewed[synapse] = Ports(ports.pre + new, heard, ports.post)
         row = {"wiring/density": (keep + grow) / edges, "wiring/exchanged": added / held}
         memory = map_like_params(moved, state.optimizer, params)
         params = _with_ports(model, params, renewed)
@@ -153,38 +144,30 @@ def make_rewire(model: Decoder, config: Any) -> Rewire:
 def compile_rewire(
     model: LanguageModel, config: Any, mesh: Mesh, like: Tree, batch: Any
 ) -> Callable[[TrainState, Batch, int], tuple[TrainState, Row]] | None:
-    """`make_rewire`, compiled: (state, batch, step) -> the state and a row to log.
-
-    With the edges that `changes(config)` has at that step. None: the wiring stands still.
-    """
+    """`make_rewire` as `changes(config)` has it at a step, compiled; None: the wiring is fixed."""
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return None
-    whole = meshes.replicated(mesh)
-    plan, number = changes(config), jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    jitted = jax.jit(
-        meshes.with_mesh(mesh, make_rewire(model, config)),
-        out_shardings=(meshes.shardings(like), whole),
-        donate_argnums=0,
-        compiler_options=SELDOM,
-    )
+    plan, whole = changes(config), meshes.replicated(mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    program = meshes.with_mesh(mesh, make_rewire(model, config))
+    put = meshes.shardings(like), whole
+    jitted = jax.jit(program, out_shardings=put, donate_argnums=0, compiler_options=SELDOM)
     compiled = jitted.lower(like, batch, number, number).compile()
 
-    def rewire(state: TrainState, placed: Batch, step: int) -> tuple[TrainState, Row]:
+    def rewire(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Row]:
         grow = plan.exchanged(step)
-        state, row = compiled(state, placed, np.int32(plan.edges(step) - grow), np.int32(grow))
+        state, row = compiled(state, batch, np.int32(plan.edges(step) - grow), np.int32(grow))
         return state, jax.tree.map(float, jax.device_get(row))
 
     return rewire
 
 
-def pruned(
-    model: LanguageModel, params: Tree, config: Any, step: int
-) -> tuple[LanguageModel, Tree]:
-    """The model after `step` updates without empty slots: the same function, fewer products."""
+def pruned(model: LanguageModel, params: Tree, config: Any, at: int) -> tuple[LanguageModel, Tree]:
+    """The model after `at` updates without empty slots: the same function, fewer products."""
     if not isinstance(model, Decoder) or model.shape.rewirable is None:
         return model, params
     copies = model.shape.rewirable.copies
-    channels = -(-changes(config).edges(step) // copies)
+    channels = -(-changes(config).edges(at) // copies)
 
     def cut(leaf: Array, info: ParamInfo) -> Array:
         if info.kind == "wiring":
@@ -198,8 +181,7 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
     """`rewiring.correlation` in every synapse, over rounds its mean: {synapse: [A, F, G, E]}."""
     groups = model.shape.groups
 
-    def score(heard: Heard) -> Array:
-        """Of the members of one call: [members, G, E]."""
+    def score(heard: Heard) -> Array:  # of the members of one call: [members, G, E]
         (part,) = (part for part in heard.synapse.parts if part.place == "inter")
         states, chosen = heard.synapse.variables["params"][part.name], np.array(heard.members)
         pre = jax.tree.map(lambda p: p[chosen], spread(heard.synapse.senders, states["pre"]))
@@ -207,7 +189,7 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
         y = heard.y.reshape(-1, len(chosen), groups, heard.y.shape[-1] // groups)
 
         def one(pre: Tree, y: Array) -> Array:
-            return rewiring.correlation(emit(part.how, x, pre, part.activation), y)
+            return rewiring.correlation(rules.emit(part.how, x, pre, part.activation), y)
 
         return jax.vmap(one)(pre, jnp.moveaxis(y, 1, 0))
 
@@ -226,7 +208,7 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
 
 
 def _ports(model: Decoder, params: Tree) -> dict[str, Ports]:
-    """The rewirable states of each synapse, from parameters or what is kept beside each of them."""
+    """The rewirable states of each synapse, in parameters or what is kept beside them."""
     own, senders = stacks.join_stages(model.shape, params)
     found = {}
     for synapse in FANS:

@@ -1,8 +1,7 @@
 """Training for iteration: the rounds of an update, which of them have gradients, and their losses.
 
-For: reading `config.iteration`, the draw of an update's rounds, from seed and update alone, the
-weights of its read-outs, and what it costs. Not for: the loop itself (`core/communicate.py`), or
-rounds of a trained model (`evaluation.py`).
+For: `config.iteration`, the draw of an update's rounds, the weights of its read-outs, its FLOPs.
+Not for: the loop (`core/communicate.py`), or rounds of a trained model (`evaluation.py`).
 """
 
 import dataclasses
@@ -28,8 +27,7 @@ SIGMA = 0.5  # of the log of the Poisson's rate: Geiping et al. 2025, arXiv 2502
 def lognormal_poisson(mean: float, low: int, high: int) -> np.ndarray:
     """Shares [high - low + 1], sum 1, of r = 1 + Poisson(e^tau), tau normal with spread SIGMA.
 
-    Before it is cut to [low, high] r has this mean, above 1: Geiping et al. call mean - 1 r-bar.
-    What lies beyond an end counts to it.
+    r has this mean, above 1, before it is cut to [low, high]; Geiping et al. call mean - 1 r-bar.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     rates = np.exp(math.log(mean - 1) - SIGMA**2 / 2 + SIGMA * nodes)
@@ -63,11 +61,10 @@ class Iteration:
         return self.low + more.astype(jnp.int32)
 
     def apply(self, rounds: Array, key: Array | None = None) -> Apply:
-        """`model.apply` for training with these rounds, [] or [B], and the key of the noise.
+        """`model.apply` with these rounds, [] or [B], and the key of the noise.
 
-        It returns logits [S, B, T, V] and the weights [S, B] of the read-outs, of sum 1.
+        Gives logits [S, B, T, V], and the weights [S, B] of the read-outs, of sum 1.
         """
-
         disturb = noise(self.noise, key) if self.noise else None
 
         def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
@@ -75,8 +72,9 @@ class Iteration:
             if self.mark is not None:
                 own = count_marks(batch.inputs, self.mark, self.low, self.most)
             how: dict[str, Any] = {"rounds": own, "disturb": disturb, "backprop": self.backprop}
-            how |= {"most": self.most, "every": self.every}
-            logits, made = self.model.iterate(params, batch, **how)
+            logits, made = self.model.iterate(
+                params, batch, most=self.most, every=self.every, **how
+            )
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
             # Before round 1 there is nothing to judge.
             weights = jnp.where(last, 1.0, jnp.where(made > 0, self.weight, 0.0))
@@ -85,10 +83,10 @@ class Iteration:
         return apply
 
     def flops(self, params: Any, batch: Any) -> float:
-        """FLOPs of the matrix products of an update, mean over the draw, for a batch.
+        """FLOPs of an update's matrix products for a batch, mean over the draw.
 
-        The backward pass counts twice the forward pass of what has gradients, recomputation not.
-        The last `backprop` rounds count in full: they are computed also where an example rests.
+        The backward pass counts twice the forward pass of what has gradients, recomputation not;
+        the last `backprop` rounds count in full.
         """
         one, two = (forward_flops(self.model.at(rounds).apply, params, batch) for rounds in (1, 2))
         # The loop of rounds before the last ones has no known length: its body is counted once.
@@ -112,10 +110,7 @@ def noise(size: float, key: Array | None) -> Callable[[Array, Array], Array]:
 
 
 def mark_of(config: Any) -> int | None:
-    """The token whose occurrences are an example's rounds, if a config asks for that.
-
-    Marks speak to the loop, so no token sees back across one: `load_data` takes the mark, too.
-    """
+    """The token, if any, whose occurrences are an example's rounds; no token sees across one."""
     return int(config.iteration.mark) if config.iteration.rounds == "marked" else None
 
 
@@ -145,14 +140,13 @@ def make_iteration(model: LanguageModel, config: Any) -> Iteration | None:
         return None
     i = config.iteration
     low, high = (config.model.rounds,) * 2 if i.rounds == "fixed" else (i.low, i.high)
-    count = high - low + 1
+    backprop, every, count = i.backprop or high, i.supervise_every, high - low + 1
+    if i.rounds == "fixed" and backprop == high and not every and not i.noise:
+        return None
     shares = np.eye(count)[-1]  # 'fixed'; 'marked': for what is counted, as many as may be
     if i.rounds == "uniform":
         shares = np.full(count, 1 / count)
     if i.rounds == "lognormal_poisson":
         shares = lognormal_poisson(i.mean, low, high)
-    backprop, every = i.backprop or high, i.supervise_every
-    if i.rounds == "fixed" and backprop == high and not every and not i.noise:
-        return None
     drawn = (low, tuple(shares.tolist()), backprop, every, i.supervise_weight)
     return Iteration(model, *drawn, config.seed, i.noise, mark_of(config))

@@ -18,17 +18,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ngc_jax import count
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
-from ngc_jax.runtime import multihost
-from ngc_jax.runtime.checkpoint import META, Checkpoints, Restored
+from ngc_jax.runtime import checkpoint, files, metrics, multihost, preemption, watchdog
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path
-from ngc_jax.runtime.metrics import Clock, Metrics, Progress
-from ngc_jax.runtime.preemption import Asked, Preemption
-from ngc_jax.runtime.watchdog import Watchdog
-from ngc_jax.training import costs, evaluation, workdir
+from ngc_jax.training import evaluation, workdir
 from ngc_jax.training.step import TrainState
 
 MEASURED = {"eval", "stability", "final"}  # kinds of rows made of the state between two updates
@@ -66,16 +62,16 @@ class Run:
     broken: int  # updates skipped in a row, up to `logged`
     warned: int  # the update at which the standing warning of divergence began; 0: none stands
 
-    def __init__(self, config: ConfigDict, home: Path, data: Data, mesh: Mesh, do: Programs):
+    def __init__(self, config: ConfigDict, home: files.Path, data: Data, mesh: Mesh, do: Programs):
         self.config, self.home, self.data, self.mesh, self.do = config, home, data, mesh, do
         train = config.train
-        self.peak = costs.peak(train.compute_dtype)
-        self.progress = Progress(train.steps)
-        self.checkpoints = Checkpoints(home / "checkpoints", config.checkpoint.keep)
-        self.asked_to_stop = Preemption()
+        self.peak = count.peak(train.compute_dtype)
+        self.progress = metrics.Progress(train.steps)
+        self.checkpoints = checkpoint.Checkpoints(home / "checkpoints", config.checkpoint.keep)
+        self.asked_to_stop = preemption.Preemption()
         hang = "hang.txt" if multihost.first() else f"hang_{jax.process_index()}.txt"
-        self.watchdog = Watchdog(train.hang_minutes, train.hang_exit, home / hang)
-        step, state, meta = self._newest() or Restored(0, do.init(), META)
+        self.watchdog = watchdog.Watchdog(train.hang_minutes, train.hang_exit, home / hang)
+        step, state, meta = self._newest() or checkpoint.Restored(0, do.init(), checkpoint.META)
         now, then, made_with = data.fingerprint, meta["data"], meta["versions"]
         if step and now != then:
             raise UserError(
@@ -84,17 +80,17 @@ class Run:
                 "Python; a task: the same ngc_jax), or another --workdir"
             )
         self._stand_at(step, state, meta)
-        self.clock, self.last_save = Clock(float(meta["seconds"])), time.monotonic()
+        self.clock, self.last_save = metrics.Clock(float(meta["seconds"])), time.monotonic()
         of = f"checkpoint {step} of {train.steps}"
         print(f"continuing from {of} in {home}" if step else f"starting from step 0 in {home}")
-        if step and made_with != costs.versions():
-            print(f"made with {made_with}, now {costs.versions()}: equal up to rounding only")
+        if step and made_with != workdir.versions():
+            print(f"made with {made_with}, now {workdir.versions()}: equal up to rounding only")
 
     def _stand_at(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Stands after `step` updates, with the batches and rows that follow them."""
         jax.block_until_ready(state)
         train, passed = self.config.train, meta["passed"]
-        self.metrics = Metrics(self.home, step, meta["rows"], meta["rows_sha256"])
+        self.metrics = metrics.Metrics(self.home, step, meta["rows"], meta["rows_sha256"])
         span = {"start": step + passed, "stop": train.steps + passed}
         size, seed = train.batch_size, self.config.seed
         rows = meshes.local_batch_rows(self.mesh, size)
@@ -105,7 +101,7 @@ class Run:
         self.saved = self.logged = step
         self.late, self.votes, self.broken, self.warned = None, (False, False), 0, 0
 
-    def _newest(self, among: Collection[int] | None = None) -> Restored | None:
+    def _newest(self, among: Collection[int] | None = None) -> checkpoint.Restored | None:
         """The newest checkpoint of these that is this run's; others are named and set aside."""
         own = workdir.identity(self.config)
         found, faults = self.checkpoints.newest(self.do.state, own, among)
@@ -171,12 +167,12 @@ class Run:
         def unless_asked(program: Any, *given: Any) -> Any:
             self.watchdog.beat()
             if any(multihost.exchange(bool(self.asked_to_stop))):
-                raise Asked
+                raise preemption.Asked
             return program(*given)
 
         step, params, c = partial(unless_asked, self.do.evaluate), self.state.params, self.config
         parts = {"eval": ("held-out", c.eval.windows), "final": ("all held-out", 0)}
-        with self.clock, contextlib.suppress(Asked):
+        with self.clock, contextlib.suppress(preemption.Asked):
             for kind in kinds:
                 if kind == "stability":
                     row = unless_asked(self.do.watch, params)
@@ -198,7 +194,7 @@ class Run:
         with self.clock, self.saving(ending):
             self.metrics.sync()
             meta = {"seconds": self.clock.seconds(), "data": self.data.fingerprint}
-            meta |= {"versions": costs.versions(), "rewinds": self.rewinds, "passed": self.passed}
+            meta |= {"versions": workdir.versions(), "rewinds": self.rewinds, "passed": self.passed}
             meta |= {"config": workdir.identity(self.config), **self.metrics.written()}
             self.checkpoints.save(self.step, self.state, meta)
             if ending:

@@ -1,7 +1,7 @@
 """A model's stability while it trains: what is measured of it, and what the loss asks of it.
 
-For: the numbers of one row of the log, as `config.stability` chooses, `PROBES` takes more; and the
-terms of the loss. Not for: spectra of a finished model (`analysis/`), or warnings (`monitors.py`).
+For: a row of the log, as `config.stability` chooses, `PROBES` takes more; and terms of the loss.
+Not for: spectra of a finished model (`analysis/`), or warnings (`monitors.py`).
 """
 
 import itertools
@@ -32,11 +32,6 @@ class Seen(NamedTuple):
     records: Round | None  # of the rounds, where there is a loop
 
 
-def rounds(seen: Seen) -> Measures:
-    """Contraction, drive ratio and boundedness of the loop."""
-    return {} if seen.records is None else summarise(seen.records)
-
-
 def tokens(seen: Seen) -> Measures:
     """contraction_per_token, the slope over the last stream; absent for fewer than 3 tokens."""
     if seen.stream.shape[1] < 3:
@@ -65,14 +60,18 @@ def exponents(seen: Seen) -> Measures:
 
 
 # What `config.stability.measures` may name. A probe of your own: PROBES["mine"] = function.
-PROBES: dict[str, Callable[[Seen], Measures]] = {"rounds": rounds, "tokens": tokens}
-PROBES |= {"departure": departures, "exponents": exponents}
+PROBES: dict[str, Callable[[Seen], Measures]] = {
+    "rounds": lambda seen: summarise(seen.records) if seen.records else {},  # of the loop
+    "tokens": tokens,
+    "departure": departures,
+    "exponents": exponents,
+}
 
 
 def make_watch(model: Decoder, config: Any) -> Callable[[Any, Batch], Measures]:
-    """The probes of `config.measures`: (params, batch) -> {"stability/...": scalar}, in float32.
+    """The probes of `config.measures`: (params, batch) -> {"stability/...": mean over sequences}.
 
-    Each is a mean over sequences; what a model does not have (a loop, messages) is left out.
+    What a model does not have (a loop, messages) is left out.
     """
 
     def watch(params: Any, batch: Batch) -> Measures:
@@ -107,9 +106,8 @@ def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Ar
 def make_penalty(model: Decoder, config: Any) -> Penalty | None:
     """(params, batch, key) -> scalar to add to the loss in nats per token; None: nothing is asked.
 
-    config is `config.stability`. The band holds a natural logarithm per round, of the contraction
-    (mean over rounds and tokens) or the leading exponent (mean over sequences), over
-    `model.rounds` rounds, whatever number an update draws (`rounds.py`).
+    The band of `config.stability` holds a natural logarithm per round, of the contraction (mean
+    over rounds and tokens) or the leading exponent (mean over sequences), over `model.rounds`.
     """
     if config.regulariser == "none" and not config.jacobian:
         return None

@@ -1,9 +1,7 @@
 """One update and one evaluation, as pure functions; `loop.py` compiles and calls them.
 
 For: the train state, the loss, gradient accumulation, the guard against bad updates. Not for: the
-loop, or how a gradient becomes a direction (`optimizer.py`).
-
-Axes: A accumulated parts, B examples of a batch, T tokens, V vocabulary.
+loop, or a gradient's direction (`optimizer.py`). Axes: B examples, T tokens, V vocabulary.
 """
 
 import dataclasses
@@ -37,10 +35,7 @@ RANDOM = 1  # of the keys of updates, apart from those of the initial parameters
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run is, after `step` updates: learning rate and all that is random follow from it.
-
-    So does the batch, but for the count of batches that were left out, which is saved beside it.
-    """
+    """All that a run is, after `step` updates: learning rate and all that is random follow."""
 
     step: Array  # int32: updates, skipped ones counted
     params: Tree  # float32; int32, and not trained, where they say who hears whom (rewiring.py)
@@ -72,8 +67,8 @@ def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
 
 def predict(apply: Apply, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Any]:
     """Logits [..., B, T, V] of apply(params, batch) computed in `dtype`, and what else it gives."""
-    floating = lambda p: jnp.issubdtype(p.dtype, jnp.floating)  # noqa: E731
-    return apply(jax.tree.map(lambda p: p.astype(dtype) if floating(p) else p, params), batch)
+    cast = lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p  # noqa: E731
+    return apply(jax.tree.map(cast, params), batch)
 
 
 def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -96,12 +91,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
-    `penalty`, nats per token, is added to what is minimised, and not to train/loss.
-    `iteration` says how the model's loop is run; None: as `model.apply` runs it. What is random
-    (noise, the penalty's probe) follows from `seed`, the update and the accumulated part.
+    `penalty`, nats per token, is added to what is minimised, and not to train/loss. `iteration`:
+    how the loop is run; None: as by `model.apply`. What is random (noise, the penalty's probe)
+    follows from `seed`, the update and the accumulated part.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    info = model.param_info()
+    dtype, info = jnp.dtype(config.compute_dtype), model.param_info()
     trained_info = partition(info, info)[0]
     chain = optimizer.make_optimizer(config, trained_info)
 
@@ -183,12 +177,10 @@ def make_eval_step(
     Of text, whose tokens have `lengths`, also bytes; of problems, how many there are, and are
     solved; where `settle` (`Decoder.settle`, `rounds.marked`) replaces `model.apply`, rounds.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    apply = settle or model.apply
 
     def step(params: Tree, batch: Batch, real: Array) -> Scalars:
-        targets = batch.targets
-        logits, rounds = predict(apply, params, batch, dtype)
+        targets, dtype = batch.targets, jnp.dtype(config.compute_dtype)
+        logits, rounds = predict(settle or model.apply, params, batch, dtype)
         nats, counts = nats_of(logits, targets)
         counts = counts & real[:, None]
         sums = {"nats": jnp.sum(nats * counts), "targets": jnp.sum(counts)}

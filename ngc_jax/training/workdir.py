@@ -11,9 +11,13 @@ import itertools
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import flax
+import jax
+import optax
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -146,6 +150,12 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     """What a checkpoint keeps of its config, as JSON: not FREE, nor where the data lies."""
     fields = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
     return {name: fields[name] for name in fields if not _free(name) and name != "data.path"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    own = sys.modules["ngc_jax"]  # loaded before all of its parts, which stand below it
+    return {module.__name__: module.__version__ for module in (own, jax, flax, optax)}
 
 
 def _free(name: str) -> bool:
