@@ -1,7 +1,6 @@
 """A bound that holds before anything is run: the most that a synapse can stretch a difference.
 
-For: upper bounds from states alone, by small Gram matrices and one power iteration over groups.
-Not for: what a trained loop does on real inputs, which is less (`stability.py`, `lyapunov.py`).
+For: upper bounds from states alone. Not for: what a loop does on real inputs, which is less.
 """
 
 from collections.abc import Sequence
@@ -29,10 +28,7 @@ def gain_bound(parts: Sequence[tuple[str | Rule, States, States]]) -> Array:
 
 
 def _nonnegative_norm(norms: Array) -> Array:
-    """Spectral norm of a matrix without negative entries, from above.
-
-    By iterates v > 0: max_i (N^T N v)_i / v_i is a bound (Collatz 1942, Wielandt 1950).
-    """
+    """Spectral norm of N >= 0, from above, by max (N^T N v) / v (Collatz 1942, Wielandt 1950)."""
     square = norms.T @ norms
 
     def better(v: Array, _: None) -> tuple[Array, None]:

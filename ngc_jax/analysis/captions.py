@@ -5,7 +5,6 @@ order of the page (`page.py`).
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -20,64 +19,48 @@ def meaning(row: Headline) -> str:
     """What a headline number means, in one or two sentences."""
     if not math.isfinite(row.mean):
         return "Not finite: the state, or its direction, became infinite or undefined."
-    return MEANINGS[row.kind](row)
+    unclear = row.low <= 0 <= row.high  # whether a logarithm may be 0
+    match row.kind:
+        case "exponent":
+            factor = math.exp(row.mean)
+            growth = f"is {factor:.3f}: the change {'grows' if row.mean > 0 else 'shrinks'}"
+            if unclear:
+                growth = f"is not significantly different from 1 (factor {factor:.3f})"
+            whose = f"A small change of all states is multiplied {row.unit}. The factor"
+            if row.unit == "per token":
+                whose = (
+                    "A small change of the first token changes later tokens. The factor of that "
+                    "effect from one token to the next"
+                )
+            return f"{whose} {growth}."
+        case "contraction":
+            grows = "steps grow" if row.low > 1 else "no significant change"
+            shrinks = "steps shrink" if row.high < 1 else grows
+            than = "times as far as the previous round"
+            return f"Each round moves a token's state {row.mean:.3f} {than}: {shrinks}."
+        case "drive ratio":
+            share = f"{row.mean:.0%} of what a round adds to the state, by length"
+            return f"{share}, is the drive (the loop's input). The rest comes from the groups."
+        case "boundedness":
+            times = f"{row.mean:.2f} times its initial length"
+            return f"The largest length of a token's state is {times}."
+        case "departure":
+            other = f"Without {row.where.split()[0]}, the last stage has another state."
+            return f"{other} The distance is {row.mean:.2f} times the length of that state."
+        case "token contraction":
+            change = f"changes by {math.expm1(row.mean):+.2%}"
+            change = "does not change significantly" if unclear else change
+            return f"The distance between states of neighbouring tokens {change} with each token."
+        case "Kaplan-Yorke dimension":
+            if row.mean >= int("".join(filter(str.isdigit, row.unit))) - 0.01:
+                return "The measured directions together do not shrink: this or more."
+            return "The directions in which a cloud of close states keeps its size; 0: a point."
+        case "entropy rate":
+            rate = "the information that the loop itself would create, at most, at this rate"
+            return f"The sum of the measured positive exponents: {rate}."
+    raise KeyError(row.kind)
 
 
-def _exponent(row: Headline) -> str:
-    factor = math.exp(row.mean)
-    growth = f"is {factor:.3f}: the change {'grows' if row.mean > 0 else 'shrinks'}"
-    if row.low <= 0 <= row.high:
-        growth = f"is not significantly different from 1 (factor {factor:.3f})"
-    if row.unit != "per token":
-        return f"A small change of all states is multiplied {row.unit}. The factor {growth}."
-    return (
-        "A small change of the first token changes later tokens. The factor of that effect from "
-        f"one token to the next {growth}."
-    )
-
-
-def _contraction(row: Headline) -> str:
-    grows = "steps grow" if row.low > 1 else "no significant change"
-    return (
-        f"Each round moves a token's state {row.mean:.3f} times as far as the previous round: "
-        f"{'steps shrink' if row.high < 1 else grows}."
-    )
-
-
-def _token_contraction(row: Headline) -> str:
-    change = f"changes by {math.expm1(row.mean):+.2%}"
-    if row.low <= 0 <= row.high:
-        change = "does not change significantly"
-    return f"The distance between the states of neighbouring tokens {change} with each token."
-
-
-def _dimension(row: Headline) -> str:
-    if row.mean >= int("".join(filter(str.isdigit, row.unit))) - 0.01:
-        return "The measured directions together do not shrink: the dimension is this or more."
-    return "The directions in which a cloud of close states keeps its size; at 0 it is a point."
-
-
-MEANINGS: dict[str, Callable[[Headline], str]] = {
-    "exponent": _exponent,
-    "contraction": _contraction,
-    "drive ratio": lambda row: (
-        f"{row.mean:.0%} of what a round adds to the state, by length, is the drive (the loop's "
-        "input). The rest comes from the groups."
-    ),
-    "boundedness": lambda row: (
-        f"The largest length of a token's state is {row.mean:.2f} times its initial length."
-    ),
-    "departure": lambda row: (
-        f"Without {row.where.split()[0]}, the last stage has another state. The distance is "
-        f"{row.mean:.2f} times the length of that state."
-    ),
-    "token contraction": _token_contraction,
-    "Kaplan-Yorke dimension": _dimension,
-    "entropy rate": lambda row: (
-        "The sum of the measured positive exponents: the information that the loop itself would "
-        "create, at most, if it continued at this rate."
-    ),
-}
 NUMBERS = (
     "Means over sequences, each with its 95% interval below (bootstrap over sequences): for other "
     "text of this kind and this one trained model. Other seeds of training may differ by more."

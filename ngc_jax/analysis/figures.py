@@ -17,23 +17,19 @@ ALONG = "position in the window (tokens)"
 def spectrum(figure: Any, measured: Measured) -> None:
     """Exponents in descending order with intervals, one panel for each direction."""
     loop = measured.loop
-    panels: list[tuple[str, list[tuple[str, np.ndarray]]]] = [
-        ("stage", [("along depth", measured.depth)]),
-        ("token", [("along tokens", measured.along)]),
-    ]
+    panels: dict[str, dict[str, np.ndarray]] = {}
     if loop is not None:
-        later = f"rounds {loop.dropped + 1} to {loop.followed}"
-        series = [(f"rounds 1 to {loop.trained}", loop.start), (later, loop.exponents)]
-        panels.insert(0, ("round", series))
+        first, later = f"1 to {loop.trained}", f"{loop.dropped + 1} to {loop.followed}"
+        panels["round"] = {f"rounds {first}": loop.start, f"rounds {later}": loop.exponents}
+    panels |= {"stage": {"along depth": measured.depth}, "token": {"along tokens": measured.along}}
     grid = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axes, (unit, series) in zip(grid, panels, strict=True):
-        for place, (label, values) in enumerate(series):
+    for axes, (unit, series) in zip(grid, panels.items(), strict=True):
+        for place, (label, values) in enumerate(series.items()):
             mean, low, high = interval(np.where(np.isinf(values), np.nan, values))  # not drawn
-            beside = 0.12 * (place - (len(series) - 1) / 2)
             # a mean rounds otherwise than its interval's ends
             error = np.maximum([mean - low, high - mean], 0)
             color, mark = ((BLUE, "o"), (RED, "s"))[place]
-            at = np.arange(1, len(mean) + 1) + beside
+            at = np.arange(1, len(mean) + 1) + 0.12 * (place - (len(series) - 1) / 2)
             axes.errorbar(at, mean, error, fmt=mark, color=color, capsize=3, label=label)
         axes.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
         axes.set_ylabel(f"exponent\n(nats per {unit})")
@@ -44,7 +40,7 @@ def spectrum(figure: Any, measured: Measured) -> None:
 def rounds(figure: Any, measured: Measured) -> None:
     """Contraction by round: median and 90% band over tokens."""
     loop = measured.loop
-    assert loop is not None  # see `page.parts`
+    assert loop is not None  # see `page.py`
     ratios = loop.contraction.transpose(1, 0, 2).reshape(loop.contraction.shape[1], -1)
     known = np.isfinite(ratios).any(axis=1)
     at = np.arange(2, len(ratios) + 2)[known]
@@ -77,18 +73,17 @@ def drive(figure: Any, measured: Measured) -> None:
     """Drive ratio and departures by position."""
     loop = measured.loop
     count = (loop is not None) + bool(measured.departures)
-    panels = list(figure.subplots(count, sharex=True, squeeze=False)[:, 0])
+    panels = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
     if loop is not None:
-        axes = panels[0]
-        _by_position(axes, loop.drive_ratio.mean(axis=1), BLUE, "mean over rounds of training")
-        axes.set(ylim=(0, 1), ylabel="drive ratio\n(fraction)")
-        axes.legend()
+        ratios = loop.drive_ratio.mean(axis=1)
+        _by_position(panels[0], ratios, BLUE, "mean over rounds of training")
+        panels[0].set(ylim=(0, 1), ylabel="drive ratio\n(fraction)")
+    for what, values in measured.departures.items():
+        color = {"drive": ORANGE, "messages": PURPLE}[what]
+        _by_position(panels[-1], values, color, f"{what} off")
     if measured.departures:
-        axes = panels[-1]
-        for what, values in measured.departures.items():
-            _by_position(axes, values, {"drive": ORANGE, "messages": PURPLE}[what], f"{what} off")
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("departure\n(relative distance)")
+        panels[-1].set(ylim=(0, None), ylabel="departure\n(relative distance)")
+    for axes in panels:
         axes.legend()
     panels[-1].set_xlabel(ALONG)
 
@@ -100,9 +95,9 @@ def traffic(figure: Any, measured: Measured) -> None:
     grid = figure.subplots(*_grid(len(stages)), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(stages) :]:
         axes.set_axis_off()
-    for axes, (stage, loud) in zip(grid.flat[: len(stages)], stages.items(), strict=True):
-        end = len(loud) + 0.5
-        extent = (0.5, end, end, 0.5)  # groups are numbered from 1, as in the words
+    for axes, (stage, loud) in zip(grid.flat, stages.items(), strict=False):
+        end = len(loud) + 0.5  # groups are numbered from 1, as in the words
+        extent = (0.5, end, end, 0.5)
         map_ = axes.imshow(loud, vmin=0, vmax=loudest, cmap="cividis", extent=extent)
         axes.locator_params(integer=True)
         axes.set_title(stage)
@@ -127,7 +122,7 @@ def _grid(stages: int) -> tuple[int, int]:
 def paths(figure: Any, measured: Measured, labels: dict[int, str]) -> None:
     """The states of tokens of the first sequence, {position: text}, in their principal plane."""
     loop = measured.loop
-    assert loop is not None  # see `page.parts`
+    assert loop is not None  # see `page.py`
     plane, fractions = principal(loop.path[:, list(labels)])
     axes = figure.add_subplot()
     for place, (at, text) in enumerate(labels.items()):

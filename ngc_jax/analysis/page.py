@@ -1,14 +1,13 @@
 """The stability page: one HTML file with numbers, figures and explanations of a trained model.
 
-For: the content of the page and its order. Not for: measuring (`stability.py`), drawing
-(`figures.py`), sentences (`captions.py`), or HTML (`ngc_jax/report/`).
+For: its content, in order. Not for: measuring, drawing, captions (beside it), HTML (`report/`).
 """
 
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,33 +26,12 @@ NO_LOOP = "the model has no loop (`model.core=0`), so nothing is repeated over r
 NO_MESSAGES = "the model sends no messages (`model.rule` is 'dense' or 'none')."
 
 
-class Part(NamedTuple):
-    """A section with a figure, or the reason why it has none."""
-
-    name: str  # of the PNG
-    title: str
-    height: float  # inches
-    draw: Callable[[Any, Measured], None]
-    caption: Callable[[Measured], str]
-    missing: str = ""
-
-    def blocks(self, measured: Measured) -> list[Block]:
-        """The section on a page."""
-        title = heading(self.title, self.name)
-        if self.missing:
-            return [title, paragraph(f"Left out: {self.missing}")]
-        draw, said = lambda canvas: self.draw(canvas, measured), self.caption(measured)
-        return [title, figure(self.name, said, draw, self.height, WIDTH)]
-
-
 def write(
     out: pathlib.Path, measured: Measured, tokenizer: Tokenizer, title: str, about: str
 ) -> list[Headline]:
     """Writes OUT/index.html and OUT/*.png; returns the headline numbers. Raises UserError."""
     numbers = headlines(measured)
-    blocks = [paragraph(about), *_numbers(numbers)]
-    for part in parts(measured, tokenizer):
-        blocks += part.blocks(measured)
+    blocks = [paragraph(about), *_numbers(numbers), *_figures(measured, tokenizer)]
     try:
         page.write(out, "index", title, [*blocks, *_bounds(measured)], markdown=False)
     except OSError as error:
@@ -66,8 +44,8 @@ def unwritable(out: pathlib.Path, error: OSError) -> UserError:
     return UserError(f"--out={out} cannot be written ({error}): give another directory")
 
 
-def parts(measured: Measured, tokenizer: Tokenizer) -> list[Part]:
-    """The sections with figures, in order."""
+def _figures(measured: Measured, tokenizer: Tokenizer) -> Iterator[Block]:
+    """The sections with figures, in order, or the reasons why they have none."""
     loop, stages = measured.loop, len(measured.traffic)
     no_rounds = NO_LOOP if loop is None else ""
     if loop is not None and not np.isfinite(loop.path).all():
@@ -78,15 +56,21 @@ def parts(measured: Measured, tokenizer: Tokenizer) -> list[Part]:
     no_messages = "" if stages else NO_MESSAGES
     no_drive = "" if panels else "the model has neither a loop nor messages."
     paths = partial(figures.paths, labels=labels(measured.tokens[0], tokenizer))
-    f, c = figures, captions
-    return [
-        Part("spectrum", "Lyapunov exponents", exponents, f.spectrum, c.spectrum),
-        Part("rounds", "Contraction by round", 3.8, f.rounds, c.rounds, no_rounds),
-        Part("tokens", "Contraction by token", 3.8, f.tokens, c.tokens),
-        Part("drive", "Drive and departure", drives, f.drive, c.drive, no_drive),
-        Part("traffic", "Traffic between groups", between, f.traffic, c.traffic, no_messages),
-        Part("paths", "Paths of states over rounds", 6.0, paths, c.paths, no_rounds),
+    parts: list[tuple[str, str, float, Any, str]] = [
+        ("spectrum", "Lyapunov exponents", exponents, figures.spectrum, ""),
+        ("rounds", "Contraction by round", 3.8, figures.rounds, no_rounds),
+        ("tokens", "Contraction by token", 3.8, figures.tokens, ""),
+        ("drive", "Drive and departure", drives, figures.drive, no_drive),
+        ("traffic", "Traffic between groups", between, figures.traffic, no_messages),
+        ("paths", "Paths of states over rounds", 6.0, paths, no_rounds),
     ]
+    for name, title, height, draw, missing in parts:
+        yield heading(title, name)
+        if missing:
+            yield paragraph(f"Left out: {missing}")
+        else:
+            said = getattr(captions, name)(measured)
+            yield figure(name, said, partial(draw, measured=measured), height, WIDTH)
 
 
 def labels(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[int, str]:

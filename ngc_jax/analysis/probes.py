@@ -32,7 +32,7 @@ After = Callable[[int, Array], None]
 
 
 def rounds_step(model: Decoder, params: Params, batch: Batch) -> tuple[Step, Array]:
-    """The communication loop on a batch: (step, x_0), x_0 = e [B, T, D] what the prelude gives.
+    """The loop on a batch: (step, x_0), x_0 = e [B, T, D] what the prelude gives.
 
     step(x, None) is one round, phi(keep x + drive e + core(x)). ValueError: there is no loop.
     """
@@ -72,18 +72,27 @@ def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1)
     """
     params, s = model.expand_shared(params), model.shape
 
+    def follow(step: Step, carry: tuple[Array, Array, Array], inputs: Any) -> Any:
+        def body(carry: Any, u: Any) -> tuple[Any, None]:
+            x, tangents, total = carry
+            after, pushed = push_forward(lambda x: step(x, u), x, tangents)
+            rows, growth = orthonormalise(pushed.reshape(pushed.shape[0], -1))
+            return (after, rows.reshape(pushed.shape), total + growth), None
+
+        return jax.lax.scan(body, carry, inputs)[0]
+
     def one(row: Batch) -> Array:
         stage = lambda x, weights: run_stage(s, weights, x, row)[0]  # noqa: E731
         x = model.embed(params, row)
         tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
         carry = (x, tangents.reshape(k, *x.shape), jnp.zeros(k))
         if s.prelude:
-            carry = _follow(stage, carry, params["prelude"])
+            carry = follow(stage, carry, params["prelude"])
         if s.core:
             turn = model.turn(params, carry[0], row.segments)
-            carry = _follow(lambda x, _: turn(x), carry, jnp.arange(s.rounds))
+            carry = follow(lambda x, _: turn(x), carry, jnp.arange(s.rounds))
         if s.coda:
-            carry = _follow(stage, carry, params["coda"])
+            carry = follow(stage, carry, params["coda"])
         return -jnp.sort(-carry[2] / s.depth)
 
     return _each_row(one, batch)
@@ -100,18 +109,6 @@ def run_stage(
 def _each_row(one: Callable[[Batch], Array], batch: Batch) -> Array:
     """one(batch of one row) for each row, vectorised."""
     return jax.vmap(lambda row: one(jax.tree.map(lambda a: a[None], row)))(batch)
-
-
-def _follow(step: Step, carry: tuple[Array, Array, Array], inputs: Any) -> Any:
-    """Push tangents [k, ...] through step(x, u) for all u; adds their log growth to a total [k]."""
-
-    def body(carry: tuple[Array, Array, Array], u: Any) -> tuple[tuple[Array, Array, Array], None]:
-        x, tangents, total = carry
-        after, pushed = push_forward(lambda x: step(x, u), x, tangents)
-        rows, growth = orthonormalise(pushed.reshape(pushed.shape[0], -1))
-        return (after, rows.reshape(pushed.shape), total + growth), None
-
-    return jax.lax.scan(body, carry, inputs)[0]
 
 
 def token_exponents(

@@ -61,7 +61,7 @@ class Measured(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """One number of a model: the mean over sequences, and its 95% interval over them."""
+    """One number of a model: the mean over sequences, and its 95% interval."""
 
     kind: str  # "exponent", "contraction", ...
     where: str  # along what, over which rounds, or with what off
