@@ -19,7 +19,7 @@ from ngc_jax.data.tokens import Bytes
 from ngc_jax.dynamics.measures import relative_change
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training.rounds import Iteration, lognormal_poisson, make_iteration, marked, noise
+from ngc_jax.training.rounds import Iteration, disturb, lognormal_poisson, make_iteration, marked
 from ngc_jax.training.step import init_state, make_train_step
 
 B, T, D = 4, 3, 8
@@ -290,11 +290,11 @@ def test_marks_in_an_example_are_its_rounds():
 
 def test_noise_is_of_the_size_asked_for_and_another_in_each_round():
     x = jnp.concatenate([jnp.ones((1, 50, 40)), 3 * jnp.ones((1, 50, 40))])
-    disturb = noise(0.5, jax.random.key(1))
-    first, second = (np.asarray(disturb(x, jnp.int32(left)) - x) for left in (1, 2))
+    noise = partial(disturb, 0.5, jax.random.key(1))
+    first, second = (np.asarray(noise(x, jnp.int32(left)) - x) for left in (1, 2))
     np.testing.assert_allclose(first.std(axis=(1, 2)), [0.5, 1.5], rtol=0.05)
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
-    np.testing.assert_array_equal(first, disturb(x, jnp.int32(1)) - x)
+    np.testing.assert_array_equal(first, noise(x, jnp.int32(1)) - x)
 
 
 def test_flops_count_rounds_without_gradients_once():

@@ -47,7 +47,7 @@ class Loop(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """All measures of one model. None, or empty, where a model has no such part."""
+    """All measures of one model; None, or empty, where it has no such part."""
 
     tokens: np.ndarray  # [B, T]
     loop: Loop | None
@@ -72,10 +72,7 @@ class Headline(NamedTuple):
 
 
 def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measured:
-    """Measures on a batch, following the loop over `rounds` rounds, or those of training if more.
-
-    ValueError unless B >= 2, T >= LEAST_TOKENS, rounds >= LEAST_ROUNDS.
-    """
+    """Measures on B >= 2, T >= LEAST_TOKENS, over LEAST_ROUNDS or more, and those of training."""
     k = min(EXPONENTS, model.shape.width)
     # A program for each: two calls of LAPACK in one can wait for each other for ever on XLA:CPU.
     return Measured(

@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ngc_jax.data import cache, tasks
 from ngc_jax.data.batches import Examples, held_out_batches
-from ngc_jax.data.cache import cache_directory
 from ngc_jax.data.problems import Problems, problem_set
-from ngc_jax.data.tasks import boundary
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
@@ -47,10 +46,7 @@ Watch = Callable[[Any], dict[str, float]]  # params -> a row of stability measur
 def at_rounds(
     model: LanguageModel, config: Any, rounds: Rounds
 ) -> tuple[LanguageModel, Apply | None]:
-    """The model that runs these rounds, and what replaces its `apply` where they differ by token.
-
-    Raises UserError for rounds of a model without a loop.
-    """
+    """The model at these rounds, what replaces `apply` if they differ by token; or UserError."""
     if rounds is None:
         return model, marked(model, config)
     if not isinstance(model, Decoder) or not model.shape.core:
@@ -93,11 +89,7 @@ def held_out(
 
 
 def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Watch:
-    """The measures of `config.stability` on held-out data: params -> {"stability/...": value}.
-
-    Means over windows of `config.stability.tokens` tokens in all, or as many as there are, each
-    counted equally often, also where there are fewer windows than parts of the mesh.
-    """
+    """The measures of `config.stability`, means over held-out windows, each counted as often."""
     parts, available = mesh.size // mesh.shape["group"], len(data.validation)
     wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
     count = min(wanted, available // parts * parts) or math.lcm(available, parts)
@@ -131,14 +123,14 @@ def examine(
     attend: int | None = None,
     rounds: Rounds = None,
 ) -> dict[str, float]:
-    """`score` on test problems of a difficulty, as many as `examples`, drawn from a seed.
+    """`score` on test problems of a difficulty, unseen in training, drawn from a seed.
 
-    Training has not seen them (`data/problems.py`). Attention looks back on `attend` tokens, 0: on
-    all of a problem; None: as `model.attend` has it in training.
+    Attention looks back on `attend` tokens; 0: on all of a problem; None: as in training.
     """
-    data, cache, mark = config.data, cache_directory(config.data), mark_of(config)
-    found = problem_set(data.task, difficulty, difficulty, {"test": examples}, seed, cache)
-    ends = boundary(data.task) if mark is None else mark
+    data, mark, counts = config.data, mark_of(config), {"test": examples}
+    home = cache.cache_directory(data)
+    found = problem_set(data.task, difficulty, difficulty, counts, seed, home)
+    ends = tasks.boundary(data.task) if mark is None else mark
     problems = Problems(found.home, "test", found.longest, ends)
     attend = config.model.attend if attend is None else attend
     if isinstance(model, Decoder):

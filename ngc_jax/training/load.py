@@ -134,19 +134,16 @@ class Trained:
         return Loss(float(np.mean(nats)), float(np.sum(nats) / np.sum(length) / math.log(2)))
 
     def activations(self, text: Text) -> dict[str, Array]:
-        """The stream [T, D], or [B, T, D], after the embedding, each stage and each round, by name.
-
-        Raises UserError for a model without stages.
-        """
+        """The stream [T, D], or [B, T, D], after the embedding, each stage and round, by name."""
         found: dict[str, Array] = self._ask(partial(_activations, self.decoder, self.params), text)
         return found
 
     def silence(
         self, groups: Collection[int] = (), channels: Collection[tuple[int, int]] = ()
     ) -> "Trained":
-        """The same run in which `groups` send nothing, and `channels` (listener, speaker) neither.
+        """The same run in which `groups`, and `channels` (listener, speaker), send nothing.
 
-        Raises UserError for a model without stages, ValueError for what cannot be silenced.
+        UserError for a model without stages, ValueError for what cannot be silenced.
         """
         params = probes.silenced_channels(self.decoder, self.params, groups, channels)
         return dataclasses.replace(self, params=params)

@@ -19,9 +19,8 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime import files, metrics, multihost, profiler
-from ngc_jax.training import card, rewiring
+from ngc_jax.training import card, match_size, rewiring
 from ngc_jax.training.evaluation import compile_eval, compile_watch
-from ngc_jax.training.match_size import prepare
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
 from ngc_jax.training.stability_metrics import make_penalty
@@ -37,7 +36,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     """
     # ---- What is asked for -----------------------------------------------------------------------
     with multihost.agreed():
-        prepare(config)
+        match_size.prepare(config)
         data = load_data(config.data, mark_of(config))
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))

@@ -27,10 +27,9 @@ VOCAB = 257  # bytes; matrices do not depend on it, and the logits' FLOPs are th
 def prepare(config: ConfigDict) -> None:
     """Checks a config, sets the sizes that `model.match` asks for, and checks what comes of it.
 
-    The share in `match`, "dense_small:0.25", is of the parameters in matrices; with ":flops" of the
-    matrix products of a forward pass over `config.data.context` tokens, attention and logits too.
-    `model.match_by` names the size that is set; "width" scales hidden with it, and hidden then
-    takes up what is left. Raises UserError for what cannot run, or where none come within 1%.
+    The share, "dense_small:0.25", is of the parameters in matrices; with ":flops" of the matrix
+    products of a forward pass over a window. `model.match_by` names the size that is set; "width"
+    scales hidden with it, which then takes up the rest. UserError unless some come within 1%.
     """
     check_fields(config, SECTIONS)
     if config.model.match:

@@ -16,20 +16,14 @@ WARMUP = 64  # losses in the mean, before which nothing is a spike
 
 
 class Updates(NamedTuple):
-    """Early warning: a moving geometric mean of |change of the parameters| / |parameters|.
-
-    Chosen among ten, and measured, in experiments/results/early_warning.md.
-    """
+    """Moving geometric mean of |change of parameters| / |parameters| (results/early_warning.md)."""
 
     level: Array  # moving mean of log relative update
     seen: Array  # updates in it, int32
 
 
 class Losses(NamedTuple):
-    """Loss spikes, after the SkipStep optimizers of OLMo-core: by a moving mean.
-
-    Theirs look at the gradient's norm too; here `train.clip_norm` bounds what a gradient can do.
-    """
+    """Loss spikes by a moving mean, after OLMo-core's SkipStep, which sees gradient norms too."""
 
     mean: Array  # moving mean of the loss
     variance: Array  # moving, about that mean
@@ -43,10 +37,7 @@ def begin() -> tuple[Updates, Losses]:
 
 
 def warn(memory: Updates, relative_update: Array) -> tuple[Updates, Array]:
-    """The memory after an update, and log of its mean over the threshold: above 0 is a warning.
-
-    An update that was skipped, or was not finite, changes nothing.
-    """
+    """The memory after an update, if that is finite and not 0; log(mean / threshold), > 0 warns."""
     value, share = jnp.log(relative_update), _share(memory.seen, HORIZON)
     fed = Updates(memory.level + share * (value - memory.level), memory.seen + 1)
     usable = jnp.isfinite(value)

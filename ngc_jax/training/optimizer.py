@@ -1,8 +1,7 @@
 """The optimizer: its schedule, its optax chain, and learning rates by kind of parameter.
 
-For: all between a gradient and an update. Not for: gradients, or their guard (`step.py`). Learning
-rates follow the run's own step, so that a skipped update cannot shift them. `info`: the records
-(`core/params.py`) of the trained parameters.
+For: all between a gradient and an update, by the run's own step, which a skipped update does not
+shift. Not for: gradients, or their guard. `info`: records (`core/params.py`) of what is trained.
 """
 
 from collections.abc import Callable
@@ -35,10 +34,16 @@ def make_optimizer(config: Any, info: Tree) -> optax.GradientTransformation:
     """Gradient -> direction: clip, AdamW or Muon, decay decoupled and of matrices and states."""
     direction = adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
     if config.optimizer == "muon":
-        axes = lambda params: _beside(_matrix_axes, params, info)  # noqa: E731
-        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), _match_adam_rms())
+        axes = lambda params: map_kept(_matrix_axes, params, info)  # noqa: E731
+        # To AdamW's usual size, 0.2 per entry (arXiv 2502.16982, 2.2).
+        scale = lambda u: u * (0.2 / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-12))  # noqa: E731
+        scaled = optax.stateless(lambda updates, params: jax.tree.map(scale, updates))
+        muon = optax.chain(scale_by_muon(weight_dimension_numbers=axes), scaled)
         chosen = {"state": muon, "matrix": muon, "embedding": adam, "scale": adam}
-        direction = optax.partition(chosen, jax.tree.map(_label, info))
+        labels = jax.tree.map(  # of a rule's states, biases and gains are scales
+            lambda one: "scale" if one.kind == "state" and one.matrix is None else one.kind, info
+        )
+        direction = optax.partition(chosen, labels)
     decayed = jax.tree.map(lambda one: one.weighs, info)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), direction, decay)
@@ -55,11 +60,6 @@ def apply(config: Any, params: Tree, direction: Tree, step: Array, info: Tree) -
     return jax.tree.map(move, params, direction, info)
 
 
-def map_moments(function: Callable[..., Any], memory: Tree, *beside: Tree) -> Tree:
-    """function(moment, *beside) for a parameter's memory; `beside`: trees like the parameters."""
-    return map_like_params(lambda node: _beside(function, node, *beside), memory, beside[0])
-
-
 def map_like_params(function: Callable[[Tree], Tree], memory: Tree, params: Tree) -> Tree:
     """function(tree) for each tree in the optimizer's memory that is parallel to the parameters."""
 
@@ -70,25 +70,14 @@ def map_like_params(function: Callable[[Tree], Tree], memory: Tree, params: Tree
     return jax.tree.map(visit, memory, is_leaf=parallel)
 
 
-def _beside(function: Callable[..., Any], node: Tree, *beside: Tree) -> Tree:
-    """function(leaf, *beside) for the leaves of a tree that optax may have masked in part."""
+def map_kept(function: Callable[..., Any], node: Tree, info: Tree) -> Tree:
+    """function(leaf, record) for the leaves of a tree that optax may have masked in part."""
     masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
-    each = lambda leaf, *more: leaf if masked(leaf) else function(leaf, *more)  # noqa: E731
-    return jax.tree.map(each, node, *beside, is_leaf=masked)
-
-
-def _label(info: ParamInfo) -> str:
-    """The kind to Muon: of a rule's states, biases and gains are no matrices, but scales."""
-    return "scale" if info.kind == "state" and info.matrix is None else info.kind
+    each = lambda leaf, one: leaf if masked(leaf) else function(leaf, one)  # noqa: E731
+    return jax.tree.map(each, node, info, is_leaf=masked)
 
 
 def _matrix_axes(_: Array, info: ParamInfo) -> MuonDimensionNumbers:
     """The axes that make a matrix; those before them (stages, fan, groups) are a batch of them."""
     first = len(info.axes) + (info.matrix or -1)
     return MuonDimensionNumbers((first,), tuple(range(first + 1, len(info.axes))))
-
-
-def _match_adam_rms() -> optax.GradientTransformation:
-    """Scales Muon's directions to AdamW's usual size, 0.2 per entry (arXiv 2502.16982, 2.2)."""
-    scale = lambda u: u * (0.2 / jnp.sqrt(jnp.mean(jnp.square(u)) + 1e-12))  # noqa: E731
-    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))

@@ -240,6 +240,5 @@ def _by_set(model: Decoder, synapse: str, by_member: Array) -> Array:
     """Sums over the members of each set, whose edges are one: `_by_member` transposed."""
     shared = model.shape.shared
     stages, members = shared.in_depth(synapse), shared.of(synapse)
-    sizes = (max(stages) + 1, max(members) + 1, *by_member.shape[2:])
-    empty = jnp.zeros(sizes, by_member.dtype)
+    empty = jnp.zeros((max(stages) + 1, max(members) + 1, *by_member.shape[2:]), by_member.dtype)
     return empty.at[jnp.array(stages)[:, None], jnp.array(members)].add(by_member)

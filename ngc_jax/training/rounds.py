@@ -7,6 +7,7 @@ Not for: the loop (`core/communicate.py`), or rounds of a trained model (`evalua
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -60,21 +61,20 @@ class Iteration:
         more = jax.random.categorical(key, jnp.log(jnp.array(self.shares)))
         return self.low + more.astype(jnp.int32)
 
-    def apply(self, rounds: Array, key: Array | None = None) -> Apply:
+    def apply(self, rounds: Array, key: Any = None) -> Apply:
         """`model.apply` with these rounds, [] or [B], and the key of the noise.
 
         Gives logits [S, B, T, V], and the weights [S, B] of the read-outs, of sum 1.
         """
-        disturb = noise(self.noise, key) if self.noise else None
+        noise = partial(disturb, self.noise, key) if self.noise else None
 
         def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
             own = rounds
             if self.mark is not None:
-                own = count_marks(batch.inputs, self.mark, self.low, self.most)
-            how: dict[str, Any] = {"rounds": own, "disturb": disturb, "backprop": self.backprop}
-            logits, made = self.model.iterate(
-                params, batch, most=self.most, every=self.every, **how
-            )
+                own = jnp.clip(jnp.sum(batch.inputs == self.mark, axis=1), self.low, self.most)
+            how: dict[str, Any] = {"rounds": own, "most": self.most, "backprop": self.backprop}
+            how |= {"every": self.every, "disturb": noise}
+            logits, made = self.model.iterate(params, batch, **how)
             last = jnp.arange(made.shape[0])[:, None] == made.shape[0] - 1
             # Before round 1 there is nothing to judge.
             weights = jnp.where(last, 1.0, jnp.where(made > 0, self.weight, 0.0))
@@ -83,11 +83,7 @@ class Iteration:
         return apply
 
     def flops(self, params: Any, batch: Any) -> float:
-        """FLOPs of an update's matrix products for a batch, mean over the draw.
-
-        The backward pass counts twice the forward pass of what has gradients, recomputation not;
-        the last `backprop` rounds count in full.
-        """
+        """FLOPs of an update's matrix products, mean over the draw; gradients cost two forwards."""
         one, two = (forward_flops(self.model.at(rounds).apply, params, batch) for rounds in (1, 2))
         # The loop of rounds before the last ones has no known length: its body is counted once.
         inside = (two - one) * (self.backprop < self.most)
@@ -97,26 +93,16 @@ class Iteration:
         return 3 * (counted - inside) + float(before) * (two - one)
 
 
-def noise(size: float, key: Array | None) -> Callable[[Array, Array], Array]:
-    """Adds normal numbers to a state after a round, `size` times its token's root mean square."""
-    assert key is not None
-
-    def disturb(x: Array, left: Array) -> Array:
-        length = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))
-        drawn = jax.random.normal(jax.random.fold_in(key, left), x.shape, x.dtype)
-        return x + size * length * drawn
-
-    return disturb
+def disturb(size: float, key: Array, x: Array, left: Array) -> Array:
+    """A state after a round, and normal numbers, `size` times its token's root mean square."""
+    length = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))
+    drawn = jax.random.normal(jax.random.fold_in(key, left), x.shape, x.dtype)
+    return x + size * length * drawn
 
 
 def mark_of(config: Any) -> int | None:
     """The token, if any, whose occurrences are an example's rounds; no token sees across one."""
     return int(config.iteration.mark) if config.iteration.rounds == "marked" else None
-
-
-def count_marks(tokens: Array, mark: int, low: int, high: int) -> Array:
-    """How often a token occurs in each example of tokens [B, T], low to high: [B]."""
-    return jnp.clip(jnp.sum(tokens == mark, axis=1), low, high)
 
 
 def marked(model: LanguageModel, config: Any) -> Apply | None:
@@ -127,7 +113,7 @@ def marked(model: LanguageModel, config: Any) -> Apply | None:
 
     def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
         tokens = batch.inputs
-        rounds = count_marks(tokens, mark, low, tokens.shape[1])
+        rounds = jnp.clip(jnp.sum(tokens == mark, axis=1), low, tokens.shape[1])
         logits, _ = model.iterate(params, batch, rounds=rounds, backprop=1)
         return logits[-1], jnp.broadcast_to(rounds[:, None], tokens.shape)
 

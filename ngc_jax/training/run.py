@@ -1,9 +1,8 @@
 """A run between two updates: where it stands, and what is done there.
 
-For: `Run`, which logs, measures, saves and rewinds. Not for: their order (`loop.py`), or an update
-(`step.py`). Update s reads batch s - 1 + passed; row s and then checkpoint s are made after it. So
-before a checkpoint no row is missing but that of an abandoned evaluation, made when it goes on.
-`passed` counts batches that rewinding left out, as PaLM did by hand (arXiv 2204.02311, 5.1).
+For: `Run`, which logs, measures, saves and rewinds. Not for: their order (`loop.py`), or an update.
+Update s reads batch s - 1 + passed; row s, then checkpoint s are made after it. Only the row of an
+abandoned evaluation comes after its checkpoint. `passed` counts batches that rewinding left out.
 """
 
 import contextlib
@@ -48,13 +47,8 @@ class Programs:
 
 
 class Run:
-    """One start of a run: the state after `step` updates, its files and its clock.
+    """One start of a run: the state after `step` updates, files, clock. UserError: other data."""
 
-    Raises UserError where the newest checkpoint was made with other data.
-    """
-
-    step: int  # updates made
-    state: TrainState  # after them
     unmeasured: Collection[str]  # kinds of rows that were not made of this state yet
     logged: int  # the last update whose scalars were read
     late: tuple[int, Any] | None  # the update whose scalars are still on the device
@@ -122,10 +116,10 @@ class Run:
 
     def due(self) -> list[str]:
         """Kinds of rows to make of this state."""
-        every = {"eval": self.config.eval.every, "stability": self.config.stability.every}
         kinds = ["eval", "stability"] if self.do.watch else ["eval"]
-        due = [kind for kind in kinds if self.step and (self.last or self.step % every[kind] == 0)]
-        return [kind for kind in due + ["final"] * self.last if kind in self.unmeasured]
+        now = [kind for kind in kinds if self.last or self.step % self.config[kind].every == 0]
+        due = now * (self.step > 0) + ["final"] * self.last
+        return [kind for kind in due if kind in self.unmeasured]
 
     def advance(self, outputs: Any) -> None:
         """Notes an update that has been started; its scalars are logged later."""
@@ -144,8 +138,7 @@ class Run:
         self.logged, self.broken = at, row["train/bad_in_a_row"]
         if self.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
             per_step = self.clock.lap(at)
-            tokens = train.batch_size * self.config.data.context
-            speed = {"tokens_per_second": tokens / per_step}
+            speed = {"tokens_per_second": train.batch_size * self.config.data.context / per_step}
             if self.peak:
                 speed["mfu"] = self.do.flops / per_step / (self.peak * self.mesh.size)
             self.metrics.write({"step": at, **row, **speed, "seconds": self.clock.seconds()})
@@ -218,7 +211,7 @@ class Run:
             self.progress.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
 
     def rewind(self) -> None:
-        """Back to a checkpoint before the trouble, on with the batches after it; or Diverged."""
+        """Back to a checkpoint, and past the batches since, as PaLM (2204.02311); or Diverged."""
         train, logged, every = self.config.train, self.logged, self.config.checkpoint.every_steps
         with self.saving():
             self.checkpoints.wait()

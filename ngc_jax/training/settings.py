@@ -129,8 +129,7 @@ def _divisors(*counts: int) -> list[int]:
 RUN = Section("", "The run.", [
     Field("seed", 0, "seed of parameters and of the order of the data", SEEDS),
 ])
-REWIRE = Section("rewire",
-    "How a model.wiring of 'dynamic' or 'dynamic_ports' changes in training.", [
+REWIRE = Section("rewire", "How model.wiring 'dynamic' and 'dynamic_ports' change in training.", [
     Field("channels", 4, "groups that a group hears in the end", "[1, inf)", "groups"),
     Field("begin", 0.0, "part of the updates before the first change", "[0, 1)"),
     Field("end", 0.75, "part of the updates after which the wiring is final", "[0, 1]"),
@@ -138,8 +137,7 @@ REWIRE = Section("rewire",
     Field("exchange", 0.3, "part of a group's edges replaced at first; it falls to 0", "[0, 1]"),
     Field("regrow", "gradient", "what chooses new edges: gradient, correlation, chance", REGROW),
 ], _check_rewire, _unread_rewire)
-ITERATION = Section("iteration",
-    "Rounds of the loop in training. Evaluation and sampling run model.rounds.", [
+ITERATION = Section("iteration", "Rounds in training; evaluation and sampling run model.rounds.", [
     Field("rounds", "fixed", "of an update: model.rounds, drawn, or an example's marks", DRAWS),
     Field("mark", 0, "token that is a mark ('marked')", "[0, inf)"),
     Field("low", 1, "fewest rounds, unless 'fixed'", "[1, inf)", "rounds"),
@@ -150,11 +148,9 @@ ITERATION = Section("iteration",
     Field("supervise_every", 0, "between two with a loss; 0 = the last", "[0, inf)", "rounds"),
     Field("supervise_weight", 1.0, "of a loss before the last round, whose is 1", "(0, inf)"),
 ], _check_iteration, _unread_iteration)
-TRAIN = Section("train",
-    "Updates: batches, optimizer, learning rates, and what to do in trouble.", [
+TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to do in trouble.", [
     Field("steps", 1000, "updates of a run", "[1, inf)", "updates"),
-    Field("batch_size", 16, "windows of an update, a multiple of accumulation x data x fsdp of "
-          "mesh", "[1, inf)", "windows"),
+    Field("batch_size", 16, "a multiple of accumulation x data x fsdp", "[1, inf)", "windows"),
     Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
     Field("optimizer", "adamw", "'muon': adamw for embeddings and scales", ("adamw", "muon")),
     Field("learning_rate", 1e-2, "peak, of all but neuron states", "(0, inf)"),
@@ -178,8 +174,7 @@ TRAIN = Section("train",
 ], _check_train)
 EVAL = Section("eval", "The loss on held-out data.", [
     Field("every", 200, "updates between evaluations; the last has one", "[1, inf)", "updates"),
-    Field("windows", 512, "windows or problems of an evaluation, evenly spread; 0 = all",
-          "[0, inf)", "windows"),
+    Field("windows", 512, "windows or problems, evenly spread; 0 = all", "[0, inf)", "windows"),
     Field("batch_size", 32, "at a time, a multiple of data x fsdp of mesh", "[1, inf)", "windows"),
 ])
 CHECKPOINT = Section("checkpoint", "Saved states of a run.", [
@@ -192,8 +187,7 @@ MESH = Section("mesh", "Devices (docs/meshes.md). Their number is data x fsdp x 
     Field("fsdp", 1, "parts of the batch, the parameters and the optimizer", "[1, inf)"),
     Field("group", 1, "parts of the groups, a divisor of model.heads", "[1, inf)"),
 ], _check_mesh)
-STABILITY = Section("stability",
-    "Stability of the model (docs/stability.md): measured in training, and held by the loss.", [
+STABILITY = Section("stability", "Measured in training, held by the loss (docs/stability.md).", [
     Field("every", 200, "updates between measurements; 0 = none", "[0, inf)", "updates"),
     Field("measures", "rounds,tokens,departure,exponents", "what to measure, by commas"),
     Field("tokens", 1024, "held-out tokens to measure on", "[1, inf)", "tokens"),

@@ -69,10 +69,7 @@ PROBES: dict[str, Callable[[Seen], Measures]] = {
 
 
 def make_watch(model: Decoder, config: Any) -> Callable[[Any, Batch], Measures]:
-    """The probes of `config.measures`: (params, batch) -> {"stability/...": mean over sequences}.
-
-    What a model does not have (a loop, messages) is left out.
-    """
+    """The probes of `config.measures`: (params, batch) -> {"stability/...": mean of sequences}."""
 
     def watch(params: Any, batch: Batch) -> Measures:
         seen = Seen(model, params, batch, config, *_last_stream(model, params, batch))
@@ -88,26 +85,17 @@ def _last_stream(model: Decoder, params: Any, batch: Batch) -> tuple[Array, Roun
     return stream, records
 
 
-def band(value: Array, low: float, high: float) -> Array:
-    """0 inside [low, high], else the square of how far outside."""
-    return jnp.square(jnp.maximum(value - high, 0) + jnp.maximum(low - value, 0))
-
-
 def jacobian_penalty(step: Callable[[Array], Array], x: Array, key: Array) -> Array:
-    """|v^T J|^2 / n for one random v: unbiased for |J|_F^2 / n, J the Jacobian at x of n numbers.
-
-    Hutchinson's estimate as in deep equilibrium models (Bai et al. 2021, arXiv 2106.14342, 4).
-    """
+    """|v^T J|^2 / n for a random v: unbiased for |J|_F^2 / n, J at x [n] (arXiv 2106.14342, 4)."""
     v = jax.random.normal(key, x.shape, x.dtype)
     (pulled,) = jax.vjp(step, x)[1](v)
     return jnp.mean(jnp.square(pulled))
 
 
 def make_penalty(model: Decoder, config: Any) -> Penalty | None:
-    """(params, batch, key) -> scalar to add to the loss in nats per token; None: nothing is asked.
+    """(params, batch, key) -> nats per token to add to the loss; None: nothing is asked.
 
-    The band of `config.stability` holds a natural logarithm per round, of the contraction (mean
-    over rounds and tokens) or the leading exponent (mean over sequences), over `model.rounds`.
+    The band holds a natural logarithm per round, of the contraction or the leading exponent.
     """
     if config.regulariser == "none" and not config.jacobian:
         return None
@@ -121,7 +109,8 @@ def make_penalty(model: Decoder, config: Any) -> Penalty | None:
         if config.regulariser == "exponent":
             held = jnp.mean(probes.round_exponents(model, params, batch, rounds=rounds))
         if config.regulariser != "none":
-            total += config.weight * band(held, config.low, config.high)
+            outside = jnp.maximum(held - config.high, 0) + jnp.maximum(config.low - held, 0)
+            total += config.weight * jnp.square(outside)
         if config.jacobian:
             step, _ = probes.rounds_step(model, params, batch)
             settled = probes.round_states(model, params, batch, rounds)[-1]

@@ -59,16 +59,17 @@ def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
     info, whole = model.param_info(), meshes.replicated(mesh)
     state = jax.eval_shape(lambda: init_state(model, config, 0))
     placed: TrainState = jax.tree.map(lambda leaf: meshes.abstract(leaf, whole), state)
-    put = partial(meshes.abstract_param, mesh)
-    moments = optimizer.map_moments(put, placed.optimizer, partition(info, info)[0])
+    put, trained = partial(meshes.abstract_param, mesh), partition(info, info)[0]
+    lay = partial(optimizer.map_kept, put, info=trained)
+    memory = optimizer.map_like_params(lay, placed.optimizer, trained)
     params = jax.tree.map(put, placed.params, info)
-    return dataclasses.replace(placed, params=params, optimizer=moments)
+    return dataclasses.replace(placed, params=params, optimizer=memory)
 
 
 def predict(apply: Apply, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Any]:
     """Logits [..., B, T, V] of apply(params, batch) computed in `dtype`, and what else it gives."""
-    cast = lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p  # noqa: E731
-    return apply(jax.tree.map(cast, params), batch)
+    floating = lambda p: jnp.issubdtype(p.dtype, jnp.floating)  # noqa: E731
+    return apply(jax.tree.map(lambda p: p.astype(dtype) if floating(p) else p, params), batch)
 
 
 def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -92,8 +93,7 @@ def make_train_step(
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
     `penalty`, nats per token, is added to what is minimised, and not to train/loss. `iteration`:
-    how the loop is run; None: as by `model.apply`. What is random (noise, the penalty's probe)
-    follows from `seed`, the update and the accumulated part.
+    how the loop is run. What is random follows from `seed`, the update and the accumulated part.
     """
     dtype, info = jnp.dtype(config.compute_dtype), model.param_info()
     trained_info = partition(info, info)[0]
@@ -172,7 +172,7 @@ def make_train_step(
 def make_eval_step(
     model: LanguageModel, config: Any, lengths: np.ndarray | None, settle: Apply | None = None
 ) -> Callable[[Tree, Batch, Array], Scalars]:
-    """Sums over one batch: (params, batch, real [B] bool) -> nats and targets.
+    """(params, batch, real [B] bool) -> sums over a batch: nats and targets.
 
     Of text, whose tokens have `lengths`, also bytes; of problems, how many there are, and are
     solved; where `settle` (`Decoder.settle`, `rounds.marked`) replaces `model.apply`, rounds.

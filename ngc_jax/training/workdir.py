@@ -24,9 +24,8 @@ from ml_collections import ConfigDict
 
 from ngc_jax.config import SECTIONS, base, reset_unread, validate
 from ngc_jax.data.tokens import Tokenizer, save_tokenizer
-from ngc_jax.runtime import multihost
+from ngc_jax.runtime import fields, multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.fields import check_fields
 from ngc_jax.runtime.files import Path, in_bucket, read, read_json, sync, write_durably
 
 LARGEST = 1 << 20  # bytes of a config
@@ -50,8 +49,7 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
             if multihost.first():
                 _claim(workdir, config, tokenizer)
         except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
-            unable = f"{here} cannot be written ({error}): give a directory that can"
-            raise UserError(unable) from error
+            raise UserError(f"{here} cannot be written ({error}): give one that can") from error
     with multihost.agreed():
         if not (workdir / "config.json").exists():
             shared = "give one on a file system that all processes share"
@@ -132,8 +130,8 @@ def _lock(workdir: Path) -> int | None:
             holder = read(workdir / HOLDER, 1000).decode()
         if isinstance(error, BlockingIOError):
             os.close(handle)
-            busy = f"{here} is in use by {holder}: wait for it, or give another"
-            raise UserError(busy) from error
+            told = f"{here} is in use by {holder}: wait for it, or give another"
+            raise UserError(told) from error
         alone = f"see to it that no other process trains in it; the last one was {holder}"
         print(f"{here} cannot be locked ({error}): {alone}")
     return handle
@@ -148,8 +146,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """What a checkpoint keeps of its config, as JSON: not FREE, nor where the data lies."""
-    fields = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
-    return {name: fields[name] for name in fields if not _free(name) and name != "data.path"}
+    values = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
+    return {name: values[name] for name in values if not _free(name) and name != "data.path"}
 
 
 def versions() -> dict[str, str]:
@@ -184,7 +182,7 @@ def read_config(workdir: Path) -> ConfigDict:
                 give = "give the file that registers it by --extend=FILE.py, or import it first"
                 raise UserError(f"{told}, which is not registered here: {give}")
     try:
-        check_fields(config, SECTIONS)
+        fields.check_fields(config, SECTIONS)
         reset_unread(config)  # as older versions let stand
         validate(config)
     except UserError as error:
