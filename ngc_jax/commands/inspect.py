@@ -1,7 +1,6 @@
 """What a work directory holds: `python -m ngc_jax.inspect --workdir=DIR`.
 
-For: checkpoints and whether they are sound, parameters, and the SHA-256 of a state; may run beside
-the training. Not for: how good the model is (`evaluate.py`).
+For: sound checkpoints, parameters, and a state's SHA-256. Not for: how good it is (`evaluate.py`).
 """
 
 import math

@@ -1,7 +1,6 @@
 """How stable a trained model is, as a page: `python -m ngc_jax.stability --workdir=DIR`.
 
-For: measuring a checkpoint on held-out text and writing OUT/index.html with its figures. Not for:
-what is measured or said (`ngc_jax/analysis/`).
+For: writing OUT/index.html. Not for: what is measured or said (`ngc_jax/analysis/`).
 """
 
 import os

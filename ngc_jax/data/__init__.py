@@ -1,7 +1,6 @@
 """Text or problems in, batches out.
 
-Text: corpora become tokens. Reasoning: problems (`tasks.py`) are drawn into sets (`problems.py`).
-Both are kept as TFDS sets (`stored.py`), and read as the batch of a step (`batches.py`).
+Corpora become tokens, and problems are drawn into sets; both are read as batches of examples.
 """
 
 NOTHING = -1  # the target where nothing is asked

@@ -1,7 +1,7 @@
 """The global batch as a pure function of (seed, step), so that no iterator has a state to keep.
 
-For: what a batch is, windows of a token stream, and the rows of a step's batch that a process
-needs. Not for: where tokens and problems come from, or where batches go (`nn/mesh.py`).
+For: what a batch is, windows of tokens, and a process's rows of a batch. Not for: where tokens and
+problems come from, or where batches go (`nn/mesh.py`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

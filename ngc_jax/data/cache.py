@@ -1,7 +1,6 @@
 """The cache: folders of what was prepared, sealed when made, used while the seal holds.
 
-For: where the cache is, and making an entry once. The seal finds damage; against other users a
-cache must be private (`docs/trust.md`). Not for: what an entry holds.
+For: making an entry once; a seal finds damage (docs/trust.md). Not for: what an entry holds.
 """
 
 import contextlib

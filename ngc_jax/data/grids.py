@@ -118,10 +118,7 @@ def solutions(given: list[int], shape: Shape, rng: Generator | None = None) -> I
 
 
 def is_single(left: dict[int, set[int]], shape: Shape, cell: int, digit: int) -> bool:
-    """Whether a digit, one of left[cell], is a naked single (the only one there) or a hidden one.
-
-    Hidden: no other empty cell of its row, column or box can hold it. left: see `free`.
-    """
+    """Whether a digit of left[cell] (see `free`) is the only one there, or only there in a unit."""
     return left[cell] == {digit} or any(
         not any(digit in left.get(other, ()) for other in unit if other != cell)
         for unit in units(shape)[cell]

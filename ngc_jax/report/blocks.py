@@ -1,7 +1,6 @@
 """The blocks of a page: headings, paragraphs, tables, images, listings.
 
-For: one content in Markdown and in HTML. Text is plain: markup in it is escaped, but for `code`
-between backticks. Not for: whole pages (`page.py`).
+For: plain text, in Markdown and in HTML, with `code` in backticks. Not for: pages (`page.py`).
 """
 
 import base64

@@ -58,7 +58,7 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints in a directory, which must be no link; `read_only` changes nothing there."""
 
     def __init__(self, directory: files.Path, keep: int = 3, read_only: bool = False):
@@ -219,9 +219,6 @@ class Checkpoints:
         finally:
             self._pool.shutdown()
             self._orbax.close()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is KeyboardInterrupt:  # wants to leave at once

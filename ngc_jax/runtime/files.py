@@ -201,10 +201,7 @@ class Log:
 
 @contextlib.contextmanager
 def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to build in, renamed to `home` if the block succeeds and removed if it fails.
-
-    Of two builds at once the second to finish is dropped. Raises UserError if it cannot write.
-    """
+    """A directory to build in, renamed to `home` in the end, or removed. Raises UserError."""
     wrong, building = f"data.cache_dir={str(home.parent)!r} cannot be written", None
     try:
         home.parent.mkdir(parents=True, exist_ok=True)

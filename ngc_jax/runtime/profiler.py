@@ -19,10 +19,7 @@ def traceable(updates: str) -> bool:
 
 
 class Profile:
-    """Traces the updates "first:last" ("": none) of the first process into a directory.
-
-    As a context it ends a trace under way. Raises UserError where `home` is in a bucket.
-    """
+    """Traces updates "first:last" ("": none) of the first process; `home` must be in no bucket."""
 
     def __init__(self, updates: str, home: Path):
         if updates and in_bucket(home):
