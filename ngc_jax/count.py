@@ -54,10 +54,7 @@ def peak_memory(compiled: Any) -> int:
 
 
 def forward_flops(function: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of the matrix products (2 per multiply-add) in one call; `args` may be abstract.
-
-    Read from the traced program, for XLA's own count takes the body of a loop once.
-    """
+    """FLOPs of matrix products (2 a multiply-add) in a call, as traced; `args` may be abstract."""
     return _flops(jax.make_jaxpr(function)(*args))
 
 

@@ -32,10 +32,7 @@ After = Callable[[int, Array], None]
 
 
 def rounds_step(model: Decoder, params: Params, batch: Batch) -> tuple[Step, Array]:
-    """The loop on a batch: (step, x_0), x_0 = e [B, T, D] what the prelude gives.
-
-    step(x, None) is one round, phi(keep x + drive e + core(x)). ValueError: there is no loop.
-    """
+    """The loop as (step, x_0): step(x, None) is a round, x_0 = e [B, T, D]. ValueError: no loop."""
     params, start = model.loop_start(params, model.embed(params, batch), batch.segments)
     turn = model.turn(params, start, batch.segments)
     return (lambda x, u: turn(x)), start
@@ -147,10 +144,7 @@ def parts_to_silence(shape: ModelShape) -> list[str]:
 
 
 def silenced(model: Decoder, params: Params, what: str) -> Params:
-    """The parameters with nothing sent between groups ("messages") or no potential ("drive").
-
-    What is silenced adds exactly nothing. ValueError for what the model has not.
-    """
+    """The parameters with nothing sent between groups ("messages"), or no "drive"; ValueError."""
     able = parts_to_silence(model.shape)
     if what not in able:
         there = " or ".join(map(repr, able)) or "nothing"
@@ -237,10 +231,7 @@ def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> 
 
 
 def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str, Array]:
-    """The stream [B, T, D] after the embedding, each stage and each round, by name, in order.
-
-    "core 1, round 2" is the output of a stage, "round 2" the state that the loop makes of it.
-    """
+    """The stream [B, T, D] after "embedding", each stage "core 1, round 2" and each "round 2"."""
     names, found = iter(stage_names(model.shape)), OrderedDict(embedding=model.embed(params, batch))
 
     def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, None]:

@@ -62,10 +62,7 @@ class Iteration:
         return self.low + more.astype(jnp.int32)
 
     def apply(self, rounds: Array, key: Any = None) -> Apply:
-        """`model.apply` with these rounds, [] or [B], and the key of the noise.
-
-        Gives logits [S, B, T, V], and the weights [S, B] of the read-outs, of sum 1.
-        """
+        """`model.apply` with rounds [] or [B]: logits [S, B, T, V] and weights [S, B] of sum 1."""
         noise = partial(disturb, self.noise, key) if self.noise else None
 
         def apply(params: Any, batch: Batch) -> tuple[Array, Array]:
