@@ -113,9 +113,8 @@ def token_exponents(
 ) -> Array:
     """How fast a change of one token's embedding fades from the tokens after it: [B, k], per token.
 
-    The slopes over later tokens t of its document of log of the singular values, descending, of
-    M_t: the derivative of the last stream at t by k directions of the embedding at `source`.
-    ValueError for fewer than 3 tokens after it.
+    Slopes over later tokens t of its document of the log singular values, descending, of the last
+    stream's derivative at t by k directions of the embedding at `source`. ValueError: < 3 later.
     """
 
     def one(row: Batch) -> Array:
@@ -164,9 +163,8 @@ def silenced_channels(
 ) -> Params:
     """Parameters under which `groups` send nothing to others, and `channels` carry nothing.
 
-    channels: pairs (listener, speaker) of groups, under rule "addressed" with a fixed wiring. Under
-    another signal rule, groups alone can be silenced, and then send nothing to themselves either.
-    ValueError for another model, and for a group that there is not.
+    channels: pairs (listener, speaker), under rule "addressed" with a fixed wiring. Under another
+    signal rule only groups, which then do not hear themselves either. ValueError: cannot be.
     """
     s = model.shape
     for group in {*groups, *(g for pair in channels for g in pair)}:
@@ -198,8 +196,7 @@ def silenced_channels(
 def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     """How loudly each group speaks to each other one, {"core 1, round 2": [listeners, speakers]}.
 
-    Root mean square, over tokens and the listeners' neurons, of what the stage's synapses carry by
-    messages, under the gates of the moment. ValueError for a model without messages.
+    Root mean square of messages over tokens, listeners' neurons and synapses. ValueError: none.
     """
     s = model.shape
     if not s.has_messages:

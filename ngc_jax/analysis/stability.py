@@ -25,8 +25,7 @@ Part = tuple[Rule, States, States]  # a summand of a synapse: its rule, pre, pos
 EXPONENTS = 8  # of each spectrum
 LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs three
 LEAST_ROUNDS = 2  # a ratio of two steps needs two
-# a step that is smaller, relative to the state, is rounding error to some percent in float32
-RESOLVED = 1e-5
+RESOLVED = 1e-5  # of the state's length: a smaller step is rounding error in float32
 
 
 class Loop(NamedTuple):

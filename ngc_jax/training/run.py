@@ -97,8 +97,7 @@ class Run:
 
     def _newest(self, among: Collection[int] | None = None) -> checkpoint.Restored | None:
         """The newest checkpoint of these that is this run's; others are named and set aside."""
-        own = workdir.identity(self.config)
-        found, faults = self.checkpoints.newest(self.do.state, own, among)
+        found, faults = self.checkpoints.newest(self.do.state, workdir.identity(self.config), among)
         for bad, fault in faults.items() if multihost.first() else ():
             aside = self.checkpoints.set_aside(bad)
             self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
