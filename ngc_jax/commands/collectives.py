@@ -113,10 +113,7 @@ def layers(config: ConfigDict) -> int:
 
 
 def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
-    """The ordinary decoder of as many layers and of the same sizes, or of `width` in proportion.
-
-    What a dense layer does not have is at its default. Heads are as near as the sizes allow.
-    """
+    """The ordinary decoder of the same sizes, or of `width`; heads as near as sizes allow."""
     dense, fresh, reads = config.copy_and_resolve_references(), base(), kind_of(config).reads
     dense.update({name: fresh[name] for name in ("model", "iteration", "rewire", "stability")})
     m, given = dense.model, config.model

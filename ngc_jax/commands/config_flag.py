@@ -34,8 +34,7 @@ def extend(files: Iterable[str]) -> None:
 def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[ConfigDict, str]:
     """Reads the command line; returns the config, locked, and its file, "FILE" or "FILE:ARGUMENT".
 
-    The flags in `own` are read too. `--help` prints `about`, the flags and the fields, and ends.
-    Raises UserError for a mistake on the command line, or in the config file.
+    The flags in `own` are read too; `--help` prints `about`, flags and fields. Raises UserError.
     """
     flags.DEFINE_multi_string("extend", [], EXTEND, flag_values=own)
     if {"--help", "-help", "-h", "--helpfull"} & {*sys.argv}:

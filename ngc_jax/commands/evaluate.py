@@ -1,8 +1,7 @@
 """Held-out loss of a trained model: `python -m ngc_jax.evaluate --workdir=DIR`.
 
-For: `--rounds=8` of the loop, or `--rounds=settled`: until a round moves no token's state by
-`--tolerance` of its length, for `--cap` at most; prints their number. Not for: the evaluation
-itself (`training/evaluation.py`).
+For: `--rounds=8`, or `--rounds=settled`: until a round moves no token's state by `--tolerance` of
+its length, `--cap` at most. Not for: the evaluation itself (`training/evaluation.py`).
 """
 
 from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of

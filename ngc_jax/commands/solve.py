@@ -31,10 +31,7 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 
 def difficulties(given: str, data: Any) -> Sequence[int]:
-    """Difficulties to test: those given, as in "5,10,20". Raises UserError.
-
-    By default the least, middle and greatest of training, and twice the greatest.
-    """
+    """Difficulties to test: those given, "5,10", or of training and beyond. Raises UserError."""
     middle, beyond = (data.low + data.high) // 2, min(2 * data.high, TASKS[data.task].highest)
     if not re.fullmatch(r"(\d+(, ?\d+)*)?", given):
         raise UserError(f"--difficulties={given}: must be whole numbers with commas, such as 5,10")

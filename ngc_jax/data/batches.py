@@ -1,7 +1,6 @@
 """The global batch as a pure function of (seed, step), so that no iterator has a state to keep.
 
-For: what a batch is, windows of tokens, and a process's rows of a batch. Not for: where tokens and
-problems come from, or where batches go (`nn/mesh.py`).
+For: what a batch is, and a process's rows of it. Not for: where batches go (`nn/mesh.py`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,10 +39,7 @@ class Examples(Protocol):
 
 
 class Windows:
-    """A token stream as windows of `context` tokens next to one another, each with its targets.
-
-    `mark`, which begins a document, is no target. A token sees nothing across the last `boundary`.
-    """
+    """Windows of a token stream, [context]; no target is `mark`, none sees past `boundary`."""
 
     def __init__(
         self, tokens: np.ndarray, context: int, mark: int = NOTHING, boundary: int | None = None
@@ -103,10 +99,7 @@ def train_batches(
 def held_out_batches(
     examples: Examples, *, batch_size: int, limit: int = 0, rows: Rows = None
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Examples for evaluation, in order: pairs (these rows of a batch, real [rows] bool).
-
-    `limit` > 0 takes that many, evenly spaced. Rows that fill up the last batch are not real.
-    """
+    """All examples, or `limit` evenly spaced: (rows of a batch, which are real and no filling)."""
     count = min(limit, len(examples)) if limit else len(examples)
     chosen = np.linspace(0, len(examples) - 1, count).round().astype(int)
     wanted = np.arange(batch_size) if rows is None else np.asarray(rows)

@@ -60,10 +60,7 @@ def stdlib_documents() -> Documents:
 
 
 def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
-    """A user's text: of one file the tail is held out, of a folder a share of its files.
-
-    Hidden files, duplicates and files with a NUL byte (no text) are left out. Raises UserError.
-    """
+    """A user's text without hidden, binary or double files, a share held out. Raises UserError."""
     asked = f"data.path={str(path)!r}"
     try:
         if not path.exists():

@@ -1,7 +1,6 @@
 """Mazes and Sudokus, drawn at random, with their one solution.
 
-For: grids of a wanted difficulty, and the solvers that this takes. Not for: what of them a model
-reads (`tasks.py`). A Sudoku of N digits is a flat list of N N cells, 0 for an empty one.
+For: grids of a difficulty; a Sudoku is a list of N N cells, 0: empty. Not for: tasks (`tasks.py`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +18,7 @@ Shape = tuple[int, int]  # rows and columns of a box; their product is N
 def maze(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A maze of size x size rooms, size >= 2, and the same with its path: grids of 2 size - 1.
 
-    Rooms stand at even places, walls or doors between them, without the wall around all. A random
-    depth-first walk cuts the doors, so one way joins any two rooms. Start and goal are random.
+    Rooms stand at even places, walls or doors between them. A random depth-first walk cuts doors.
     """
     grid = np.full((2 * size - 1,) * 2, WALL)
     first, last = (divmod(int(room), size) for room in rng.choice(size * size, 2, replace=False))

@@ -24,10 +24,7 @@ PATIENCE = 10_000  # problems drawn in vain, one after another, that say that th
 
 
 class Problems:
-    """A part of a set, as examples of `length` tokens, padded on the right with 0 and NOTHING.
-
-    A causal model does not see the padding; another one sees nothing across the token `boundary`.
-    """
+    """A part of a set, as examples of `length` tokens; padding follows the token `boundary`."""
 
     def __init__(self, home: pathlib.Path, part: str, length: int, boundary: int | None = None):
         self.source, self.length, self.boundary = stored.read(home, part), length, boundary

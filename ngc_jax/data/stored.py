@@ -65,10 +65,7 @@ def open_set(folder: pathlib.Path) -> Any:
 
 
 def find_set(name: str, home: str) -> pathlib.Path:
-    """The folder of a prepared set, HOME/NAME[/CONFIG]/VERSION, of the newest version.
-
-    name: "set", "set/config" or "set:1.0.0". home: "": TFDS's. Raises OSError or ValueError.
-    """
+    """The folder of a set, HOME/SET[/CONFIG]/VERSION, of the newest. Raises OSError, ValueError."""
     import tensorflow_datasets as tfds
 
     found = re.fullmatch(r"(\w+(?:/\w[\w.+-]*)?)(?::(\d+\.\d+\.\d+))?", name)

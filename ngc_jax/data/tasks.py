@@ -168,8 +168,7 @@ def dyck(rng: Generator, depth: int) -> Written:
 def path(rng: Generator, length: int) -> Written:
     """The one shortest path between two nodes of a graph, given as its edges, node by node.
 
-    As many nodes are off the path as on it, each hung onto an earlier one; up to a third as many
-    more edges leave the shortest path as it is.
+    As many nodes are off it as on it; up to a third as many more edges leave it the shortest.
     """
     nodes = 2 * (length + 1)
     parent = np.array([max(0, i - 1) if i <= length else rng.integers(i) for i in range(nodes)])

@@ -1,7 +1,6 @@
 """Text to tokens and back, and `load_data`, which gives a run what it learns from.
 
-For: the tokenizers, and streams of tokens in which a mark begins each document: a flat file for
-each split, read by memory map. Not for: batches (`batches.py`).
+For: the tokenizers, and a flat file of tokens for each split. Not for: batches (`batches.py`).
 """
 
 import hashlib
@@ -126,11 +125,7 @@ def segmented(config: Any, mark: int | None = None) -> bool:
 
 
 def load_data(config: Any, mark: int | None = None) -> Data:
-    """The data that `config.data` asks for, from the cache if they were made before.
-
-    With `mark` a token sees nothing across the last one, as in isolated documents and in tasks that
-    are read both ways. Raises UserError.
-    """
+    """The data of `config.data`; no token sees across the last `mark`. Raises UserError."""
     if not config.task:
         return _text(config, mark)
     held_out = max(1, round(config.validation_fraction * config.problems))

@@ -54,10 +54,7 @@ def paragraph(text: str) -> Block:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", stacked: bool = False
 ) -> Block:
-    """Column heads, rows of as many cells, also of several lines, and a caption on the columns.
-
-    On a phone a `stacked` table has the cells of a row below each other; others are scrolled.
-    """
+    """Column heads, rows of as many cells, and a caption. Phones scroll all but `stacked` ones."""
     cells = [[to_markdown(c).replace("|", "\\|") for c in row] for row in [head, *rows]]
     cells.insert(1, ["---"] * len(head))
     text = "\n".join(f"| {' | '.join(row)} |".replace("\n", "<br>") for row in cells)

@@ -1,7 +1,6 @@
 """Being asked to stop: SIGTERM (a scheduler), SIGHUP (a lost terminal) and the first Ctrl-C.
 
-For: one process, in which they set a flag. Not for: stopping many at the same update
-(`multihost.py`), or hangs (`watchdog.py`).
+For: a flag in one process. Not for: many processes (`multihost.py`), or hangs (`watchdog.py`).
 """
 
 import os
@@ -33,8 +32,7 @@ def end_at_ctrl_c(told: str = "interrupted") -> None:
 class Preemption:
     """`with Preemption() as asked: ... if asked: save and leave`.
 
-    A second Ctrl-C interrupts at once. SIGHUP counts unless ignored (`nohup`). Signals reach the
-    main thread alone: in another one the flag is never set.
+    A second Ctrl-C interrupts at once. In a thread that is not the main one nothing asks.
     """
 
     def __enter__(self) -> "Preemption":

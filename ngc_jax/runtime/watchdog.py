@@ -1,7 +1,6 @@
 """A watch over a run that may hang: where nothing finishes for too long, it prints all stacks.
 
-For: a device, a file system or a partner that never answers. Not for: a run that is asked to stop
-(`preemption.py`), or code that lets no other thread of Python run.
+For: a device, disk or partner that never answers. Not for: being asked to stop (`preemption.py`).
 """
 
 import contextlib
