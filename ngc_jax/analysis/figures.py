@@ -92,7 +92,7 @@ def traffic(figure: Any, measured: Measured) -> None:
     """The loudness of messages between groups: one heat map for each stage, on one scale."""
     stages = measured.traffic
     loudest = max(float(np.max(loud)) for loud in stages.values())
-    grid = figure.subplots(*_grid(len(stages)), squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(*grid_of(len(stages)), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(stages) :]:
         axes.set_axis_off()
     for axes, (stage, loud) in zip(grid.flat, stages.items(), strict=False):
@@ -108,13 +108,8 @@ def traffic(figure: Any, measured: Measured) -> None:
     figure.colorbar(map_, ax=grid, label="message (root mean square)", shrink=0.8)
 
 
-def traffic_height(stages: int) -> float:
-    """Inches that the heat maps of so many stages need."""
-    rows, columns = _grid(stages)
-    return 0.6 + 5.2 / columns * rows
-
-
-def _grid(stages: int) -> tuple[int, int]:
+def grid_of(stages: int) -> tuple[int, int]:
+    """Rows and columns of heat maps, one for each stage."""
     columns = 2 if stages <= 6 else 3
     return math.ceil(stages / columns), columns
 

@@ -52,7 +52,8 @@ def _figures(measured: Measured, tokenizer: Tokenizer) -> Iterator[Block]:
         no_rounds = "the state became infinite or undefined: try fewer rounds with `--rounds`."
     panels = (loop is not None) + bool(measured.departures)
     exponents, drives = 0.4 + 2.4 * (2 if loop is None else 3), 0.4 + 2.6 * panels
-    between = figures.traffic_height(stages) if stages else 0
+    rows, columns = figures.grid_of(stages)
+    between = 0.6 + 5.2 / columns * rows
     no_messages = "" if stages else NO_MESSAGES
     no_drive = "" if panels else "the model has neither a loop nor messages."
     paths = partial(figures.paths, labels=labels(measured.tokens[0], tokenizer))
