@@ -79,9 +79,8 @@ def main() -> None:
     workdir = args.workdir.absolute()
     shutil.rmtree(workdir, ignore_errors=True)
     samples = soak(workdir, args.updates, args.saves, args.flags)
-    warm = [
-        one for one in samples if one.step >= 2 * args.updates / 5
-    ]  # threads of saves fill up first
+    begin = 2 * args.updates / 5  # until then the threads of saves fill up
+    warm = [one for one in samples if one.step >= begin]
     if len(warm) < 10:
         raise UserError(f"--updates={args.updates}: too few to see a slope, give 20,000 or more")
     for one in warm[:: max(1, len(warm) // 10)]:
@@ -90,8 +89,8 @@ def main() -> None:
     slope = np.polyfit([one.step for one in warm], [one.resident for one in warm], 1)[0]
     files, threads = ([one[kind] for one in warm] for kind in (2, 3))
     print(
-        f"{args.updates} updates, {args.saves} saves: {slope:.3f} kB an update after the first "
-        f"two fifths; open files {min(files)} to {max(files)}, threads {min(threads)} to {max(threads)}"
+        f"{args.updates} updates, {args.saves} saves: {slope:.3f} kB an update after the first two "
+        f"fifths; files {min(files)} to {max(files)}, threads {min(threads)} to {max(threads)}"
     )
     if slope > MOST:
         raise UserError(f"memory grows by more than {MOST} kB an update")
