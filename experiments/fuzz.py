@@ -5,7 +5,7 @@
 For: a file in each place where somebody else may have written one (`TARGETS`), spoilt by Hypothesis
 from a seed: bytes flipped, cut, put in; values of JSON replaced; other contents; deep nesting. Each
 is read as commands read it. What must hold: a result or one line (`UserError`, `OSError`), within
-`LIMIT` seconds; and, by Python's audit hooks, no file opened, made, moved or removed outside the
+`LIMIT` seconds of work; and, by Python's audit hooks, no file opened, made, moved or removed outside the
 folders of this campaign, no module imported that reading a sound file does not import, no socket,
 no process. Hypothesis makes an input that breaks this smaller before it shows it. Not for: what C++
 libraries open (they are given paths inside a checkpoint), or files that are swapped meanwhile.
@@ -42,7 +42,7 @@ from ngc_jax.runtime.metrics import Metrics, read_rows
 from ngc_jax.training.workdir import claim, hold, read_config
 
 Path = pathlib.Path
-LIMIT = 10  # seconds that reading one input may take
+LIMIT, WAIT = 10, 60  # seconds that reading one input may take: of the processor, of the clock
 NASTY = ["", "..", "../../etc", "/etc/passwd", "file:///etc", "huggingface:x", "os", "\0", "\u202e"]
 RELATIVE = {"os.remove", "os.rmdir"}  # by shutil.rmtree, to a folder that is open
 WRITES = {"os.mkdir", "os.rename", "os.link", "os.symlink", "os.chmod", *RELATIVE}
@@ -99,15 +99,17 @@ class Watch:
             raise AssertionError(f"not read within {LIMIT} seconds")
 
         self.seen.clear()
-        before = signal.signal(signal.SIGALRM, late)
-        signal.alarm(LIMIT)
+        timers = {signal.ITIMER_PROF: signal.SIGPROF, signal.ITIMER_REAL: signal.SIGALRM}
+        for (timer, number), most in zip(timers.items(), (LIMIT, WAIT), strict=True):
+            signal.signal(number, late)
+            signal.setitimer(timer, most)
         self.on = True
         try:
             yield
         finally:
             self.on = False
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+            for timer in timers:
+                signal.setitimer(timer, 0)
         assert not self.seen, "; ".join(self.seen)
 
 
