@@ -5,10 +5,11 @@
 For: a file in each place where somebody else may have written one (`TARGETS`), spoilt by Hypothesis
 from a seed: bytes flipped, cut, put in; values of JSON replaced; other contents; deep nesting. Each
 is read as commands read it. What must hold: a result or one line (`UserError`, `OSError`), within
-`LIMIT` seconds of work; and, by Python's audit hooks, no file opened, made, moved or removed outside the
-folders of this campaign, no module imported that reading a sound file does not import, no socket,
-no process. Hypothesis makes an input that breaks this smaller before it shows it. Not for: what C++
-libraries open (they are given paths inside a checkpoint), or files that are swapped meanwhile.
+`LIMIT` seconds of work; and, by Python's audit hooks, no file opened, made, moved or removed
+outside the folders of this campaign, no module imported that reading a sound file does not import,
+no socket, no process. Hypothesis makes an input that breaks this smaller before it shows it. Not
+for: what C++ libraries open (they are given paths inside a checkpoint), or files that are swapped
+meanwhile.
 """
 
 import argparse
