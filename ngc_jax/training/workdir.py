@@ -63,13 +63,14 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
         if os.path.islink(path):
             raise UserError(f"{path} is a link, which a run does not follow: remove it")
     # What a claim that was killed may have left.
-    left = ("tokenizer.json", ".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
+    begun = (".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
+    left = [path for path in inside if path.name == "tokenizer.json" or path.name.startswith(begun)]
     if (workdir / "config.json").exists():
         changed = "; ".join(differences(read_config(workdir).to_dict(), config.to_dict()))
         if changed:
             unlike = f"{here} holds a run of another config ({changed})"
             raise UserError(f"{unlike}: give another --workdir, or the config it was made with")
-    elif workdir.is_file() or not all(path.name.startswith(left) for path in inside):
+    elif workdir.is_file() or left != inside:
         raise UserError(f"{here} exists and holds no run: give another, or empty it")
     else:
         workdir.mkdir(parents=True, exist_ok=True)
