@@ -163,6 +163,8 @@ def main() -> None:
         "flags", nargs="*", default=["--config=configs/ngc_tiny.py"], help="of launch.py, after --"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had them ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     faults = tuple(args.faults.split(","))
     if not set(faults) <= every.keys():
         raise UserError(f"--faults={args.faults}: must be some of {','.join(every)}")

@@ -15,8 +15,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# A shell starts what it runs in the background with Ctrl-C ignored, and processes inherit that.
+# A shell starts what it runs in the background with Ctrl-C ignored, nohup with SIGHUP ignored, and
+# processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # What is tested is what programs do, and compiling them is most of the time. (CI's main job runs as
 # a user's does.)
 QUICK = "--xla_backend_optimization_level=0"

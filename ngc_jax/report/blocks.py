@@ -33,11 +33,11 @@ def to_html(text: str) -> str:
     return first + "".join(f"<br><small>{line}</small>" for line in rest)
 
 
-def to_markdown(text: str) -> str:
-    """Plain text as Markdown, `code` unchanged."""
+def to_markdown(text: str, inside: bool = False) -> str:
+    """Plain text as Markdown, `code` unchanged. `inside` a line no marks of its beginning count."""
     parts = CODE.split(text)  # every second one is code
     parts[::2] = [INSIDE.sub(r"\\\1", part) for part in parts[::2]]
-    return FIRST.sub(r"\1\\\2", "".join(parts))
+    return "".join(parts) if inside else FIRST.sub(r"\1\\\2", "".join(parts))
 
 
 def heading(text: str, anchor: str = "", level: int = 2) -> Block:
@@ -55,7 +55,7 @@ def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", stacked: bool = False
 ) -> Block:
     """Column heads, rows of as many cells, and a caption. Phones scroll all but `stacked` ones."""
-    cells = [[to_markdown(c).replace("|", "\\|") for c in row] for row in [head, *rows]]
+    cells = [[to_markdown(c, True).replace("|", "\\|") for c in row] for row in [head, *rows]]
     cells.insert(1, ["---"] * len(head))
     text = "\n".join(f"| {' | '.join(row)} |".replace("\n", "<br>") for row in cells)
     heads = "".join(f"<th>{to_html(cell)}</th>" for cell in head)
