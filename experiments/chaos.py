@@ -52,6 +52,9 @@ from ngc_jax.training.load import load
 Path = pathlib.Path
 SPARE = 12  # threads, and open files, that a run may have more after a fault than before
 FAILED, REFUSED = 1, 2
+# A short run with many saves.
+SHORT = """--config=configs/ngc_tiny.py --config.train.steps=80 --config.checkpoint.every_steps=10
+--config.eval.every=40 --config.eval.windows=8"""
 
 
 def outcome(workdir: Path) -> tuple[str, list[dict[str, object]]]:
@@ -159,9 +162,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that train together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, default=Path("runs/chaos"), help="emptied first")
-    parser.add_argument(
-        "flags", nargs="*", default=["--config=configs/ngc_tiny.py"], help="of launch.py, after --"
-    )
+    parser.add_argument("flags", nargs="*", default=SHORT.split(), help="of launch.py, after --")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had them ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
