@@ -182,3 +182,20 @@ def python(*args: object, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         timeout=300,
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_its_test(monkeypatch):
+    """Kills what a test has started and, since it failed, not ended."""
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args: Any, **more: Any):
+            super().__init__(*args, **more)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
