@@ -22,6 +22,7 @@ files that never were ours (`fuzz.py`).
 import argparse
 import collections
 import contextlib
+import os
 import pathlib
 import shutil
 import signal
@@ -84,6 +85,9 @@ def campaign(
 
     Raises RuntimeError if a run ends otherwise than this file's first lines say.
     """
+    if processes == 1:  # that each start compiles the same anew tells nothing
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "programs"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     began = time.monotonic()
     run = Running(flags, home / "unbroken", processes)
     run.began.wait(HUNG)
