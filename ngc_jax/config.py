@@ -35,15 +35,16 @@ def base() -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict) -> None:
-    """Refuses what cannot run, and fields that nothing reads.
+def validate(config: ConfigDict, here: bool = True) -> None:
+    """Refuses what cannot run, `here`: on the devices of this machine, and fields nobody reads.
 
     Raises UserError with the field, its value, and a value that works.
     """
     check_fields(config, SECTIONS)
     check_unread(config, SECTIONS)
     for section in SECTIONS:
-        section.check(config, refusals(config))
+        if here or section.name != "mesh":
+            section.check(config, refusals(config))
 
 
 def reset_unread(config: ConfigDict) -> dict[str, Any]:

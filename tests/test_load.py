@@ -50,6 +50,19 @@ def test_a_run_is_trained_and_opened_by_strings(run, home, tiny):
     jax.tree.map(np.testing.assert_array_equal, run.params, opened.params)
 
 
+def test_a_run_of_other_devices_is_opened(run, home, tmp_path):
+    shutil.copytree(home, tmp_path / "run")
+    stored = json.loads((home / "config.json").read_text())
+    stored["mesh"] |= {"data": 3, "group": 4}  # which no machine of one device has
+    stored["train"]["learning_rate"] = 1e20  # and what only a float can be
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"learning_rate was 0\.\d+, is 1e\+20"):
+        ngc_jax.load(tmp_path / "run")
+    stored["train"] = json.loads((home / "config.json").read_text())["train"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    assert ngc_jax.load(tmp_path / "run").generate("a", tokens=9) == run.generate("a", tokens=9)
+
+
 def test_a_run_writes_on(run):
     said = run.generate("group ", tokens=30, temperature=0)
     assert set(said) <= set("abcdefghijklmnopqrstuvwxyz \n")

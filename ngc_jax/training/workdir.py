@@ -168,7 +168,7 @@ def read_config(workdir: Path) -> ConfigDict:
         stored = read_json(path, LARGEST)
         parts = [part if isinstance(part, dict) else {"": part} for part in stored.values()]
         for value in itertools.chain(*(part.values() for part in parts)):
-            if not isinstance(value, str) and not abs(value) < 2**32:
+            if isinstance(value, int) and not abs(value) < 2**32:
                 raise ValueError(f"{value!r:.40} is out of range")
         config.update(stored)
     except FileNotFoundError as error:
@@ -185,7 +185,7 @@ def read_config(workdir: Path) -> ConfigDict:
     try:
         fields.check_fields(config, SECTIONS)
         reset_unread(config)  # as older versions let stand
-        validate(config)
+        validate(config, here=False)  # a run of many devices is opened by one
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config
