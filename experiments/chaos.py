@@ -114,6 +114,8 @@ def campaign(
             refusal |= {-signal.SIGABRT} if processes > 1 else set()  # by jax, which lost one
             code = run.end(ends_of(name) | refusal)
             unsaved += run.unsaved
+            if code == 0 and not befell:  # too late, as on a machine that has become less busy
+                fault.length = max(1.0, min(fault.length, run.last - run.first))
             if code in (FAILED, REFUSED) and undo and not befell:
                 refused += 1
                 print(f"  refused: {run.errors[0][-1]}", flush=True)

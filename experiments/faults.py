@@ -43,6 +43,7 @@ class Running:
             group.append(f"--lost_seconds={TELLS}")
             together = [[*group, f"--process={process}"] for process in range(processes)]
         self.workdir, self.began, self.last = workdir, threading.Event(), time.monotonic()
+        self.first = self.last  # when the first update was told
         self.errors: list[list[str]] = [[] for _ in together]
         self.unsaved = 0  # saves that failed
         self.processes = [
@@ -66,7 +67,8 @@ class Running:
     def _read(self, stream: Iterator[str], kept: list[str] | None) -> None:
         for line in stream:
             self.last = time.monotonic()
-            if line.startswith("step "):
+            if line.startswith("step ") and not self.began.is_set():
+                self.first = self.last
                 self.began.set()
             self.unsaved += "NOT SAVED" in line
             if kept is not None:
