@@ -24,7 +24,6 @@ import collections
 import contextlib
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import time
@@ -40,6 +39,7 @@ from experiments.faults import (
     Fault,
     Running,
     contents,
+    copy,
     mount,
     remove,
 )
@@ -120,7 +120,7 @@ def campaign(
                 refused += 1
                 print(f"  refused: {run.errors[0][-1]}", flush=True)
                 remove(workdir)
-                shutil.copytree(undo, workdir, symlinks=True)
+                copy(undo, workdir)
             if contents(fault.outside) != fault.left:
                 raise RuntimeError(f"{workdir}: after {befell!r}, {fault.outside} was touched")
         runs += 1

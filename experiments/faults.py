@@ -164,7 +164,7 @@ class Fault:
         self.kills += 1
         self.kept = self.home / f"kept{self.kills % 2}"
         remove(self.kept)
-        shutil.copytree(run.workdir, self.kept, symlinks=True)
+        copy(run.workdir, self.kept)
         steps = [p for p in (run.workdir / "checkpoints").glob("*") if p.name.isdecimal()]
         return sorted(steps, key=lambda path: int(path.name))
 
@@ -195,6 +195,15 @@ def contents(place: Path) -> dict[str, str]:
         for path in sorted(place.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
+
+
+def copy(place: Path, to: Path) -> None:
+    """Copies a folder but for its pipes, links as links."""
+
+    def pipes(home: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(home, name).is_fifo()]
+
+    shutil.copytree(place, to, symlinks=True, ignore=pipes)
 
 
 def remove(path: Path) -> None:
