@@ -5,7 +5,6 @@ where the run had ended before. Not for: what must hold afterwards (`chaos.py`).
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ngc_jax.runtime.checkpoint import MANIFEST
+from ngc_jax.runtime.files import sha256
 
 ROOT = pathlib.Path(__file__).parent.parent
 Path = pathlib.Path
@@ -141,7 +141,7 @@ class Fault:
         self.left = contents(self.outside)  # what lies there
         self.home = home
         self.kept: Path | None = None  # a copy from before the newest fault
-        self.kills, self.most = 0, 0  # the most threads or open files that a fault has added
+        self.copies, self.most = 0, 0  # the most threads or open files that a fault has added
 
     def instant(self, run: Running) -> None:
         """Waits for a random instant, sometimes one of start-up."""
@@ -161,8 +161,8 @@ class Fault:
         if not run.send(signal.SIGKILL, self.chance):
             return []
         run.processes[0].wait()
-        self.kills += 1
-        self.kept = self.home / f"kept{self.kills % 2}"
+        self.copies += 1  # two in turn: the one before may still be needed
+        self.kept = self.home / f"kept{self.copies % 2}"
         remove(self.kept)
         copy(run.workdir, self.kept)
         steps = [p for p in (run.workdir / "checkpoints").glob("*") if p.name.isdecimal()]
@@ -189,9 +189,7 @@ class Fault:
 def contents(place: Path) -> dict[str, str]:
     """What lies in a folder: name -> digest, or the target of a link."""
     return {
-        str(path): os.readlink(path)
-        if path.is_symlink()
-        else hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path): os.readlink(path) if path.is_symlink() else sha256(path)
         for path in sorted(place.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
@@ -214,10 +212,9 @@ def remove(path: Path) -> None:
 
 
 def kill(fault: Fault, run: Running) -> str:
-    """SIGKILL at a random time, every second time while a checkpoint is written."""
-    fault.kills += 1
+    """SIGKILL at a random time, half of the times while a checkpoint is written."""
     checkpoints = run.workdir / "checkpoints"
-    if fault.kills % 2:
+    if fault.chance.random() < 0.5:
         fault.instant(run)
         return "killed" * run.send(signal.SIGKILL, fault.chance)
     while run.alive and not any("tmp" in path.name for path in checkpoints.glob("*")):
@@ -318,7 +315,7 @@ def reseal(fault: Fault, run: Running) -> str:
         seal = json.loads(manifest.read_text())
         del seal["sha256"]
         name = str(file.relative_to(newest))
-        seal["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        seal["files"][name] = sha256(file)
         manifest.write_text(json.dumps(seal))
     return f"killed, and {file.relative_to(run.workdir)} became {text[:8]!r}, sealed"
 
