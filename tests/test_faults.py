@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+import textwrap
 import threading
 import time
 
@@ -132,6 +133,32 @@ def test_a_save_that_fails_is_in_nobodys_way(most, tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.newest_sound() == 4
     checkpoints.close()
+
+
+def test_what_a_failed_save_leaves_of_coroutines_is_not_told_when_the_program_ends():
+    program = """
+        import asyncio
+        from ngc_jax.runtime.checkpoint import quiet_failures
+        quiet_failures()
+        async def orbax_write():
+            try:
+                await asyncio.sleep(9)
+            finally:
+                await asyncio.sleep(9)
+        async def begin():
+            task = asyncio.create_task(orbax_write())
+            await asyncio.sleep(0)
+            return task
+        loop = asyncio.new_event_loop()
+        begun = [orbax_write(), loop.run_until_complete(begin())]
+        loop.close()
+        del begun[0]
+        raise SystemExit(3)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 def test_an_evaluation_is_abandoned_for_a_signal_and_made_after_going_on(

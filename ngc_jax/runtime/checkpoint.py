@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -274,10 +275,11 @@ def quiet_failures() -> None:
     """Makes a program leave out what libraries tell of the parts of a failed save: we say it."""
 
     def unraisable(told: Any) -> None:
-        if str(told.exc_value) != "Event loop is closed":
+        if str(told.exc_value) not in ("Event loop is closed", "coroutine ignored GeneratorExit"):
             sys.__unraisablehook__(told)
 
     sys.unraisablehook = unraisable
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     logging.getLogger("asyncio").addFilter(lambda told: "orbax" not in told.getMessage())
 
 
