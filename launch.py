@@ -54,7 +54,9 @@ def main() -> None:
         if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
             fail(1, error)
         raise
-    sys.exit(0 if done else preemption.EXIT_CODE)
+    code = 0 if done else preemption.EXIT_CODE
+    end_soon(code)  # all is saved: whatever a library still waits for
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,37 @@ def test_a_save_that_fails_is_in_nobodys_way(most, tmp_path, capsys):
     checkpoints.close()
 
 
+def test_a_save_without_its_folder_leaves_no_thread_that_waits(tmp_path, monkeypatch):
+    # As without inodes: Orbax's threads would wait five minutes, and the program for them.
+    mkdir = os.mkdir
+
+    def fails(path, *args, **kwargs):
+        if "state" in os.path.basename(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        mkdir(path, *args, **kwargs)
+
+    def threads():
+        return {thread.name for thread in threading.enumerate()}
+
+    state = {"a": jax.random.normal(jax.random.key(0), (64, 64))}
+    with Checkpoints(tmp_path) as checkpoints:
+
+        def save(step):
+            checkpoints.save(step, state, {})
+            checkpoints.wait()
+
+        save(1)
+        before = threads()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", fails)
+            with pytest.raises(SaveFailed, match="No space left"):
+                save(2)
+        deadline = time.monotonic() + 10
+        while threads() - before - {"asyncio_0"} and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert threads() - before <= {"asyncio_0"}  # a pool's, which ends with the program
+
+
 def test_what_a_failed_save_leaves_of_coroutines_is_not_told_when_the_program_ends():
     program = """
         import asyncio

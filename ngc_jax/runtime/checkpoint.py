@@ -69,11 +69,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.directory, self._keep = epath.Path(path), keep
         if multihost.first() and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler("state"),
-            # Where directories are made meanwhile, threads wait for one that cannot be made.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        # Where directories are made meanwhile, threads wait five minutes for one that is not made.
+        how = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        inner = ocp.CompositeOptions(async_options=how)
+        handler = ocp.CompositeCheckpointHandler("state", composite_options=inner)
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=how)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._sealing: concurrent.futures.Future[None] | None = None
 
