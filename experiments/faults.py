@@ -311,7 +311,7 @@ def reseal(fault: Fault, run: Running) -> str:
     file = fault.chance.choice(sorted(files))
     file.write_text(text)
     manifest = newest / MANIFEST
-    if file != manifest:
+    if file != manifest and manifest.exists():  # a kill may have come before the seal
         seal = json.loads(manifest.read_text())
         del seal["sha256"]
         name = str(file.relative_to(newest))
