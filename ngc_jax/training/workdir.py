@@ -168,7 +168,8 @@ def read_config(workdir: Path) -> ConfigDict:
         stored = read_json(path, LARGEST)
         parts = [part if isinstance(part, dict) else {"": part} for part in stored.values()]
         for value in itertools.chain(*(part.values() for part in parts)):
-            if isinstance(value, int) and not abs(value) < 2**32:
+            most = 2**32 if isinstance(value, int) else float("inf")
+            if isinstance(value, int | float) and not abs(value) < most:
                 raise ValueError(f"{value!r:.40} is out of range")
         config.update(stored)
     except FileNotFoundError as error:
