@@ -83,13 +83,17 @@ def batch_of(tokens: np.ndarray, mark: int = NOTHING, boundary: int | None = Non
 
 def shaken(tree: Any, seed: int = 7) -> Any:
     """Parameters a little away from the special values of their start (zeros, ones, equal leaks):
-    each matters.
+    each matters. Wirings stay.
     """
     # not jax.random, which would compile a program for each shape
     draw = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape))), tree
-    )
+
+    def one(p: Any) -> Any:
+        if np.issubdtype(p.dtype, np.integer):
+            return p
+        return jax.device_put(np.float32(p + 0.1 * draw.standard_normal(p.shape)))
+
+    return jax.tree.map(one, tree)
 
 
 def drawn(model: Any) -> Any:

@@ -110,7 +110,7 @@ def test_flops_count_loops_as_often_as_they_run():
         (
             "model.rule",
             "within",
-            "one of 'addressed', 'broadcast', 'metric', .*'distance', 'none', 'dense'",
+            "one of 'addressed', 'broadcast', 'leaders', 'metric', .*'distance', 'none', 'dense'",
         ),
         ("model.heads", 3, "a divisor of model.groups=8 .* for instance 2"),
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),

@@ -68,7 +68,7 @@ def documented(path, leaf):
     part, rule = next(((p, r) for p, _, r in names if p in ("intra", "inter", "dense")), ("", ""))
     side = next((name for name in path if name in ("pre", "post")), "")
     last = path[-1]
-    if last == "hears":
+    if last in ("hears", "order"):
         return "wiring", rule, part, side, None
     if side:
         if last == "map":

@@ -64,6 +64,11 @@ def loop_weight(rule, pre, post, j, i):
     numbers, scale = range(DIM), N_IN**-0.5
     if rule == "broadcast":
         return sum(post[j, r] * pre[i, r] for r in numbers)
+    if rule == "leaders":
+        at = post["order"][j].astype(int)
+        if at < DIM:
+            return post["gain"] * pre[i, at]
+        return post["gain"] * sum(post["state"][at - DIM, r] * pre[i, r] for r in numbers)
     if rule == "addressed":
         return sum(post[g, jj, h, p] * pre[h, ii, g, p] for p in numbers)
     if rule == "within":
@@ -192,7 +197,7 @@ def test_senders_in_kinds_make_weights_of_that_rank_and_the_usual_variance(rule,
     by_group = w.reshape(N_OUT, G, N_IN // G)
     np.testing.assert_allclose(by_group[:, :, 2:], by_group[:, :, :-2], atol=1e-6)
     assert np.linalg.matrix_rank(w, rtol=1e-5) == min(
-        2 * G, 2 * DIM if rule == "broadcast" else N_OUT
+        2 * G, 2 * DIM if rule in ("broadcast", "leaders") else N_OUT
     )
     np.testing.assert_allclose(N_IN * np.mean(np.square(w)), 1, rtol=1e-3)
 
@@ -232,11 +237,13 @@ def test_scaled_states_make_scaled_weights_and_zero_states_none(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_agree_with_finite_differences(rule):
     pre, post = states(rule)
+    order = {"order": post.pop("order")} if rule == "leaders" else {}  # no number to differentiate
     x = jax.random.normal(jax.random.key(4), (3, N_IN))
     gates = [None, "silu"] if rule in SIGNAL_RULES else [None]
 
     @jax.jit
     def losses(x, pre, post):
+        post = post | order if order else post
         return [jnp.sum(jnp.sin(ngc_jax.transmit(rule, x, pre, post, gate))) for gate in gates]
 
     jax.test_util.check_grads(
@@ -247,6 +254,7 @@ def test_gradients_agree_with_finite_differences(rule):
 PARAMETERS = {  # as in the docstrings
     "addressed": DIM * G * (N_IN + N_OUT),
     "broadcast": DIM * (N_IN + N_OUT),
+    "leaders": DIM * (N_IN + N_OUT - DIM) + 1,
     "metric": DIM * (N_IN + N_OUT) + G**2 * DIM**2,
     "metric_diagonal": DIM * (N_IN + N_OUT) + G**2 * DIM,
     "metric_scalar": DIM * (N_IN + N_OUT) + G**2,
@@ -259,6 +267,7 @@ PARAMETERS = {  # as in the docstrings
 }
 RANK = dict.fromkeys(RULES, min(N_IN, N_OUT)) | {
     "broadcast": DIM,
+    "leaders": DIM,
     "tanh": 4 * DIM,
     "within": G * DIM,
 }
@@ -267,7 +276,8 @@ RANK |= {rule: min(N_OUT, G * DIM) for rule in RULES if rule.startswith("metric"
 
 @pytest.mark.parametrize("rule", RULES)
 def test_parameters_and_rank_are_what_the_docstrings_say(rule):
-    assert sum(leaf.size for leaf in jax.tree.leaves(states(rule))) == PARAMETERS[rule]
+    leaves = jax.tree.leaves(states(rule))
+    assert sum(a.size for a in leaves if a.dtype.kind == "f") == PARAMETERS[rule]
     assert np.linalg.matrix_rank(made()[rule][0], rtol=1e-5) == RANK[rule]
 
 
@@ -286,7 +296,7 @@ def test_rules_between_groups_join_all_neurons():
 
 def test_unknown_names_list_those_that_there_are():
     pre, post = states("broadcast")
-    with pytest.raises(KeyError, match=r"rule='nonsense': must be one of addressed, broadcast, m"):
+    with pytest.raises(KeyError, match=r"rule='nonsense': must be one of addressed, broadcast, l"):
         ngc_jax.transmit("nonsense", jnp.ones(N_IN), pre, post)
     with pytest.raises(KeyError, match=r"activation='sliu': must be one of silu, gelu, relu"):
         ngc_jax.transmit("broadcast", jnp.ones(N_IN), pre, post, "sliu")
@@ -300,7 +310,7 @@ def test_a_transient_weight_is_one_tokens():
 @pytest.mark.parametrize("rule", GENERATED)
 def test_a_generated_rule_refuses_an_activation(rule):
     pre, post = states(rule)
-    named = f"rule='{rule}': .* addressed, broadcast, metric"
+    named = f"rule='{rule}': .* addressed, broadcast, leaders, metric"
     with pytest.raises(ValueError, match=named):
         ngc_jax.transmit(rule, jnp.ones(N_IN), pre, post, "silu")
     with pytest.raises(ValueError, match=named):

@@ -7,6 +7,7 @@ Axes: B sequences, T tokens, D width, G groups, K rounds followed, k exponents.
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from ngc_jax.nn.synapse import Heard, intercept
 Array = jax.Array
 Params = dict[str, Any]
 Step = Callable[[Any, Any], Any]
-Visit = Callable[[Params, Array, Array | None], tuple[Array, Any]]
+Visit = Callable[[Callable[..., Any], Array, Array | None], tuple[Array, Any]]
 After = Callable[[int, Array], None]
 
 
@@ -79,28 +80,42 @@ def depth_exponents(model: Decoder, params: Params, batch: Batch, *, k: int = 1)
         return jax.lax.scan(body, carry, inputs)[0]
 
     def one(row: Batch) -> Array:
-        stage = lambda x, weights: run_stage(s, weights, x, row)[0]  # noqa: E731
+        def stages(carry: tuple[Array, Array, Array], name: str) -> Any:
+            stack = stacks.get_stack(params, name)
+            if not s.apart:
+                return follow(lambda x, one: run_stage(s, 0, one, row, x)[0], carry, stack)
+            for number, weights in enumerate(stacks.stages_of(stack)):
+                run = partial(run_stage, s, number, weights, row)
+                carry = follow(partial(lambda run, x, _: run(x)[0], run), carry, jnp.zeros(1))
+            return carry
+
         x = model.embed(params, row)
         tangents, _ = orthonormalise(jax.random.normal(jax.random.key(0), (k, x.size)))
         carry = (x, tangents.reshape(k, *x.shape), jnp.zeros(k))
         if s.prelude:
-            carry = follow(stage, carry, params["prelude"])
+            carry = stages(carry, "prelude")
         if s.core:
             turn = model.turn(params, carry[0], row.segments)
             carry = follow(lambda x, _: turn(x), carry, jnp.arange(s.rounds))
         if s.coda:
-            carry = follow(stage, carry, params["coda"])
+            carry = stages(carry, "coda")
         return -jnp.sort(-carry[2] / s.depth)
 
     return _each_row(one, batch)
 
 
 def run_stage(
-    shape: ModelShape, weights: Params, x: Array, batch: Batch, route: Any = None, **how: Any
+    shape: ModelShape,
+    number: int,
+    weights: Params,
+    batch: Batch,
+    x: Array,
+    route: Any = None,
+    **how: Any,
 ) -> Any:
-    """What the module of a stage returns, for a stream at its positions."""
-    at = jnp.arange(x.shape[1])
-    return layers.Stage(shape).apply({"params": weights}, x, at, batch.segments, route=route, **how)
+    """What the module of a stage, counted in its stack, returns for a stream at its positions."""
+    stage, at = layers.Stage(shape, number), jnp.arange(x.shape[1])
+    return stage.apply({"params": weights}, x, at, batch.segments, route=route, **how)
 
 
 def _each_row(one: Callable[[Batch], Array], batch: Batch) -> Array:
@@ -202,14 +217,14 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     if not s.has_messages:
         raise ValueError(f"model.rule={s.rule!r}: its groups send no messages")
 
-    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
+    def visit(run: Callable[..., Any], x: Array, route: Array | None) -> tuple[Array, Array]:
         heard: dict[str, list[tuple[int, Array]]] = defaultdict(list)
 
         def listen(one: Heard) -> None:
             heard[str(one.synapse.name)].append((len(one.members), _loudness(one, s.groups)))
 
         with intercept(listen):
-            x = run_stage(s, weights, x, batch, route)[0]
+            x = run(x, route)[0]
         # The mean over synapses, each the mean over its members.
         means = [sum(n * loud for n, loud in of) / sum(n for n, _ in of) for of in heard.values()]
         return x, jnp.sqrt(jnp.mean(jnp.stack(means), axis=0))
@@ -220,8 +235,8 @@ def traffic(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
 def attention_weights_by_stage(model: Decoder, params: Params, batch: Batch) -> dict[str, Array]:
     """How much each token attends to each other, {"core 1, round 2": [B, H heads, T, T keys]}."""
 
-    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, Array]:
-        (x, _), seen = run_stage(model.shape, weights, x, batch, route, mutable="intermediates")
+    def visit(run: Callable[..., Any], x: Array, route: Array | None) -> tuple[Array, Array]:
+        (x, _), seen = run(x, route, mutable="intermediates")
         return x, seen["intermediates"]["attention"][0]
 
     return {name: weights for name, _, weights in walk(model, params, batch, visit)}
@@ -231,8 +246,8 @@ def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str
     """The stream [B, T, D] after "embedding", each stage "core 1, round 2" and each "round 2"."""
     names, found = iter(stage_names(model.shape)), OrderedDict(embedding=model.embed(params, batch))
 
-    def visit(weights: Params, x: Array, route: Array | None) -> tuple[Array, None]:
-        x = found[next(names)] = run_stage(model.shape, weights, x, batch, route)[0]
+    def visit(run: Callable[..., Any], x: Array, route: Array | None) -> tuple[Array, None]:
+        x = found[next(names)] = run(x, route)[0]
         return x, None
 
     walk(model, params, batch, visit, lambda turn, x: found.update({f"round {turn}": x}))
@@ -242,10 +257,11 @@ def activations(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str
 def walk(
     model: Decoder, params: Params, batch: Batch, visit: Visit, after_round: After | None = None
 ) -> list[tuple[str, int, Any]]:
-    """Takes a batch through a decoder one stage at a time, visit(weights, x, route) -> (x, found).
+    """Takes a batch through a decoder one stage at a time, visit(run, x, route) -> (x, found).
 
-    Returns, for each stage passed, its name, "core 1, round 2", its number among the stored stages,
-    and what was found. `after_round` sees the state of round 1, 2, ...
+    run(x, route) returns what the module of the stage does. Returns, for each stage passed, its
+    name, "core 1, round 2", its number among the stored stages, and what was found. `after_round`
+    sees the state of round 1, 2, ...
     """
     s, params, names = model.shape, model.expand_shared(params), iter(stage_names(model.shape))
     passed: list[tuple[str, int, Any]] = []
@@ -254,7 +270,7 @@ def walk(
     def stages(stack: str, x: Array, route: Array | None = None) -> Array:
         found = stacks.get_stack(params, stack)
         for i, weights in enumerate(stacks.stages_of(found) if found is not None else ()):
-            x, seen = visit(weights, x, route)
+            x, seen = visit(partial(run_stage, s, i, weights, batch), x, route)
             passed.append((next(names), first[stack] + i, seen))
         return x
 

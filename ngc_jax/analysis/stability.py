@@ -18,6 +18,7 @@ from ngc_jax.data.batches import Batch
 from ngc_jax.dynamics import lyapunov, measures
 from ngc_jax.nn import sharing, stacks
 from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.shape import ModelShape
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -213,7 +214,8 @@ def of_synapses(
 ) -> dict[str, dict[str, np.ndarray]]:
     """measure(parts summed in W) of each synapse, {"prelude 1": {"query": array, ...}, ...}."""
     shape, params = model.shape, model.expand_shared(params)
-    parts = {*shape.parts(shape.width, shape.width), *shape.parts(shape.width, shape.hidden)}
+    sizes = [(shape.width, None), (shape.hidden, None), (shape.width, 0)]  # 0: of dense matrices
+    parts = {part for n, rank in sizes for part in shape.parts(shape.width, n, rank)}
     rules = {part.name: part.how for part in parts}
 
     def member(pre: Params, post: Params) -> Array:
@@ -224,16 +226,21 @@ def of_synapses(
         post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
         return jax.vmap(member)(pre, post)
 
-    stages = {name: partial(stage, shape.shared.of(name)) for name in sharing.FANS}
-    runs = {name: jax.jit(jax.vmap(one)) for name, one in stages.items()}
+    run = jax.jit(jax.vmap(stage, in_axes=(None, 0)), static_argnums=0)
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in stacks.stack_rows(shape):
-        stack = stacks.get_stack(params, name)  # measured: [stages, fan, ...]
-        measured = {synapse: np.asarray(runs[synapse](stack[synapse])) for synapse in sharing.FANS}
-        for i in range(len(measured["down"])):
-            found[f"{name} {i + 1}"] = {
-                said: measured[synapse][i, place]
-                for synapse, members in sharing.FANS.items()
-                for place, said in enumerate(members)
-            }
+        stack = stacks.get_stack(params, name)
+        alone = [jax.tree.map(lambda a: a[None], one) for one in stacks.stages_of(stack)]
+        for number, states in enumerate(alone if shape.apart else [stack]):
+            for synapse, members in shape.fans(number).items():
+                joined = shape.apart and ["+".join(members)]  # of one set of states
+                senders = (0,) if joined else _senders(shape, synapse, len(members))
+                for i, measured in enumerate(np.asarray(run(senders, states[synapse]))):
+                    of = found.setdefault(f"{name} {number + i + 1}", {})
+                    of |= zip(joined or members, measured, strict=True)
     return found
+
+
+def _senders(shape: ModelShape, synapse: str, count: int) -> tuple[int, ...]:
+    """Whose send states each member of a synapse has."""
+    return shape.shared.of(synapse) if synapse in sharing.FANS else tuple(range(count))

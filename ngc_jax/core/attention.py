@@ -14,10 +14,23 @@ Array = jax.Array
 Cache = dict[str, Array]  # "key", "value": [B, S, H, d]
 
 
-def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
-    """Rotary positions (RoFormer, arXiv 2104.09864) on x [B, T, H, d], d even; positions [T]."""
+def rotate(x: Array, positions: Array, base: float = 10_000.0, scaling: str = "") -> Array:
+    """Rotary positions (RoFormer, arXiv 2104.09864) on x [B, T, H, d], d even; positions [T].
+
+    scaling: "linear:F" divides all frequencies by F; "llama3:F,LOW,HIGH,TOKENS", as Llama 3.1, only
+    those of less than LOW turns in so many tokens, and in part those of less than HIGH.
+    """
     half = x.shape[-1] // 2
-    angle = positions[:, None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [T, d/2]
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling:
+        slow: Array | float = 1.0
+        factor, *limits = map(float, scaling.partition(":")[2].split(","))
+        if limits:
+            low, high, original = limits
+            turns = original * frequency / (2 * jnp.pi)
+            slow = jnp.clip((high - turns) / (high - low), 0, 1)
+        frequency = frequency * (1 - slow + slow / factor)
+    angle = positions[:, None] * frequency  # [T, d/2]
     cos = jnp.concatenate([jnp.cos(angle)] * 2, axis=-1)[:, None]
     sin = jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)[:, None]
     # The roll brings each channel's partner of the pair (c, c + d/2) into its place.
@@ -47,16 +60,33 @@ def update_cache(cache: Cache, key: Array, value: Array, position: Array) -> Cac
 
 
 def attention_weights(query: Array, key: Array, mask: Array) -> Array:
-    """softmax(q k / sqrt(d)) under the mask: q, k [B, T, H, d] -> [B, H, T, S] float32."""
+    """softmax(q k / sqrt(d)) under the mask: q, k [B, T, H, d] -> [B, H, T, S] float32.
+
+    Of fewer keys' heads, each is asked by as many neighbouring queries' (arXiv 2305.13245).
+    """
     # `jax.nn.dot_product_attention` takes 4 times as long for the gradient on a CPU.
     query, key = (a.swapaxes(1, 2) for a in (query * query.shape[-1] ** -0.5, key))
-    score = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
+    if key.shape[1] < query.shape[1]:
+        grouped = query.reshape(len(query), key.shape[1], -1, *query.shape[2:])
+        score = jnp.einsum("bkrtd,bksd->bkrts", grouped, key)
+        score = score.reshape(*query.shape[:3], -1).astype(jnp.float32)
+    else:
+        score = jnp.einsum("bhtd,bhsd->bhts", query, key).astype(jnp.float32)
     return jax.nn.softmax(jnp.where(mask, score, -jnp.inf), axis=-1)
 
 
 def mix(share: Array, value: Array) -> Array:
-    """Values [B, S, H, d] in the shares [B, H, T, S] in which they are heeded: [B, T, H d]."""
-    mixed = jnp.einsum("bhts,bhsd->bhtd", share.astype(value.dtype), value.swapaxes(1, 2))
+    """Values [B, S, H, d] in the shares [B, H, T, S] in which they are heeded: [B, T, H d].
+
+    Of fewer values' heads, each is heeded by as many neighbouring ones, as in `attention_weights`.
+    """
+    share, value = share.astype(value.dtype), value.swapaxes(1, 2)
+    if value.shape[1] < share.shape[1]:
+        grouped = share.reshape(len(share), value.shape[1], -1, *share.shape[2:])
+        mixed = jnp.einsum("bkrts,bksd->bkrtd", grouped, value)
+        mixed = mixed.reshape(*share.shape[:3], -1)
+    else:
+        mixed = jnp.einsum("bhts,bhsd->bhtd", share, value)
     return mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1)
 
 

@@ -98,7 +98,7 @@ class BDH(LanguageModel):
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
         x, cache = jax.lax.scan(layer, normalise(x), cache, length=s.layers)
-        return unembed(constrain(x, *s.stream_axes), params["unembed"]), cache
+        return unembed(constrain(x, *s.stream_axes), params), cache
 
 
 def normalise(x: Array) -> Array:

@@ -49,8 +49,11 @@ class Decoder(LanguageModel):
         # All stages at once: a program that draws each stack by itself compiles 3 times as long.
         counts = ((prelude, s.prelude), (core, s.core), (coda, s.coda))
         keys = jnp.concatenate([jax.random.split(k, count) for k, count in counts])
-        stages = jax.vmap(lambda k: Stage(s).init(k, x, jnp.arange(1))["params"])(keys)
         rest = init_ends(s, embed, unembed)
+        if s.apart:
+            drawn = [self.stage(i).init(k, x, jnp.arange(1))["params"] for i, k in enumerate(keys)]
+            return rest | {"prelude": stacks.numbered(drawn)}
+        stages = jax.vmap(lambda k: Stage(s).init(k, x, jnp.arange(1))["params"])(keys)
         if s.core:
             # keep + drive = 1 at start: where core(x) is small, the loop rests at its input.
             rest["core"] = {"leak": jnp.full(s.width, jnp.log(jnp.expm1(-jnp.log(s.keep))))}
@@ -59,21 +62,34 @@ class Decoder(LanguageModel):
 
     def param_info(self) -> Params:
         s, scale = self.shape, ParamInfo("scale", (None,))
-        rest: Params = {"norm": {"scale": scale}, **end_info()}
+        rest: Params = {"norm": {"scale": scale}, **end_info(s.tied)}
         if s.core:
             rest["core"] = {"leak": scale, **({"drive": scale} if s.drive else {})}
+        if s.apart:
+            return rest | {"prelude": stacks.numbered(self._info)}
         stages = stacked(self.stage_info, "stage")
         return stacks.arrange(s, stages, self.stage_info, rest, lambda tree, rows: tree)
 
-    @functools.cached_property
+    @property
     def stage_info(self) -> Params:
-        """The records of one stage's parameters."""
-        return describe(Stage(self.shape), jnp.zeros((1, 1, self.shape.width)), jnp.arange(1))
+        """The records of one stage's parameters, where all are alike."""
+        return self._info[0]
+
+    @functools.cached_property
+    def _info(self) -> list[Params]:
+        """The records of each stage that differs in shape from others, or of one."""
+        x, at = jnp.zeros((1, 1, self.shape.width)), jnp.arange(1)
+        return [describe(self.stage(i), x, at) for i in range(len(self.shape.apart) or 1)]
+
+    def stage(self, number: int) -> Stage:
+        """The layer of a stage, counted from 0 in its stack."""
+        return Stage(self.shape, number)
 
     def unembed(self, params: Params, x: Array) -> Array:
         """Logits [B, T, V] in float32 of the stream [B, T, D] after the last stage."""
-        x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
-        return unembed(constrain(x, *self.shape.stream_axes), params["unembed"])
+        s = self.shape
+        x = jnp.asarray(RMSNorm(epsilon=s.norm_epsilon).apply({"params": params["norm"]}, x))
+        return unembed(constrain(x, *s.stream_axes), params)
 
     def apply(self, params: Params, batch: Batch, record: bool = False) -> Pair:
         """Logits [B, T, V] in float32, and the rounds' stability records [R] if asked for."""
@@ -134,7 +150,7 @@ class Decoder(LanguageModel):
             raise ValueError("causal=False: such a model reads all at once, and has no cache")
 
         def caches(stages: int, *leading: int) -> tuple[Params, ...]:
-            shape = (*leading, batch, length, s.heads, s.width // s.heads)
+            shape = (*leading, batch, length, s.kv_heads or s.heads, s.head_size)
             zeros = functools.partial(jnp.zeros, shape, dtype)  # each apart: a step may donate them
             return tuple({"key": zeros(), "value": zeros()} for _ in range(stages))
 
@@ -143,7 +159,7 @@ class Decoder(LanguageModel):
 
     def generated(self) -> dict[str, dict[str, int]]:
         s = self.shape
-        if s.rule == "dense":
+        if s.rule == "dense" or s.apart:  # whose weights are never formed
             return {}
         square, tall = s.width * s.width, s.width * s.hidden
         stage = {"query_key_value": 3 * square, "attention_out": square}
@@ -196,20 +212,24 @@ class Decoder(LanguageModel):
         if segments is not None:
             chex.assert_shape(segments, x.shape[:2])
 
-        def body(x: Array, layer: Any) -> Pair:
-            weights = gathered(layer[0], lambda: self.stage_info)
-            return Stage(self.shape).apply({"params": weights}, x, at, segments, layer[1], route)
+        def body(x: Array, layer: Any, number: int = 0) -> Pair:
+            weights = gathered(layer[0], lambda: self._info[number])
+            applied = self.stage(number).apply
+            return applied({"params": weights}, x, at, segments, layer[1], route)
 
-        if cache is not None:
-            after, apart = [], stages if isinstance(stages, tuple) else stacks.stages_of(stages)
-            for layer in zip(apart, cache, strict=True):
-                x, kept = body(x, layer)
-                after.append(kept)
-            return x, tuple(after)
         names = () if self.shape.remat == "stages" else KEPT
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x, (stages, None))
+        if cache is None and not self.shape.apart:
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+            return jax.lax.scan(body, x, (stages, None))
+        apart = stages if isinstance(stages, tuple) else stacks.stages_of(stages)
+        after = []
+        for number, layer in enumerate(zip(apart, cache or [None] * len(apart), strict=True)):
+            run: Any = functools.partial(body, number=number)
+            run = run if cache is not None else jax.checkpoint(run, policy=policy)
+            x, kept = run(x, layer)
+            after.append(kept)
+        return x, None if cache is None else tuple(after)
 
     def stream(
         self, params: Params, x: Array, segments: Maybe = None, record: bool = False, past: Any = ()

@@ -5,12 +5,15 @@ For: one Flax module for each thing that owns parameters. Not for: loops over st
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ngc_jax.core import attention
@@ -21,11 +24,14 @@ from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
 from ngc_jax.nn.mesh import constrain
 from ngc_jax.nn.model import Maybe, Pair
 from ngc_jax.nn.params import declare, declare_scale
+from ngc_jax.nn.ranks import Joined
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.synapse import Synapse, members_of
 from ngc_jax.runtime.fields import refusals
 
 Array = jax.Array
+Source = tuple[Array, tuple[str, ...]]
+QKV = ("query", "key", "value")
 KEPT = ("signal", "synapse", "share", "mixed")  # for a stage's gradient; all else is made again
 
 
@@ -39,11 +45,12 @@ class RMSNorm(nn.Module):
     """x / rms(x), times a learned scale per channel (arXiv 1910.07467) that starts at `gain`."""
 
     gain: float = 1.0
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = declare_scale(self, "scale", nn.initializers.constant(self.gain), x.shape[-1])
-        return (rms_normalize(x) * scale).astype(x.dtype)
+        return (rms_normalize(x, self.epsilon) * scale).astype(x.dtype)
 
 
 class Gates(nn.Module):
@@ -84,8 +91,34 @@ class NGCLayer(nn.Module, kw_only=True):
     form: str = "weights"  # makes each W; "signals", faster where ports are few, does not
     gain: float = 1.0  # standard deviation of the result at the start, for unit-variance inputs
     rewired: bool = False  # whether `ngc_jax.train` trains: else the wiring may not change
+    joined: tuple[Joined, ...] = ()  # a rank for each member of its synapses, in place of `ports`
 
-    def synapse(self, n_in: int, n_out: int, **more: Any) -> Synapse:
+    def read(
+        self, sizes: dict[str, int], senders: tuple[int, ...], *sources: Source, **more: Any
+    ) -> list[Array]:
+        """What members of these sizes hear, [..., size] each; a source is x and who reads it.
+
+        Members of one size are the fan of one synapse, unless `joined` says otherwise.
+        """
+        n_in, heard = sources[0][0].shape[-1], dict[str, Array]()
+        for one in (one for one in self.joined if one.members[0] in sizes):
+            own = [sizes[name] for name in one.members]
+            y = self.synapse(n_in, sum(own), one.rank, name=one.name, **more)(sources[0][0])
+            parts = jnp.split(y[..., 0, :], np.cumsum(own)[:-1], axis=-1)
+            heard |= dict(zip(one.members, parts, strict=True))
+        for _, alike in itertools.groupby(() if heard else sizes, sizes.__getitem__):
+            fan = tuple(alike)
+            whose = senders if fan == tuple(sizes) else tuple(range(len(fan)))
+            how = dict(more, senders=whose, name=Joined(fan, 0).name)
+            ask = self.synapse(n_in, sizes[fan[0]], **how)
+            for x, names in sources:
+                chosen = tuple(i for i, name in enumerate(fan) if name in names)
+                if chosen:
+                    y = ask(x) if len(chosen) == len(fan) else ask(x, chosen)
+                    heard |= dict(zip((fan[i] for i in chosen), members_of(y), strict=True))
+        return [heard[name] for name in sizes]
+
+    def synapse(self, n_in: int, n_out: int, rank: int | None = None, **more: Any) -> Synapse:
         """Synapses from n_in to n_out neurons."""
         partners = self.rule == "addressed" and self.groups > 1
         wiring = self.wiring or ("others" if partners else "complete")
@@ -93,7 +126,7 @@ class NGCLayer(nn.Module, kw_only=True):
         intra = max(n_in, n_out) if self.intra is None else self.intra
         given = {"p_intra": intra, "p_inter": self.ports, "wiring": wiring}
         joined = ModelShape(**shared_fields(ModelShape, self) | given)
-        return Synapse(joined.parts(n_in, n_out), n_in, n_out, self.form, **more)
+        return Synapse(joined.parts(n_in, n_out, rank), n_in, n_out, self.form, **more)
 
     def one_of(self, field: str, names: Sequence[Any], more: str = "") -> None:
         """Raises ValueError, with all names, where a field is none of them."""
@@ -161,6 +194,12 @@ class NGCAttention(NGCLayer):
     context: int | None = None  # tokens that it looks back on, itself included; None: all
     qk_norm: bool = True  # in each head (arXiv 2302.05442, section 2)
     qk_gain: float = 1.0  # the learned scale of normalised queries at the start
+    kv_heads: int = 0  # of keys and values, each for several queries (arXiv 2305.13245); 0: heads
+    head_width: int = 0  # channels of a head, even; 0: D / heads
+    qkv_bias: bool = False  # whether queries, keys and values have biases
+    rope_base: float = 10_000.0  # of rotary positions
+    rope_scaling: str = ""  # "linear:F", or "llama3:FACTOR,LOW,HIGH,TOKENS" (`attention.rotate`)
+    norm_epsilon: float = 1e-6  # of the norms in each head
     gates: bool = False  # a token sets how loudly each group speaks to the last synapse
     senders: tuple[int, ...] = (0, 1, 2)  # whose send states query, key and value have
 
@@ -175,20 +214,21 @@ class NGCAttention(NGCLayer):
         self, x: Array, positions: Array, segments: Maybe, cache: Any = None, route: Maybe = None
     ) -> Pair:
         """The layer with a cache, written from positions[0] on; it asks of `route` if not of x."""
-        width = x.shape[-1]
-        even = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
-        able = [n for n in even if self.rule == "dense" or self.groups % n == 0]
-        self.one_of("heads", able, f" for width {width} and groups={self.groups}")
-        heads = (*x.shape[:2], self.heads, width // self.heads)
-        ask = self.synapse(width, width, senders=self.senders, name="query_key_value")
-        asked: Any = [(x,)] if route is None else [(route, (0, 1)), (x, (2,))]
-        made = [one for of in asked for one in members_of(ask(*of))]
+        head, heads = self._head(x.shape[-1]), (self.heads, self.kv_heads or self.heads)
+        sizes = {"query": heads[0] * head, "key": heads[1] * head, "value": heads[1] * head}
+        sources = [(x, QKV)] if route is None else [(route, QKV[:2]), (x, QKV[2:])]
+        made = self.read(sizes, self.senders, *sources)
+        if self.qkv_bias:
+            zero = nn.initializers.zeros
+            biased = zip(sizes, made, strict=True)
+            made = [y + declare_scale(self, f"{n}_bias", zero, y.shape[-1]) for n, y in biased]
         axes = ("window", None, "group", None)
-        query, key, value = (constrain(one.reshape(heads), *axes) for one in made)
+        query, key, value = (constrain(y.reshape(*y.shape[:2], -1, head), *axes) for y in made)
         if self.qk_norm:  # bounded logits bear the high learning rates that states want
-            query = RMSNorm(self.qk_gain, name="query_norm")(query)
-            key = RMSNorm(name="key_norm")(key)
-        query, key = attention.rotate(query, positions), attention.rotate(key, positions)
+            query = RMSNorm(self.qk_gain, self.norm_epsilon, name="query_norm")(query)
+            key = RMSNorm(epsilon=self.norm_epsilon, name="key_norm")(key)
+        turn = partial(attention.rotate, base=self.rope_base, scaling=self.rope_scaling)
+        query, key = turn(query, positions), turn(key, positions)
         keys = positions
         if cache is not None:
             cache = attention.update_cache(cache, key, value, positions[0])
@@ -207,8 +247,24 @@ class NGCAttention(NGCLayer):
         mixed = constrain(mixed, "window", None, "group")
         if self.gates:
             mixed = Gates(self.groups, name="attention_gates")(x, mixed)
-        out = self.synapse(width, width, gain=self.gain, split="in", name="attention_out")
-        return out(mixed)[..., 0, :], cache
+        out = {"attention out": x.shape[-1]}
+        how: Any = {"gain": self.gain, "split": "in"}
+        return self.read(out, (0,), (mixed, tuple(out)), **how)[0], cache
+
+    def _head(self, width: int) -> int:
+        """The channels of a head; ValueError where they do not go with the groups."""
+        free, need = self.rule == "dense" or self.groups == 1, refusals(vars(self))
+        if self.head_width:
+            able = [n for n in range(1, self.heads + 1) if free or self.groups % n == 0]
+            need(self.head_width % 2 == 0, "head_width", "even, for instance 64")
+        else:
+            even = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
+            able = [n for n in even if free or self.groups % n == 0]
+        self.one_of("heads", able, f" for width {width} and groups={self.groups}")
+        if self.kv_heads:
+            able = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            self.one_of("kv_heads", [0, *able], f" with heads={self.heads}")
+        return self.head_width or width // self.heads
 
 
 class NGCMLP(NGCLayer):
@@ -222,41 +278,42 @@ class NGCMLP(NGCLayer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         self.one_of("activation", [*GATES, None])
-        up = self.synapse(x.shape[-1], self.hidden, senders=self.senders, name="gate_up")
-        down = self.synapse(self.hidden, x.shape[-1], gain=self.gain, split="in", name="down")
-        heard = up(x)
-        if heard.ndim == 4:
-            heard = constrain(heard, "window", None, None, "group")
-        gate, value = members_of(heard)
+        sizes = {"gate": self.hidden, "up": self.hidden}
+        gate, value = self.read(sizes, self.senders, (x, tuple(sizes)))
+        if x.ndim == 3:
+            gate, value = (constrain(y, "window", None, "group") for y in (gate, value))
         said = activate(gate, self.activation) * value
         if self.gates:
             said = Gates(self.groups, name="exchange_gates")(x, said)
-        return down(said)[..., 0, :]
+        down: Any = {"gain": self.gain, "split": "in"}
+        return self.read({"down": x.shape[-1]}, (0,), (said, ("down",)), **down)[0]
 
 
 class Stage(nn.Module):
     """Attention, then an MLP, pre-norm, each added to x [B, T, D]: (x, cache), as in `attend`."""
 
     shape: ModelShape
+    number: int = 0  # among those of `shape.apart`, which differ in shape
 
     @nn.compact
     def __call__(
         self, x: Array, at: Array, segments: Maybe = None, cache: Any = None, route: Maybe = None
     ) -> Pair:
         s = self.shape
-        joined = {"ports": s.p_inter, "intra": s.p_intra, "rewired": True}
+        joined: dict[str, Any] = {"ports": s.p_inter, "intra": s.p_intra, "rewired": True}
         joined["gain"] = (2 * s.depth) ** -0.5  # the 2 depth branches together add unit variance
+        joined["joined"] = s.apart[self.number] if s.apart else ()
         own = shared_fields(NGCAttention, s) | joined
         attention_layer = NGCAttention(senders=s.shared.of("query_key_value"), **own)
         nn.share_scope(self, attention_layer)  # its parameters are the stage's own
-        norm = RMSNorm(name="attention_norm")
+        norm = RMSNorm(epsilon=s.norm_epsilon, name="attention_norm")
         asked = None if route is None else norm(route)
         heard, cache = attention_layer.attend(norm(x), at, segments, cache, asked)
         x = constrain(x + heard, *s.stream_axes)
         own = shared_fields(NGCMLP, s) | joined
         mlp = NGCMLP(activation=s.exchange_activation, senders=s.shared.of("gate_up"), **own)
         nn.share_scope(self, mlp)
-        heard = mlp(RMSNorm(name="exchange_norm")(x))
+        heard = mlp(RMSNorm(epsilon=s.norm_epsilon, name="exchange_norm")(x))
         return constrain(x + heard, *s.stream_axes), cache
 
 

@@ -66,7 +66,13 @@ class LanguageModel(Protocol):
 
 
 def init_ends(shape: Any, embed: Array, unembed: Array) -> Params:
-    """The table of embeddings, the last norm's scale and the matrix of logits, from two keys."""
+    """The table of embeddings, the last norm's scale and the matrix of logits, from two keys.
+
+    Where `shape.tied`, the table is the matrix of logits too, which then begin with variance 1.
+    """
+    if shape.tied:
+        table = jax.random.normal(embed, (shape.vocab, shape.width)) * shape.width**-0.5
+        return {"embed": table, "norm": {"scale": jnp.ones(shape.width)}}
     # Logits start near zero: training starts from the uniform distribution, ln V nats.
     return {
         "embed": jax.random.normal(embed, (shape.vocab, shape.width)),
@@ -75,14 +81,16 @@ def init_ends(shape: Any, embed: Array, unembed: Array) -> Params:
     }
 
 
-def end_info() -> Params:
-    """The records of embed [V, D] and unembed [D, V]."""
+def end_info(tied: bool = False) -> Params:
+    """The records of embed [V, D] and, unless it is `tied` to that, unembed [D, V]."""
     info = partial(ParamInfo, "embedding")
-    return {"embed": info((None, "channel")), "unembed": info(("channel", "vocab"))}
+    table = {"embed": info((None, "channel"))}
+    return table if tied else table | {"unembed": info(("channel", "vocab"))}
 
 
-def unembed(x: Array, matrix: Array) -> Array:
-    """Logits [B, T, V] in float32 for x [B, T, D] and the matrix [D, V]."""
+def unembed(x: Array, params: Params) -> Array:
+    """Logits [B, T, V] in float32 for x [B, T, D]; tied ends read them by the embeddings."""
+    matrix = params["unembed"] if "unembed" in params else params["embed"].T
     # Groups on N devices: each has a part of the vocabulary if N divides it and gets all of x; else
     # (bytes, a small matrix) each takes a part of the tokens and gets the matrix.
     split = matrix.shape[1] % num_shards("vocab") == 0

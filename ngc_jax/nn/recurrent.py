@@ -83,7 +83,7 @@ class Recurrent(LanguageModel):
 
     def param_info(self) -> Params:
         cells, norm = stacked(self.cell_info, "stage"), ParamInfo("scale", (None,))
-        return {"cells": cells, "norm": {"scale": norm}, **end_info()}
+        return {"cells": cells, "norm": {"scale": norm}, **end_info(self.shape.tied)}
 
     @cached_property
     def cell_info(self) -> Params:
@@ -122,7 +122,7 @@ class Recurrent(LanguageModel):
                 body = jax.checkpoint(body, prevent_cse=False)
             x, states = jax.lax.scan(body, x, (params["cells"], states))
             x = jnp.asarray(RMSNorm().apply({"params": params["norm"]}, x))
-            return states, unembed(x, params["unembed"]).swapaxes(0, 1)
+            return states, unembed(x, params).swapaxes(0, 1)
 
         heard = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, first))  # chunks are cut along axis 0
         states, logits = in_chunks(run, states, heard, self.shape.chunk)

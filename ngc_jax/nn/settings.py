@@ -6,6 +6,7 @@ models themselves (`decoder.py`, `recurrent.py`, `bdh.py`), which know no config
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ngc_jax.core.communicate import STATE_ACTIVATIONS
 from ngc_jax.core.rules import GATES, RULES, SignalRule, rules_between_groups
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
 from ngc_jax.data.tasks import both_ways
+from ngc_jax.nn.ranks import parse as parse_ranks
 from ngc_jax.nn.sharing import parse
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section, refusals
@@ -44,9 +46,13 @@ def has_loop(config: Any) -> bool:
 
 
 def head_counts(model: Any) -> list[int]:
-    """The values of `model.heads` that divide its groups, with an even number of channels each."""
-    divisors = [n for n in range(1, model.groups + 1) if model.groups % n == 0]
-    return [n for n in divisors if model.width // n % 2 == 0]
+    """The values of `model.heads` that divide its groups, with an even number of channels each.
+
+    Of one group, any number that divides the width.
+    """
+    whole = model.groups if model.groups > 1 else model.heads if model.head_width else model.width
+    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+    return [n for n in divisors if model.head_width or model.width // n % 2 == 0]
 
 
 def model_shape(config: Any, vocab: int) -> "nn.ModelShape":
@@ -122,8 +128,49 @@ def _check_decoder(config: Any, need: Need) -> None:
     best = min(fits, key=lambda h: abs(h - m.heads))
     even = f"a divisor of model.groups={m.groups} with an even number of channels each"
     need(m.heads in fits, "model.heads", f"{even}, for instance {best}")
+    fits = [n for n in range(1, m.heads + 1) if m.heads % n == 0]
+    wants = f"0, or a divisor of model.heads={m.heads}, for instance {fits[0]}"
+    need(m.kv_heads in (0, *fits), "model.kv_heads", wants)
+    need(m.head_width % 2 == 0, "model.head_width", f"even, for instance {m.head_width + 1}")
+    alike = m.kv_heads in (0, m.heads)
+    need(alike or m.sharing == "none", "model.sharing", "'none' where model.kv_heads is less")
+    wants = "'', 'linear:2' or such as 'llama3:8,1,4,8192'"
+    need(_scales(m.rope_scaling), "model.rope_scaling", wants)
+    _check_ranks(config, need)
     need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1")
     need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", "1.0 where model.qk_norm=False")
+
+
+def _scales(scaling: str) -> bool:
+    number = r"\d+(\.\d+)?"
+    known = rf"|linear:{number}|llama3:{number}(,{number}){{3}}"
+    return re.fullmatch(known, scaling) is not None
+
+
+def _check_ranks(config: Any, need: Need) -> None:
+    m, where = config.model, "where model.ranks is given"
+    try:
+        ranks = parse_ranks(m.ranks)
+    except ValueError as error:
+        raise UserError(f"model.ranks={m.ranks:.40}...: {error}") from error
+    if not ranks:
+        return
+    need(m.core == 0 and m.coda == 0, "model.core", f"0, as model.coda, {where}")
+    need(m.prelude == len(ranks), "model.prelude", f"{len(ranks)}, its stages, {where}")
+    rules = [name for name in ("broadcast", "leaders") if name in RULES]
+    need(m.rule in rules, "model.rule", f"one of {', '.join(rules)} {where}")
+    need(m.sharing == "none", "model.sharing", f"'none' {where}")
+    need(m.init_rank == 0, "model.init_rank", f"0 {where}")
+    head = m.head_width or m.width // m.heads
+    sizes = {**dict.fromkeys(("key", "value"), (m.kv_heads or m.heads) * head)}
+    sizes |= {"query": m.heads * head, "gate": m.hidden, "up": m.hidden}
+    sizes |= {"attention out": m.width, "down": m.width}
+    reads = {"attention out": m.heads * head, "down": m.hidden}
+    for number, stage in enumerate(ranks, 1):
+        for one in stage:
+            most = min(sum(sizes[name] for name in one.members), reads.get(one.name, m.width))
+            named = f"of {'+'.join(one.members)} in stage {number} at most {most}"
+            need(one.rank <= most, "model.ranks", named)
 
 
 def _check_recurrent(config: Any, need: Need) -> None:
@@ -165,7 +212,10 @@ _GROUPS = (
     *("wiring", "channels", "wiring_seed", "sharing", "init_rank", "exchange_activation"),
     *("prelude", "core", "rounds", "drive", "coda", "form", "remat"),
 )
-_HEADS = ("heads", "gates", "qk_norm", "qk_gain", "keep", "route", "state_activation")
+_HEADS = (
+    *("heads", "kv_heads", "head_width", "gates", "qk_norm", "qk_gain", "qkv_bias", "rope_base"),
+    *("rope_scaling", "norm_epsilon", "tied", "ranks", "keep", "route", "state_activation"),
+)
 MODELS: dict[str, ModelKind] = {
     "decoder": ModelKind(_shaped("Decoder"), (*_GROUPS, *_HEADS), _check_decoder, stages=True),
     "recurrent": ModelKind(_shaped("Recurrent"), (*_GROUPS, "chunk"), _check_recurrent),
@@ -185,6 +235,9 @@ MODEL = Section("model",
     Field("groups", 8, "groups of neighbouring channels", "[1, inf)", "groups"),
     Field("attend", 0, "tokens in reach of attention; 0 = data.context", "[0, 1e9]", "tokens"),
     Field("heads", 4, "attention heads, a divisor of groups", "[1, inf)", "heads"),
+    Field("kv_heads", 0, "heads of keys and values, each for several queries; 0 = heads",
+          "[0, inf)", "heads"),
+    Field("head_width", 0, "channels of a head, even; 0 = width / heads", "[0, inf)", "neurons"),
     Field("p_intra", 128, "size of a state inside its group; 0 = no such part; the group's size = "
           "a dense block", "[0, inf)", "numbers"),
     Field("p_inter", 3, "size of a state, or port, between groups", "[1, inf)", "numbers"),
@@ -200,6 +253,12 @@ MODEL = Section("model",
     Field("gates", False, "whether a token sets how much each group sends; these shares sum to 1"),
     Field("qk_norm", True, "whether queries and keys are normalised in each head"),
     Field("qk_gain", 1.0, "scale of normalised queries at the start", "(0, inf)"),
+    Field("qkv_bias", False, "whether queries, keys and values have biases"),
+    Field("rope_base", 10_000.0, "base of the rotary positions", "(1, inf)"),
+    Field("rope_scaling", "", "'linear:2', or 'llama3:8,1,4,8192' as Llama 3.1; '' = none"),
+    Field("norm_epsilon", 1e-6, "added to the mean square in norms", "(0, 1)"),
+    Field("tied", False, "whether the embeddings are the matrix of logits too"),
+    Field("ranks", "", "a rank for each synapse of each stage, as conversion gives them"),
     Field("prelude", 1, "stages before the loop", "[0, 1000]", "stages"),
     Field("core", 1, "stages in the loop, or cells; 0 = no loop", "[0, 1000]", "stages"),
     Field("rounds", 2, "times that the core runs, with the same states", "[1, inf)", "rounds"),

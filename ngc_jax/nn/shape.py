@@ -7,7 +7,9 @@ import dataclasses
 
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
-from ngc_jax.nn.sharing import Sharing, parse
+from ngc_jax.nn.ranks import Ranks
+from ngc_jax.nn.ranks import parse as parse_ranks
+from ngc_jax.nn.sharing import FANS, Sharing, parse
 from ngc_jax.nn.synapse import SynapsePart
 
 
@@ -21,6 +23,8 @@ class ModelShape:
     width: int = 128
     hidden: int = 384
     heads: int = 4
+    kv_heads: int = 0  # 0: as heads
+    head_width: int = 0  # 0: width / heads
     rule: str = "addressed"
     groups: int = 8
     p_intra: int = 128
@@ -35,6 +39,11 @@ class ModelShape:
     gates: bool = False
     qk_norm: bool = True
     qk_gain: float = 1.0
+    qkv_bias: bool = False
+    rope_base: float = 10_000.0
+    rope_scaling: str = ""
+    norm_epsilon: float = 1e-6
+    tied: bool = False
     prelude: int = 1
     core: int = 1
     rounds: int = 2
@@ -46,6 +55,7 @@ class ModelShape:
     form: str = "weights"
     remat: str = "rounds"
     chunk: int = 0
+    ranks: str = ""
 
     @property
     def has_messages(self) -> bool:
@@ -67,9 +77,9 @@ class ModelShape:
             return self.rewirable
         return Addressed(WIRINGS[self.wiring](self.groups, self.channels, self.wiring_seed))
 
-    def parts(self, n_in: int, n_out: int) -> tuple[SynapsePart, ...]:
-        """The summands of a synapse from n_in to n_out neurons."""
-        if self.rule == "dense":
+    def parts(self, n_in: int, n_out: int, rank: int | None = None) -> tuple[SynapsePart, ...]:
+        """The summands of a synapse from n_in to n_out neurons; `rank`: as `model.ranks` says."""
+        if self.rule == "dense" or rank == 0:
             return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
         parts, kinds = [], self.init_rank // self.groups
         if self.p_intra > 0:
@@ -77,10 +87,30 @@ class ModelShape:
             rule = "block" if self.p_intra >= min(n_in, n_out) // self.groups else "within"
             parts.append(SynapsePart("intra", rule, self.groups, self.p_intra, None, None, kinds))
         if self.has_messages:
-            dim = 1 if self.wiring == "dynamic_ports" else self.p_inter
+            dim = 1 if self.wiring == "dynamic_ports" else rank or self.p_inter
             how = (dim, self.message_activation, self.wired, kinds)
             parts.append(SynapsePart("inter", self.rule, self.groups, *how))
         return tuple(parts)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def apart(self) -> Ranks:
+        """The ranks of each stage, where stages differ in shape and are kept apart; else ()."""
+        return parse_ranks(self.ranks)
+
+    def fans(self, number: int = 0) -> dict[str, tuple[str, ...]]:
+        """The synapses of a stage, counted from 0, and the members of each."""
+        if self.apart:
+            return {one.name: one.members for one in self.apart[number]}
+        if (self.kv_heads or self.heads) * self.head_size == self.heads * self.head_size:
+            return FANS
+        return {"query": ("query",), "key_value": ("key", "value")} | {
+            name: fan for name, fan in FANS.items() if name != "query_key_value"
+        }
 
     @property
     def depth(self) -> int:

@@ -2,11 +2,12 @@
 
 For: the layout {"embed", "norm", "unembed", "prelude", "core": {"stages", "leak", "drive"}, "coda",
 "senders"}, the A stages of a stack behind one another on a leading axis, senders by sets of stages
-that share them. Not for: what a stage does with them (`layers.py`).
+that share them; stages that differ in shape each under its number. Not for: what a stage does with
+them (`layers.py`).
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +70,13 @@ def split_stages(shape: ModelShape, params: Params, stages: Tree, senders: Tree)
     return restack(shape, params | shared, lambda _, rows: take(stages, rows))
 
 
+def numbered(stages: Sequence[Tree]) -> Params:
+    """A stack of stages that differ in shape: {"0": stage, "1": ...}."""
+    return {str(number): stage for number, stage in enumerate(stages)}
+
+
 def stages_of(stack: Tree) -> tuple[Tree, ...]:
     """The stages of a stack, each by itself."""
+    if "0" in stack:
+        return tuple(stack[str(number)] for number in range(len(stack)))
     return tuple(take(stack, i) for i in range(len(jax.tree.leaves(stack)[0])))

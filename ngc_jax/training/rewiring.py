@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ngc_jax.analysis.probes import run_stage, walk
+from ngc_jax.analysis.probes import walk
 from ngc_jax.core import rewiring, rules, wiring
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rules.base import normal
@@ -193,10 +193,12 @@ def _correlations(model: Decoder, params: Tree, batch: Batch) -> dict[str, Array
 
         return jax.vmap(one)(pre, jnp.moveaxis(y, 1, 0))
 
-    def visit(weights: Tree, x: Array, route: Array | None) -> tuple[Array, dict[str, Array]]:
+    def visit(
+        run: Callable[..., Any], x: Array, route: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
         scores: dict[str, list[Array]] = defaultdict(list)  # calls come in the order of members
         with intercept(lambda heard: scores[str(heard.synapse.name)].append(score(heard))):
-            x = run_stage(model.shape, weights, x, batch, route)[0]
+            x = run(x, route)[0]
         return x, {name: jnp.concatenate(of) for name, of in scores.items()}
 
     found: dict[str, dict[int, list[Array]]] = {synapse: defaultdict(list) for synapse in FANS}

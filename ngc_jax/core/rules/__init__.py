@@ -31,6 +31,7 @@ GATES: dict[str, Callable[[Array], Array]] = {
 RULES: dict[str, Rule] = {
     "addressed": addressed.Addressed(),
     "broadcast": signal.Broadcast(),
+    "leaders": signal.Leaders(),
     "metric": signal.Metric(),
     "metric_diagonal": signal.MetricDiagonal(),
     "metric_scalar": signal.MetricScalar(),

@@ -1,6 +1,6 @@
 """The signal rules: W is a sum of products, so neurons send a few numbers and groups read them.
 
-For: `broadcast`, `metric` and its two small forms, `within`, `block`. Not for: `addressed`
+For: `broadcast`, `leaders`, `metric` and its small forms, `within`, `block`. Not for: `addressed`
 (`addressed.py`), or using a rule by its name (`__init__.py`, whose axes these are).
 """
 
@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ngc_jax.core.rules.base import Sides, SignalRule, States, normal, per_group
 
@@ -36,6 +37,40 @@ class Broadcast(SignalRule):
 
     def weights(self, pre: States, post: States) -> Array:
         return post @ pre.T
+
+
+class Leaders(SignalRule):
+    """W = c [S^T; K S^T], its rows in an order: r receivers are the signal, the others hear them.
+
+    pre S [n_in, r], the leaders' own weights; post {"state": K [n_out - r, r], "gain": c [],
+    "order": int32 [n_out], where each receiver lies among leaders, then others}. r (n_in + n_out -
+    r) + 1 parameters, 2 FLOPs a token each, rank r: `Broadcast` without the r^2 numbers that change
+    nothing, and dense where r is the smaller side. At the start leaders lie evenly among receivers.
+    Source: PIFA (arXiv 2501.19090), read as neurons whose post states are one-hot.
+    """
+
+    grouped = False
+    amplitude = ("gain",)
+    spoken, heard = (None,), (None,)
+
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
+        if dim > min(n_in, n_out):
+            raise ValueError(f"dim={dim}: must be at most {min(n_in, n_out)}, the smaller side")
+        send, receive = jax.random.split(key)
+        leads = np.isin(np.arange(n_out), np.arange(dim) * n_out // dim)
+        order = np.where(leads, np.cumsum(leads), dim + np.cumsum(~leads)) - 1
+        post = {"state": normal(receive, (n_out - dim, dim), dim), "gain": jnp.ones(())}
+        return normal(send, (n_in, dim), n_in), post | {"order": jnp.array(order, jnp.int32)}
+
+    def send(self, x: Array, pre: States) -> Array:
+        return x @ pre
+
+    def receive(self, signal: Array, post: States) -> Array:
+        every = jnp.concatenate([signal, signal @ post["state"].T], axis=-1)
+        return post["gain"] * jnp.take(every, post["order"], axis=-1, mode="clip")
+
+    def weights(self, pre: States, post: States) -> Array:
+        return self.receive(pre, post).T
 
 
 class Metric(SignalRule):
