@@ -75,7 +75,7 @@ def main():
     classes |= {"qwen2": t.Qwen2ForCausalLM, "qwen3": t.Qwen3ForCausalLM}
     classes |= {"mistral": t.MistralForCausalLM}
     for seed, (name, fields) in enumerate(CONFIGS.items()):
-        draw, of = np.random.RandomState(seed), classes[name]
+        draw, of = np.random.RandomState(seed + 20), classes[name]
         model = of(of.config_class(**ALL | fields)).eval().double()
         tensors = {}
         for key, parameter in sorted(model.named_parameters()):  # a tied head is not among them
