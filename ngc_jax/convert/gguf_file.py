@@ -244,7 +244,7 @@ def _published(config: dict[str, Any], tensors: dict[str, Lazy]) -> dict[str, La
                 tensor = _unpermuted(tensor, turned[found[2]])
             made[f"model.layers.{found[1]}.{LAYER[found[2]]}.{found[3]}"] = tensor
         else:
-            unknown.append(ascii(name)[1:80])
+            unknown.append(ascii(name)[1:-1][:80])
     if unknown or len(made) < len(tensors):
         raise UserError(f"it has tensors that are not known or there twice: {few(unknown)}")
     return made
