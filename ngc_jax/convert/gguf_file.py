@@ -25,8 +25,8 @@ from ngc_jax.runtime.errors import UserError
 HEADER_BYTES, VALUES = 1 << 28, 1 << 22
 SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9  # kinds of values, beside the SCALARS
-KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-KINDS += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+KINDS += ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ARCHITECTURES |= {"qwen3": "Qwen3ForCausalLM"}
 ENDS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -282,13 +282,23 @@ def _tokenizer(told: dict[str, Any]) -> str:
         for i, token in enumerate(tokens)
         if kinds[i] in (CONTROL, DEFINED)
     ]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+    }
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
     model |= {"ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges}
     post = None
     if told.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         post = _template(tokens[told["tokenizer.ggml.bos_token_id"]], told)
-    made = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    made: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+    }
     made |= {"normalizer": {"type": "NFC"} if pre == "qwen2" else None}
     made |= {"pre_tokenizer": PRE_TOKENIZERS[pre], "post_processor": post}
     made |= {"decoder": _LETTERS | {"use_regex": True}, "model": model}

@@ -200,7 +200,7 @@ def config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     bias, norm, window = (fields[f"model.{name}"] for name in ("qkv_bias", "qk_norm", "attend"))
     need(not (bias and norm), "model.qkv_bias", "False where model.qk_norm=True")
     kind = "qwen2" if bias else "qwen3" if norm else "mistral" if window else "llama"
-    config = {"architectures": [KINDS[kind]], "model_type": kind, "hidden_act": "silu"}
+    config: Fields = {"architectures": [KINDS[kind]], "model_type": kind, "hidden_act": "silu"}
     config |= {theirs: fields[ours] for theirs, ours in SIZES.items()}
     heads = fields["model.heads"]
     config |= {
@@ -227,7 +227,7 @@ def _scaling(text: str) -> dict[str, Any] | None:
     if not text:
         return None
     kind, _, numbers = text.partition(":")
-    values = dict(zip(SCALINGS[kind], map(float, numbers.split(",")), strict=True))
+    values: Fields = dict(zip(SCALINGS[kind], map(float, numbers.split(",")), strict=True))
     if "original_max_position_embeddings" in values:
         values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
     return {"rope_type": kind, **values}
@@ -302,8 +302,8 @@ def read_params(source: Source, abstract: Any) -> Any:
         raise UserError(f"{source.path} does not fit its config: {'; '.join(said)}")
     for name, part in places.items():
         if tensors[name].shape != part.shape:
-            found, wants = ([*shape] for shape in (tensors[name].shape, part.shape))
-            raise UserError(f"{source.path}: {name} has shape {found}: must be {wants}")
+            found = f"{name} has shape {[*tensors[name].shape]}"
+            raise UserError(f"{source.path}: {found}: must be {[*part.shape]}")
     flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for name, part in _places(flat):
         part[...] = _finite(source, name)

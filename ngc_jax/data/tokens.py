@@ -3,10 +3,11 @@
 For: the tokenizers, and a flat file of tokens for each split. Not for: batches (`batches.py`).
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,7 +165,7 @@ def _cut(told: Any) -> Any:
     """The pre-tokenizer that a `tokenizer.json` tells of. Raises ValueError for an unknown one."""
     from tokenizers import Regex, pre_tokenizers
 
-    made = []
+    made: list[Any] = []
     parts = told["pretokenizers"] if told and told.get("type") == "Sequence" else [told]
     for part in parts:
         match part:
@@ -282,17 +283,28 @@ def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
     if not config.task and config.tokenizer == "bytes":
         return Bytes()
     file = home / "tokenizer.json"
+    with _refusing(file, config.tokenizer):
+        if config.task:
+            symbols = Symbols(TASKS[config.task].symbols)
+            if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
+                raise ValueError(f"its symbols are not those of data.task={config.task!r}")
+            return symbols
+        text = files.read(file, LARGEST).decode()
+        return BPE(text) if config.tokenizer == "bpe" else Given(text, config.vocab_size)
+
+
+def open_given(serialised: str, vocab: int, of: object) -> Given:
+    """The tokenizer of a pretrained model, as `Given`. Raises UserError, which names its file."""
+    with _refusing(of, "given"):
+        return Given(serialised, vocab)
+
+
+@contextlib.contextmanager
+def _refusing(file: object, kind: str) -> Iterator[None]:
     try:
-        if not config.task and config.tokenizer == "given":
-            return Given(files.read(file, LARGEST).decode(), config.vocab_size)
-        if not config.task:
-            return BPE(files.read(file, LARGEST).decode())
-        symbols = Symbols(TASKS[config.task].symbols)
-        if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
-            raise ValueError(f"its symbols are not those of data.task={config.task!r}")
-        return symbols
+        yield
     except ImportError as error:
-        raise UserError(_no_tokenizers(config)) from error
+        raise UserError(_no_tokenizers(kind)) from error
     except Exception as error:  # also what the library raises for merges that do not fit
         raise UserError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
@@ -303,9 +315,8 @@ def save_tokenizer(tokenizer: Tokenizer, home: files.Path) -> None:
         files.write_durably(home / "tokenizer.json", tokenizer.serialised)
 
 
-def _no_tokenizers(config: Any) -> str:
-    needs = f"data.tokenizer={config.tokenizer!r} needs the tokenizers package"
-    return f"{needs}: pip install 'ngc_jax[bpe]'"
+def _no_tokenizers(kind: str) -> str:
+    return f"data.tokenizer={kind!r} needs the tokenizers package: pip install 'ngc_jax[bpe]'"
 
 
 def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path, given: BPE | None) -> None:
@@ -323,7 +334,7 @@ def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path, given: 
                     file.write(tokenizer.encode(document).astype(dtype).tobytes())
                 counts[split] = file.tell() // dtype.itemsize
     except ImportError as error:
-        raise UserError(_no_tokenizers(config)) from error
+        raise UserError(_no_tokenizers(config.tokenizer)) from error
     except UnicodeDecodeError as error:
         wants = f"as data.tokenizer={config.tokenizer!r} wants it: use 'bytes'"
         raise UserError(f"the text is not UTF-8 ({error}), {wants}") from error
