@@ -524,6 +524,22 @@ def test_a_gguf_file_is_read_as_what_it_was_made_from(tmp_path, tensor_kind, kin
     assert {tensor.dtype for tensor in found.tensors.values()} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize("kind", gguf_file.KINDS)
+def test_all_kinds_of_weights_that_are_told_of_are_read(kind):
+    of = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[of]
+    rows, columns = 3, 2 * block
+    raw = np.random.RandomState(0).randint(0, 60, rows * 2 * size).astype(np.uint8)
+    held = np.concatenate([np.zeros(8, np.uint8), raw])
+    tensor = gguf_file._Header(held).tensor("a", 0, (rows, columns), of.value, 8)
+    read = tensor.read()
+    assert (read.shape, read.dtype) == (tensor.shape, tensor.dtype) == ((rows, columns), np.float32)
+    by_rows = [gguf.dequantize(row, of).ravel() for row in raw.reshape(rows, -1)]
+    np.testing.assert_array_equal(read, np.stack(by_rows))
+    with pytest.raises(ValueError, match="does not fit into it"):
+        gguf_file._Header(held[:-1]).tensor("a", 0, (rows, columns), of.value, 8)
+
+
 def test_unpermuting_undoes_the_converter():
     weight = np.arange(24 * 3.0).reshape(24, 3)
     tensor = Lazy((24, 3), weight.dtype, lambda: permuted(weight, 2))

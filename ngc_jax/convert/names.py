@@ -31,7 +31,7 @@ FIXED |= {"model.coda": 0, "model.exchange_activation": "silu"}
 # Theirs that must have one value, where they are given; None is as if a field were not given
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_interleaved": False}
 ONLY |= {"partial_rotary_factor": 1.0, "is_decoder": False, "is_encoder_decoder": False}
-ONLY |= {"add_cross_attention": False, "pretraining_tp": 1}
+ONLY |= {"add_cross_attention": False, "pretraining_tp": 1, "use_mrope": False}
 # Theirs that change no logit: of training, of generation, of the file
 IGNORED = {
     "architectures",

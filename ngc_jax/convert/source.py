@@ -194,9 +194,11 @@ def write_safetensors(
     tensors: arrays, or `Lazy`, by name. Equal arguments give equal bytes. A file holds at most
     `shard_bytes` of tensors, or one; no more is in memory at once. Raises UserError.
     """
-    from safetensors.numpy import save_file
-
     folder = files.expand(os.fspath(folder))
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise UserError(f"{folder} needs the safetensors package: {PACKAGES}") from error
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists: give a folder that does not, such as '{folder}-2'")
     sizes = {name: math.prod(t.shape) * t.dtype.itemsize for name, t in sorted(tensors.items())}
