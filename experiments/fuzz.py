@@ -30,6 +30,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gguf
+import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -37,7 +39,9 @@ import ngc_jax
 from experiments import study
 from ngc_jax.commands.arguments import command
 from ngc_jax.config import base
-from ngc_jax.data.tokens import load_data, load_tokenizer
+from ngc_jax.convert.names import fields_of
+from ngc_jax.convert.source import open_source, write_safetensors
+from ngc_jax.data.tokens import load_data, load_tokenizer, open_given
 from ngc_jax.runtime.errors import UserError, plain
 from ngc_jax.runtime.metrics import Metrics, read_rows
 from ngc_jax.training.workdir import claim, hold, read_config
@@ -253,7 +257,47 @@ def make(home: Path) -> dict[str, Target]:
         6,
     )
     targets["changes.json"] = (folder / "changes.json", lambda: study.prepared(studied, folder), 6)
-    return targets
+    return targets | pretrained(home, (bpe / "tokenizer.json").read_text())
+
+
+PRETRAINED = {"block_count": 1, "context_length": 64, "embedding_length": 4, "vocab_size": 300}
+PRETRAINED |= {"feed_forward_length": 4, "attention.head_count": 2, "attention.head_count_kv": 1}
+
+
+def pretrained(home: Path, tokenizer: str) -> dict[str, Target]:
+    """Writes a checkpoint as a folder of safetensors and as a GGUF file."""
+    file, folder, told = home / "a.gguf", home / "folder", json.loads(tokenizer)
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, value in PRETRAINED.items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = sorted(told["model"]["vocab"], key=told["model"]["vocab"].get)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(pair) for pair in told["model"]["merges"]])
+    shapes = {"token_embd": (300, 4), "output_norm": (4,), "blk.0.attn_norm": (4,)}
+    shapes |= {"blk.0.attn_q": (4, 4), "blk.0.attn_k": (2, 4), "blk.0.ffn_norm": (4,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = open_source(file)
+    write_safetensors(folder, found.tensors, found.config, tokenizer, 300 * 4 * 4)
+
+    def read(path: Path) -> None:
+        source = open_source(path)
+        open_given(source.tokenizer, fields_of(source.config)["data.vocab_size"], path)
+        for tensor in source.tensors.values():
+            assert tensor.read().shape == tensor.shape
+
+    made: dict[str, Target] = {"a.gguf": (file, lambda: read(file), 12)}
+    for part in sorted(folder.iterdir()):
+        made[f"folder/{part.name}"] = (part, lambda: read(folder), 6)
+    return made
 
 
 def read_quietly(read: Callable[[], object]) -> str:

@@ -14,6 +14,8 @@ OUTSIDE = ("path", "tfds_name", "tfds_data_dir", "cache_dir")  # fields that lea
 
 def _check(config: Any, need: Need) -> None:
     d = config.data
+    enough = d.tokenizer != "bpe" or d.vocab_size >= 258
+    need(enough, "data.vocab_size", "258 or more where data.tokenizer='bpe', for instance 4096")
     if not d.task:
         return
     task, where = TASKS[d.task], f"where data.task={d.task!r}"
@@ -66,9 +68,10 @@ DATA = Section("data",
     Field("text_key", "text", "feature of the TFDS set that holds the text"),
     Field("validation_fraction", 0.1, "part of path to hold out; of a task, of the number of "
           "problems", "(0, 0.5]"),
-    Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text", ("bytes", "bpe")),
-    Field("vocab_size", 4096, "vocabulary of 'bpe'; that of 'bytes' is 257", "[258, 1e6]",
-          "tokens"),
+    Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text; 'given' = that of a "
+          "pretrained model", ("bytes", "bpe", "given")),
+    Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, or 'given'; that of 'bytes' is "
+          "257", "[1, 1e6]", "tokens"),
     Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),
     Field("isolate_documents", False, "whether a token attends to its own document only"),
     Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),

@@ -3,10 +3,11 @@
 For: the tokenizers, and a flat file of tokens for each split. Not for: batches (`batches.py`).
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,17 @@ LARGEST = 1 << 28  # bytes of a tokenizer
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 ALPHABET = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
-NO_TOKENIZERS = "data.tokenizer='bpe' needs the tokenizers package: pip install 'ngc_jax[bpe]'"
+# How a text is cut before pairs merge: the patterns of GPT-2, Llama 3 and Qwen2. Others are
+# refused: a pattern may take a time that is exponential in the text.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama-bpe": rf"{_WORDS}\p{{N}}{{1,3}}{_REST}",
+    "qwen2": rf"{_WORDS}\p{{N}}{_REST}",
+}
+ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what lies between documents where nothing begins one
+MOST = 1 << 20  # tokens of a tokenizer that is given
 
 
 class Bytes:
@@ -86,6 +97,95 @@ def _byte_level(model: Any) -> Any:
     return tokenizer
 
 
+class Given(BPE):
+    """The tokenizer of a pretrained model: a `tokenizer.json` of SmolLM2, Llama 3, Qwen2 or Qwen3.
+
+    `mark` is the token that the tokenizer puts before a text, else the end of a text, else 0. Only
+    tokens, merges, NFC and known splits are taken. Special tokens, spelt out in a text, are text.
+    """
+
+    def __init__(self, serialised: str, vocab: int = 0):
+        """vocab: rows of the model's embedding, where these are more. Raises ValueError."""
+        import tokenizers
+
+        self.serialised, told = serialised, json.loads(serialised)
+        model, added = told["model"], {t["content"]: t for t in told.get("added_tokens") or ()}
+        for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+            if model.get(name):
+                raise ValueError(f"model.{name}={model[name]!r:.40}: must be none")
+        if model.get("type", "BPE") != "BPE":
+            raise ValueError(f"model.type={model['type']!r:.40}: must be 'BPE', of bytes")
+        ids = model["vocab"] | {content: token["id"] for content, token in added.items()}
+        numbers = set(ids.values())
+        if not ids or {*map(type, numbers)} != {int} or len(numbers) < len(ids):
+            raise ValueError("its tokens are not numbered")
+        least = max(numbers) + 1
+        self.vocab = vocab or least
+        if not 0 <= min(numbers) <= least <= min(self.vocab, MOST):
+            most = f"fewer than {MOST} and data.vocab_size={self.vocab}"
+            raise ValueError(f"its tokens are numbered up to {least - 1}: must be {most}")
+        special = {content for content, token in added.items() if token.get("special")}
+        self.spelling = [b""] * self.vocab
+        for token, number in ids.items():
+            if token not in special:
+                plain = token in added
+                spelt = token.encode() if plain else bytes(ALPHABET[letter] for letter in token)
+                self.spelling[number] = spelt
+        self.lengths = np.array([len(token) for token in self.spelling], np.int32)
+        self.mark = ids.get(_begins(told, added), 0)
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        merges, whole = [(a, b) for a, b in pairs], model.get("ignore_merges") is True
+        learned = {token: i for token, i in model["vocab"].items() if token not in special}
+        made = tokenizers.models.BPE(vocab=learned, merges=merges, ignore_merges=whole)
+        self.model = tokenizers.Tokenizer(made)
+        self.model.pre_tokenizer = _cut(told.get("pre_tokenizer"))
+        match told.get("normalizer"):
+            case None:
+                pass
+            case {"type": "NFC"}:
+                self.model.normalizer = tokenizers.normalizers.NFC()
+            case other:
+                raise ValueError(f"normalizer={other!r:.80}: must be null or NFC")
+
+
+def _begins(told: Any, added: dict[str, Any]) -> str | None:
+    """The token before each document: of the template, else one of `added` that ends a text."""
+    after = told.get("post_processor") or {}
+    for part in after.get("processors") or [after]:
+        match part:
+            case {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": str(token)}}, *_],
+            }:
+                return token
+    return next((token for token in ENDS if token in added), None)
+
+
+def _cut(told: Any) -> Any:
+    """The pre-tokenizer that a `tokenizer.json` tells of. Raises ValueError for an unknown one."""
+    from tokenizers import Regex, pre_tokenizers
+
+    made: list[Any] = []
+    parts = told["pretokenizers"] if told and told.get("type") == "Sequence" else [told]
+    for part in parts:
+        match part:
+            case {"type": "ByteLevel"} if not part.get("add_prefix_space"):
+                words = part.get("use_regex", True) is True
+                made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
+            case {"type": "Digits"}:
+                made.append(pre_tokenizers.Digits(part.get("individual_digits") is True))
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} if (
+                pattern in SPLITS.values() and not part.get("invert")
+            ):
+                made.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+            case _:
+                able = "ByteLevel without add_prefix_space, Digits, or a Split of a known kind"
+                raise ValueError(f"pre_tokenizer={part!r:.200}: must be {able}")
+    if not isinstance(made[-1], pre_tokenizers.ByteLevel):
+        raise ValueError("pre_tokenizer: must end with ByteLevel")
+    return pre_tokenizers.Sequence(made)
+
+
 class Symbols:
     """The alphabet of a task: its problems are tokens, so nothing is encoded."""
 
@@ -99,7 +199,7 @@ class Symbols:
         return " ".join(self.symbols[token] for token in tokens).encode()
 
 
-Tokenizer = Bytes | BPE | Symbols
+Tokenizer = Bytes | BPE | Symbols  # `Given` is a BPE
 
 
 class Data(NamedTuple):
@@ -124,10 +224,13 @@ def segmented(config: Any, mark: int | None = None) -> bool:
     return mark is not None or config.isolate_documents or boundary(config.task) is not None
 
 
-def load_data(config: Any, mark: int | None = None) -> Data:
-    """The data of `config.data`; no token sees across the last `mark`. Raises UserError."""
+def load_data(config: Any, mark: int | None = None, tokenizer: BPE | None = None) -> Data:
+    """The data of `config.data`; no token sees across the last `mark`. Raises UserError.
+
+    tokenizer: the one to use in place of a new one; needed where data.tokenizer='given'.
+    """
     if not config.task:
-        return _text(config, mark)
+        return _text(config, mark, tokenizer)
     held_out = max(1, round(config.validation_fraction * config.problems))
     counts = {"train": config.problems, "validation": held_out}
     given = config.task, config.low, config.high, counts, config.problem_seed
@@ -142,14 +245,19 @@ def load_data(config: Any, mark: int | None = None) -> Data:
     return Data(symbols, train, held, found.fingerprint, found.summary)
 
 
-def _text(config: Any, mark: int | None) -> Data:
+def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
+    if config.tokenizer == "given" and given is None:
+        wants = "'bytes' or 'bpe' where no pretrained model gives a tokenizer"
+        raise UserError(f"data.tokenizer='given': must be {wants}")
     kept = cache.cache_directory(config)
     text = corpus.open_corpus(config, kept)
-    vocab = f"-{config.vocab_size}" if config.tokenizer == "bpe" else ""
-    name = f"tokens-{config.tokenizer}{vocab}-{text.fingerprint[:16]}"
-    home = cache.entry(kept, name, lambda building: _tokenise(config, text, building))
+    kind = f"bpe-{config.vocab_size}" if config.tokenizer == "bpe" else config.tokenizer
+    if given is not None:
+        kind = f"given-{hashlib.sha256(given.serialised.encode()).hexdigest()[:16]}-{given.vocab}"
+    name = f"tokens-{kind}-{text.fingerprint[:16]}"
+    home = cache.entry(kept, name, lambda building: _tokenise(config, text, building, given))
     meta = json.loads((home / "meta.json").read_text())
-    tokenizer = load_tokenizer(home, config)
+    tokenizer = given or load_tokenizer(home, config)
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
     def windows(split: str) -> Windows:
@@ -175,15 +283,28 @@ def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
     if not config.task and config.tokenizer == "bytes":
         return Bytes()
     file = home / "tokenizer.json"
+    with _refusing(file, config.tokenizer):
+        if config.task:
+            symbols = Symbols(TASKS[config.task].symbols)
+            if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
+                raise ValueError(f"its symbols are not those of data.task={config.task!r}")
+            return symbols
+        text = files.read(file, LARGEST).decode()
+        return BPE(text) if config.tokenizer == "bpe" else Given(text, config.vocab_size)
+
+
+def open_given(serialised: str, vocab: int, of: object) -> Given:
+    """The tokenizer of a pretrained model, as `Given`. Raises UserError, which names its file."""
+    with _refusing(of, "given"):
+        return Given(serialised, vocab)
+
+
+@contextlib.contextmanager
+def _refusing(file: object, kind: str) -> Iterator[None]:
     try:
-        if not config.task:
-            return BPE(files.read(file, LARGEST).decode())
-        symbols = Symbols(TASKS[config.task].symbols)
-        if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
-            raise ValueError(f"its symbols are not those of data.task={config.task!r}")
-        return symbols
+        yield
     except ImportError as error:
-        raise UserError(NO_TOKENIZERS) from error
+        raise UserError(_no_tokenizers(kind)) from error
     except Exception as error:  # also what the library raises for merges that do not fit
         raise UserError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
@@ -194,10 +315,14 @@ def save_tokenizer(tokenizer: Tokenizer, home: files.Path) -> None:
         files.write_durably(home / "tokenizer.json", tokenizer.serialised)
 
 
-def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path) -> None:
-    tokenizer: Bytes | BPE = Bytes()
+def _no_tokenizers(kind: str) -> str:
+    return f"data.tokenizer={kind!r} needs the tokenizers package: pip install 'ngc_jax[bpe]'"
+
+
+def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path, given: BPE | None) -> None:
+    tokenizer: Bytes | BPE = given or Bytes()
     try:
-        if config.tokenizer == "bpe":
+        if config.tokenizer == "bpe" and given is None:
             tokenizer = BPE(BPE.train(text.splits["train"](), config.vocab_size))
         save_tokenizer(tokenizer, directory)
         dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
@@ -209,8 +334,8 @@ def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path) -> None
                     file.write(tokenizer.encode(document).astype(dtype).tobytes())
                 counts[split] = file.tell() // dtype.itemsize
     except ImportError as error:
-        raise UserError(NO_TOKENIZERS) from error
+        raise UserError(_no_tokenizers(config.tokenizer)) from error
     except UnicodeDecodeError as error:
-        wants = "as data.tokenizer='bpe' wants it: use 'bytes'"
+        wants = f"as data.tokenizer={config.tokenizer!r} wants it: use 'bytes'"
         raise UserError(f"the text is not UTF-8 ({error}), {wants}") from error
     (directory / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))

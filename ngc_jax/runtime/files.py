@@ -200,9 +200,12 @@ class Log:
 
 
 @contextlib.contextmanager
-def build_directory(home: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to build in, renamed to `home` in the end, or removed. Raises UserError."""
-    wrong, building = f"data.cache_dir={str(home.parent)!r} cannot be written", None
+def build_directory(home: pathlib.Path, of: str = "data.cache_dir") -> Iterator[pathlib.Path]:
+    """A directory to build in, renamed to `home` in the end, or removed. Raises UserError.
+
+    of: what the user calls the directory that `home` is in.
+    """
+    wrong, building = f"{of}={str(home.parent)!r} cannot be written", None
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         building = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
