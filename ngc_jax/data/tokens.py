@@ -293,6 +293,12 @@ def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
         return BPE(text) if config.tokenizer == "bpe" else Given(text, config.vocab_size)
 
 
+def given_in(home: files.Path, config: Any) -> Given | None:
+    """The tokenizer of a pretrained model that a work directory keeps; None: of another kind."""
+    found = load_tokenizer(home, config.data) if config.data.tokenizer == "given" else None
+    return found if isinstance(found, Given) else None
+
+
 def open_given(serialised: str, vocab: int, of: object) -> Given:
     """The tokenizer of a pretrained model, as `Given`. Raises UserError, which names its file."""
     with _refusing(of, "given"):

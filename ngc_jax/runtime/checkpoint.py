@@ -34,8 +34,10 @@ SPEC = " [tensorstore_spec"  # begins what TensorStore adds to an error
 UNSAID = 2**40 - 1  # as the step of a manifest: an old one, which names none
 LARGEST = 1 << 26  # bytes of a manifest, and of what a checkpoint holds besides its arrays
 # What a run says of itself, where it says nothing: seconds of training, fingerprint of its data,
-# software, config {field: value}, and how many rows of metrics.jsonl there were, and their SHA-256.
+# software, config {field: value}, how many rows of metrics.jsonl there were, and their SHA-256; and
+# what parameters that were not trained here come from.
 META: dict[str, Any] = {"seconds": 0.0, "data": "", "versions": {}, "rewinds": 0, "passed": 0}
+META |= {"origin": ""}
 META |= {"config": {}, "rows": 0, "rows_sha256": ""}
 
 

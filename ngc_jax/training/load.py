@@ -22,7 +22,7 @@ from ngc_jax.analysis import probes
 from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
 from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokens import Data, Symbols, Tokenizer, load_data, load_tokenizer
+from ngc_jax.data.tokens import Data, Symbols, Tokenizer, given_in, load_data, load_tokenizer
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params, generate
@@ -74,8 +74,11 @@ class Trained:
         """The data trained on and held out. Raises UserError: changed since, or `withheld`."""
         if self.withheld:
             raise UserError(f"--workdir={self.workdir}: {self.withheld}")
-        data, trained_on = load_data(self.config.data, mark_of(self.config)), self.meta["data"]
-        if trained_on != data.fingerprint:
+        data = load_data(
+            self.config.data, mark_of(self.config), given_in(self.workdir, self.config)
+        )
+        trained_on = self.meta["data"]
+        if trained_on not in ("", data.fingerprint):  # "": a pretrained model, on what is not known
             raise UserError(
                 f"this is not what {self.workdir} was trained on (another Python or ngc_jax, or a "
                 f"changed data.path): fingerprint {data.fingerprint[:16]}, was {trained_on[:16]}"

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.batches import batch_like
-from ngc_jax.data.tokens import Data, load_data
+from ngc_jax.data.tokens import Data, given_in, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     # ---- What is asked for -----------------------------------------------------------------------
     with multihost.agreed():
         match_size.prepare(config)
-        data = load_data(config.data, mark_of(config))
+        data = load_data(config.data, mark_of(config), given_in(workdir, config))
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
     model, mesh = make_model(config, data.tokenizer.vocab), meshes.make_mesh(config.mesh)

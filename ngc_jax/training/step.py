@@ -45,9 +45,10 @@ class TrainState:
     monitor: Any  # monitors.Updates; under train.spike the pair of it and monitors.Losses
 
 
-def init_state(model: LanguageModel, config: Any, seed: int) -> TrainState:
-    """The state before the first update; `config` is `config.train`."""
-    params, info = model.init(jax.random.key(seed)), model.param_info()
+def init_state(model: LanguageModel, config: Any, seed: int, params: Tree = None) -> TrainState:
+    """The state before the first update, of `params` if given; `config` is `config.train`."""
+    info = model.param_info()
+    params = model.init(jax.random.key(seed)) if params is None else params
     chain = optimizer.make_optimizer(config, partition(info, info)[0])
     zero, memory = jnp.zeros((), jnp.int32), chain.init(partition(params, info)[0])
     begun = monitors.begin()

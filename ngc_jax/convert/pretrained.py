@@ -1,0 +1,87 @@
+"""Pretrained checkpoints as work directories, and work directories as checkpoints to publish.
+
+For: `import_pretrained`, `export`, and `begin`, which makes a work directory of parameters. Not
+for: files (`source.py`), what names mean (`names.py`), or other forms of weights (`convert.py`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from ngc_jax.config import base, make_model, reset_unread, validate
+from ngc_jax.convert.names import config_of, fields_of, read_params, tensors_of
+from ngc_jax.convert.source import open_source, write_safetensors
+from ngc_jax.data.tokens import Given, Tokenizer, open_given
+from ngc_jax.runtime import checkpoint, fields, files
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.load import Trained
+from ngc_jax.training.step import init_state
+from ngc_jax.training.workdir import claim, hold, identity, versions
+
+CONTEXT = 512  # tokens of a window, where the model was made for more
+
+
+def import_pretrained(source: str, workdir: files.Path, context: int = 0) -> None:
+    """Makes a work directory of a folder of safetensors, or a GGUF file, as its step 0.
+
+    context: of `data.context`; 0: 512, or what the model was made for if that is less. Raises
+    UserError for what is not read exactly, and for a directory that is not empty.
+    """
+    found = open_source(source)
+    told = fields_of(found.config)
+    longest = told["data.context"]
+    wants = f"from 1 to {longest}, for which {source} was made"
+    need = fields.refusals({"context": context})
+    need(0 <= context <= longest, "context", wants)
+    config = base()
+    for path, value in (told | {"data.context": context or min(longest, CONTEXT)}).items():
+        section, _, name = path.partition(".")
+        config[section][name] = value
+    tokenizer = open_given(found.tokenizer, config.data.vocab_size, found.path)
+    reset_unread(config)
+    validate(config)
+    model = make_model(config, tokenizer.vocab)
+    params = read_params(found, jax.eval_shape(model.init, jax.random.key(0)))
+    begin(workdir, config, tokenizer, params, f"{found.path.name}, SHA-256 {found.sha256}")
+
+
+def begin(
+    workdir: files.Path, config: ConfigDict, tokenizer: Tokenizer, params: Any, origin: str
+) -> None:
+    """Makes a work directory whose run stands at step 0 with these parameters.
+
+    params: a tree like the model's, whose arrays are let go one by one. Raises UserError where the
+    directory is in use or has anything in it, SaveFailed on a full disk.
+    """
+    home = epath.Path(workdir)
+    with hold(home):
+        if (home / "config.json").exists():
+            raise UserError(f"--workdir={workdir} holds a run: give another, or empty it")
+        claim(home, config, tokenizer)
+        model = make_model(config, tokenizer.vocab)
+        state = init_state(model, config.train, config.seed, jax.tree.map(jnp.asarray, params))
+        meta = checkpoint.META | {"versions": versions(), "origin": origin}
+        with checkpoint.Checkpoints(home / "checkpoints", config.checkpoint.keep) as checkpoints:
+            checkpoints.save(0, state, meta | {"config": identity(config)})
+
+
+def export(trained: Trained, folder: str) -> None:
+    """Writes a folder of safetensors, under the published names, that transformers opens.
+
+    Raises UserError for a model that has none, such as one with a loop, and for another tokenizer.
+    """
+    if not isinstance(trained.tokenizer, Given):
+        what = f"data.tokenizer={trained.config.data.tokenizer!r}"
+        raise UserError(f"{what}: must be 'given', since transformers has no other one of ours")
+    config, params = trained.config, trained.params
+    told = {
+        f"{section}.{name}": value
+        for section in ("model", "data")
+        for name, value in config[section].items()
+    }
+    tensors = {name: np.asarray(array) for name, array in tensors_of(params).items()}
+    write_safetensors(folder, tensors, config_of(told), trained.tokenizer.serialised)
