@@ -1,0 +1,1 @@
+"""From pretrained to NGC. For: converting a model that exists. Not for: training one."""
