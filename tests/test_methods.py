@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.linalg import hadamard
 
 from ngc_jax.convert.forms import blocks_and_rank, dealt, ports, rank_and_synapses, split_budget
 from ngc_jax.convert.leaders import leaders, speak
@@ -290,21 +291,19 @@ def test_leaders_say_what_the_factors_say(m, n):
 
 
 def test_leaders_change_places_where_pivots_are_bad():
-    # Kahan's matrix, on which column pivoting picks leaders whose listeners need huge K.
-    n, c = 30, 0.285
-    kahan = np.diag(np.sqrt(1 - c**2) ** np.arange(n)) @ (
-        np.eye(n) - c * np.triu(np.ones((n, n)), 1)
-    )
-    kahan *= 1 - 1e-7 * np.arange(n)  # ties go to the first columns
-    post, pre = kahan[: n - 1].T, np.eye(n - 1)
-    # orthonormal rows of the same span, in a form whose pivots are still the first columns
-    first = leaders(post, pre, swaps=0)[1]
-    later = leaders(post, pre)
-    assert np.abs(later[1]).max() <= max(2, np.abs(first).max())
-    np.testing.assert_allclose(speak(np.eye(n - 1), *later), pre @ post.T, atol=1e-8)
-    # and a set that was forced to be bad: rows of length 1 beside nearly dependent leaders
-    forced = leaders(post, pre, bound=0.99)[1]
-    assert np.abs(forced).max() <= 0.99 or np.abs(forced).max() <= np.abs(first).max()
+    # Kahan's matrix beside columns that make its rows orthogonal: to pivots it looks well.
+    size, c = 8, 0.4
+    upper = np.eye(size, size + 1) - c * np.triu(np.ones((size, size + 1)), 1)
+    kahan = np.sqrt(1 - c**2) ** np.arange(size)[:, None] * upper
+    kahan *= 1 - 1e-3 * np.arange(size + 1)  # no ties
+    rows = kahan @ kahan.T
+    values, vectors = np.linalg.eigh(np.linalg.eigvalsh(rows)[-1] * np.eye(size) - rows)
+    filled = (vectors * np.sqrt(values.clip(0))) @ vectors.T @ hadamard(32)[:size] / np.sqrt(32)
+    post, pre = np.concatenate([kahan, filled], axis=1).T, np.eye(size)
+    assert np.abs(leaders(post, pre, swaps=0)[1]).max() > 4
+    lead, rest, order = leaders(post, pre)
+    assert np.abs(rest).max() <= 1.5
+    np.testing.assert_allclose(speak(np.eye(size), lead, rest, order), post.T, atol=1e-9)
 
 
 def test_leaders_of_a_map_of_lower_rank_than_given():
