@@ -27,7 +27,8 @@ class Problem:
 
     weight W [m, n]; inputs C [n, n]; grads Gamma [m, m]; fisher [m], the row sums of the expected
     squared gradient of W; sizes [n], the means of |x_i|; shifted [n, n] = E[x' x'^T] of the inputs
-    x' that earlier compressed layers give; cross [n, n] = E[x x'^T]; gradient [m, n] = E[dL/dW].
+    x' that earlier compressed layers give; cross [n, n] = E[x x'^T]; gradient [m, n] = E[dL/dW];
+    weighted [n, n] = E[|g|^2 x x^T] / E|g|^2, C of tokens counted as the loss feels them.
 
     Raises: ValueError, which names the field, for a wrong shape, NaN or infinity.
     """
@@ -40,6 +41,7 @@ class Problem:
     shifted: Array | None = None
     cross: Array | None = None
     gradient: Array | None = None
+    weighted: Array | None = None
 
     def __post_init__(self) -> None:
         m, n = np.shape(self.weight) if np.ndim(self.weight) == 2 else (-1, -1)
@@ -150,7 +152,11 @@ def stacked(*problems: Problem) -> Problem:
     for field in dataclasses.fields(Problem):
         each = [getattr(problem, field.name) for problem in problems]
         if all(one is not None for one in each):
-            told[field.name] = merge.get(field.name, lambda all_: sum(all_) / len(all_))(each)
+            told[field.name] = merge.get(field.name, lambda all_: np.mean(all_, axis=0))(each)
+    felt = [np.trace(problem.grads) for problem in problems if problem.grads is not None]
+    if "weighted" in told and len(felt) == len(problems) and sum(felt):
+        grams = [problem.need("weighted", "a stack") for problem in problems]
+        told["weighted"] = np.average(grams, axis=0, weights=felt)  # by E|g|^2
     return Problem(**told)
 
 
@@ -225,8 +231,9 @@ def io_svd(
     |s u^T L_G^-1 E[dL/dW] L_C^-1 v| nats, without it s^2 / 2. The paper makes Gamma of the second
     order of the KL over the top tokens; ours is that of labels sampled from the model.
     """
-    plain = ngc(*problems, ridge=ridge, ridge_grads=ridge_grads)
-    gradient = stacked(*problems).gradient
+    problem = stacked(*problems)
+    gradient = problem.gradient
+    plain = _two_sided(problem, problem.need("inputs", "io_svd"), ridge, ridge_grads)
     if gradient is None:
         return plain
     worth = np.abs(np.einsum("jr,jr->r", plain.posts, gradient @ plain.pres))
@@ -239,14 +246,17 @@ def ngc(
 ) -> Decomposition:
     """L_G^-1 [L_G W L_C]_r L_C^-1, L_G^2 = Gamma, L_C^2 = C: the least predicted loss of rank r.
 
-    A dropped component costs s^2 / 2 nats per token, the second order of the loss with a Fisher
-    matrix Gamma x C (K-FAC). Ours: `leaders` and ranks by price go with it. The metric is that of
-    GFWSVD (arXiv 2505.17974) and IO-SVD.
+    A change D of W costs E[(g^T D x)^2] / 2 nats per token to second order. With `weighted` for C
+    that is tr(Gamma D C D^T) / 2 if the direction of g, but not its length, is independent of x;
+    with `inputs`, which it takes else, the length must be too (K-FAC). It is not: the first token's
+    x is huge and its g small. Ours; `leaders` and ranks by price go with it. The metric with
+    `inputs` is that of GFWSVD (arXiv 2505.17974) and IO-SVD.
     """
     problem = stacked(*problems)
-    out = whiten(problem.need("grads", "two-sided whitening"), ridge_grads, "grads")
-    into = whiten(problem.need("inputs", "two-sided whitening"), ridge, "inputs")
-    return _in_metric(problem.weight, out, into, worth=0.5)
+    gram = problem.weighted
+    if gram is None:
+        gram = problem.need("inputs", "ngc without weighted")
+    return _two_sided(problem, gram, ridge, ridge_grads)
 
 
 def aa_svd(*problems: Problem, ridge: float = RIDGE, mix: float = 1.0) -> Decomposition:
@@ -307,6 +317,11 @@ METHODS: dict[str, Callable[..., Decomposition]] = {
 # What goes with a method: how ranks are given, and how a rank is counted (names of `ranks.py`).
 RECIPES = dict.fromkeys(METHODS, ("uniform", "factored"))
 RECIPES |= {"io_svd": ("greedy", "factored"), "mpifa": ("uniform", "led"), "ngc": ("price", "led")}
+
+
+def _two_sided(problem: Problem, gram: Array, ridge: float, ridge_grads: float) -> Decomposition:
+    out = whiten(problem.need("grads", "two-sided whitening"), ridge_grads, "grads")
+    return _in_metric(problem.weight, out, whiten(gram, ridge, "inputs"), worth=0.5)
 
 
 def _in_metric(
