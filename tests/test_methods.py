@@ -57,10 +57,10 @@ def best(matrix, rank):
 
 @pytest.mark.parametrize("rank", [1, 4, 9, 11])
 def test_published_formulas(rank):
-    p = problem(fisher=np.arange(1.0, M + 1), sizes=np.arange(1.0, N + 1))
+    p = problem(fisher=np.arange(1.0, M + 1), magnitudes=np.arange(1.0, N + 1))
     w, lower = p.weight, np.linalg.cholesky(p.inputs)
     heard = np.linalg.cholesky(p.grads)
-    d, s = np.sqrt(p.fisher)[:, None], np.sqrt(p.sizes)
+    d, s = np.sqrt(p.fisher)[:, None], np.sqrt(p.magnitudes)
     inverse = np.linalg.inv
     wanted = {
         "svd": best(w, rank),
@@ -227,9 +227,13 @@ def test_tokens_count_as_the_loss_feels_them():
 
 
 def test_scales_of_the_grams_change_nothing():
-    p = problem(sizes=np.ones(N), fisher=np.ones(M))
+    p = problem(magnitudes=np.ones(N), fisher=np.ones(M))
     q = Problem(
-        p.weight * 7, p.inputs * 1e6, p.grads * 1e-9, fisher=p.fisher * 5, sizes=p.sizes * 3
+        p.weight * 7,
+        p.inputs * 1e6,
+        p.grads * 1e-9,
+        fisher=p.fisher * 5,
+        magnitudes=p.magnitudes * 3,
     )
     for name, method in METHODS.items():
         if name != "aa_svd":

@@ -26,9 +26,9 @@ class Problem:
     """What is known about one matrix; a method says what it needs. Becomes float64.
 
     weight W [m, n]; inputs C [n, n]; grads Gamma [m, m]; fisher [m], the row sums of the expected
-    squared gradient of W; sizes [n], the means of |x_i|; shifted [n, n] = E[x' x'^T] of the inputs
-    x' that earlier compressed layers give; cross [n, n] = E[x x'^T]; gradient [m, n] = E[dL/dW];
-    weighted [n, n] = E[|g|^2 x x^T] / E|g|^2, C of tokens counted as the loss feels them.
+    squared gradient of W; magnitudes [n], the means of |x_i|; shifted [n, n] = E[x' x'^T] of the
+    inputs x' that earlier compressed layers give; cross [n, n] = E[x x'^T]; gradient [m, n] =
+    E[dL/dW]; weighted [n, n] = E[|g|^2 x x^T] / E|g|^2, C of tokens counted as the loss feels them.
 
     Raises: ValueError, which names the field, for a wrong shape, NaN or infinity.
     """
@@ -37,7 +37,7 @@ class Problem:
     inputs: Array | None = None
     grads: Array | None = None
     fisher: Array | None = None
-    sizes: Array | None = None
+    magnitudes: Array | None = None
     shifted: Array | None = None
     cross: Array | None = None
     gradient: Array | None = None
@@ -45,7 +45,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         m, n = np.shape(self.weight) if np.ndim(self.weight) == 2 else (-1, -1)
-        shapes = {"weight": (m, n), "grads": (m, m), "fisher": (m,), "sizes": (n,)}
+        shapes = {"weight": (m, n), "grads": (m, m), "fisher": (m,), "magnitudes": (n,)}
         shapes |= {"gradient": (m, n)}
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
@@ -181,13 +181,13 @@ def fwsvd(*problems: Problem) -> Decomposition:
 def asvd(*problems: Problem, alpha: float = 0.5) -> Decomposition:
     """[W S]_r S^-1, S = diag(E|x_i|^alpha). Source: arXiv 2312.05821, without its rank search.
 
-    Without `sizes` it takes the root of the diagonal of C, proportional for Gaussian inputs.
+    Without `magnitudes` it takes the root of the diagonal of C, proportional for Gaussian inputs.
     """
     problem = stacked(*problems)
-    sizes = problem.sizes
-    if sizes is None:
-        sizes = np.sqrt(np.diag(problem.need("inputs", "asvd without sizes")))
-    return _in_metric(problem.weight, None, whiten(sizes ** (2 * alpha), name="sizes"))
+    means = problem.magnitudes
+    if means is None:
+        means = np.sqrt(np.diag(problem.need("inputs", "asvd without magnitudes")))
+    return _in_metric(problem.weight, None, whiten(means ** (2 * alpha), name="magnitudes"))
 
 
 def svd_llm(*problems: Problem, ridge: float = RIDGE) -> Decomposition:
