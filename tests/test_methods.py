@@ -210,11 +210,12 @@ def test_tokens_count_as_the_loss_feels_them():
     p = Problem(rng.normal(size=(M, N)), x.T @ x / tokens, g.T @ g / tokens, **more)
     plain = {"ridge": 0.0, "ridge_grads": 0.0}
     losses = {}
-    for name, method in {"weighted": ngc, "K-FAC": io_svd}.items():
-        error = p.weight - cut(method(p, **plain), 4)
+    for name, felt in {"weighted": 1.0, "half": 0.5, "K-FAC": 0.0}.items():
+        error = p.weight - cut(ngc(p, felt=felt, **plain), 4)
         losses[name] = (np.einsum("tj,tj->t", g, x @ error.T) ** 2).mean() / 2
-    assert losses["weighted"] < 0.5 * losses["K-FAC"]
-    assert ngc(p, **plain).loss(4) == pytest.approx(losses["weighted"], rel=0.05)
+    assert losses["weighted"] < 0.5 * losses["half"] < 0.5 * losses["K-FAC"]
+    np.testing.assert_allclose(cut(ngc(p, felt=0.0), 4), cut(io_svd(p), 4))
+    assert ngc(p, felt=1.0, **plain).loss(4) == pytest.approx(losses["weighted"], rel=0.05)
     # a stack counts tokens by the gradients of all its outputs
     parts = [slice(0, 5), slice(5, M)]
     apart = []

@@ -17,6 +17,7 @@ import scipy.linalg
 Array = np.ndarray
 Root = tuple[Array, Array]  # L and its inverse: square, or vectors that are diagonals
 RIDGE, RIDGE_GRADS = 1e-6, 1e-2  # shares of the mean eigenvalue: of C, of Gamma
+FELT = 0.5  # the share of `weighted` in C
 NOTHING = 1e-30  # an eigenvalue in place of 0: its inverse root is a float32
 SHARED_IN_DEPTH = ("query", "key", "value", "gate", "up")  # by Basis Sharing; "out", "down" not
 
@@ -242,20 +243,21 @@ def io_svd(
 
 
 def ngc(
-    *problems: Problem, ridge: float = RIDGE, ridge_grads: float = RIDGE_GRADS
+    *problems: Problem, ridge: float = RIDGE, ridge_grads: float = RIDGE_GRADS, felt: float = FELT
 ) -> Decomposition:
     """L_G^-1 [L_G W L_C]_r L_C^-1, L_G^2 = Gamma, L_C^2 = C: the least predicted loss of rank r.
 
-    A change D of W costs E[(g^T D x)^2] / 2 nats per token to second order. With `weighted` for C
-    that is tr(Gamma D C D^T) / 2 if the direction of g, but not its length, is independent of x;
-    with `inputs`, which it takes else, the length must be too (K-FAC). It is not: the first token's
-    x is huge and its g small. Ours; `leaders` and ranks by price go with it. The metric with
-    `inputs` is that of GFWSVD (arXiv 2505.17974) and IO-SVD.
+    A change D of W costs E[(g^T D x)^2] / 2 nats per token to second order. That is tr(Gamma D C
+    D^T) / 2 for C = `weighted` if the direction of g, but not its length, is independent of x; for
+    C = `inputs` (K-FAC) the length must be too. It is not: the first token's x is huge, its g
+    small. But `weighted` rests on fewer tokens, so C is `felt` of it and else `inputs`. Without
+    `weighted` it is `inputs`, the metric of GFWSVD (arXiv 2505.17974) and IO-SVD. Ours; `leaders`
+    and ranks by price go with it.
     """
     problem = stacked(*problems)
-    gram = problem.weighted
-    if gram is None:
-        gram = problem.need("inputs", "ngc without weighted")
+    gram = problem.need("inputs", "ngc")
+    if problem.weighted is not None:
+        gram = (1 - felt) * gram + felt * problem.weighted
     return _two_sided(problem, gram, ridge, ridge_grads)
 
 
