@@ -367,8 +367,10 @@ def read_records(home: pathlib.Path) -> dict[str, dict[str, Any]]:
         try:
             record = records[path.stem] = read_json(path, LARGEST)
             kinds = {name: type(record[name]) for name in RECORD}
-            numbers = [isinstance(v, int | float) for v in record["measures"].values()]
-            if kinds != RECORD or not all(numbers):
+            sound = kinds == RECORD and all(
+                isinstance(value, int | float) for value in record["measures"].values()
+            )
+            if not sound:
                 raise ValueError("it is no record of a run")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error

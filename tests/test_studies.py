@@ -209,7 +209,8 @@ def test_a_studys_folder_names_no_place_and_what_is_no_record_is_named(tmp_path)
     path = tmp_path / "typed" / "records" / "one.json"
     path.write_text(json.dumps(record))
     assert read_records(tmp_path / "typed") == {"one": record}
-    for wrong in ({}, {**record, "measures": {LOSS: "low"}}, {**record, "fields": 3}, 3):
+    spoilt = [{**record, name: wrong} for name in record for wrong in (None, 3)]
+    for wrong in ({}, {**record, "measures": {LOSS: "low"}}, *spoilt, 3):
         path.write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=r"one.json cannot be read"):
             read_records(tmp_path / "typed")
