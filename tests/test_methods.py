@@ -198,35 +198,6 @@ def test_problems_with_a_shared_input_are_one():
     assert found.tail[:-1].shape == (N,)
 
 
-def test_tokens_count_as_the_loss_feels_them():
-    # Few tokens have huge inputs and small gradients, as the first token of a text has.
-    rng, tokens = np.random.default_rng(12), 20_000
-    x = rng.normal(size=(tokens, N)) * 0.8 ** np.arange(N)
-    g = rng.normal(size=(tokens, M)) @ rng.normal(size=(M, M))
-    rare = rng.random(tokens) < 0.02
-    x[rare], g[rare] = 20 * x[rare][:, ::-1], g[rare] / 20
-    felt = (g**2).sum(1, keepdims=True)
-    more = {"weighted": (felt * x).T @ x / felt.sum()}
-    p = Problem(rng.normal(size=(M, N)), x.T @ x / tokens, g.T @ g / tokens, **more)
-    plain = {"ridge": 0.0, "ridge_grads": 0.0}
-    losses = {}
-    for name, felt in {"weighted": 1.0, "half": 0.5, "K-FAC": 0.0}.items():
-        error = p.weight - cut(ngc(p, felt=felt, **plain), 4)
-        losses[name] = (np.einsum("tj,tj->t", g, x @ error.T) ** 2).mean() / 2
-    assert losses["weighted"] < 0.5 * losses["half"] < 0.5 * losses["K-FAC"]
-    np.testing.assert_allclose(cut(ngc(p, felt=0.0), 4), cut(io_svd(p), 4))
-    assert ngc(p, felt=1.0, **plain).loss(4) == pytest.approx(losses["weighted"], rel=0.05)
-    # a stack counts tokens by the gradients of all its outputs
-    parts = [slice(0, 5), slice(5, M)]
-    apart = []
-    for rows in parts:
-        felt = (g[:, rows] ** 2).sum(1, keepdims=True)
-        grads = g[:, rows].T @ g[:, rows] / tokens
-        gram_ = (felt * x).T @ x / felt.sum()
-        apart.append(Problem(p.weight[rows], p.inputs, grads, weighted=gram_))
-    np.testing.assert_allclose(stacked(*apart).weighted, p.weighted, rtol=1e-9, atol=1e-12)
-
-
 def test_scales_of_the_grams_change_nothing():
     p = problem(magnitudes=np.ones(N), fisher=np.ones(M))
     q = Problem(

@@ -17,7 +17,6 @@ import scipy.linalg
 Array = np.ndarray
 Root = tuple[Array, Array]  # L and its inverse: square, or vectors that are diagonals
 RIDGE, RIDGE_GRADS = 1e-6, 1e-2  # shares of the mean eigenvalue: of C, of Gamma
-FELT = 0.5  # the share of `weighted` in C
 NOTHING = 1e-30  # an eigenvalue in place of 0: its inverse root is a float32
 SHARED_IN_DEPTH = ("query", "key", "value", "gate", "up")  # by Basis Sharing; "out", "down" not
 
@@ -29,7 +28,7 @@ class Problem:
     weight W [m, n]; inputs C [n, n]; grads Gamma [m, m]; fisher [m], the row sums of the expected
     squared gradient of W; magnitudes [n], the means of |x_i|; shifted [n, n] = E[x' x'^T] of the
     inputs x' that earlier compressed layers give; cross [n, n] = E[x x'^T]; gradient [m, n] =
-    E[dL/dW]; weighted [n, n] = E[|g|^2 x x^T] / E|g|^2, C of tokens counted as the loss feels them.
+    E[dL/dW].
 
     Raises: ValueError, which names the field, for a wrong shape, NaN or infinity.
     """
@@ -42,7 +41,6 @@ class Problem:
     shifted: Array | None = None
     cross: Array | None = None
     gradient: Array | None = None
-    weighted: Array | None = None
 
     def __post_init__(self) -> None:
         m, n = np.shape(self.weight) if np.ndim(self.weight) == 2 else (-1, -1)
@@ -154,10 +152,6 @@ def stacked(*problems: Problem) -> Problem:
         each = [getattr(problem, field.name) for problem in problems]
         if all(one is not None for one in each):
             told[field.name] = merge.get(field.name, lambda all_: np.mean(all_, axis=0))(each)
-    felt = [np.trace(problem.grads) for problem in problems if problem.grads is not None]
-    if "weighted" in told and len(felt) == len(problems) and sum(felt):
-        grams = [problem.need("weighted", "a stack") for problem in problems]
-        told["weighted"] = np.average(grams, axis=0, weights=felt)  # by E|g|^2
     return Problem(**told)
 
 
@@ -232,9 +226,8 @@ def io_svd(
     |s u^T L_G^-1 E[dL/dW] L_C^-1 v| nats, without it s^2 / 2. The paper makes Gamma of the second
     order of the KL over the top tokens; ours is that of labels sampled from the model.
     """
-    problem = stacked(*problems)
-    gradient = problem.gradient
-    plain = _two_sided(problem, problem.need("inputs", "io_svd"), ridge, ridge_grads)
+    plain = ngc(*problems, ridge=ridge, ridge_grads=ridge_grads)
+    gradient = stacked(*problems).gradient
     if gradient is None:
         return plain
     worth = np.abs(np.einsum("jr,jr->r", plain.posts, gradient @ plain.pres))
@@ -243,22 +236,18 @@ def io_svd(
 
 
 def ngc(
-    *problems: Problem, ridge: float = RIDGE, ridge_grads: float = RIDGE_GRADS, felt: float = FELT
+    *problems: Problem, ridge: float = RIDGE, ridge_grads: float = RIDGE_GRADS
 ) -> Decomposition:
     """L_G^-1 [L_G W L_C]_r L_C^-1, L_G^2 = Gamma, L_C^2 = C: the least predicted loss of rank r.
 
-    A change D of W costs E[(g^T D x)^2] / 2 nats per token to second order. That is tr(Gamma D C
-    D^T) / 2 for C = `weighted` if the direction of g, but not its length, is independent of x; for
-    C = `inputs` (K-FAC) the length must be too. It is not: the first token's x is huge, its g
-    small. But `weighted` rests on fewer tokens, so C is `felt` of it and else `inputs`. Without
-    `weighted` it is `inputs`, the metric of GFWSVD (arXiv 2505.17974) and IO-SVD. Ours; `leaders`
-    and ranks by price go with it.
+    A dropped component costs s^2 / 2 nats per token, the second order of the loss with a Fisher
+    matrix Gamma x C (K-FAC). Ours: `leaders` and ranks by price go with it. The metric is that of
+    GFWSVD (arXiv 2505.17974) and IO-SVD.
     """
     problem = stacked(*problems)
-    gram = problem.need("inputs", "ngc")
-    if problem.weighted is not None:
-        gram = (1 - felt) * gram + felt * problem.weighted
-    return _two_sided(problem, gram, ridge, ridge_grads)
+    out = whiten(problem.need("grads", "two-sided whitening"), ridge_grads, "grads")
+    into = whiten(problem.need("inputs", "two-sided whitening"), ridge, "inputs")
+    return _in_metric(problem.weight, out, into, worth=0.5)
 
 
 def aa_svd(*problems: Problem, ridge: float = RIDGE, mix: float = 1.0) -> Decomposition:
@@ -319,11 +308,6 @@ METHODS: dict[str, Callable[..., Decomposition]] = {
 # What goes with a method: how ranks are given, and how a rank is counted (names of `ranks.py`).
 RECIPES = dict.fromkeys(METHODS, ("uniform", "factored"))
 RECIPES |= {"io_svd": ("greedy", "factored"), "mpifa": ("uniform", "led"), "ngc": ("price", "led")}
-
-
-def _two_sided(problem: Problem, gram: Array, ridge: float, ridge_grads: float) -> Decomposition:
-    out = whiten(problem.need("grads", "two-sided whitening"), ridge_grads, "grads")
-    return _in_metric(problem.weight, out, whiten(gram, ridge, "inputs"), worth=0.5)
 
 
 def _in_metric(
