@@ -6,10 +6,15 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_text
+from test_source import byte_pairs
 
 import ngc_jax
+from ngc_jax import count
+from ngc_jax.commands import ngc as commands
 from ngc_jax.config import base, make_model, reset_unread, validate
+from ngc_jax.convert.calibrate import calibrate
+from ngc_jax.convert.convert import KNOWN, convert, fit, reconstructed
 from ngc_jax.convert.names import fields_of, read_params
 from ngc_jax.convert.pretrained import export, import_pretrained
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
@@ -53,3 +58,203 @@ def test_logits_are_those_of_the_authors(path):
     first, cache = decode(params, tokens[:, :half], cache, np.int32(0))
     second, cache = decode(params, tokens[:, half:], cache, np.int32(half))
     np.testing.assert_allclose(np.concatenate([first, second], 1), logits, atol=1e-5)
+
+
+# ---- Work directories ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as it is published: a tiny model with random weights, and a tokenizer."""
+    home = tmp_path_factory.mktemp("published") / "tiny"
+    tokenizer = byte_pairs("smollm")
+    config, tensors, *_ = golden(ROOT / "tests" / "golden" / "pretrained_llama.npz")
+    vocab = len(json.loads(tokenizer)["model"]["vocab"])
+    table = np.random.default_rng(0).normal(size=(vocab, config["hidden_size"]))
+    tensors["model.embed_tokens.weight"] = np.float32(table)
+    write_safetensors(home, tensors, {**config, "vocab_size": vocab}, tokenizer)
+    return home
+
+
+@pytest.fixture(scope="module")
+def teacher(published, tmp_path_factory):
+    home = tmp_path_factory.mktemp("teacher") / "run"
+    import_pretrained(str(published), home, context=16)
+    return ngc_jax.load(home)
+
+
+def test_import_and_export_give_the_same_bits(published, teacher, tmp_path):
+    export(teacher, str(tmp_path / "out"))
+    found, made = open_source(published), open_source(tmp_path / "out")
+    assert made.tensors.keys() == found.tensors.keys()
+    for name, tensor in found.tensors.items():
+        np.testing.assert_array_equal(made.tensors[name].read(), tensor.read())
+    assert fields_of(made.config) == {**fields_of(found.config), "data.context": 16}
+    import_pretrained(str(tmp_path / "out"), tmp_path / "again")
+    again = ngc_jax.load(tmp_path / "again")
+    for one, other in zip(*map(jax.tree.leaves, (teacher.params, again.params)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "SHA-256" in teacher.meta["origin"]
+
+
+def test_a_pretrained_model_is_asked_like_any_other(teacher, tmp_path):
+    assert isinstance(teacher.generate("a b", tokens=3, seed=1), str)
+    (tmp_path / "text.txt").write_text(make_text(3000))
+    told = ngc_jax.load(teacher.workdir, data_path=str(tmp_path / "text.txt"))
+    assert told.data().tokenizer.serialised == teacher.tokenizer.serialised
+    assert [*teacher.activations("a b")] == ["embedding", "prelude 1", "prelude 2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2': must be one of"),
+        ({"hidden_act": "relu"}, "hidden_act='relu': must be 'silu'"),
+        ({"num_hidden_layers": 3}, "9 tensors are missing"),
+        ({"num_hidden_layers": 1}, "9 are left over"),
+        ({"intermediate_size": 20}, "must be"),
+    ],
+)
+def test_what_is_not_read_exactly_is_refused_in_one_line(published, tmp_path, change, message):
+    source = open_source(published)
+    write_safetensors(tmp_path / "bad", source.tensors, source.config | change, source.tokenizer)
+    with pytest.raises(UserError, match=message) as refused:
+        import_pretrained(str(tmp_path / "bad"), tmp_path / "run")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_takes_a_new_directory_and_a_context_that_fits(published, teacher, tmp_path):
+    with pytest.raises(UserError, match="holds a run"):
+        import_pretrained(str(published), teacher.workdir)
+    with pytest.raises(UserError, match="context=4096: must be from 1 to 128"):
+        import_pretrained(str(published), tmp_path / "run", context=4096)
+
+
+# ---- Calibration and conversion ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokens(teacher):
+    encoded = np.asarray(teacher.tokenizer.encode(make_text(4000).encode()), np.int32)
+    return encoded[: len(encoded) // 16 * 16].reshape(-1, 16)[:24]
+
+
+@pytest.fixture(scope="module")
+def means(teacher, tokens, tmp_path_factory):
+    return calibrate(teacher, tokens, tmp_path_factory.mktemp("calibration"), rows=4, say=quiet)
+
+
+def quiet(*_, **__):
+    pass
+
+
+def test_calibration_goes_on_after_a_kill(teacher, tokens, means, tmp_path, monkeypatch):
+    told = []
+
+    def killed(text, **_):
+        told.append(text)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ngc_jax.convert.calibrate.SAVED_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(teacher, tokens, tmp_path, rows=4, say=killed)
+    found = calibrate(teacher, tokens, tmp_path, rows=4, say=quiet)
+    jax.tree.map(np.testing.assert_array_equal, found, means)
+
+
+def test_grams_are_those_of_inputs_and_of_gradients(teacher, tokens, means):
+    """Against one window at a time, and gradients by finite steps of the weights."""
+    streams = teacher.activations(tokens)
+    scale = np.asarray(teacher.params["prelude"]["attention_norm"]["scale"])
+    for number, name in enumerate(["embedding", "prelude 1"]):
+        x = np.asarray(streams[name], np.float64).reshape(-1, scale.shape[1])
+        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-5) * scale[number]
+        np.testing.assert_allclose(means["inputs"]["query"][number], x.T @ x / len(x), atol=1e-4)
+        np.testing.assert_allclose(means["magnitudes"]["query"][number], abs(x).mean(0), atol=1e-4)
+    for member, gram in means["grads"].items():
+        assert np.linalg.eigvalsh(gram).min() > -1e-6 * np.trace(gram[0]), member
+
+
+@pytest.mark.parametrize("method", KNOWN)
+def test_a_converted_model_is_a_run_with_the_outputs_of_its_factors(
+    method, teacher, tokens, means, tmp_path
+):
+    found = fit(teacher, means, method, 0.7)
+    convert(teacher, found, tmp_path / "run", "test")
+    made = ngc_jax.load(tmp_path / "run")
+    dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
+    np.testing.assert_allclose(made.logits(tokens), dense, atol=2e-4)
+    counted = count.parameters(made.params, made.model.param_info()).matrices
+    gains = sum(one.joined.rank > 0 for stage in found.stages for one in stage)
+    if found.counted == "led":
+        assert counted - gains == found.numbers["led"] <= 0.7 * found.numbers["dense"]
+    elif method != "basis_sharing":  # whose bases are kept by each stage
+        assert counted == found.numbers["factored"] <= 0.7 * found.numbers["dense"]
+    assert isinstance(made.generate("a b", tokens=2), str)
+
+
+def test_members_may_share_a_signal_where_the_price_says_so(teacher, tokens, means, tmp_path):
+    found = fit(teacher, means, "ngc", 0.5, share=True)
+    convert(teacher, found, tmp_path / "run")
+    made = ngc_jax.load(tmp_path / "run")
+    dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
+    np.testing.assert_allclose(made.logits(tokens), dense, atol=2e-4)
+    assert found.predicted <= fit(teacher, means, "ngc", 0.5).predicted * 1.02
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "magic"}, "method='magic': must be one of svd, "),
+        ({"kept": 1.5}, "kept=1.5: must be above 0 and below 1"),
+        ({"kept": 0.0}, "kept=0.0: must be above 0"),
+        ({"method": "svd", "share": True}, "share=True: must be False"),
+    ],
+)
+def test_impossible_conversions_are_refused(teacher, means, given, message):
+    with pytest.raises(UserError, match=message):
+        fit(teacher, means, **{"method": "ngc", "kept": 0.5, **given})
+
+
+def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch, capsys):
+    def ngc(*words):
+        monkeypatch.setattr("sys.argv", ["ngc", *map(str, words)])
+        try:
+            commands.main()
+        except SystemExit as ended:
+            return ended.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    monkeypatch.setattr(commands, "end_at_ctrl_c", lambda: None)  # of the tests' own process
+    run, small, out, text = (tmp_path / name for name in ("run", "small", "out", "text.txt"))
+    text.write_text(make_text(4000))
+    code, said = ngc("import", f"--from={published}", f"--workdir={run}", "--context=16")
+    assert (code, said.err) == (0, "")
+    assert "2 layers of width 16, from tiny, SHA-256" in said.out
+    tokens = ["--tokens=64", f"--text={text}"]
+    code, said = ngc("convert", f"--workdir={run}", f"--to={small}", *tokens, "--kept=0.7")
+    assert (code, said.err) == (0, "")
+    assert "predicted by ngc: " in said.out
+    assert ngc_jax.load(small).config.model.rule == "leaders"
+    code, said = ngc("export", f"--workdir={run}", f"--to={out}")
+    assert (code, said.err) == (0, "")
+    assert open_source(out).config["hidden_size"] == 16
+    code, said = ngc("export", f"--workdir={small}", f"--to={out}2")
+    assert (code, said.err) == (0, "")
+    import_pretrained(f"{out}2", tmp_path / "back", context=16)
+    tokens = np.arange(32).reshape(2, 16)
+    back, made = (ngc_jax.load(home).logits(tokens) for home in (tmp_path / "back", small))
+    np.testing.assert_allclose(back, made, atol=2e-5)
+    for words, wants in (
+        (["export", f"--workdir={run}"], "--to is missing"),
+        (["convert", f"--workdir={run}", f"--to={small}3"], "--text is missing"),
+        (["convert", f"--workdir={run}", f"--to={small}3", "--text=none.txt"], "cannot be read"),
+        (["import", "--from=nowhere", f"--workdir={run}2"], "there is no 'nowhere'"),
+        (["imprt"], "Did you mean 'import'?"),
+    ):
+        code, said = ngc(*words)
+        assert code == 2, words
+        assert wants in said.err
+        assert said.err.count("\n") == 1

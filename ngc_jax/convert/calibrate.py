@@ -1,0 +1,176 @@
+"""What each dense matrix of a model does in use: Grams of its inputs and of its output gradients.
+
+For: sums over the tokens of a text, kept and continued; `problems`, which `methods.py` compresses.
+Not for: what is made of them (`convert.py`). The gradient is that of the summed loss of a window
+whose labels are drawn from the model, so that its Gram is the Fisher information's factor (K-FAC,
+arXiv 1503.05671). Axes: L stages, N tokens of a batch, n inputs and m outputs of a matrix.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.analysis.probes import run_stage
+from ngc_jax.convert.methods import Problem
+from ngc_jax.data.batches import Batch
+from ngc_jax.nn import sharing, stacks
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.model import Params
+from ngc_jax.nn.synapse import Synapse
+from ngc_jax.runtime import files
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.load import Trained
+
+Array = jax.Array
+# "inputs" [L, n, n] and "magnitudes" [L, n] by synapse, "grads" [L, m, m] and "fisher" [L, m] by
+# member of one.
+Sums = dict[str, dict[str, Any]]
+SAVED_EVERY = 8  # batches
+FILE = "calibration.npz"
+
+
+def calibrate(
+    trained: Trained, tokens: np.ndarray, home: files.Path, rows: int = 1, say: Any = print
+) -> Sums:
+    """The means over tokens [windows, T], continued from what `home` keeps of the same.
+
+    Raises UserError for a model with a loop or of another rule than dense.
+    """
+    model, params = _dense(trained), trained.params
+    mark = json.dumps({"tokens": [*tokens.shape], "rows": rows, "sha256": _digest(trained, tokens)})
+    kept = home / FILE
+    done, sums = _read(kept, mark)
+    sum_batch = jax.jit(partial(_batch_sums, model))
+    key = jax.random.key(0)
+    for first in range(done, len(tokens), rows):
+        batch = Batch(jnp.asarray(tokens[first : first + rows]))
+        found = jax.device_get(sum_batch(params, batch, jax.random.fold_in(key, first)))
+        if sums is None:
+            sums = jax.tree.map(np.array, found)
+        else:
+            for kind, of in found.items():
+                for name, array in of.items():
+                    sums[kind][name] += array
+        done = first + len(batch.inputs)
+        say(f"calibrated on {done} of {len(tokens)} windows", flush=True)
+        if done == len(tokens) or (first // rows) % SAVED_EVERY == SAVED_EVERY - 1:
+            _write(kept, mark, done, sums)
+    return jax.tree.map(lambda array: array / tokens.size, sums or {})
+
+
+def problems(model: Decoder, params: Params, means: Sums) -> Iterator[dict[str, Problem]]:
+    """What is known of the matrices of a stage, by member of a synapse, stage after stage."""
+    stages = stacks.stages_of(only_stack(model, params))
+    for number, stage in enumerate(jax.device_get(stages)):
+        of = {}
+        for synapse, members in model.shape.fans().items():
+            for place, member in enumerate(members):
+                weight = stage[synapse]["dense_block"]["weight"][place, 0]
+                at = {"inputs": synapse, "magnitudes": synapse, "grads": member, "fisher": member}
+                told = {kind: means[kind][name][number] for kind, name in at.items()}
+                of[member] = Problem(weight, **told)
+        yield of
+
+
+def _dense(trained: Trained) -> Decoder:
+    model = trained.decoder
+    if model.shape.rule != "dense" or model.shape.core:
+        what = f"model.rule={model.shape.rule!r} with model.core={model.shape.core}"
+        raise UserError(f"{what}: only a dense model without a loop is converted")
+    return model
+
+
+def only_stack(model: Decoder, params: Params) -> Any:
+    """The stages of a model without a loop, one behind another."""
+    rows = [stacks.get_stack(params, name) for name in stacks.stack_rows(model.shape)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+
+
+def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sums:
+    """The sums of a batch: one pass forward and one back through probes of zeros at outputs."""
+    shape, stack = model.shape, only_stack(model, params)
+    x = model.embed(params, batch)
+    blank = jax.eval_shape(partial(_stage, model, batch, None), x, sharing.take(stack, 0))
+    probes = {
+        name: jnp.zeros((shape.depth, *one.shape), one.dtype) for name, one in blank[1][1].items()
+    }
+
+    def loss(probes: dict[str, Array]) -> Any:
+        def body(x: Array, given: Any) -> Any:
+            x, (read, _) = _stage(model, batch, given[1], x, given[0])
+            return x, read
+
+        after, read = jax.lax.scan(jax.checkpoint(body), x, (stack, probes))
+        logits = model.unembed(params, after)
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)
+        return -jnp.sum(chosen), read
+
+    grads, read = jax.grad(loss, has_aux=True)(probes)
+    sums: Sums = {kind: {} for kind in ("inputs", "magnitudes", "grads", "fisher")}
+    for synapse, members in shape.fans().items():
+        x = read[synapse].reshape(shape.depth, -1, read[synapse].shape[-1])
+        sums["inputs"][synapse], sums["magnitudes"][synapse] = _grams(x), jnp.sum(abs(x), axis=1)
+        square = jnp.sum(jnp.square(x), axis=-1)
+        for place, member in enumerate(members):
+            g = grads[synapse][..., place, :].reshape(*x.shape[:2], -1)
+            sums["grads"][member] = _grams(g)
+            sums["fisher"][member] = jnp.einsum("lbm,lb->lm", jnp.square(g), square)
+    return sums
+
+
+def _grams(x: Array) -> Array:
+    """The sums over tokens of x x^T: x [L, N, n] -> [L, n, n]."""
+    return jax.lax.map(lambda one: one.T @ one, x)
+
+
+def _stage(model: Decoder, batch: Batch, probes: Any, x: Array, weights: Params) -> Any:
+    """A stage with probes added to the outputs of its synapses: the stream, inputs, outputs."""
+    read: dict[str, Array] = {}
+    heard: dict[str, Array] = {}
+
+    def probe(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        if isinstance(context.module, Synapse) and context.method_name == "__call__":
+            name = str(context.module.name)
+            read[name] = args[0]
+            y = heard[name] = y if probes is None else y + probes[name]
+        return y
+
+    with nn.intercept_methods(probe):
+        after, _ = run_stage(model.shape, 0, weights, batch, x)
+    return after, (read, heard)
+
+
+def _digest(trained: Trained, tokens: np.ndarray) -> str:
+    from ngc_jax.runtime.checkpoint import digest
+
+    return digest({"params": trained.params, "tokens": tokens})
+
+
+def _read(kept: files.Path, mark: str) -> tuple[int, Sums | None]:
+    try:
+        with np.load(kept, allow_pickle=False) as held:
+            if str(held["mark"]) != mark:
+                return 0, None
+            sums: Sums = {}
+            for name in held.files:
+                kind, _, of = name.partition("/")
+                if of:
+                    sums.setdefault(kind, {})[of] = held[name]
+            return int(held["done"]), sums
+    except (OSError, ValueError, KeyError, EOFError):
+        return 0, None
+
+
+def _write(kept: files.Path, mark: str, done: int, sums: Sums) -> None:
+    flat = {f"{kind}/{name}": a for kind, of in sums.items() for name, a in of.items()}
+    temporary = kept.with_name(f".{kept.name}.npz")
+    np.savez(temporary, mark=mark, done=done, **flat)
+    temporary.replace(kept)

@@ -1,0 +1,231 @@
+"""A dense model in another form: fewer numbers in each matrix, by a method and a share kept.
+
+For: `fit`, which gives every matrix its factors, `convert`, which makes a work directory of them,
+and `formed`, the way back. Not for: a single matrix (`methods.py`), ranks, or Grams.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.config import make_model, reset_unread, validate
+from ngc_jax.convert import ranks as budgets
+from ngc_jax.convert.calibrate import Sums, only_stack, problems
+from ngc_jax.convert.leaders import leaders
+from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposition, Problem
+from ngc_jax.convert.methods import stacked as joined_problem
+from ngc_jax.convert.pretrained import begin
+from ngc_jax.core.rules import weights
+from ngc_jax.nn import stacks
+from ngc_jax.nn.model import Params
+from ngc_jax.nn.ranks import MEMBERS, Joined, write
+from ngc_jax.nn.sharing import take
+from ngc_jax.runtime import files
+from ngc_jax.runtime.fields import refusals
+from ngc_jax.training.load import Trained
+
+Array = np.ndarray
+Stage = dict[str, Problem]  # by member
+ALLOTTED: dict[str, Callable[..., list[int]]] = {
+    "uniform": budgets.uniform,
+    "greedy": budgets.greedy,
+    "price": budgets.by_price,
+}
+KNOWN = [name for name in METHODS if name != "aa_svd"]  # which needs Grams of shifted inputs
+READERS = (  # the ways in which members of a stage that read the same may have one signal
+    ("query|key|value", "query+key|value", "query+value|key", "query|key+value", "query+key+value"),
+    ("gate|up", "gate+up"),
+)
+
+
+class Group(NamedTuple):
+    """Matrices with one signal, their outputs stacked."""
+
+    places: tuple[tuple[int, str], ...]  # stage, member
+    of: Decomposition
+    weight: Array  # W [m, n]
+
+
+class Fitted(NamedTuple):
+    """A matrix of some members of a stage, W = post pre^T, or at rank 0 `weight` itself."""
+
+    joined: Joined
+    weight: Array  # [m, n]
+    post: Array  # [m, r]
+    pre: Array  # [n, r]
+
+
+class Fit(NamedTuple):
+    """The factors of all matrices of a model, by stage, and what they cost."""
+
+    stages: list[list[Fitted]]
+    counted: str  # "led": r receivers of each matrix are its signal; "factored": none are
+    predicted: float  # loss, by the method: nats a token where it knows these
+    numbers: dict[str, int]  # in the matrices: "dense", and with these ranks "factored" and "led"
+
+
+def fit(trained: Trained, means: Sums, method: str, kept: float, share: bool = False) -> Fit:
+    """The factors of every matrix of a dense model, by a method of `METHODS`.
+
+    kept: the share of numbers that stays, above 0 and below 1. `share` lets the price choose which
+    members of a stage have one signal. Raises UserError for other values.
+    """
+    need = refusals({"method": method, "kept": kept, "share": share})
+    need(method in KNOWN, "method", f"one of {', '.join(KNOWN)}")
+    need(0 < kept < 1, "kept", "above 0 and below 1, for instance 0.8")
+    how, counted = RECIPES[method]
+    need(how == "price" or not share, "share", "False where the method has no price, as 'ngc' has")
+    count, depth = budgets.COUNTS[counted], trained.decoder.shape.depth
+    choices = list(_choices(problems(trained.decoder, trained.params, means), method, share))
+    groups = [group for candidates in choices for group in candidates[0]]
+    if share:
+        priced = [[[_priced(g) for g in groups] for groups in one] for one in choices]
+        taken, ranks = budgets.partition(priced, kept, count)
+        groups = [g for one, which in zip(choices, taken, strict=True) for g in one[which]]
+    else:
+        tails, sizes = zip(*map(_priced, groups), strict=True)
+        given = (sizes,) if how == "uniform" else (tails, sizes)
+        ranks = ALLOTTED[how](*given, kept, count)
+    stages: list[list[Fitted]] = [[] for _ in range(depth)]
+    for group, rank in zip(groups, ranks, strict=True):
+        for stage, fitted in _cut(group, rank):
+            stages[stage].append(fitted)
+    sizes = [_priced(group)[1] for group in groups]
+    numbers = {name: budgets.spent(ranks, sizes, of) for name, of in budgets.COUNTS.items()}
+    lost = sum(float(group.of.loss(rank)) for group, rank in zip(groups, ranks, strict=True))
+    return Fit(stages, counted, lost, {"dense": sum(m * n for m, n in sizes), **numbers})
+
+
+def _choices(stages: Iterable[Stage], method: str, share: bool) -> Iterator[list[list[Group]]]:
+    """For matrices that may have one signal, the ways in which they may: groups of each."""
+    depth = 2 if method == "basis_sharing" else 1
+    numbered = enumerate(stages)
+    while together := list(itertools.islice(numbered, depth)):
+        joint = set[str]()
+        for ways in READERS if share else ():
+            joint |= set(ways[0].split("|"))
+            parts = [[joint.split("+") for joint in way.split("|")] for way in ways]
+            yield [[_group(together, members, method) for members in way] for way in parts]
+        for member in MEMBERS:
+            if member in joint:
+                continue
+            if member in SHARED_IN_DEPTH:
+                yield [[_group(together, [member], method)]]
+            else:
+                yield from ([[_group([one], [member], method)]] for one in together)
+
+
+def _group(stages: list[tuple[int, Stage]], members: list[str], method: str) -> Group:
+    places = [(number, member) for number, _ in stages for member in members]
+    known = [stage[member] for _, stage in stages for member in members]
+    weight = np.concatenate([problem.weight for problem in known])
+    if len(stages) == 1 and len(known) > 1:
+        known = [joined_problem(*known)]
+    return Group(tuple(places), METHODS[method](*known), weight.astype(np.float32))
+
+
+def _priced(group: Group) -> tuple[Array, tuple[int, int]]:
+    return group.of.tail, (group.weight.shape[0], group.weight.shape[1])
+
+
+def _cut(group: Group, rank: int) -> Iterator[tuple[int, Fitted]]:
+    """What each stage has of a group at this rank; at full rank the matrix stays as it is."""
+    whole = rank == min(group.weight.shape)
+    post, pre = group.of.factors(0 if whole else rank)
+    rows = len(group.weight) // len(group.places)
+    by_stage = itertools.groupby(group.places, lambda place: place[0])
+    if len({number for number, _ in group.places}) == 1:
+        rows = len(group.weight)
+    for part, (number, places) in enumerate(by_stage):
+        own = slice(part * rows, (part + 1) * rows)
+        joined = Joined(tuple(member for _, member in places), 0 if whole else rank)
+        yield number, Fitted(joined, group.weight[own], post[own], pre)
+
+
+def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "") -> None:
+    """Makes a work directory of the model with these factors, as its step 0.
+
+    Raises UserError for a directory that is not empty.
+    """
+    config, model = trained.config.copy_and_resolve_references(), trained.decoder
+    rule = "leaders" if found.counted == "led" else "broadcast"
+    fields = {"rule": rule, "prelude": model.shape.depth, "core": 0, "coda": 0, "groups": 1}
+    fields |= {"p_intra": 0, "form": "signals", "match": ""}
+    config.model.update(fields | {"ranks": write([[f.joined for f in s] for s in found.stages])})
+    reset_unread(config)
+    validate(config, here=False)
+    kept = {name: value for name, value in trained.params.items() if name not in stacks.STACKS}
+    taught = stacks.stages_of(only_stack(model, trained.params))
+    names = set(model.shape.fans())
+    rest = [{name: v for name, v in stage.items() if name not in names} for stage in taught]
+    stages = [
+        own | {fitted.joined.name: _states(fitted, rule) for fitted in stage}
+        for own, stage in zip(rest, found.stages, strict=True)
+    ]
+    begin(workdir, config, trained.tokenizer, kept | {"prelude": stacks.numbered(stages)}, origin)
+
+
+def _states(fitted: Fitted, rule: str) -> Params:
+    """The parameters of a synapse with these factors."""
+    if not fitted.joined.rank:
+        return {"dense_block": {"weight": jnp.asarray(fitted.weight[None, None])}}
+    states: Params = {"pre": fitted.pre, "post": fitted.post}
+    if rule == "leaders":
+        lead, rest, order = leaders(fitted.post, fitted.pre)
+        states = {"pre": lead, "post": {"state": rest, "gain": np.ones(()), "order": order}}
+    cast: Any = lambda a: jnp.asarray(a, None if a.dtype == np.int32 else jnp.float32)[None]  # noqa: E731
+    return {f"inter_{rule}": jax.tree.map(cast, states)}
+
+
+def reconstructed(trained: Trained, found: Fit) -> Params:
+    """The dense model's parameters with the matrices that the factors make: the same outputs."""
+    model, params = trained.decoder, trained.params
+    made = [
+        {f.joined.members: f.post @ f.pre.T if f.joined.rank else f.weight for f in stage}
+        for stage in found.stages
+    ]
+    stack = only_stack(model, params) | _dense_stack(model, made)
+    return stacks.restack(model.shape, params, lambda _, rows: take(stack, rows))
+
+
+def formed(trained: Trained) -> Trained:
+    """A converted model as a dense one: its weights are formed, its outputs stay."""
+    config, shape = trained.config.copy_and_resolve_references(), trained.decoder.shape
+    config.model.update({"rule": "dense", "ranks": "", "form": "weights"})
+    reset_unread(config)
+    model = make_model(config, shape.vocab)
+    made, rest = [], []
+    for number, stage in enumerate(stacks.stages_of(stacks.get_stack(trained.params, "prelude"))):
+        of = {}
+        for joined in shape.apart[number]:
+            ((name, states),) = stage[joined.name].items()
+            pre, post = states.get("pre", ()), states.get("post", states.get("weight"))
+            rule = "block" if name == "dense_block" else shape.rule
+            of[joined.members] = np.asarray(weights(rule, *take((pre, post), 0)))
+        made.append(of)
+        rest.append({n: v for n, v in stage.items() if n not in shape.fans(number)})
+    others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rest)
+    params = trained.params | {"prelude": others | _dense_stack(model, made)}
+    return dataclasses.replace(trained, config=config, model=model, params=params)
+
+
+def _dense_stack(model: Any, made: list[dict[tuple[str, ...], Array]]) -> Params:
+    """The synapses of a dense model, stages stacked, from matrices by stage and joined members."""
+    s, by_member = model.shape, dict[tuple[int, str], Array]()
+    sizes = {"query": s.heads * s.head_size, "gate": s.hidden, "up": s.hidden}
+    sizes |= dict.fromkeys(("key", "value"), (s.kv_heads or s.heads) * s.head_size)
+    for number, stage in enumerate(made):
+        for members, whole in stage.items():
+            parts = np.split(whole, np.cumsum([sizes.get(m, s.width) for m in members])[:-1])
+            by_member |= {(number, m): part for m, part in zip(members, parts, strict=True)}
+    stack = {}
+    for synapse, members in s.fans().items():
+        fans = [[by_member[number, m] for m in members] for number in range(len(made))]
+        weight = jnp.asarray(np.stack([np.stack(fan)[:, None] for fan in fans]), jnp.float32)
+        stack[synapse] = {"dense_block": {"weight": weight}}
+    return stack
