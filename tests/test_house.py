@@ -142,7 +142,10 @@ def test_files_can_be_read_in_one_sitting():
         assert len(lines) <= 400, path
         assert max(map(len, lines), default=0) <= 100, path
     assert len((ROOT / "launch.py").read_text().splitlines()) <= 80
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE) <= 11_900
+    # The house itself, and the room of pretrained models.
+    others = [path for path in PACKAGE if room_of(path) == "convert"]
+    for paths, most in ((set(PACKAGE) - set(others), 11_300), (others, 2_200)):
+        assert sum(len(path.read_text().splitlines()) for path in paths) <= most
 
 
 def test_a_file_says_first_what_it_is_for():

@@ -246,7 +246,7 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
     import_pretrained(f"{out}2", tmp_path / "back", context=16)
     tokens = np.arange(32).reshape(2, 16)
     back, made = (ngc_jax.load(home).logits(tokens) for home in (tmp_path / "back", small))
-    np.testing.assert_allclose(back, made, atol=2e-5)
+    np.testing.assert_allclose(back, made, atol=1e-4)
     for words, wants in (
         (["export", f"--workdir={run}"], "--to is missing"),
         (["convert", f"--workdir={run}", f"--to={small}3"], "--text is missing"),

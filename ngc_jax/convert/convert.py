@@ -178,7 +178,10 @@ def _states(fitted: Fitted, rule: str) -> Params:
     if rule == "leaders":
         lead, rest, order = leaders(fitted.post, fitted.pre)
         states = {"pre": lead, "post": {"state": rest, "gain": np.ones(()), "order": order}}
-    cast: Any = lambda a: jnp.asarray(a, None if a.dtype == np.int32 else jnp.float32)[None]  # noqa: E731
+
+    def cast(array: Array) -> Any:  # the axis of a fan of one
+        return jnp.asarray(array, jnp.int32 if array.dtype == np.int32 else jnp.float32)[None]
+
     return {f"inter_{rule}": jax.tree.map(cast, states)}
 
 

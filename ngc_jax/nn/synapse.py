@@ -166,14 +166,15 @@ class Heard(NamedTuple):
 
 
 @contextmanager
-def intercept(listener: Callable[[Heard], None]) -> Iterator[None]:
-    """While it lasts, `listener` gets what each synapse reads and gives."""
+def intercept(listener: Callable[[Heard], Any]) -> Iterator[None]:
+    """While it lasts, `listener` gets what synapses read and give, and may return another y."""
 
     def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = call(*args, **kwargs)
         if isinstance(context.module, Synapse) and context.method_name == "__call__":
             chosen = args[1] if len(args) > 1 else range(len(context.module.senders))
-            listener(Heard(context.module, tuple(chosen), args[0], result))
+            changed = listener(Heard(context.module, tuple(chosen), args[0], result))
+            return result if changed is None else changed
         return result
 
     with nn.intercept_methods(listen):
