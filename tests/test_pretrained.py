@@ -2,14 +2,18 @@
 
 import json
 import pathlib
+import runpy
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, make_text
+from flax.traverse_util import flatten_dict
 from test_source import byte_pairs
 
 import ngc_jax
+from experiments.chaos import outcome
 from ngc_jax import count
 from ngc_jax.commands import ngc as commands
 from ngc_jax.config import base, make_model, reset_unread, validate
@@ -258,3 +262,57 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
         assert code == 2, words
         assert wants in said.err
         assert said.err.count("\n") == 1
+
+
+# ---- Healing -------------------------------------------------------------------------------------
+
+
+def kl(teacher, student, tokens):
+    """Nats from the teacher's distribution to the student's, the mean over tokens, in float64."""
+    said, heard = (
+        np.asarray(jax.nn.log_softmax(run.logits(tokens)), np.float64) for run in (teacher, student)
+    )
+    return np.mean(np.sum(np.exp(said) * (said - heard), axis=-1))
+
+
+def test_a_converted_model_is_healed_by_its_teacher_and_resumes_to_the_bit(
+    teacher, tokens, means, tmp_path
+):
+    small, text = tmp_path / "small", tmp_path / "text.txt"
+    convert(teacher, fit(teacher, means, "ngc", 0.5), small)
+    text.write_text(make_text(20_000))
+    config = runpy.run_path(str(ROOT / "configs" / "stored.py"))["get_config"](str(small))
+    config.data.path = str(text)
+    config.train.update({"init_from": str(small), "teacher": str(teacher.workdir)})
+    config.train.update({"steps": 12, "warmup_steps": 1, "log_every": 1, "batch_size": 8})
+    config.train.update({"learning_rate": 0.0, "state_learning_rate": 3e-3})
+    config.stability.every, config.checkpoint.every_steps, config.eval.windows = 0, 4, 8
+    healed, began = ngc_jax.train(config, tmp_path / "healed"), ngc_jax.load(small)
+    assert kl(teacher, healed, tokens) < 0.9 * kl(teacher, began, tokens)
+    before, after = (flatten_dict(run.params, sep="/") for run in (began, healed))
+    for name in before:  # a learning rate of 0 keeps all but states
+        same = np.array_equal(before[name], after[name])
+        assert same == ("inter_leaders" not in name or name.endswith("order")), name
+    shutil.copytree(tmp_path / "healed", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "12")
+    ngc_jax.train(config, tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "healed")
+
+
+def test_what_does_not_fit_a_teacher_or_a_start_is_refused(teacher, means, tmp_path):
+    config = runpy.run_path(str(ROOT / "configs" / "stored.py"))["get_config"](teacher.workdir)
+    (tmp_path / "text.txt").write_text(make_text(20_000))
+    config.data.path = str(tmp_path / "text.txt")
+    config.train.init_from = str(teacher.workdir)
+    for change, message in (
+        ({"train.teacher": "nowhere"}, "train.teacher='nowhere': .*no config.json"),
+        ({"model.hidden": 48}, "down/dense_block/weight must be of shape .*16, 48"),
+        ({"data.tokenizer": "bytes"}, "must read the same tokens"),
+    ):
+        changed = config.copy_and_resolve_references()
+        for path, value in change.items():
+            section, _, name = path.partition(".")
+            changed[section][name] = value
+        with pytest.raises(UserError, match=message):
+            ngc_jax.train(changed, tmp_path / "run")
+        assert not (tmp_path / "run").exists()

@@ -5,9 +5,10 @@ For: the order of things. Not for: an update (`step.py`), or what is between two
 
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime import files, metrics, multihost, profiler
+from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import card, match_size, rewiring
 from ngc_jax.training.evaluation import compile_eval, compile_watch
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
@@ -26,6 +28,9 @@ from ngc_jax.training.run import Programs, Run
 from ngc_jax.training.stability_metrics import make_penalty
 from ngc_jax.training.step import SELDOM, abstract_state, init_state, make_train_step
 from ngc_jax.training.workdir import claim, versions
+
+if TYPE_CHECKING:
+    from ngc_jax.training.load import Trained
 
 
 def run(config: ConfigDict, workdir: files.Path) -> bool:
@@ -37,16 +42,22 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     # ---- What is asked for -----------------------------------------------------------------------
     with multihost.agreed():
         match_size.prepare(config)
-        data = load_data(config.data, mark_of(config), given_in(workdir, config))
+        begun, teacher = opened(config, "init_from"), opened(config, "teacher")
+        home = begun.workdir if begun else workdir
+        data = load_data(config.data, mark_of(config), given_in(home, config))
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
     model, mesh = make_model(config, data.tokenizer.vocab), meshes.make_mesh(config.mesh)
+    for one in filter(None, (begun, teacher)):
+        check_tokens(one, config, data)
+    if begun:
+        check_parameters(begun, model)
     profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")
 
     # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------
-    programs = compile_programs(model, config, mesh, data)
+    programs = compile_programs(model, config, mesh, data, begun, teacher)
     this = Run(config, workdir, data, mesh, programs)
     changes = rewiring.changes(config) if programs.rewire else None
 
@@ -103,8 +114,15 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     return True
 
 
-def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data: Data) -> Programs:
-    """Compiles what a run computes, and prints what it costs; nothing is allocated."""
+def compile_programs(
+    model: LanguageModel,
+    config: ConfigDict,
+    mesh: Mesh,
+    data: Data,
+    begun: "Trained | None" = None,
+    teacher: "Trained | None" = None,
+) -> Programs:
+    """Compiles what a run computes, and prints what it costs; it allocates a teacher alone."""
     train = config.train
     state = abstract_state(model, train, mesh)
     batch = meshes.abstract_batch(mesh, batch_like(data.train, train.batch_size))
@@ -113,20 +131,23 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
         penalty = make_penalty(model, config.stability)
         watch = compile_watch(model, config, mesh, data) if config.stability.every else None
     iteration = make_iteration(model, config)
-    step = make_train_step(model, train, penalty, iteration, config.seed)
+    taught = teacher.model if teacher else None
+    step = make_train_step(model, train, penalty, iteration, config.seed, taught)
+    known = () if teacher is None else (put_params(mesh, teacher),)
     began, shardings = time.monotonic(), meshes.shardings(state)
 
-    def voting(state: Any, batch: Any, ballots: Any) -> tuple[Any, Any]:
-        after, scalars = step(state, batch)
+    def voting(state: Any, batch: Any, ballots: Any, *known: Any) -> tuple[Any, Any]:
+        after, scalars = step(state, batch, *known)
         return after, (scalars, multihost.tally(ballots))
 
     placed, program = (shardings, meshes.replicated(mesh)), meshes.with_mesh(mesh, voting)
     update = jax.jit(program, out_shardings=placed, donate_argnums=0)
-    compiled = update.lower(state, batch, multihost.ballots(mesh, False, False)).compile()
+    compiled = update.lower(state, batch, multihost.ballots(mesh, False, False), *known).compile()
     rewire = rewiring.compile_rewire(model, config, mesh, state, batch)
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
     begin = partial(init_state, model, train, config.seed)
     init = jax.jit(begin, out_shardings=shardings, compiler_options=SELDOM)
+    start = () if begun is None else (put_params(mesh, begun),)
     forward = count.forward_flops(model.apply, state.params, batch)  # the backward pass is twice it
     flops = iteration.flops(state.params, batch) if iteration else 3.0 * forward
     stored, memory = count.parameters(state.params, model.param_info()), count.peak_memory(compiled)
@@ -138,4 +159,42 @@ def compile_programs(model: LanguageModel, config: ConfigDict, mesh: Mesh, data:
         f"generated per forward; {flops / 1e9:.2f} GFLOPs per step; {memory / 2**20:.0f} MiB peak "
         f"per device; compiled in {time.monotonic() - began:.1f} s on {here}"
     )
-    return Programs(init, compiled, rewire, evaluate, watch, state, flops)
+    run = lambda *given: compiled(*given, *known)  # noqa: E731
+    return Programs(partial(init, *start), run, rewire, evaluate, watch, state, flops)
+
+
+def opened(config: ConfigDict, field: str) -> "Trained | None":
+    """The run that a field of `config.train` names, if any. Raises UserError."""
+    from ngc_jax.training.load import load  # which trains by this file
+
+    try:
+        return load(config.train[field]) if config.train[field] else None
+    except UserError as error:
+        raise UserError(f"train.{field}={config.train[field]!r}: {error}") from error
+
+
+def check_parameters(begun: "Trained", model: LanguageModel) -> None:
+    """Refuses a run whose parameters are not those of a model, by name. Raises UserError."""
+    wanted = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
+    found = flatten_dict(begun.params, sep="/")
+    for name in sorted({*wanted, *found}):
+        one, other = (tree[name].shape if name in tree else None for tree in (found, wanted))
+        if one != other:
+            wants = f"of shape {other}, not {one}: config.model must be as there"
+            raise UserError(f"train.init_from={str(begun.workdir)!r}: {name} must be {wants}")
+
+
+def check_tokens(one: "Trained", config: ConfigDict, data: Data) -> None:
+    """Refuses a run whose tokens are others than those of the data. Raises UserError."""
+    kinds = (one.config.data, config.data)
+    own, ours = ((kind.task, kind.tokenizer, kind.vocab_size) for kind in kinds)
+    same = getattr(one.tokenizer, "serialised", "") == getattr(data.tokenizer, "serialised", "")
+    if own != ours or not same:
+        wants = f"must read the same tokens as this run, (task, tokenizer, vocab_size) = {ours}"
+        raise UserError(f"{one.workdir} reads {own}: {wants}")
+
+
+def put_params(mesh: Mesh, one: "Trained") -> Any:
+    """The parameters of a run, laid out on a mesh."""
+    put = lambda leaf, info: jax.device_put(leaf, meshes.abstract_param(mesh, leaf, info).sharding)  # noqa: E731
+    return jax.tree.map(put, one.params, one.model.param_info())

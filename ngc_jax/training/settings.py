@@ -78,6 +78,10 @@ def _check_train(config: Any, need: Need) -> None:
     need(traceable(t.profile), "train.profile", "'', or the updates to trace, for instance '10:20'")
 
 
+def _unread_train(config: Any) -> dict[str, str]:
+    return {} if config.train.teacher else {"temperature": "train.teacher=''"}
+
+
 def _check_mesh(config: Any, need: Need) -> None:
     mesh, heads, t = config.mesh, config.model.heads, config.train
     devices, here = jax.device_count(), jax.local_device_count()
@@ -152,8 +156,11 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
     Field("steps", 1000, "updates of a run", "[1, inf)", "updates"),
     Field("batch_size", 16, "a multiple of accumulation x data x fsdp", "[1, inf)", "windows"),
     Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
+    Field("init_from", "", "work directory whose parameters a run begins with; '' = drawn"),
+    Field("teacher", "", "work directory of a model whose output is learned; '' = the data"),
+    Field("temperature", 1.0, "that divides the logits of teacher and model", "(0, inf)"),
     Field("optimizer", "adamw", "'muon': adamw for embeddings and scales", ("adamw", "muon")),
-    Field("learning_rate", 1e-2, "peak, of all but neuron states", "(0, inf)"),
+    Field("learning_rate", 1e-2, "peak, of all but neuron states; 0 = they stay", "[0, inf)"),
     Field("state_learning_rate", 1e-2, "peak, of neuron states", "(0, inf)"),
     Field("schedule", "cosine", "cosine, or stable and then a linear decay", ("cosine", "wsd")),
     Field("warmup_steps", 100, "updates of linear warm-up", "[0, inf)", "updates"),
@@ -171,7 +178,7 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
     Field("hang_exit", False, "whether a hang ends the process, to be started again"),
     Field("log_every", 20, "updates between rows of metrics", "[1, inf)", "updates"),
     Field("profile", "", "updates to trace into DIR/profile: '10:20', from 1 on; '' = none"),
-], _check_train)
+], _check_train, _unread_train)
 EVAL = Section("eval", "The loss on held-out data.", [
     Field("every", 200, "updates between evaluations; the last has one", "[1, inf)", "updates"),
     Field("windows", 512, "windows or problems, evenly spread; 0 = all", "[0, inf)", "windows"),

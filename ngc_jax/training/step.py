@@ -79,6 +79,15 @@ def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets >= 0
 
 
+def distance(logits: Array, taught: Array, temperature: float) -> Array:
+    """Nats from a teacher's distribution to the model's, of each target: KL, by logits [..., V].
+
+    Both are divided by the temperature, and the result is times its square (arXiv 1503.02531).
+    """
+    said, heard = (jax.nn.log_softmax(given / temperature) for given in (taught, logits))
+    return temperature**2 * jnp.sum(jnp.exp(said) * (said - heard), axis=-1)
+
+
 def losses(model: LanguageModel, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Array]:
     """Nats of each target of a batch [B, T], and which of them count [B, T] bool."""
     return nats_of(predict(model.apply, params, batch, dtype)[0], batch.targets)
@@ -90,33 +99,42 @@ def make_train_step(
     penalty: Penalty | None = None,
     iteration: Iteration | None = None,
     seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
+    teacher: LanguageModel | None = None,
+) -> Callable[..., tuple[TrainState, Scalars]]:
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
     `penalty`, nats per token, is added to what is minimised, and not to train/loss. `iteration`:
     how the loop is run. What is random follows from `seed`, the update and the accumulated part.
+    With a `teacher`, whose parameters are then a third argument, the distance to its output is
+    minimised; train/loss stays that of the data.
     """
     dtype, info = jnp.dtype(config.compute_dtype), model.param_info()
     trained_info = partition(info, info)[0]
     chain = optimizer.make_optimizer(config, trained_info)
 
-    def summed(trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn) -> tuple[Array, Any]:
-        params, (key, rounds) = combine(trained, fixed), drawn
+    def summed(trained: Tree, others: Tree, batch: Batch, drawn: Drawn) -> tuple[Array, Any]:
+        (fixed, taught), (key, rounds) = others, drawn
+        params = combine(trained, fixed)
         noise, probe = jax.random.split(key)
         apply = model.apply if iteration is None else iteration.apply(rounds, noise)
         logits, weights = predict(apply, params, batch, dtype)
         nats, counts = nats_of(logits, batch.targets)
+        learned = nats
+        if teacher is not None:
+            said = jax.lax.stop_gradient(predict(teacher.apply, taught, batch, dtype)[0])
+            learned = distance(logits, said, config.temperature)
         if iteration is not None:
-            nats = jnp.sum(weights[..., None] * nats, axis=0)  # over read-outs
+            mean = lambda nats: jnp.sum(weights[..., None] * nats, axis=0)  # noqa: E731
+            nats, learned = mean(nats), mean(learned)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
         extra = 0.0 if penalty is None else penalty(params, batch, probe) * count
-        return total + extra, (total, count)
+        return (total if teacher is None else jnp.sum(learned * counts)) + extra, (total, count)
 
     def gradient(*where: Any) -> tuple[Array, Array, Tree]:
         (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(*where)
         return nats, count, grads
 
-    def accumulated(trained: Tree, fixed: Tree, batch: Batch, drawn: Drawn) -> Any:
+    def accumulated(trained: Tree, others: Tree, batch: Batch, drawn: Drawn) -> Any:
         # Part a takes rows a, a + A, ...: a device keeps the rows that it has in every part.
         every = config.accumulation
         parts = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]).swapaxes(0, 1), batch)
@@ -124,17 +142,17 @@ def make_train_step(
         keys = jax.random.split(drawn[0], every)
 
         def add(total: Tree, part: tuple[Batch, Array]) -> tuple[Tree, None]:
-            one = gradient(trained, fixed, part[0], (part[1], drawn[1]))
+            one = gradient(trained, others, part[0], (part[1], drawn[1]))
             return jax.tree.map(jnp.add, total, one), None
 
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    def step(state: TrainState, batch: Batch, taught: Tree = None) -> tuple[TrainState, Scalars]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RANDOM), state.step)
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = partition(state.params, info)
         compute = gradient if config.accumulation == 1 else accumulated
-        nats, count, grads = compute(old, fixed, batch, (key, rounds))
+        nats, count, grads = compute(old, (fixed, taught), batch, (key, rounds))
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
