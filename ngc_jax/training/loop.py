@@ -196,5 +196,6 @@ def check_tokens(one: "Trained", config: ConfigDict, data: Data) -> None:
 
 def put_params(mesh: Mesh, one: "Trained") -> Any:
     """The parameters of a run, laid out on a mesh."""
-    put = lambda leaf, info: jax.device_put(leaf, meshes.abstract_param(mesh, leaf, info).sharding)  # noqa: E731
-    return jax.tree.map(put, one.params, one.model.param_info())
+    place = partial(meshes.abstract_param, mesh)
+    placed = meshes.shardings(jax.tree.map(place, one.params, one.model.param_info()))
+    return jax.tree.map(jax.device_put, one.params, placed)

@@ -1,0 +1,120 @@
+"""What a pretrained model loses when it is converted, by method and share, without training.
+
+    python -m experiments.posthoc --workdir=runs/smollm2 --calibrate=a.txt,b.txt \
+        --test=code:c.txt,verse:d.txt --methods=svd_llm,mpifa,io_svd,ngc --kept=0.8,0.6
+
+For: nats per token added to the teacher, on windows of texts that calibration has not seen; the
+windows are the same for all, and differences are paired. Each method goes with its own way of
+giving ranks (`convert/methods.py`), and both counts of numbers are told. The study continues after
+a kill. Not for: training after conversion (`train.teacher`), or models trained here (`compare.py`).
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.commands.arguments import command
+from ngc_jax.commands.convert import windows
+from ngc_jax.convert.calibrate import calibrate
+from ngc_jax.convert.convert import KNOWN, fit, reconstructed
+from ngc_jax.data.batches import Batch
+from ngc_jax.report.blocks import table
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import write_durably
+from ngc_jax.training.load import Trained, load
+
+Losses = dict[str, list[float]]  # of a domain, the mean nats of each window
+
+
+def losses(teacher: Trained, params: Any, tests: dict[str, np.ndarray]) -> Losses:
+    """Mean nats per token of each window, by domain, of the dense model with these parameters."""
+
+    @jax.jit
+    def nats(params: Any, row: jax.Array) -> jax.Array:
+        logits, _ = teacher.model.apply(params, Batch(row[None, :-1]))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[0]), row[1:, None], axis=1)
+        return -jnp.mean(chosen)
+
+    return {name: [float(nats(params, row)) for row in rows] for name, rows in tests.items()}
+
+
+def added(record: dict[str, Any], dense: Losses, name: str) -> str:
+    """The mean difference from the teacher on a domain, and its standard error over windows."""
+    more = np.subtract(record["losses"][name], dense[name])
+    return f"{more.mean():+.3f} ± {more.std(ddof=1) / len(more) ** 0.5:.3f}"
+
+
+def rows_of(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows of the table, the teacher's losses first."""
+    dense = records["teacher"]["losses"]
+    rows = [{"method": "teacher", **{n: f"{np.mean(of):.3f}" for n, of in dense.items()}}]
+    for name, record in records.items():
+        if name != "teacher":
+            numbers, method = record["numbers"], name.partition(" ")[0]
+            share = {k: f"{numbers[k] / numbers['dense']:.3f}" for k in ("led", "factored")}
+            rows.append(
+                {"method": method, "kept": name.partition(" ")[2]}
+                | {domain: added(record, dense, domain) for domain in dense}
+                | {"predicted": f"{record['predicted']:.3f}", "r(m+n-r)": share["led"]}
+                | {"r(m+n)": share["factored"], "seconds": f"{record['seconds']:.0f}"}
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of the teacher")
+    parser.add_argument("--calibrate", required=True, help="files, with commas")
+    parser.add_argument("--test", required=True, help="NAME:FILE, with commas")
+    parser.add_argument("--methods", default="svd_llm,mpifa,io_svd,ngc")
+    parser.add_argument("--kept", default="0.8,0.6")
+    parser.add_argument("--tokens", type=int, default=12_288, help="to calibrate on")
+    parser.add_argument("--windows", type=int, default=24, help="of each test")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/posthoc"))
+    args = parser.parse_args()
+    methods = args.methods.split(",")
+    if not set(methods) <= set(KNOWN):
+        raise UserError(f"--methods={args.methods}: must be some of {','.join(KNOWN)}")
+    teacher = load(args.workdir)
+    context = teacher.config.data.context
+    given = (pair.partition(":")[::2] for pair in args.test.split(","))
+    tests = {name: windows(teacher, [file], args.windows * context) for name, file in given}
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = args.out / "records.json"
+    records = json.loads(kept.read_text()) if kept.exists() else {}
+    if "teacher" not in records:
+        records["teacher"] = {"losses": losses(teacher, teacher.params, tests)}
+    began = time.monotonic()
+    tokens = windows(teacher, args.calibrate.split(","), args.tokens)
+    means = calibrate(teacher, tokens, args.out)
+    print(f"calibrated on {tokens.size} tokens in {time.monotonic() - began:.0f} s")
+    for share in args.kept.split(","):
+        for method in methods:
+            name = f"{method} {share}"
+            if name not in records:
+                began = time.monotonic()
+                found = fit(teacher, means, method, float(share))
+                took = time.monotonic() - began
+                lost = losses(teacher, reconstructed(teacher, found), tests)
+                told = {"losses": lost, "predicted": found.predicted, "numbers": found.numbers}
+                records[name] = told | {"seconds": took}
+                write_durably(kept, json.dumps(records))
+            dense = records["teacher"]["losses"]
+            print(name, {d: added(records[name], dense, d) for d in dense}, flush=True)
+    rows = rows_of(records)
+    head = [*rows[-1]]
+    made = table(head, [[row.get(name, "") for name in head] for row in rows])
+    (args.out / "report.md").write_text(made.markdown + "\n")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{args.out / 'report.md'}; at most {most:.1f} GB of memory")
+
+
+if __name__ == "__main__":
+    command(main)
