@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ngc_jax.runtime import files
 from ngc_jax.runtime.checkpoint import MANIFEST, Checkpoints, Foreign, SaveFailed, digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory, write_durably
@@ -314,6 +315,24 @@ def test_a_manifest_says_what_the_checkpoint_is(three):
     }
     held = {str(p.relative_to(three / "3")) for p in (three / "3").rglob("*") if p.is_file()}
     assert manifest["files"].keys() == held - {MANIFEST}
+
+
+def test_a_seal_that_is_not_read_back_is_a_save_that_failed(tmp_path, monkeypatch):
+    state = {"a": jnp.ones(3)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        write = files.write_durably
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_durably", lambda path, text: write(path, text[:-1]))
+            checkpoints.save(3, state, {})
+            with pytest.raises(SaveFailed, match="checkpoint 3 could not be saved"):
+                checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+        checkpoints.save(4, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 4]
 
 
 def test_no_flipped_bit_of_a_manifest_is_accepted(three):

@@ -257,7 +257,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             files.write_durably(home / MANIFEST, json.dumps(seal, indent=1))
             if not files.in_bucket(home):
                 files.sync(self.directory)  # where Orbax has given the step its name
-            _manifest(home)  # One that could not be read back must not replace older ones.
+            try:
+                _manifest(home)
+            except (OSError, ValueError):  # it neither replaces older ones, nor counts as one
+                files.remove(home / MANIFEST)
+                raise
             # Begun ones again: Orbax's threads may write on after a failed save was raised.
             self._drop(self.steps()[: -self._keep])
 
