@@ -181,9 +181,10 @@ def test_what_a_failed_save_leaves_of_coroutines_is_not_told_when_the_program_en
             await asyncio.sleep(0)
             return task
         loop = asyncio.new_event_loop()
-        begun = [orbax_write(), loop.run_until_complete(begin())]
+        begun = [orbax_write(), loop.run_until_complete(begin()), loop.create_future()]
+        begun[2].set_exception(OSError(28, "No space left on device"))
         loop.close()
-        del begun[0]
+        del begun[2], begun[0]
         raise SystemExit(3)
     """
     ended = subprocess.run(

@@ -286,7 +286,7 @@ def quiet_failures() -> None:
 
     sys.unraisablehook = unraisable
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    logging.getLogger("asyncio").addFilter(lambda told: "orbax" not in told.getMessage())
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def digest(tree: Tree) -> str:
