@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from benchmarks.timing import model_of, paired
 from ngc_jax.config import base, reset_unread, validate
 from ngc_jax.convert.ranks import led, spent, uniform
-from ngc_jax.nn.ranks import MEMBERS, Joined, write
+from ngc_jax.nn.ranks import Joined, write
 
 PROMPT = 512  # tokens, also of the cache
 SMOLLM2 = {"width": 576, "hidden": 1536, "heads": 9, "kv_heads": 3, "prelude": 30, "tied": True}
@@ -37,17 +37,13 @@ def dense_config(stages: int) -> ConfigDict:
 
 def converted(dense: ConfigDict, kept: float) -> tuple[ConfigDict, float]:
     """The same shape in leaders that keep this share of each matrix, and the share in all."""
-    m = dense.model
-    keys = m.kv_heads * m.width // m.heads
-    sizes = dict.fromkeys(MEMBERS, (m.width, m.width))
-    sizes |= dict.fromkeys(("key", "value"), (keys, m.width))
-    sizes |= dict.fromkeys(("gate", "up"), (m.hidden, m.width)) | {"down": (m.width, m.hidden)}
+    sizes = model_of(dense).shape.sizes
     shapes = list(sizes.values())
     ranks = uniform(shapes, kept, led)
     stage = [Joined((name,), rank) for name, rank in zip(sizes, ranks, strict=True)]
     config = dense.copy_and_resolve_references()
     config.model.update({"rule": "leaders", "p_intra": 0, "form": "signals"})
-    config.model.ranks = write([stage] * m.prelude)
+    config.model.ranks = write([stage] * dense.model.prelude)
     reset_unread(config)
     validate(config)
     return config, spent(ranks, shapes, led) / sum(a * b for a, b in shapes)

@@ -1,6 +1,6 @@
 """The config of a run that there is, from its work directory, to begin another one like it.
 
-    python launch.py --config=stored:runs/small --workdir=runs/healed \
+    python launch.py --config=configs/stored.py:runs/small --workdir=runs/healed \
         --config.train.init_from=runs/small --config.train.teacher=runs/big
 
 Places that the directory names (docs/trust.md) are left out: type them again. Without a directory

@@ -129,7 +129,14 @@ def test_flops_count_loops_as_often_as_they_run():
             "train.batch_size=16: must be a multiple of train.accumulation=3 .* for instance 18",
         ),
         ("train.warmup_steps", 1000, "below train.steps=1000, for instance 100"),
-        ("train.learning_rate", 0.0, "above 0"),
+        ("train.learning_rate", -1.0, "0 or more"),
+        ("train.state_learning_rate", 0.0, "above 0"),
+        ("train.temperature", 2.0, "nothing reads it|train.teacher"),
+        ("model.kv_heads", 3, "0, or a divisor of model.heads=4"),
+        ("model.head_width", 7, "model.head_width=7: must be even, for instance 8"),
+        ("model.rope_scaling", "yarn:2", "'linear:2' or such as 'llama3:8,1,4,8192'"),
+        ("model.ranks", "query:3", "must name each of query, key, value, attention out, gate"),
+        ("model.ranks", "query+up:3", "must be members of one synapse and a rank"),
         ("train.b2", 1.0, "from 0 to below 1"),
         ("train.max_rewinds", -1, "0 or more"),
         ("train.hang_exit", True, "False where train.hang_minutes is 0"),
@@ -374,3 +381,29 @@ def test_a_run_of_an_older_version_opens_without_what_nothing_read(tmp_path):
         "model.kind: 'bdh' -> 'decoder'",
         "model.rounds: 3 -> 2",
     ]
+
+
+ONE = "query:9,key:9,value:9,attention out:9,gate:9,up:9,down:9"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"prelude": 2}, "model.prelude=2: must be 1, its stages"),
+        ({"core": 1}, "model.core=1: must be 0"),
+        ({"rule": "addressed"}, "model.rule='addressed': must be one of broadcast, leaders"),
+        ({"ranks": ONE.replace("key:9", "key:65")}, "of key in stage 1 at most 64"),
+        ({"ranks": ""}, None),
+        ({"ranks": "", "p_inter": 100}, "model.p_inter=100: must be at most 64"),
+    ],
+)
+def test_ranks_fit_the_stages_and_the_matrices(change, message):
+    config = base()
+    config.model.update({"rule": "leaders", "prelude": 1, "core": 0, "coda": 0, "groups": 1})
+    config.model.update({"p_intra": 0, "kv_heads": 2, "ranks": ONE, **change})
+    reset_unread(config)
+    if message is None:
+        return validate(config)
+    with pytest.raises(UserError, match=message):
+        validate(config)

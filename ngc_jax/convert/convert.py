@@ -220,11 +220,9 @@ def formed(trained: Trained) -> Trained:
 def _dense_stack(model: Any, made: list[dict[tuple[str, ...], Array]]) -> Params:
     """The synapses of a dense model, stages stacked, from matrices by stage and joined members."""
     s, by_member = model.shape, dict[tuple[int, str], Array]()
-    sizes = {"query": s.heads * s.head_size, "gate": s.hidden, "up": s.hidden}
-    sizes |= dict.fromkeys(("key", "value"), (s.kv_heads or s.heads) * s.head_size)
     for number, stage in enumerate(made):
         for members, whole in stage.items():
-            parts = np.split(whole, np.cumsum([sizes.get(m, s.width) for m in members])[:-1])
+            parts = np.split(whole, np.cumsum([s.sizes[m][0] for m in members])[:-1])
             by_member |= {(number, m): part for m, part in zip(members, parts, strict=True)}
     stack = {}
     for synapse, members in s.fans().items():

@@ -154,6 +154,10 @@ def _check_ranks(config: Any, need: Need) -> None:
     except ValueError as error:
         raise UserError(f"model.ranks={m.ranks:.40}...: {error}") from error
     if not ranks:
+        most = min(min(size) for size in model_shape(config, 1).sizes.values())
+        fits = m.rule != "leaders" or m.p_inter <= most
+        wants = f"at most {most}, the smallest side of a matrix, where model.rule='leaders'"
+        need(fits, "model.p_inter", wants)
         return
     need(m.core == 0 and m.coda == 0, "model.core", f"0, as model.coda, {where}")
     need(m.prelude == len(ranks), "model.prelude", f"{len(ranks)}, its stages, {where}")
@@ -161,14 +165,10 @@ def _check_ranks(config: Any, need: Need) -> None:
     need(m.rule in rules, "model.rule", f"one of {', '.join(rules)} {where}")
     need(m.sharing == "none", "model.sharing", f"'none' {where}")
     need(m.init_rank == 0, "model.init_rank", f"0 {where}")
-    head = m.head_width or m.width // m.heads
-    sizes = {**dict.fromkeys(("key", "value"), (m.kv_heads or m.heads) * head)}
-    sizes |= {"query": m.heads * head, "gate": m.hidden, "up": m.hidden}
-    sizes |= {"attention out": m.width, "down": m.width}
-    reads = {"attention out": m.heads * head, "down": m.hidden}
+    sizes = model_shape(config, 1).sizes
     for number, stage in enumerate(ranks, 1):
         for one in stage:
-            most = min(sum(sizes[name] for name in one.members), reads.get(one.name, m.width))
+            most = min(sum(sizes[name][0] for name in one.members), sizes[one.members[0]][1])
             named = f"of {'+'.join(one.members)} in stage {number} at most {most}"
             need(one.rank <= most, "model.ranks", named)
 

@@ -98,6 +98,15 @@ class ModelShape:
         return self.head_width or self.width // self.heads
 
     @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(n_out, n_in) of each member of a stage's synapses."""
+        width, heads = self.width, self.heads * self.head_size
+        keys = (self.kv_heads or self.heads) * self.head_size
+        sizes = {"query": (heads, width), "key": (keys, width), "value": (keys, width)}
+        sizes |= {"attention out": (width, heads), "down": (width, self.hidden)}
+        return sizes | dict.fromkeys(("gate", "up"), (self.hidden, width))
+
+    @property
     def apart(self) -> Ranks:
         """The ranks of each stage, where stages differ in shape and are kept apart; else ()."""
         return parse_ranks(self.ranks)
