@@ -23,7 +23,8 @@ import numpy as np
 from ngc_jax.commands.arguments import command
 from ngc_jax.commands.convert import windows
 from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import KNOWN, fit, reconstructed
+from ngc_jax.convert.convert import fit, reconstructed
+from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch
 from ngc_jax.report.blocks import table
 from ngc_jax.runtime.errors import UserError
@@ -80,8 +81,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/posthoc"))
     args = parser.parse_args()
     methods = args.methods.split(",")
-    if not set(methods) <= set(KNOWN):
-        raise UserError(f"--methods={args.methods}: must be some of {','.join(KNOWN)}")
+    if not set(methods) <= METHODS.keys():
+        raise UserError(f"--methods={args.methods}: must be some of {','.join(METHODS)}")
     teacher = load(args.workdir)
     context = teacher.config.data.context
     given = (pair.partition(":")[::2] for pair in args.test.split(","))
@@ -100,7 +101,7 @@ def main() -> None:
             name = f"{method} {share}"
             if name not in records:
                 began = time.monotonic()
-                found = fit(teacher, means, method, float(share))
+                found = fit(teacher, means, method, float(share), tokens=tokens)
                 took = time.monotonic() - began
                 lost = losses(teacher, reconstructed(teacher, found), tests)
                 told = {"losses": lost, "predicted": found.predicted, "numbers": found.numbers}

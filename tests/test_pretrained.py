@@ -6,6 +6,7 @@ import runpy
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, make_text
@@ -15,10 +16,13 @@ from test_source import byte_pairs
 import ngc_jax
 from experiments.chaos import outcome
 from ngc_jax import count
+from ngc_jax.analysis import probes
 from ngc_jax.commands import ngc as commands
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import KNOWN, convert, fit, reconstructed
+from ngc_jax.convert.convert import convert, fit, reconstructed
+from ngc_jax.convert.flow import shifted_problems
+from ngc_jax.convert.methods import METHODS
 from ngc_jax.convert.names import fields_of, read_params
 from ngc_jax.convert.pretrained import export, import_pretrained
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
@@ -181,11 +185,11 @@ def test_grams_are_those_of_inputs_and_of_gradients(teacher, tokens, means):
         assert np.linalg.eigvalsh(gram).min() > -1e-6 * np.trace(gram[0]), member
 
 
-@pytest.mark.parametrize("method", KNOWN)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_converted_model_is_a_run_with_the_outputs_of_its_factors(
     method, teacher, tokens, means, tmp_path
 ):
-    found = fit(teacher, means, method, 0.7)
+    found = fit(teacher, means, method, 0.7, tokens=tokens)
     convert(teacher, found, tmp_path / "run", "test")
     made = ngc_jax.load(tmp_path / "run")
     dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
@@ -316,3 +320,21 @@ def test_what_does_not_fit_a_teacher_or_a_start_is_refused(teacher, means, tmp_p
         with pytest.raises(UserError, match=message):
             ngc_jax.train(changed, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_the_flow_through_compressed_stages_is_that_of_the_compressed_model(teacher, tokens, means):
+    flow = shifted_problems(teacher, means, tokens)
+    first, weights, replace = next(flow)
+    for problem in first.values():  # before anything is compressed
+        np.testing.assert_allclose(problem.shifted, problem.inputs, atol=1e-4)
+        np.testing.assert_allclose(problem.cross, problem.inputs, atol=1e-4)
+    halved = jax.tree.map(lambda a: a / 2, weights)
+    replace(halved)
+    second, _, _ = next(flow)
+    changed = jax.tree.map(jnp.array, teacher.params)
+    changed["prelude"] = jax.tree.map(lambda a, b: a.at[0].set(b), changed["prelude"], halved)
+    x = np.asarray(probes.activations(teacher.decoder, changed, Batch(tokens))["prelude 1"])
+    x = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    scale = np.asarray(changed["prelude"]["attention_norm"]["scale"][1])
+    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(second["query"].shifted, x.T @ x / len(x), atol=1e-4)

@@ -9,7 +9,8 @@ from etils import epath
 
 from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import KNOWN, convert, fit
+from ngc_jax.convert.convert import convert, fit
+from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.tokens import Symbols
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
@@ -20,7 +21,7 @@ OPTIONS = (
     Field("to", "", "work directory to make, which must not exist"),
     Field("text", "", "file to calibrate on, not one that is tested on; several with commas"),
     Field("tokens", 12_288, "tokens to calibrate on, in windows spread evenly", "[1, inf)"),
-    Field("method", "ngc", "how matrices are made smaller", KNOWN),
+    Field("method", "ngc", "how matrices are made smaller", METHODS),
     Field("kept", 0.8, "share of the numbers in matrices that stays", "(0, 1)"),
     Field("share", False, "whether the price chooses which members of a stage have one signal"),
     Field("calibration", "", "folder that keeps what is measured; default: WORKDIR/calibration"),
@@ -38,7 +39,7 @@ def main() -> None:
     home = epath.Path(args.calibration or args.workdir / "calibration")
     home.mkdir(parents=True, exist_ok=True)
     means = calibrate(teacher, tokens, home)
-    found = fit(teacher, means, args.method, args.kept, args.share)
+    found = fit(teacher, means, args.method, args.kept, args.share, tokens)
     numbers = found.numbers
     kept = ", ".join(
         f"{numbers[name] / numbers['dense']:.4f} ({name})" for name in ("led", "factored")

@@ -87,6 +87,12 @@ def _dense(trained: Trained) -> Decoder:
     return model
 
 
+def run_tapped(model: Decoder, weights: Params, x: Array) -> tuple[Array, dict[str, Array]]:
+    """The stream [B, T, D] after a stage, and what each of its synapses reads."""
+    after, (read, _) = _stage(model, Batch(x), None, x, weights)
+    return after, read
+
+
 def only_stack(model: Decoder, params: Params) -> Any:
     """The stages of a model without a loop, one behind another."""
     rows = [stacks.get_stack(params, name) for name in stacks.stack_rows(model.shape)]

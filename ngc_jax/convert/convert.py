@@ -16,6 +16,7 @@ import numpy as np
 from ngc_jax.config import make_model, reset_unread, validate
 from ngc_jax.convert import ranks as budgets
 from ngc_jax.convert.calibrate import Sums, only_stack, problems
+from ngc_jax.convert.flow import shifted_problems
 from ngc_jax.convert.leaders import leaders
 from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposition, Problem
 from ngc_jax.convert.methods import stacked as joined_problem
@@ -36,7 +37,7 @@ ALLOTTED: dict[str, Callable[..., list[int]]] = {
     "greedy": budgets.greedy,
     "price": budgets.by_price,
 }
-KNOWN = [name for name in METHODS if name != "aa_svd"]  # which needs Grams of shifted inputs
+IN_FLOW = ("mpifa", "aa_svd")
 READERS = (  # the ways in which members of a stage that read the same may have one signal
     ("query|key|value", "query+key|value", "query+value|key", "query|key+value", "query+key+value"),
     ("gate|up", "gate+up"),
@@ -69,18 +70,29 @@ class Fit(NamedTuple):
     numbers: dict[str, int]  # in the matrices: "dense", and with these ranks "factored" and "led"
 
 
-def fit(trained: Trained, means: Sums, method: str, kept: float, share: bool = False) -> Fit:
+def fit(
+    trained: Trained,
+    means: Sums,
+    method: str,
+    kept: float,
+    share: bool = False,
+    tokens: Array | None = None,
+) -> Fit:
     """The factors of every matrix of a dense model, by a method of `METHODS`.
 
     kept: the share of numbers that stays, above 0 and below 1. `share` lets the price choose which
-    members of a stage have one signal. Raises UserError for other values.
+    members of a stage have one signal. With the tokens of the means, methods `IN_FLOW` see what the
+    stages before have become. Raises UserError for other values.
     """
     need = refusals({"method": method, "kept": kept, "share": share})
-    need(method in KNOWN, "method", f"one of {', '.join(KNOWN)}")
+    need(method in METHODS, "method", f"one of {', '.join(METHODS)}")
     need(0 < kept < 1, "kept", "above 0 and below 1, for instance 0.8")
     how, counted = RECIPES[method]
     need(how == "price" or not share, "share", "False where the method has no price, as 'ngc' has")
-    count, depth = budgets.COUNTS[counted], trained.decoder.shape.depth
+    if method in IN_FLOW and tokens is not None:
+        return _fit_in_flow(trained, means, method, kept, tokens)
+    need(method != "aa_svd", "method", "another one where the tokens are not given")
+    count = budgets.COUNTS[counted]
     choices = list(_choices(problems(trained.decoder, trained.params, means), method, share))
     groups = [group for candidates in choices for group in candidates[0]]
     if share:
@@ -91,6 +103,26 @@ def fit(trained: Trained, means: Sums, method: str, kept: float, share: bool = F
         tails, sizes = zip(*map(_priced, groups), strict=True)
         given = (sizes,) if how == "uniform" else (tails, sizes)
         ranks = ALLOTTED[how](*given, kept, count)
+    return _finished(groups, ranks, counted, trained.decoder.shape.depth)
+
+
+def _fit_in_flow(trained: Trained, means: Sums, method: str, kept: float, tokens: Array) -> Fit:
+    """`fit` of one stage after another, at the same share of each matrix."""
+    (_, counted), groups, ranks = RECIPES[method], list[Group](), list[int]()
+    flow = shifted_problems(trained, means, tokens)
+    for number, (stage, weights_before, replace) in enumerate(flow):
+        made = {}
+        for member in MEMBERS:
+            group = _group([(number, stage)], [member], method)
+            ranks += budgets.uniform([_priced(group)[1]], kept, budgets.COUNTS[counted])
+            groups.append(group)
+            for _, one in _cut(group, ranks[-1]):
+                made[one.joined.members] = one.post @ one.pre.T if one.joined.rank else one.weight
+        replace(weights_before | take(_dense_stack(trained.decoder, [made]), 0))
+    return _finished(groups, ranks, counted, trained.decoder.shape.depth)
+
+
+def _finished(groups: list[Group], ranks: list[int], counted: str, depth: int) -> Fit:
     stages: list[list[Fitted]] = [[] for _ in range(depth)]
     for group, rank in zip(groups, ranks, strict=True):
         for stage, fitted in _cut(group, rank):
