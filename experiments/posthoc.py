@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.commands.arguments import command
-from ngc_jax.commands.convert import windows
+from ngc_jax.commands.convert import examples
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import fit, reconstructed
 from ngc_jax.convert.methods import METHODS
@@ -30,20 +30,26 @@ from ngc_jax.report.blocks import table
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import write_durably
 from ngc_jax.training.load import Trained, load
+from ngc_jax.training.step import nats_of
 
 Losses = dict[str, list[float]]  # of a domain, the mean nats of each window
 
 
-def losses(teacher: Trained, params: Any, tests: dict[str, np.ndarray]) -> Losses:
+def losses(teacher: Trained, params: Any, tests: dict[str, Batch]) -> Losses:
     """Mean nats per token of each window, by domain, of the dense model with these parameters."""
 
     @jax.jit
-    def nats(params: Any, row: jax.Array) -> jax.Array:
-        logits, _ = teacher.model.apply(params, Batch(row[None, :-1]))
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[0]), row[1:, None], axis=1)
-        return -jnp.mean(chosen)
+    def nats(params: Any, row: Batch) -> jax.Array:
+        lost, counts = nats_of(teacher.model.apply(params, row)[0], row.targets)
+        return jnp.sum(lost * counts) / jnp.sum(counts)
 
-    return {name: [float(nats(params, row)) for row in rows] for name, rows in tests.items()}
+    def window(batch: Batch, i: int) -> Batch:
+        return jax.tree.map(lambda a: a[i : i + 1], batch)
+
+    return {
+        name: [float(nats(params, window(batch, i))) for i in range(len(batch.inputs))]
+        for name, batch in tests.items()
+    }
 
 
 def added(record: dict[str, Any], dense: Losses, name: str) -> str:
@@ -86,22 +92,22 @@ def main() -> None:
     teacher = load(args.workdir)
     context = teacher.config.data.context
     given = (pair.partition(":")[::2] for pair in args.test.split(","))
-    tests = {name: windows(teacher, [file], args.windows * context) for name, file in given}
+    tests = {name: examples(teacher, [file], args.windows * context) for name, file in given}
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "records.json"
     records = json.loads(kept.read_text()) if kept.exists() else {}
     if "teacher" not in records:
         records["teacher"] = {"losses": losses(teacher, teacher.params, tests)}
     began = time.monotonic()
-    tokens = windows(teacher, args.calibrate.split(","), args.tokens)
-    means = calibrate(teacher, tokens, args.out)
-    print(f"calibrated on {tokens.size} tokens in {time.monotonic() - began:.0f} s")
+    batch = examples(teacher, args.calibrate.split(","), args.tokens)
+    means = calibrate(teacher, batch, args.out)
+    print(f"calibrated on {batch.inputs.size} tokens in {time.monotonic() - began:.0f} s")
     for share in args.kept.split(","):
         for method in methods:
             name = f"{method} {share}"
             if name not in records:
                 began = time.monotonic()
-                found = fit(teacher, means, method, float(share), tokens=tokens)
+                found = fit(teacher, means, method, float(share), batch=batch)
                 took = time.monotonic() - began
                 lost = losses(teacher, reconstructed(teacher, found), tests)
                 told = {"losses": lost, "predicted": found.predicted, "numbers": found.numbers}

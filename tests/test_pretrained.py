@@ -18,6 +18,7 @@ from experiments.chaos import outcome
 from ngc_jax import count
 from ngc_jax.analysis import probes
 from ngc_jax.commands import ngc as commands
+from ngc_jax.commands.convert import examples
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import convert, fit, reconstructed
@@ -26,7 +27,7 @@ from ngc_jax.convert.methods import METHODS
 from ngc_jax.convert.names import fields_of, read_params
 from ngc_jax.convert.pretrained import export, import_pretrained
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
-from ngc_jax.data.batches import Batch
+from ngc_jax.data.batches import Batch, next_token_targets
 from ngc_jax.runtime.errors import UserError
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("pretrained_*.npz"))
@@ -149,15 +150,20 @@ def tokens(teacher):
 
 
 @pytest.fixture(scope="module")
-def means(teacher, tokens, tmp_path_factory):
-    return calibrate(teacher, tokens, tmp_path_factory.mktemp("calibration"), rows=4, say=quiet)
+def batch(tokens):
+    return Batch(tokens, next_token_targets(np.pad(tokens, ((0, 0), (0, 1)))))
+
+
+@pytest.fixture(scope="module")
+def means(teacher, batch, tmp_path_factory):
+    return calibrate(teacher, batch, tmp_path_factory.mktemp("calibration"), rows=4, say=quiet)
 
 
 def quiet(*_, **__):
     pass
 
 
-def test_calibration_goes_on_after_a_kill(teacher, tokens, means, tmp_path, monkeypatch):
+def test_calibration_goes_on_after_a_kill(teacher, batch, means, tmp_path, monkeypatch):
     told = []
 
     def killed(text, **_):
@@ -167,8 +173,8 @@ def test_calibration_goes_on_after_a_kill(teacher, tokens, means, tmp_path, monk
 
     monkeypatch.setattr("ngc_jax.convert.calibrate.SAVED_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(teacher, tokens, tmp_path, rows=4, say=killed)
-    found = calibrate(teacher, tokens, tmp_path, rows=4, say=quiet)
+        calibrate(teacher, batch, tmp_path, rows=4, say=killed)
+    found = calibrate(teacher, batch, tmp_path, rows=4, say=quiet)
     jax.tree.map(np.testing.assert_array_equal, found, means)
 
 
@@ -187,9 +193,9 @@ def test_grams_are_those_of_inputs_and_of_gradients(teacher, tokens, means):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_converted_model_is_a_run_with_the_outputs_of_its_factors(
-    method, teacher, tokens, means, tmp_path
+    method, teacher, tokens, batch, means, tmp_path
 ):
-    found = fit(teacher, means, method, 0.7, tokens=tokens)
+    found = fit(teacher, means, method, 0.7, batch=batch)
     convert(teacher, found, tmp_path / "run", "test")
     made = ngc_jax.load(tmp_path / "run")
     dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
@@ -257,7 +263,7 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
     np.testing.assert_allclose(back, made, atol=1e-4)
     for words, wants in (
         (["export", f"--workdir={run}"], "--to is missing"),
-        (["convert", f"--workdir={run}", f"--to={small}3"], "--text is missing"),
+        (["convert", f"--workdir={run}", f"--text={text}"], "--to is missing"),
         (["convert", f"--workdir={run}", f"--to={small}3", "--text=none.txt"], "cannot be read"),
         (["import", "--from=nowhere", f"--workdir={run}2"], "there is no 'nowhere'"),
         (["imprt"], "Did you mean 'import'?"),
@@ -322,8 +328,10 @@ def test_what_does_not_fit_a_teacher_or_a_start_is_refused(teacher, means, tmp_p
         assert not (tmp_path / "run").exists()
 
 
-def test_the_flow_through_compressed_stages_is_that_of_the_compressed_model(teacher, tokens, means):
-    flow = shifted_problems(teacher, means, tokens)
+def test_the_flow_through_compressed_stages_is_that_of_the_compressed_model(
+    teacher, tokens, batch, means
+):
+    flow = shifted_problems(teacher, means, batch)
     first, weights, replace = next(flow)
     for problem in first.values():  # before anything is compressed
         np.testing.assert_allclose(problem.shifted, problem.inputs, atol=1e-4)
@@ -338,3 +346,22 @@ def test_the_flow_through_compressed_stages_is_that_of_the_compressed_model(teac
     scale = np.asarray(changed["prelude"]["attention_norm"]["scale"][1])
     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-5) * scale
     np.testing.assert_allclose(second["query"].shifted, x.T @ x / len(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["parity", "sudoku4_in_place"])
+def test_our_own_dense_model_of_a_task_is_converted_on_its_problems(task, tiny, tmp_path):
+    config, length = tiny, 24 if task == "parity" else 33
+    config.data.update({"task": task, "path": "", "context": length, "problems": 200, "high": 6})
+    config.model.update({"rule": "dense", "prelude": 1, "core": 0, "coda": 1})
+    config.train.update({"steps": 4, "warmup_steps": 1})
+    config.eval.every, config.stability.every = 4, 0
+    reset_unread(config)
+    dense = ngc_jax.train(config, tmp_path / "dense")
+    batch = examples(dense, [], 20 * length)
+    means = calibrate(dense, batch, tmp_path, rows=4, say=quiet)
+    found = fit(dense, means, "mpifa", 0.6, batch=batch)
+    convert(dense, found, tmp_path / "small")
+    small = ngc_jax.load(tmp_path / "small", trust=True)
+    expected = dense.model.apply(reconstructed(dense, found), batch)[0]
+    np.testing.assert_allclose(small.model.apply(small.params, batch)[0], expected, atol=2e-4)
+    assert small.data().fingerprint == dense.meta["data"]

@@ -4,22 +4,24 @@ For: calibration on a text, then a method and a share. Not for: either (`convert
 `convert/convert.py`).
 """
 
+import jax
 import numpy as np
 from etils import epath
 
-from ngc_jax.commands.arguments import command, parser, read
+from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import convert, fit
 from ngc_jax.convert.methods import METHODS
+from ngc_jax.data.batches import Batch, Examples, Windows, held_out_batches
 from ngc_jax.data.tokens import Symbols
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
-from ngc_jax.training.load import Trained, load
+from ngc_jax.training.load import Trained
 
 OPTIONS = (
     Field("to", "", "work directory to make, which must not exist"),
-    Field("text", "", "file to calibrate on, not one that is tested on; several with commas"),
+    Field("text", "", "files to calibrate on, with commas; default: what the run trained on"),
     Field("tokens", 12_288, "tokens to calibrate on, in windows spread evenly", "[1, inf)"),
     Field("method", "ngc", "how matrices are made smaller", METHODS),
     Field("kept", 0.8, "share of the numbers in matrices that stays", "(0, 1)"),
@@ -29,47 +31,56 @@ OPTIONS = (
 
 
 def main() -> None:
-    """Prints the predicted loss, what is kept by both counts, and the measured loss."""
-    args = read(parser(__doc__, *OPTIONS))
-    for name in ("to", "text"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing: see --help")
-    teacher = load(args.workdir, args.step)
-    tokens = windows(teacher, args.text.split(","), args.tokens)
+    """Prints the predicted loss and what is kept, by both counts."""
+    args = read(parser(__doc__, *OPTIONS, *PLACES))
+    if not args.to:
+        raise UserError("--to is missing: give a work directory to make, which must not exist")
+    teacher = opened(args)
+    batch = examples(teacher, args.text.split(",") if args.text else [], args.tokens)
     home = epath.Path(args.calibration or args.workdir / "calibration")
     home.mkdir(parents=True, exist_ok=True)
-    means = calibrate(teacher, tokens, home)
-    found = fit(teacher, means, args.method, args.kept, args.share, tokens)
+    means = calibrate(teacher, batch, home)
+    found = fit(teacher, means, args.method, args.kept, args.share, batch)
     numbers = found.numbers
     kept = ", ".join(
         f"{numbers[name] / numbers['dense']:.4f} ({name})" for name in ("led", "factored")
     )
     print(f"predicted by {args.method}: {found.predicted:.4f}; numbers kept: {kept}")
-    origin = f"{args.workdir}, {args.method}, kept {args.kept}, on {tokens.size} tokens"
+    origin = f"{args.workdir}, {args.method}, kept {args.kept}, on {batch.inputs.size} tokens"
     convert(teacher, found, epath.Path(args.to), origin)
     print(f"{args.to}: {origin}")
 
 
-def windows(trained: Trained, paths: list[str], count: int) -> np.ndarray:
-    """Windows of the run's context, spread evenly over files: [windows, T]. Raises UserError."""
-    if isinstance(trained.tokenizer, Symbols):
-        raise UserError(f"data.task={trained.config.data.task!r}: a task's model reads no text")
+def examples(trained: Trained, texts: list[str], count: int) -> Batch:
+    """Examples of about `count` tokens, spread evenly over texts, else over what was trained on.
+
+    Raises UserError where there is none, or a text is shorter than a window.
+    """
     context, found = trained.config.data.context, []
-    each = max(1, round(count / context / len(paths)))
-    for path in paths:
-        try:
-            tokens = np.asarray(trained.tokenizer.encode(files.expand(path).read_bytes()), np.int32)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text={path} cannot be read: {error}") from error
-        if len(tokens) < context:
-            raise UserError(f"--text={path} has {len(tokens)} tokens: must be {context} or more")
-        starts = np.linspace(0, len(tokens) - context, each).astype(int)
-        found += [tokens[start : start + context] for start in starts]
-    made = np.stack(found)
+    for source in [_text(trained, path) for path in texts] or [trained.data().train]:
+        wanted = max(1, round(count / context / max(1, len(texts))))
+        chosen = min(wanted, len(source))
+        (batch, _), *_ = held_out_batches(source, batch_size=chosen, limit=chosen)
+        found.append(batch)
+    made: Batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *found)
     widest = max(trained.config.model.width, trained.config.model.hidden)
-    if made.size < widest:
-        print(f"warning: {made.size} tokens are fewer than the {widest} inputs of a matrix")
+    if made.inputs.size < widest:
+        print(f"warning: {made.inputs.size} tokens are fewer than the {widest} inputs of a matrix")
     return made
+
+
+def _text(trained: Trained, path: str) -> Examples:
+    if isinstance(trained.tokenizer, Symbols):
+        task = trained.config.data.task
+        raise UserError(f"--text={path}: must not be given for a model of data.task={task!r}")
+    try:
+        tokens = np.asarray(trained.tokenizer.encode(files.expand(path).read_bytes()), np.int32)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text={path} cannot be read: {error}") from error
+    context = trained.config.data.context
+    if len(tokens) <= context:
+        raise UserError(f"--text={path} has {len(tokens)} tokens: must be {context + 1} or more")
+    return Windows(tokens, context, trained.tokenizer.mark, trained.boundary)
 
 
 if __name__ == "__main__":

@@ -36,33 +36,34 @@ FILE = "calibration.npz"
 
 
 def calibrate(
-    trained: Trained, tokens: np.ndarray, home: files.Path, rows: int = 1, say: Any = print
+    trained: Trained, batch: Batch, home: files.Path, rows: int = 1, say: Any = print
 ) -> Sums:
-    """The means over tokens [windows, T], continued from what `home` keeps of the same.
+    """The means over the tokens of a batch [windows, T], continued from what `home` keeps of it.
 
-    Raises UserError for a model with a loop or of another rule than dense.
+    `rows` are done at a time. Labels are drawn where the batch has targets. Raises UserError for a
+    model with a loop or of another rule than dense.
     """
-    model, params = _dense(trained), trained.params
-    known = {"params": params, "tokens": tokens}
-    mark = json.dumps({"tokens": [*tokens.shape], "rows": rows, "sha256": digest(known)})
+    model, params, count = _dense(trained), trained.params, len(batch.inputs)
+    known = {"params": params, "batch": batch}
+    mark = json.dumps({"rows": rows, "sha256": digest(known)})
     kept = home / FILE
     done, sums = _read(kept, mark)
     sum_batch = jax.jit(partial(_batch_sums, model))
     key = jax.random.key(0)
-    for first in range(done, len(tokens), rows):
-        batch = Batch(jnp.asarray(tokens[first : first + rows]))
-        found = jax.device_get(sum_batch(params, batch, jax.random.fold_in(key, first)))
+    for first in range(done, count, rows):
+        part = jax.tree.map(lambda a, at=first: a[at : at + rows], batch)
+        found = jax.device_get(sum_batch(params, part, jax.random.fold_in(key, first)))
         if sums is None:
             sums = jax.tree.map(np.array, found)
         else:
             for kind, of in found.items():
                 for name, array in of.items():
                     sums[kind][name] += array
-        done = first + len(batch.inputs)
-        say(f"calibrated on {done} of {len(tokens)} windows", flush=True)
-        if done == len(tokens) or (first // rows) % SAVED_EVERY == SAVED_EVERY - 1:
+        done = first + len(part.inputs)
+        say(f"calibrated on {done} of {count} windows", flush=True)
+        if done == count or (first // rows) % SAVED_EVERY == SAVED_EVERY - 1:
             _write(kept, mark, done, sums)
-    return jax.tree.map(lambda array: array / tokens.size, sums or {})
+    return jax.tree.map(lambda array: array / batch.inputs.size, sums or {})
 
 
 def problems(model: Decoder, params: Params, means: Sums) -> Iterator[dict[str, Problem]]:
@@ -87,9 +88,11 @@ def _dense(trained: Trained) -> Decoder:
     return model
 
 
-def run_tapped(model: Decoder, weights: Params, x: Array) -> tuple[Array, dict[str, Array]]:
+def run_tapped(
+    model: Decoder, weights: Params, x: Array, segments: Any
+) -> tuple[Array, dict[str, Array]]:
     """The stream [B, T, D] after a stage, and what each of its synapses reads."""
-    after, (read, _) = _stage(model, Batch(x), None, x, weights)
+    after, (read, _) = _stage(model, Batch(x, segments=segments), None, x, weights)
     return after, read
 
 
@@ -117,7 +120,7 @@ def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sum
         logits = model.unembed(params, after)
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)
-        return -jnp.sum(chosen), read
+        return -jnp.sum(chosen[..., 0] * (batch.targets >= 0)), read
 
     grads, read = jax.grad(loss, has_aux=True)(probes)
     sums: Sums = {kind: {} for kind in ("inputs", "magnitudes", "grads", "fisher")}

@@ -22,6 +22,7 @@ from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposi
 from ngc_jax.convert.methods import stacked as joined_problem
 from ngc_jax.convert.pretrained import begin
 from ngc_jax.core.rules import weights
+from ngc_jax.data.batches import Batch
 from ngc_jax.nn import stacks
 from ngc_jax.nn.model import Params
 from ngc_jax.nn.ranks import MEMBERS, Joined, write
@@ -76,12 +77,12 @@ def fit(
     method: str,
     kept: float,
     share: bool = False,
-    tokens: Array | None = None,
+    batch: Batch | None = None,
 ) -> Fit:
     """The factors of every matrix of a dense model, by a method of `METHODS`.
 
     kept: the share of numbers that stays, above 0 and below 1. `share` lets the price choose which
-    members of a stage have one signal. With the tokens of the means, methods `IN_FLOW` see what the
+    members of a stage have one signal. With the batch of the means, methods `IN_FLOW` see what the
     stages before have become. Raises UserError for other values.
     """
     need = refusals({"method": method, "kept": kept, "share": share})
@@ -89,9 +90,9 @@ def fit(
     need(0 < kept < 1, "kept", "above 0 and below 1, for instance 0.8")
     how, counted = RECIPES[method]
     need(how == "price" or not share, "share", "False where the method has no price, as 'ngc' has")
-    if method in IN_FLOW and tokens is not None:
-        return _fit_in_flow(trained, means, method, kept, tokens)
-    need(method != "aa_svd", "method", "another one where the tokens are not given")
+    if method in IN_FLOW and batch is not None:
+        return _fit_in_flow(trained, means, method, kept, batch)
+    need(method != "aa_svd", "method", "another one where the batch is not given")
     count = budgets.COUNTS[counted]
     choices = list(_choices(problems(trained.decoder, trained.params, means), method, share))
     groups = [group for candidates in choices for group in candidates[0]]
@@ -106,10 +107,10 @@ def fit(
     return _finished(groups, ranks, counted, trained.decoder.shape.depth)
 
 
-def _fit_in_flow(trained: Trained, means: Sums, method: str, kept: float, tokens: Array) -> Fit:
+def _fit_in_flow(trained: Trained, means: Sums, method: str, kept: float, batch: Batch) -> Fit:
     """`fit` of one stage after another, at the same share of each matrix."""
     (_, counted), groups, ranks = RECIPES[method], list[Group](), list[int]()
-    flow = shifted_problems(trained, means, tokens)
+    flow = shifted_problems(trained, means, batch)
     for number, (stage, weights_before, replace) in enumerate(flow):
         made = {}
         for member in MEMBERS:

@@ -7,10 +7,10 @@ matrices are dense while they are measured. Not for: the methods (`methods.py`).
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ngc_jax.convert.calibrate import Sums, only_stack, problems, run_tapped
 from ngc_jax.convert.methods import Problem
@@ -25,22 +25,24 @@ Replace = Callable[[Params], None]  # with the stage's compressed parameters
 
 
 def shifted_problems(
-    trained: Trained, means: Sums, tokens: np.ndarray
+    trained: Trained, means: Sums, batch: Batch
 ) -> Iterator[tuple[Stage, Params, Replace]]:
     """Of each stage what is known of its matrices, its parameters, and what takes the new ones.
 
-    tokens [windows, T]. The new parameters must be given before the next stage is asked for.
+    `batch` is that of the means. The new parameters must be given before the next stage is asked
+    for.
     """
     model, stack = trained.decoder, only_stack(trained.decoder, trained.params)
-    embed = jax.jit(lambda row: model.embed(trained.params, Batch(row[None]))[0])
-    dense = shifted = jnp.stack([embed(row) for row in tokens])
+    tokens, segments = batch.inputs, batch.segments
+    dense = shifted = model.embed(trained.params, batch)
 
     @jax.jit
     def measure(weights: Params, dense: Array, shifted: Array) -> tuple[Array, dict[str, Params]]:
         """The dense stream after a stage, and sums over all tokens by synapse."""
 
-        def one(sums: Params, both: tuple[Array, Array]) -> tuple[Params, Array]:
-            (after, x), (_, y) = (run_tapped(model, weights, stream[None]) for stream in both)
+        def one(sums: Params, row: Any) -> tuple[Params, Array]:
+            row = jax.tree.map(lambda a: a[None], row)
+            (after, x), (_, y) = (run_tapped(model, weights, row[i], row[2]) for i in (0, 1))
             grams = {n: {"shifted": y[n][0].T @ y[n][0], "cross": x[n][0].T @ y[n][0]} for n in x}
             return jax.tree.map(jnp.add, sums, grams), after[0]
 
@@ -48,12 +50,15 @@ def shifted_problems(
             name: dict.fromkeys(("shifted", "cross"), jnp.zeros((size, size)))
             for name, size in sizes.items()
         }
-        sums, after = jax.lax.scan(one, empty, (dense, shifted))
+        sums, after = jax.lax.scan(one, empty, (dense, shifted, segments))
         return after, sums
 
     @jax.jit
     def go_on(weights: Params, stream: Array) -> Array:
-        return jax.lax.map(lambda row: run_tapped(model, weights, row[None])[0][0], stream)
+        def one(row: Any) -> Array:
+            return run_tapped(model, weights, *jax.tree.map(lambda a: a[None], row))[0][0]
+
+        return jax.lax.map(one, (stream, segments))
 
     fans = model.shape.fans()
     sizes = {name: model.shape.sizes[members[0]][1] for name, members in fans.items()}

@@ -124,7 +124,7 @@ class Trained:
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
         padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
-        windows = Windows(padded, context, mark, self._boundary)
+        windows = Windows(padded, context, mark, self.boundary)
         size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
             dtype = self.config.train.compute_dtype
@@ -156,7 +156,7 @@ class Trained:
         return at_rounds(self.model, self.config, None)[1] or self.model.apply
 
     @property
-    def _boundary(self) -> int | None:
+    def boundary(self) -> int | None:
         """The token across which attention does not look, as in training."""
         mark, data = mark_of(self.config), self.config.data
         ends = self.tokenizer.mark if data.isolate_documents else boundary(data.task)
@@ -166,7 +166,7 @@ class Trained:
         """program(batch): its results [B, ...], without the axis B unless the tokens have it."""
         given = self._encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
         tokens = np.atleast_2d(given)
-        found = program(Batch(tokens, segments=segments_of(tokens, self._boundary)))
+        found = program(Batch(tokens, segments=segments_of(tokens, self.boundary)))
         return found if given.ndim == 2 else jax.tree.map(lambda a: a[0], found)
 
     def _encode(self, text: str | bytes) -> np.ndarray:
