@@ -1,5 +1,5 @@
 """Compression in closed form: the methods agree with formulas written out here, with measured
-errors and with brute force; leaders, ranks, and forms beside low rank.
+errors and with brute force; leaders, and ranks.
 """
 
 import itertools
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from ngc_jax.convert.forms import blocks_and_rank, dealt, ports, rank_and_synapses, split_budget
-from ngc_jax.convert.leaders import leaders, speak
+from ngc_jax.convert.leaders import leaders
 from ngc_jax.convert.methods import (
     METHODS,
     RECIPES,
@@ -17,15 +16,35 @@ from ngc_jax.convert.methods import (
     aa_svd,
     basis_sharing,
     io_svd,
-    measured,
     mpifa,
     ngc,
-    published_start,
     stacked,
     svd_llm,
     whiten,
 )
 from ngc_jax.convert.ranks import COUNTS, by_price, factored, greedy, led, partition, spent, uniform
+
+
+def measured(difference, inputs, grads=None):
+    """The error of D = W - W_r [m, n]: tr(D C D^T), or tr(Gamma D C D^T) / 2 nats per token."""
+    heard = difference @ inputs
+    if grads is None:
+        return float((heard * difference).sum())
+    return float((heard * (grads @ difference)).sum()) / 2
+
+
+def published_start(weight, inputs):
+    """(post, pre) of full rank, U and W^T U, U the eigenvectors of W C W^T: NGC's release."""
+    heard = weight @ inputs @ weight.T
+    u = np.linalg.eigh((heard + heard.T) / 2)[1][:, ::-1][:, : min(weight.shape)]
+    return u, weight.T @ u
+
+
+def speak(x, lead, rest, order):
+    """y [..., m] of x [..., n] by what `leaders` returns."""
+    signal = x @ lead
+    return np.concatenate([signal, signal @ rest.T], axis=-1)[..., order]
+
 
 M, N = 14, 11
 
@@ -85,20 +104,17 @@ def test_three_names_of_one_optimum():
     for rank in (1, 5, 10):
         basis = np.linalg.inv(s) @ u[:, :rank] * sigma[:rank]
         shared = (basis @ vt[:rank]).T
-        for found in (
-            published_start(both.weight, both.inputs),
-            svd_llm(both, ridge=0.0),
-            basis_sharing(*layers, ridge=0.0),
-        ):
+        post, pre = published_start(both.weight, both.inputs)
+        np.testing.assert_allclose(post[:, :rank] @ pre[:, :rank].T, shared, atol=1e-10)
+        for found in (svd_llm(both, ridge=0.0), basis_sharing(*layers, ridge=0.0)):
             np.testing.assert_allclose(cut(found, rank), shared, atol=1e-10)
 
 
 def test_the_predicted_loss_is_the_measured_one():
     p = problem(shifted=problem(1).inputs, gradient=problem(2).weight)
     one, two = svd_llm(p, ridge=0.0), ngc(p, ridge=0.0, ridge_grads=0.0)
-    start = published_start(p.weight, p.inputs)
     for rank in range(N):
-        for found, grads in ((one, None), (start, None), (two, p.grads)):
+        for found, grads in ((one, None), (two, p.grads)):
             error = measured(p.weight - cut(found, rank), p.inputs, grads)
             assert found.loss(rank) == pytest.approx(error, rel=1e-6)
     # written out, and in nats
@@ -267,8 +283,6 @@ def test_what_is_wrong_is_named():
         svd_llm(p).post(12)
     with pytest.raises(ValueError, match="rank=12: leaders need a rank of at most 11"):
         leaders(np.ones((M, 12)), np.ones((N, 12)))
-    with pytest.raises(ValueError, match=r"groups=\(3, 3\): must divide"):
-        blocks_and_rank(p.weight, p.inputs, 3, 1)
     assert set(RECIPES) == set(METHODS)
 
 
@@ -422,78 +436,3 @@ def test_partitions_are_chosen_at_one_price():
         partition([[stages[0][0], stages[0][0][:1]]], 0.5)
     with pytest.raises(ValueError, match="kept=0"):
         partition(stages, 0)
-
-
-# -- forms ------------------------------------------------------------------------------------
-
-
-def test_forms_never_get_worse_in_a_sweep():
-    p = problem(m=24, n=20)
-    for found in (
-        ports(p.weight, p.inputs, (3, 4), 2, sweeps=8),
-        blocks_and_rank(p.weight, p.inputs, 4, 2, sweeps=8),
-    ):
-        assert np.diff(found.errors).max() <= 1e-12 * found.errors[0]
-        assert found.errors[-1] < found.errors[0]
-        error = measured(p.weight - found.weight, p.inputs)
-        assert error == pytest.approx(found.errors[-1], rel=1e-3)  # but for the ridge
-
-
-def test_forms_are_what_their_states_say():
-    p = problem(m=24, n=20)
-    found = ports(p.weight, p.inputs, (3, 4), 2)
-    r, s = found.states["post"], found.states["pre"]
-    for g, j, h, i in [(0, 0, 0, 0), (2, 7, 3, 4), (1, 3, 2, 0)]:
-        said = sum(r[g, j, h, q] * s[h, i, g, q] for q in range(2))
-        assert found.weight[8 * g + j, 5 * h + i] == pytest.approx(said)
-    assert found.parameters == 2 * (4 * 24 + 3 * 20)
-    found = blocks_and_rank(p.weight, p.inputs, 4, 3)
-    apart = found.weight - found.states["post"] @ found.states["pre"].T
-    outside = np.kron(np.eye(4), np.ones((6, 5))) == 0
-    assert np.abs(apart[outside]).max() < 1e-12
-    assert found.parameters == 120 + 3 * 44
-    found = rank_and_synapses(p.weight, p.inputs, 3, 50)
-    assert np.count_nonzero(found.states["sparse"]) == 50
-    assert found.parameters == 3 * 44 + 75
-    # ports of full rank, all blocks, all synapses: the matrix itself
-    for whole in (
-        ports(p.weight, p.inputs, (3, 4), 5),
-        blocks_and_rank(p.weight, p.inputs, 1, 0),
-        rank_and_synapses(p.weight, p.inputs, 0, 480),
-    ):
-        np.testing.assert_allclose(whole.weight, p.weight, atol=1e-6)
-
-
-def test_errors_of_forms_fall_with_the_budget():
-    p = problem(m=24, n=20)
-    errors = {
-        "blocks": [blocks_and_rank(p.weight, p.inputs, 4, r).errors[-1] for r in (0, 1, 3, 6)],
-        "ports": [ports(p.weight, p.inputs, (4, 4), d).errors[-1] for d in (1, 2, 3, 4)],
-        "synapses": [
-            min(rank_and_synapses(p.weight, p.inputs, *split_budget((24, 20), kept, 0.5)).errors)
-            for kept in (0.2, 0.4, 0.6, 0.8)
-        ],
-    }
-    for name, falling in errors.items():
-        assert np.diff(falling).max() < 0, name
-
-
-def test_synapses_pay_where_a_matrix_has_them():
-    rng = np.random.default_rng(11)
-    spikes = np.where(rng.random((24, 20)) < 0.08, 3 * rng.normal(size=(24, 20)), 0)
-    weight = rng.normal(size=(24, 3)) @ rng.normal(size=(3, 20)) + spikes
-    inputs = gram(rng, 20, decay=0.9)
-    rank, synapses = split_budget((24, 20), 0.5, 0.7)
-    mixed = rank_and_synapses(weight, inputs, rank, synapses, sweeps=10)
-    alone = svd_llm(Problem(weight, inputs)).tail[split_budget((24, 20), 0.5, 1.0)[0]]
-    assert mixed.parameters <= 240
-    assert min(mixed.errors) < 0.3 * alone
-
-
-def test_dealt_components_give_all_groups_the_same_share():
-    p = problem(m=24, n=20)
-    rotation = dealt(p.inputs, 4)
-    np.testing.assert_allclose(rotation.T @ rotation, np.eye(20), atol=1e-12)
-    shares = np.diag(rotation.T @ p.inputs @ rotation).reshape(4, 5).sum(1)
-    largest = np.linalg.eigvalsh(p.inputs)[::-1]
-    np.testing.assert_allclose(shares, [largest[g::4].sum() for g in range(4)])

@@ -49,11 +49,5 @@ def leaders(
     return pre @ post[lead].T, heard, order
 
 
-def speak(x: Array, lead: Array, rest: Array, order: Array) -> Array:
-    """y [..., m] of x [..., n] by what `leaders` returns."""
-    signal = x @ lead
-    return np.concatenate([signal, signal @ rest.T], axis=-1)[..., order]
-
-
 def _heard(basis: Array, lead: Array, rest: Array) -> Array:
     return np.linalg.solve(basis[lead].T, basis[rest].T).T

@@ -1,7 +1,7 @@
 """Compressing a pretrained linear map y = W x in closed form: one function a published method.
 
 For: the factors of one matrix, or of several that share a signal, at any rank. Not for: choosing
-ranks (`ranks.py`), forms other than low rank (`forms.py`), measuring the Grams.
+ranks (`ranks.py`), or measuring the Grams (`calibrate.py`).
 
 All is NumPy in float64. C = E[x x^T] and Gamma = E[g g^T], g = dL/dy of one token, are Grams.
 Docstrings write [A]_r for the best rank-r approximation of A in the Frobenius norm.
@@ -123,14 +123,6 @@ def whiten(gram: Any, ridge: float = 0.0, name: str = "gram") -> Root:
     if vectors is None:
         return root, 1 / root
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-def measured(difference: Array, inputs: Array, grads: Array | None = None) -> float:
-    """The error of D = W - W_r [m, n]: tr(D C D^T), or tr(Gamma D C D^T) / 2 nats per token."""
-    heard = difference @ inputs
-    if grads is None:
-        return float((heard * difference).sum())
-    return float((heard * (grads @ difference)).sum()) / 2
 
 
 def stacked(*problems: Problem) -> Problem:
@@ -279,19 +271,6 @@ def mpifa(*problems: Problem, ridge: float = RIDGE, mix: float = 0.25) -> Decomp
         return post, np.linalg.lstsq(post, best, rcond=None)[0].T
 
     return dataclasses.replace(plain, refit=both)
-
-
-def published_start(weight: Array, inputs: Array) -> Decomposition:
-    """U_r U_r^T W, U the eigenvectors of W C W^T: the start that the NGC release publishes.
-
-    The weights of `svd_llm`, without an inverse, for C as it is. Also Swift-SVD, arXiv 2604.01609.
-    """
-    problem = Problem(weight, inputs)
-    heard = problem.weight @ problem.need("inputs", "published_start") @ problem.weight.T
-    values, vectors = scipy.linalg.eigh((heard + heard.T) / 2)
-    order = slice(None, -min(problem.weight.shape) - 1, -1)
-    u = vectors[:, order]
-    return Decomposition(u, problem.weight.T @ u, _tail(values[order].clip(0)))
 
 
 METHODS: dict[str, Callable[..., Decomposition]] = {
