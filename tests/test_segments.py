@@ -242,14 +242,15 @@ def test_queries_and_keys_of_a_route_are_made_once_of_what_they_read():
     weights = jax.tree.map(lambda p: p[0], params["core"]["stages"])
     calls = []
 
-    def listen(heard):
+    def listen(read, heard):
         calls.append((str(heard.synapse.name), heard.members))
+        read.append(heard.x)
 
     @jax.jit
     def look(params, weights):
         route, x = round_states(model, params, batch, 1)
         read, said = [], Stage(model.shape)
-        with intercept(lambda heard: (listen(heard), read.append(heard.x))):
+        with intercept(partial(listen, read)):
             said.apply({"params": weights}, x, jnp.arange(16), batch.segments, route=route)
         norm = RMSNorm().bind({"params": weights["attention_norm"]})
         return norm(route), norm(x), read, traffic(model, params, batch)["core 1, round 2"]
