@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.commands.arguments import command
-from ngc_jax.commands.convert import examples
+from ngc_jax.commands.convert_model import examples
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import fit, reconstructed
 from ngc_jax.convert.methods import METHODS

@@ -18,7 +18,7 @@ from experiments.chaos import outcome
 from ngc_jax import count
 from ngc_jax.analysis import probes
 from ngc_jax.commands import ngc as commands
-from ngc_jax.commands.convert import examples
+from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import convert, fit, reconstructed

@@ -15,7 +15,7 @@ from ngc_jax.runtime.preemption import end_at_ctrl_c
 
 HERE = pathlib.Path(__file__).parent
 HELPERS = {"__init__", "arguments", "config_flag", "ngc"}
-FILES = {"import": "import_pretrained"}  # no word of Python may name a module
+FILES = {"import": "import_model", "convert": "convert_model"}  # names that are taken
 COMMANDS = {**FILES} | {
     path.stem: path.stem
     for path in sorted(HERE.glob("*.py"))
@@ -32,7 +32,7 @@ def main() -> None:
         for word, file in sorted(COMMANDS.items()):
             told = ast.get_docstring(ast.parse((HERE / f"{file}.py").read_text())) or ""
             print(f"  {word:12} {told.partition(':')[0]}")
-        return
+        sys.exit()
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f". Did you mean {near[0]!r}?" if near else ""
