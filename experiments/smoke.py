@@ -29,15 +29,7 @@ from ngc_jax.core.rules import rules_between_groups
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
 from ngc_jax.training import loop as train
 
-SHARINGS = (
-    "qkv",
-    "gate_up",
-    "depth2",
-    "depth3",
-    "depth2,readers",
-    "qkv,gate_up,depth3",
-    "query+value,1+3",
-)
+SHARINGS = ("depth3", "depth2,readers", "qkv,gate_up,depth3", "query+value,1+3")
 TINY = {
     "data.context": 16,
     "model.width": 16,
@@ -60,8 +52,6 @@ MANY = {"model.rounds": 3, "iteration.high": 4, "iteration.mean": 2.5}
 ITERATIONS: dict[str, dict[str, Any]] = {
     "uniform": {"iteration.rounds": "uniform"},
     "lognormal_poisson": {"iteration.rounds": "lognormal_poisson", "iteration.backprop": 2},
-    "backprop": {"iteration.backprop": 1},
-    "supervise": {"iteration.supervise_every": 1},
     "all": {"iteration.rounds": "uniform", "iteration.backprop": 3, "iteration.supervise_every": 2},
     "no drive": {"model.drive": False},
     "bits on a route": {
