@@ -20,7 +20,7 @@ from ngc_jax.analysis import probes
 from ngc_jax.commands import ngc as commands
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import base, make_model, reset_unread, validate
-from ngc_jax.convert.calibrate import calibrate
+from ngc_jax.convert.calibrate import FILE, calibrate
 from ngc_jax.convert.convert import convert, fit, reconstructed
 from ngc_jax.convert.flow import shifted_problems
 from ngc_jax.convert.methods import METHODS
@@ -176,6 +176,20 @@ def test_calibration_goes_on_after_a_kill(teacher, batch, means, tmp_path, monke
         calibrate(teacher, batch, tmp_path, rows=4, say=killed)
     found = calibrate(teacher, batch, tmp_path, rows=4, say=quiet)
     jax.tree.map(np.testing.assert_array_equal, found, means)
+
+
+def test_calibration_follows_no_link_out_of_its_folder(teacher, batch, means, tmp_path):
+    home, outside = tmp_path / "home", tmp_path / "outside"
+    home.mkdir()
+    outside.write_bytes(b"of another")
+    (home / FILE).symlink_to(outside)
+    found = calibrate(teacher, batch, home, rows=4, say=quiet)
+    jax.tree.map(np.testing.assert_array_equal, found, means)
+    assert outside.read_bytes() == b"of another"
+    assert [path.name for path in home.iterdir()] == [FILE]
+    (tmp_path / "link").symlink_to(home)
+    with pytest.raises(UserError, match="is a link, which is not followed"):
+        calibrate(teacher, batch, tmp_path / "link", rows=4, say=quiet)
 
 
 def test_grams_are_those_of_inputs_and_of_gradients(teacher, tokens, means):

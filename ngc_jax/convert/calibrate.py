@@ -7,6 +7,7 @@ arXiv 1503.05671). Axes: L stages, N tokens of a batch, n inputs and m outputs o
 """
 
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -41,8 +42,10 @@ def calibrate(
     """The means over the tokens of a batch [windows, T], continued from what `home` keeps of it.
 
     `rows` are done at a time. Labels are drawn where the batch has targets. Raises UserError for a
-    model with a loop or of another rule than dense.
+    model with a loop or of another rule than dense, and where `home` is a link.
     """
+    if os.path.islink(home):
+        raise UserError(f"{home} is a link, which is not followed: give the place itself")
     model, params, count = _dense(trained), trained.params, len(batch.inputs)
     known = {"params": params, "batch": batch}
     mark = json.dumps({"rows": rows, "sha256": digest(known)})
@@ -68,7 +71,7 @@ def calibrate(
 
 def problems(model: Decoder, params: Params, means: Sums) -> Iterator[dict[str, Problem]]:
     """What is known of the matrices of a stage, by member of a synapse, stage after stage."""
-    stages = stacks.stages_of(only_stack(model, params))
+    stages = stacks.stages_of(stacks.join_stages(model.shape, params)[0])
     for number, stage in enumerate(jax.device_get(stages)):
         of = {}
         for synapse, members in model.shape.fans().items():
@@ -96,15 +99,9 @@ def run_tapped(
     return after, read
 
 
-def only_stack(model: Decoder, params: Params) -> Any:
-    """The stages of a model without a loop, one behind another."""
-    rows = [stacks.get_stack(params, name) for name in stacks.stack_rows(model.shape)]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
-
-
 def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sums:
     """The sums of a batch: one pass forward and one back through probes of zeros at outputs."""
-    shape, stack = model.shape, only_stack(model, params)
+    shape, (stack, _) = model.shape, stacks.join_stages(model.shape, params)
     x = model.embed(params, batch)
     blank = jax.eval_shape(partial(_stage, model, batch, None), x, sharing.take(stack, 0))
     probes = {
@@ -157,7 +154,10 @@ def _stage(model: Decoder, batch: Batch, probes: Any, x: Array, weights: Params)
 
 def _read(kept: files.Path, mark: str) -> tuple[int, Sums | None]:
     try:
-        with np.load(kept, allow_pickle=False) as held:
+        with (
+            open(kept, "rb", opener=files.no_follow) as file,
+            np.load(file, allow_pickle=False) as held,
+        ):
             if str(held["mark"]) != mark:
                 return 0, None
             sums: Sums = {}
@@ -172,6 +172,4 @@ def _read(kept: files.Path, mark: str) -> tuple[int, Sums | None]:
 
 def _write(kept: files.Path, mark: str, done: int, sums: Sums) -> None:
     flat = {f"{kind}/{name}": a for kind, of in sums.items() for name, a in of.items()}
-    temporary = kept.with_name(f".{kept.name}.npz")
-    np.savez(temporary, mark=mark, done=done, **flat)
-    temporary.replace(kept)
+    files.write_durably(kept, lambda file: np.savez(file, mark=mark, done=done, **flat))

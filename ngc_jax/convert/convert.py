@@ -4,6 +4,7 @@ For: `fit`, which gives every matrix its factors, `convert`, which makes a work 
 and `formed`, the way back. Not for: a single matrix (`methods.py`), ranks, or Grams.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,10 @@ import numpy as np
 
 from ngc_jax.config import make_model, reset_unread, validate
 from ngc_jax.convert import ranks as budgets
-from ngc_jax.convert.calibrate import Sums, only_stack, problems
-from ngc_jax.convert.flow import shifted_problems
+from ngc_jax.convert.calibrate import Sums, problems
+from ngc_jax.convert.flow import Stage, shifted_problems
 from ngc_jax.convert.leaders import leaders
-from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposition, Problem
+from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposition
 from ngc_jax.convert.methods import stacked as joined_problem
 from ngc_jax.convert.pretrained import begin
 from ngc_jax.core.rules import weights
@@ -32,7 +33,6 @@ from ngc_jax.runtime.fields import refusals
 from ngc_jax.training.load import Trained
 
 Array = np.ndarray
-Stage = dict[str, Problem]  # by member
 ALLOTTED: dict[str, Callable[..., list[int]]] = {
     "uniform": budgets.uniform,
     "greedy": budgets.greedy,
@@ -60,6 +60,14 @@ class Fitted(NamedTuple):
     weight: Array  # [m, n]
     post: Array  # [m, r]
     pre: Array  # [n, r]
+
+    @property
+    def made(self) -> Array:
+        """W [m, n]."""
+        return self.post @ self.pre.T if self.joined.rank else self.weight
+
+
+Cut = tuple[int, Fitted]  # the stage, and what it has of a group
 
 
 class Fit(NamedTuple):
@@ -104,30 +112,32 @@ def fit(
         tails, sizes = zip(*map(_priced, groups), strict=True)
         given = (sizes,) if how == "uniform" else (tails, sizes)
         ranks = ALLOTTED[how](*given, kept, count)
-    return _finished(groups, ranks, counted, trained.decoder.shape.depth)
+    cuts = [list(_cut(group, rank)) for group, rank in zip(groups, ranks, strict=True)]
+    return _finished(groups, ranks, cuts, counted)
 
 
 def _fit_in_flow(trained: Trained, means: Sums, method: str, kept: float, batch: Batch) -> Fit:
     """`fit` of one stage after another, at the same share of each matrix."""
     (_, counted), groups, ranks = RECIPES[method], list[Group](), list[int]()
+    cuts: list[list[Cut]] = []
     flow = shifted_problems(trained, means, batch)
     for number, (stage, weights_before, replace) in enumerate(flow):
-        made = {}
+        made: dict[tuple[str, ...], Array] = {}
         for member in MEMBERS:
             group = _group([(number, stage)], [member], method)
             ranks += budgets.uniform([_priced(group)[1]], kept, budgets.COUNTS[counted])
             groups.append(group)
-            for _, one in _cut(group, ranks[-1]):
-                made[one.joined.members] = one.post @ one.pre.T if one.joined.rank else one.weight
+            cuts.append(list(_cut(group, ranks[-1])))
+            made |= {one.joined.members: one.made for _, one in cuts[-1]}
         replace(weights_before | take(_dense_stack(trained.decoder, [made]), 0))
-    return _finished(groups, ranks, counted, trained.decoder.shape.depth)
+    return _finished(groups, ranks, cuts, counted)
 
 
-def _finished(groups: list[Group], ranks: list[int], counted: str, depth: int) -> Fit:
-    stages: list[list[Fitted]] = [[] for _ in range(depth)]
-    for group, rank in zip(groups, ranks, strict=True):
-        for stage, fitted in _cut(group, rank):
-            stages[stage].append(fitted)
+def _finished(groups: list[Group], ranks: list[int], cuts: list[list[Cut]], counted: str) -> Fit:
+    by_stage = collections.defaultdict(list)
+    for number, fitted in itertools.chain(*cuts):
+        by_stage[number].append(fitted)
+    stages = [by_stage[number] for number in range(len(by_stage))]
     sizes = [_priced(group)[1] for group in groups]
     numbers = {name: budgets.spent(ranks, sizes, of) for name, of in budgets.COUNTS.items()}
     lost = sum(float(group.of.loss(rank)) for group, rank in zip(groups, ranks, strict=True))
@@ -142,7 +152,7 @@ def _choices(stages: Iterable[Stage], method: str, share: bool) -> Iterator[list
         joint = set[str]()
         for ways in READERS if share else ():
             joint |= set(ways[0].split("|"))
-            parts = [[joint.split("+") for joint in way.split("|")] for way in ways]
+            parts = [[one.split("+") for one in way.split("|")] for way in ways]
             yield [[_group(together, members, method) for members in way] for way in parts]
         for member in MEMBERS:
             if member in joint:
@@ -166,14 +176,12 @@ def _priced(group: Group) -> tuple[Array, tuple[int, int]]:
     return group.of.tail, (group.weight.shape[0], group.weight.shape[1])
 
 
-def _cut(group: Group, rank: int) -> Iterator[tuple[int, Fitted]]:
+def _cut(group: Group, rank: int) -> Iterator[Cut]:
     """What each stage has of a group at this rank; at full rank the matrix stays as it is."""
     whole = rank == min(group.weight.shape)
     post, pre = group.of.factors(0 if whole else rank)
-    rows = len(group.weight) // len(group.places)
+    rows = len(group.weight) // len({number for number, _ in group.places})
     by_stage = itertools.groupby(group.places, lambda place: place[0])
-    if len({number for number, _ in group.places}) == 1:
-        rows = len(group.weight)
     for part, (number, places) in enumerate(by_stage):
         own = slice(part * rows, (part + 1) * rows)
         joined = Joined(tuple(member for _, member in places), 0 if whole else rank)
@@ -193,7 +201,7 @@ def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "")
     reset_unread(config)
     validate(config, here=False)
     kept = {name: value for name, value in trained.params.items() if name not in stacks.STACKS}
-    taught = stacks.stages_of(only_stack(model, trained.params))
+    taught = stacks.stages_of(stacks.join_stages(model.shape, trained.params)[0])
     names = set(model.shape.fans())
     rest = [{name: v for name, v in stage.items() if name not in names} for stage in taught]
     stages = [
@@ -221,12 +229,9 @@ def _states(fitted: Fitted, rule: str) -> Params:
 def reconstructed(trained: Trained, found: Fit) -> Params:
     """The dense model's parameters with the matrices that the factors make: the same outputs."""
     model, params = trained.decoder, trained.params
-    made = [
-        {f.joined.members: f.post @ f.pre.T if f.joined.rank else f.weight for f in stage}
-        for stage in found.stages
-    ]
-    stack = only_stack(model, params) | _dense_stack(model, made)
-    return stacks.restack(model.shape, params, lambda _, rows: take(stack, rows))
+    made = [{one.joined.members: one.made for one in stage} for stage in found.stages]
+    stack, senders = stacks.join_stages(model.shape, params)
+    return stacks.split_stages(model.shape, params, stack | _dense_stack(model, made), senders)
 
 
 def formed(trained: Trained) -> Trained:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.convert.calibrate import Sums, only_stack, problems, run_tapped
+from ngc_jax.convert.calibrate import Sums, problems, run_tapped
 from ngc_jax.convert.methods import Problem
 from ngc_jax.data.batches import Batch
+from ngc_jax.nn import stacks
 from ngc_jax.nn.model import Params
 from ngc_jax.nn.sharing import take
 from ngc_jax.training.load import Trained
@@ -32,7 +33,8 @@ def shifted_problems(
     `batch` is that of the means. The new parameters must be given before the next stage is asked
     for.
     """
-    model, stack = trained.decoder, only_stack(trained.decoder, trained.params)
+    model = trained.decoder
+    stack, _ = stacks.join_stages(model.shape, trained.params)
     tokens, segments = batch.inputs, batch.segments
     dense = shifted = model.embed(trained.params, batch)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base, make_model, reset_unread, validate
@@ -38,9 +39,8 @@ def import_pretrained(source: str, workdir: files.Path, context: int = 0) -> Non
     need = fields.refusals({"context": context})
     need(0 <= context <= longest, "context", wants)
     config = base()
-    for path, value in (told | {"data.context": context or min(longest, CONTEXT)}).items():
-        section, _, name = path.partition(".")
-        config[section][name] = value
+    told |= {"data.context": context or min(longest, CONTEXT)}
+    config.update_from_flattened_dict(told)
     tokenizer = open_given(found.tokenizer, config.data.vocab_size, found.path)
     reset_unread(config)
     validate(config)
@@ -54,8 +54,8 @@ def begin(
 ) -> None:
     """Makes a work directory whose run stands at step 0 with these parameters.
 
-    params: a tree like the model's, whose arrays are let go one by one. Raises UserError where the
-    directory is in use or has anything in it, SaveFailed on a full disk.
+    params: a tree like the model's. Raises UserError where the directory is in use or has anything
+    in it, SaveFailed on a full disk.
     """
     home = epath.Path(workdir)
     with hold(home):
@@ -78,10 +78,6 @@ def export(trained: Trained, folder: str) -> None:
         what = f"data.tokenizer={trained.config.data.tokenizer!r}"
         raise UserError(f"{what}: must be 'given', since transformers has no other one of ours")
     config, params = trained.config, trained.params
-    told = {
-        f"{section}.{name}": value
-        for section in ("model", "data")
-        for name, value in config[section].items()
-    }
+    told = flatten_dict(config.to_dict(), sep=".")
     tensors = {name: np.asarray(array) for name, array in tensors_of(params).items()}
     write_safetensors(folder, tensors, config_of(told), trained.tokenizer.serialised)

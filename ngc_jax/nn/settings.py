@@ -161,7 +161,7 @@ def _check_ranks(config: Any, need: Need) -> None:
         return
     need(m.core == 0 and m.coda == 0, "model.core", f"0, as model.coda, {where}")
     need(m.prelude == len(ranks), "model.prelude", f"{len(ranks)}, its stages, {where}")
-    rules = [name for name in ("broadcast", "leaders") if name in RULES]
+    rules = ("broadcast", "leaders")
     need(m.rule in rules, "model.rule", f"one of {', '.join(rules)} {where}")
     need(m.sharing == "none", "model.sharing", f"'none' {where}")
     need(m.init_rank == 0, "model.init_rank", f"0 {where}")

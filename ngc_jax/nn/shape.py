@@ -115,7 +115,7 @@ class ModelShape:
         """The synapses of a stage, counted from 0, and the members of each."""
         if self.apart:
             return {one.name: one.members for one in self.apart[number]}
-        if (self.kv_heads or self.heads) * self.head_size == self.heads * self.head_size:
+        if self.kv_heads in (0, self.heads):
             return FANS
         return {"query": ("query",), "key_value": ("key", "value")} | {
             name: fan for name, fan in FANS.items() if name != "query_key_value"

@@ -133,16 +133,21 @@ def move(directory: Path, to: Path) -> None:
     sync(to.parent)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all; it and its name are on disk when this returns."""
+def write_durably(path: Path, content: str | bytes | Callable[[Any], Any]) -> None:
+    """Writes a file whole or not at all; it and its name are on disk when this returns.
+
+    content: also a function that writes to the open file, for what should not be in memory twice.
+    """
     content = content.encode() if isinstance(content, str) else content
+    fill = content if callable(content) else lambda file: file.write(content)
     if in_bucket(path):
-        path.write_bytes(content)
+        with path.open("wb") as file:
+            fill(file)
         return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb", opener=no_follow) as file:
-            file.write(content)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
