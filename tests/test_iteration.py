@@ -79,7 +79,7 @@ def test_gradients_go_through_the_last_rounds_alone(toy, remat):
         lambda w: jnp.sum(jnp.sin(run(turn, w, start, backprop=6, truncated=False)[0]))
     )(w)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
     )
     assert not np.allclose(found[0], whole, rtol=0.01)
 
