@@ -14,6 +14,7 @@ import json
 import pathlib
 import resource
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ import numpy as np
 
 from ngc_jax.commands.arguments import command
 from ngc_jax.commands.convert_model import examples
-from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import fit, reconstructed
+from ngc_jax.convert.calibrate import Sums, calibrate
+from ngc_jax.convert.convert import IN_FLOW, Fit, allot, decompose, fit, reconstructed
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch
 from ngc_jax.report.blocks import table
@@ -62,12 +63,12 @@ def rows_of(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     """The rows of the table, the teacher's losses first."""
     dense = records["teacher"]["losses"]
     rows = [{"method": "teacher", **{n: f"{np.mean(of):.3f}" for n, of in dense.items()}}]
-    for name, record in records.items():
+    for name, record in sorted(records.items(), key=lambda one: one[0].split()[::-1], reverse=True):
         if name != "teacher":
-            numbers, method = record["numbers"], name.partition(" ")[0]
+            numbers, (method, kept) = record["numbers"], name.split()
             share = {k: f"{numbers[k] / numbers['dense']:.3f}" for k in ("led", "factored")}
             rows.append(
-                {"method": method, "kept": name.partition(" ")[2]}
+                {"method": method, "kept": kept}
                 | {domain: added(record, dense, domain) for domain in dense}
                 | {"predicted": f"{record['predicted']:.3f}", "r(m+n-r)": share["led"]}
                 | {"r(m+n)": share["factored"], "seconds": f"{record['seconds']:.0f}"}
@@ -75,20 +76,38 @@ def rows_of(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def fitted(
+    teacher: Trained, means: Sums, batch: Batch, method: str, shares: list[str]
+) -> Iterator[tuple[str, Fit, float]]:
+    """(share kept, the fit, seconds) of each; "+share" after a method lets its price join."""
+    recipe, _, joins = method.partition("+")
+    began, choices = time.monotonic(), list[Any]()
+    if recipe not in IN_FLOW and shares:
+        choices = decompose(teacher, means, recipe, bool(joins))
+    once = time.monotonic() - began
+    for share in shares:
+        began = time.monotonic()
+        if choices:
+            found = allot(choices, recipe, float(share))
+        else:
+            found = fit(teacher, means, recipe, float(share), batch=batch)
+        yield share, found, once + time.monotonic() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of the teacher")
     parser.add_argument("--calibrate", required=True, help="files, with commas")
     parser.add_argument("--test", required=True, help="NAME:FILE, with commas")
-    parser.add_argument("--methods", default="svd_llm,mpifa,io_svd,ngc")
+    parser.add_argument("--methods", default="svd_llm,mpifa,io_svd,ngc", help="also ngc+share")
     parser.add_argument("--kept", default="0.8,0.6")
     parser.add_argument("--tokens", type=int, default=12_288, help="to calibrate on")
     parser.add_argument("--windows", type=int, default=24, help="of each test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/posthoc"))
     args = parser.parse_args()
-    methods = args.methods.split(",")
-    if not set(methods) <= METHODS.keys():
-        raise UserError(f"--methods={args.methods}: must be some of {','.join(METHODS)}")
+    methods, shares = args.methods.split(","), args.kept.split(",")
+    if not set(methods) <= {*METHODS, "ngc+share"}:
+        raise UserError(f"--methods={args.methods}: some of {','.join(METHODS)},ngc+share")
     teacher = load(args.workdir)
     context = teacher.config.data.context
     given = (pair.partition(":")[::2] for pair in args.test.split(","))
@@ -102,19 +121,15 @@ def main() -> None:
     batch = examples(teacher, args.calibrate.split(","), args.tokens)
     means = calibrate(teacher, batch, args.out)
     print(f"calibrated on {batch.inputs.size} tokens in {time.monotonic() - began:.0f} s")
-    for share in args.kept.split(","):
-        for method in methods:
-            name = f"{method} {share}"
-            if name not in records:
-                began = time.monotonic()
-                found = fit(teacher, means, method, float(share), batch=batch)
-                took = time.monotonic() - began
-                lost = losses(teacher, reconstructed(teacher, found), tests)
-                told = {"losses": lost, "predicted": found.predicted, "numbers": found.numbers}
-                records[name] = told | {"seconds": took}
-                write_durably(kept, json.dumps(records))
-            dense = records["teacher"]["losses"]
-            print(name, {d: added(records[name], dense, d) for d in dense}, flush=True)
+    dense = records["teacher"]["losses"]
+    for method in methods:
+        left = [share for share in shares if f"{method} {share}" not in records]
+        for share, found, took in fitted(teacher, means, batch, method, left):
+            lost = losses(teacher, reconstructed(teacher, found), tests)
+            told = {"losses": lost, "predicted": found.predicted, "numbers": found.numbers}
+            records[f"{method} {share}"] = record = told | {"seconds": took}
+            write_durably(kept, json.dumps(records))
+            print(method, share, {d: added(record, dense, d) for d in dense}, flush=True)
     rows = rows_of(records)
     head = [*rows[-1]]
     made = table(head, [[row.get(name, "") for name in head] for row in rows])

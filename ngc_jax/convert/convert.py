@@ -53,6 +53,9 @@ class Group(NamedTuple):
     weight: Array  # W [m, n]
 
 
+Choices = list[list[list[Group]]]  # for matrices that may have one signal, each way of it
+
+
 class Fitted(NamedTuple):
     """A matrix of some members of a stage, W = post pre^T, or at rank 0 `weight` itself."""
 
@@ -96,15 +99,25 @@ def fit(
     need = refusals({"method": method, "kept": kept, "share": share})
     need(method in METHODS, "method", f"one of {', '.join(METHODS)}")
     need(0 < kept < 1, "kept", "above 0 and below 1, for instance 0.8")
-    how, counted = RECIPES[method]
-    need(how == "price" or not share, "share", "False where the method has no price, as 'ngc' has")
+    priced = RECIPES[method][0] == "price"
+    need(priced or not share, "share", "False where the method has no price, as 'ngc' has")
     if method in IN_FLOW and batch is not None:
         return _fit_in_flow(trained, means, method, kept, batch)
     need(method != "aa_svd", "method", "another one where the batch is not given")
+    return allot(decompose(trained, means, method, share), method, kept)
+
+
+def decompose(trained: Trained, means: Sums, method: str, share: bool = False) -> Choices:
+    """The part of `fit` that no share kept changes, for methods outside `IN_FLOW`."""
+    return list(_choices(problems(trained.decoder, trained.params, means), method, share))
+
+
+def allot(choices: Choices, method: str, kept: float) -> Fit:
+    """`fit` of matrices that are decomposed: their ranks, and the factors cut."""
+    how, counted = RECIPES[method]
     count = budgets.COUNTS[counted]
-    choices = list(_choices(problems(trained.decoder, trained.params, means), method, share))
     groups = [group for candidates in choices for group in candidates[0]]
-    if share:
+    if any(len(candidates) > 1 for candidates in choices):
         priced = [[[_priced(g) for g in groups] for groups in one] for one in choices]
         taken, ranks = budgets.partition(priced, kept, count)
         groups = [g for one, which in zip(choices, taken, strict=True) for g in one[which]]
@@ -145,7 +158,7 @@ def _finished(groups: list[Group], ranks: list[int], cuts: list[list[Cut]], coun
 
 
 def _choices(stages: Iterable[Stage], method: str, share: bool) -> Iterator[list[list[Group]]]:
-    """For matrices that may have one signal, the ways in which they may: groups of each."""
+    """`Choices`, one after another."""
     depth = 2 if method == "basis_sharing" else 1
     numbered = enumerate(stages)
     while together := list(itertools.islice(numbered, depth)):
