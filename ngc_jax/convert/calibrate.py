@@ -99,6 +99,11 @@ def run_tapped(
     return after, read
 
 
+def answered(targets: Array) -> Array:
+    """Which tokens [..., T] have a target at them or after them; a problem's padding has none."""
+    return jnp.flip(jnp.cumsum(jnp.flip(targets >= 0, -1), -1), -1) > 0
+
+
 def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sums:
     """The sums of a batch: one pass forward and one back through probes of zeros at outputs."""
     shape, (stack, _) = model.shape, stacks.join_stages(model.shape, params)
@@ -121,8 +126,9 @@ def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sum
 
     grads, read = jax.grad(loss, has_aux=True)(probes)
     sums: Sums = {kind: {} for kind in ("inputs", "magnitudes", "grads", "fisher")}
+    counts = answered(batch.targets).reshape(-1, 1)
     for synapse, members in shape.fans().items():
-        x = read[synapse].reshape(shape.depth, -1, read[synapse].shape[-1])
+        x = read[synapse].reshape(shape.depth, -1, read[synapse].shape[-1]) * counts
         sums["inputs"][synapse], sums["magnitudes"][synapse] = _grams(x), jnp.sum(abs(x), axis=1)
         square = jnp.sum(jnp.square(x), axis=-1)
         for place, member in enumerate(members):

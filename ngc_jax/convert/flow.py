@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.convert.calibrate import Sums, problems, run_tapped
+from ngc_jax.convert.calibrate import Sums, answered, problems, run_tapped
 from ngc_jax.convert.methods import Problem
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn import stacks
@@ -35,7 +35,7 @@ def shifted_problems(
     """
     model = trained.decoder
     stack, _ = stacks.join_stages(model.shape, trained.params)
-    tokens, segments = batch.inputs, batch.segments
+    tokens, segments, counts = batch.inputs, batch.segments, answered(jnp.asarray(batch.targets))
     dense = shifted = model.embed(trained.params, batch)
 
     @jax.jit
@@ -45,14 +45,15 @@ def shifted_problems(
         def one(sums: Params, row: Any) -> tuple[Params, Array]:
             row = jax.tree.map(lambda a: a[None], row)
             (after, x), (_, y) = (run_tapped(model, weights, row[i], row[2]) for i in (0, 1))
-            grams = {n: {"shifted": y[n][0].T @ y[n][0], "cross": x[n][0].T @ y[n][0]} for n in x}
+            of = {name: y[name][0] * row[3].T for name in y}
+            grams = {n: {"shifted": of[n].T @ y[n][0], "cross": x[n][0].T @ of[n]} for n in of}
             return jax.tree.map(jnp.add, sums, grams), after[0]
 
         empty = {
             name: dict.fromkeys(("shifted", "cross"), jnp.zeros((size, size)))
             for name, size in sizes.items()
         }
-        sums, after = jax.lax.scan(one, empty, (dense, shifted, segments))
+        sums, after = jax.lax.scan(one, empty, (dense, shifted, segments, counts))
         return after, sums
 
     @jax.jit
