@@ -124,16 +124,24 @@ def make_watch(model: Decoder) -> Callable[[Any, Batch], dict[str, float]]:
 
     drive: |e| / (|e| + |update|) as in a loop, with a stage for a round and the embedding for e.
     departure: of the last stream from e, that is, with no synapse sending anything. exponent: the
-    leading one per stage; along tokens: per token. The page of `ngc_jax.stability` has the last two
-    of any model, and the second of a converted one.
+    leading one per stage, of random tangents. exponent of problems: the same of real differences,
+    log |x - x'| / |e - e'| of two problems over the stages. exponent along tokens: per token.
     """
 
     def passing(params: Any, batch: Batch) -> dict[str, jax.Array]:
         first, *later = states = [*probes.activations(model, params, batch).values()]
         updates = [after - before for before, after in zip(states, later, strict=False)]
         driven = jnp.stack([measures.drive_ratio(first, update) for update in updates])
-        away = measures.departure(later[-1], first)
-        return {"drive": jnp.mean(driven), "departure": jnp.mean(away)}
+        apart = [
+            measures.norm((x - jnp.roll(x, 1, axis=0)).reshape(len(x), -1))
+            for x in (first, later[-1])
+        ]
+        stretch = jnp.log(apart[1] + measures.TINY) - jnp.log(apart[0] + measures.TINY)
+        return {
+            "drive": jnp.mean(driven),
+            "departure": jnp.mean(measures.departure(later[-1], first)),
+            "exponent of problems": jnp.mean(stretch) / len(later),
+        }
 
     def leading(exponents: Any) -> Any:
         return lambda params, batch: jnp.mean(exponents(model, params, batch, k=EXPONENTS)[:, 0])

@@ -17,7 +17,7 @@ from ngc_jax.report.blocks import Block, heading, paragraph, table
 
 Record = Mapping[str, Any]
 RESAMPLES = 1000
-STABILITY = ("drive", "departure", "exponent", "exponent along tokens")
+STABILITY = ("drive", "departure", "exponent", "exponent of problems", "exponent along tokens")
 ABOUT = """Exact match: the share of problems with every answer right, the mean over the \
 difficulties of the test. Each cell that has ± is a mean with its 95% interval."""
 PAIRED = """Sizes of changes by conversion, paired at equal share, means over teachers. Below 0: \
