@@ -17,15 +17,18 @@ import ngc_jax
 from experiments.chaos import outcome
 from ngc_jax import count
 from ngc_jax.analysis import probes
+from ngc_jax.analysis.stability import gain_bounds
 from ngc_jax.commands import ngc as commands
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.calibrate import FILE, calibrate
-from ngc_jax.convert.convert import convert, fit, reconstructed
+from ngc_jax.convert.convert import convert, fit, formed, reconstructed
 from ngc_jax.convert.flow import shifted_problems
+from ngc_jax.convert.forms import INDEX, fit_form
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.convert.names import fields_of, read_params
 from ngc_jax.convert.pretrained import export, import_pretrained
+from ngc_jax.convert.rotation import rotated
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
 from ngc_jax.data.batches import Batch, next_token_targets
 from ngc_jax.runtime.errors import UserError
@@ -230,6 +233,82 @@ def test_members_may_share_a_signal_where_the_price_says_so(teacher, tokens, mea
     dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
     np.testing.assert_allclose(made.logits(tokens), dense, atol=2e-4)
     assert found.predicted <= fit(teacher, means, "ngc", 0.5).predicted * 1.02
+
+
+def test_a_rotated_model_is_the_same_function(teacher, tokens, batch, means, tmp_path):
+    turned, grams = rotated(teacher, means, 2)
+    np.testing.assert_allclose(turned.logits(tokens), teacher.logits(tokens), atol=1e-4)
+    again = calibrate(turned, batch, tmp_path, rows=4, say=quiet)
+    for kind, of in grams.items():
+        for name, gram in of.items():
+            np.testing.assert_allclose(again[kind][name], gram, atol=2e-3 * np.abs(gram).max())
+
+
+@pytest.mark.parametrize(("form", "kept"), [("ports", 0.7), ("blocks", 0.9), ("synapses", 0.6)])
+def test_a_form_is_a_run_with_the_outputs_of_its_matrices(
+    form, kept, teacher, tokens, means, tmp_path
+):
+    groups = 0 if form == "synapses" else 2
+    base, found = fit_form(teacher, means, form, kept, groups)
+    convert(base, found, tmp_path / "run", "test")
+    made = ngc_jax.load(tmp_path / "run")
+    dense = base.model.apply(reconstructed(base, found), Batch(tokens))[0]
+    np.testing.assert_allclose(made.logits(tokens), dense, atol=2e-4)
+    jitted = jax.jit(lambda p: made.model.apply(p, Batch(tokens))[0])(made.params)
+    np.testing.assert_allclose(jitted, dense, atol=2e-4)
+    np.testing.assert_allclose(formed(made).logits(tokens), dense, atol=2e-4)
+    assert made.generate("a b", tokens=2) == formed(made).generate("a b", tokens=2)
+    # What is said to be kept is what is stored: two numbers for three single synapses.
+    counted = count.parameters(made.params, made.model.param_info()).matrices
+    places = sum(one.joined.singles for stage in found.stages for one in stage)
+    ranked = sum(one.joined.rank > 0 for stage in found.stages for one in stage)
+    gains = 0 if form == "ports" else ranked
+    assert counted - gains + round(INDEX * places) == found.numbers["led"]
+    assert found.numbers["led"] <= kept * found.numbers["dense"]
+    assert (places > 0) == (form == "synapses")
+    # The parts are at their best: with less of them the predicted loss is more.
+    fewer = fit_form(teacher, means, form, 0.85 * kept, groups)[1]
+    assert found.predicted < fewer.predicted
+    assert gain_bounds(made.decoder, made.params)["prelude 1"]["down"] > 0
+
+
+@pytest.mark.parametrize("form", ["ports", "blocks", "synapses"])
+def test_a_model_of_a_form_trains_on_and_resumes_to_the_bit(form, teacher, means, tmp_path):
+    groups = 0 if form == "synapses" else 2
+    base, found = fit_form(teacher, means, form, 0.9, groups)
+    convert(base, found, tmp_path / "small")
+    (tmp_path / "text.txt").write_text(make_text(20_000))
+    config = runpy.run_path(str(ROOT / "configs" / "stored.py"))["get_config"](
+        str(tmp_path / "small")
+    )
+    config.data.path = str(tmp_path / "text.txt")
+    config.train.update({"init_from": str(tmp_path / "small"), "steps": 4, "warmup_steps": 1})
+    config.train.update({"batch_size": 8, "log_every": 1})
+    config.stability.every, config.checkpoint.every_steps, config.eval.windows = 0, 2, 8
+    whole, began = ngc_jax.train(config, tmp_path / "whole"), ngc_jax.load(tmp_path / "small")
+    before, after = (flatten_dict(run.params, sep="/") for run in (began, whole))
+    for name in before:  # who hears whom stays
+        fixed = name.endswith(("order", "at"))
+        assert np.array_equal(before[name], after[name]) == fixed, name
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
+    ngc_jax.train(config, tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"form": "magic"}, "form='magic': must be one of ports, blocks, synapses"),
+        ({"groups": 3}, "groups=3: must be one of 2, 4"),
+        ({"kept": 0.2, "groups": 2}, "kept=0.2: must be below 1, and 0.38 or more where groups=2"),
+        ({"form": "synapses", "share": 1.0}, "share=1.0: must be above 0"),
+        ({"form": "synapses", "kept": 2.0}, "kept=2.0: must be above 0"),
+    ],
+)
+def test_impossible_forms_are_refused(teacher, means, given, message):
+    with pytest.raises(UserError, match=message):
+        fit_form(teacher, means, **{"form": "ports", "kept": 0.5, **given})
 
 
 @pytest.mark.parametrize(

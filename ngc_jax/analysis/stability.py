@@ -214,19 +214,19 @@ def of_synapses(
 ) -> dict[str, dict[str, np.ndarray]]:
     """measure(parts summed in W) of each synapse, {"prelude 1": {"query": array, ...}, ...}."""
     shape, params = model.shape, model.expand_shared(params)
-    sizes = [(shape.width, None), (shape.hidden, None), (shape.width, 0)]  # 0: of dense matrices
-    parts = {part for n, rank in sizes for part in shape.parts(shape.width, n, rank)}
-    rules = {part.name: part.how for part in parts}
 
-    def member(pre: Params, post: Params) -> Array:
-        return measure([(rules[name], pre[name], post[name]) for name in post])
+    def stage(parts: Any, senders: tuple[int, ...], states: dict[str, Params]) -> Array:
+        def member(pre: Params, post: Params) -> Array:
+            return measure([(one.how, pre[one.name], post[one.name]) for one in parts])
 
-    def stage(senders: tuple[int, ...], states: dict[str, Params]) -> Array:
         pre = {name: sharing.spread(senders, part.get("pre", ())) for name, part in states.items()}
         post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
         return jax.vmap(member)(pre, post)
 
-    run = jax.jit(jax.vmap(stage, in_axes=(None, 0)), static_argnums=0)
+    @partial(jax.jit, static_argnums=(0, 1))
+    def run(parts: Any, senders: tuple[int, ...], states: Params) -> Array:
+        return jax.vmap(partial(stage, parts, senders))(states)
+
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in stacks.stack_rows(shape):
         stack = stacks.get_stack(params, name)
@@ -235,7 +235,8 @@ def of_synapses(
             for synapse, members in shape.fans(number).items():
                 joined = shape.apart and ["+".join(members)]  # of one set of states
                 senders = (0,) if joined else _senders(shape, synapse, len(members))
-                for i, measured in enumerate(np.asarray(run(senders, states[synapse]))):
+                parts = shape.summands(number)[synapse]
+                for i, measured in enumerate(np.asarray(run(parts, senders, states[synapse]))):
                     of = found.setdefault(f"{name} {number + i + 1}", {})
                     of |= zip(joined or members, measured, strict=True)
     return found

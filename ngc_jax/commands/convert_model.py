@@ -11,6 +11,7 @@ from etils import epath
 from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import convert, fit
+from ngc_jax.convert.forms import FORMS, fit_form
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch, Examples, Windows, held_out_batches
 from ngc_jax.data.tokens import Symbols
@@ -26,6 +27,15 @@ OPTIONS = (
     Field("method", "ngc", "how matrices are made smaller", METHODS),
     Field("kept", 0.8, "share of the numbers in matrices that stays", "(0, 1)"),
     Field("share", False, "whether the price chooses which members of a stage have one signal"),
+    Field(
+        "form",
+        "low_rank",
+        "of a matrix: factors, ports between groups, a block inside each "
+        "group beside factors, or single synapses beside them",
+        FORMS,
+    ),
+    Field("groups", 0, "of forms 'ports' and 'blocks', dividing all sides of matrices", "[0, inf)"),
+    Field("synapses", 0.4, "share of a matrix's numbers in single synapses", "(0, 1)"),
     Field("calibration", "", "folder that keeps what is measured; default: WORKDIR/calibration"),
 )
 
@@ -40,13 +50,17 @@ def main() -> None:
     home = epath.Path(args.calibration or args.workdir / "calibration")
     home.mkdir(parents=True, exist_ok=True)
     means = calibrate(teacher, batch, home)
-    found = fit(teacher, means, args.method, args.kept, args.share, batch)
+    if args.form == "low_rank":
+        found, how = fit(teacher, means, args.method, args.kept, args.share, batch), args.method
+    else:
+        teacher, found = fit_form(teacher, means, args.form, args.kept, args.groups, args.synapses)
+        how = f"form={args.form}"
     numbers = found.numbers
     kept = ", ".join(
         f"{numbers[name] / numbers['dense']:.4f} ({name})" for name in ("led", "factored")
     )
-    print(f"predicted by {args.method}: {found.predicted:.4f}; numbers kept: {kept}")
-    origin = f"{args.workdir}, {args.method}, kept {args.kept}, on {batch.inputs.size} tokens"
+    print(f"predicted by {how}: {found.predicted:.4f}; numbers kept: {kept}")
+    origin = f"{args.workdir}, {how}, kept {args.kept}, on {batch.inputs.size} tokens"
     convert(teacher, found, epath.Path(args.to), origin)
     print(f"{args.to}: {origin}")
 

@@ -78,7 +78,7 @@ def problems(model: Decoder, params: Params, means: Sums) -> Iterator[dict[str, 
             for place, member in enumerate(members):
                 weight = stage[synapse]["dense_block"]["weight"][place, 0]
                 at = {"inputs": synapse, "magnitudes": synapse, "grads": member, "fisher": member}
-                told = {kind: means[kind][name][number] for kind, name in at.items()}
+                told = {k: means[k][name][number] for k, name in at.items() if k in means}
                 of[member] = Problem(weight, **told)
         yield of
 

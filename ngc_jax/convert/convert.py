@@ -57,17 +57,13 @@ Choices = list[list[list[Group]]]  # for matrices that may have one signal, each
 
 
 class Fitted(NamedTuple):
-    """A matrix of some members of a stage, W = post pre^T, or at rank 0 `weight` itself."""
+    """A matrix of some members of a stage, W = post pre^T, or at rank 0 the dense one."""
 
     joined: Joined
-    weight: Array  # [m, n]
+    made: Array  # W [m, n]
     post: Array  # [m, r]
     pre: Array  # [n, r]
-
-    @property
-    def made(self) -> Array:
-        """W [m, n]."""
-        return self.post @ self.pre.T if self.joined.rank else self.weight
+    beside: Params  # the post states of parts beside the factors, by name: of other forms
 
 
 Cut = tuple[int, Fitted]  # the stage, and what it has of a group
@@ -80,6 +76,7 @@ class Fit(NamedTuple):
     counted: str  # "led": r receivers of each matrix are its signal; "factored": none are
     predicted: float  # loss, by the method: nats a token where it knows these
     numbers: dict[str, int]  # in the matrices: "dense", and with these ranks "factored" and "led"
+    fields: dict[str, Any]  # of `config.model`: of other forms
 
 
 def fit(
@@ -154,7 +151,7 @@ def _finished(groups: list[Group], ranks: list[int], cuts: list[list[Cut]], coun
     sizes = [_priced(group)[1] for group in groups]
     numbers = {name: budgets.spent(ranks, sizes, of) for name, of in budgets.COUNTS.items()}
     lost = sum(float(group.of.loss(rank)) for group, rank in zip(groups, ranks, strict=True))
-    return Fit(stages, counted, lost, {"dense": sum(m * n for m, n in sizes), **numbers})
+    return Fit(stages, counted, lost, {"dense": sum(m * n for m, n in sizes), **numbers}, {})
 
 
 def _choices(stages: Iterable[Stage], method: str, share: bool) -> Iterator[list[list[Group]]]:
@@ -198,7 +195,8 @@ def _cut(group: Group, rank: int) -> Iterator[Cut]:
     for part, (number, places) in enumerate(by_stage):
         own = slice(part * rows, (part + 1) * rows)
         joined = Joined(tuple(member for _, member in places), 0 if whole else rank)
-        yield number, Fitted(joined, group.weight[own], post[own], pre)
+        made = group.weight[own] if whole else (post[own] @ pre.T).astype(np.float32)
+        yield number, Fitted(joined, made, post[own], pre, {})
 
 
 def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "") -> None:
@@ -209,7 +207,7 @@ def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "")
     config, model = trained.config.copy_and_resolve_references(), trained.decoder
     rule = "leaders" if found.counted == "led" else "broadcast"
     fields = {"rule": rule, "prelude": model.shape.depth, "core": 0, "coda": 0, "groups": 1}
-    fields |= {"p_intra": 0, "form": "signals", "match": ""}
+    fields |= {"p_intra": 0, "form": "signals", "match": ""} | found.fields
     config.model.update(fields | {"ranks": write([[f.joined for f in s] for s in found.stages])})
     reset_unread(config)
     validate(config, here=False)
@@ -218,7 +216,7 @@ def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "")
     names = set(model.shape.fans())
     rest = [{name: v for name, v in stage.items() if name not in names} for stage in taught]
     stages = [
-        own | {fitted.joined.name: _states(fitted, rule) for fitted in stage}
+        own | {fitted.joined.name: _states(fitted, config.model.rule) for fitted in stage}
         for own, stage in zip(rest, found.stages, strict=True)
     ]
     begin(workdir, config, trained.tokenizer, kept | {"prelude": stacks.numbered(stages)}, origin)
@@ -227,7 +225,7 @@ def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "")
 def _states(fitted: Fitted, rule: str) -> Params:
     """The parameters of a synapse with these factors."""
     if not fitted.joined.rank:
-        return {"dense_block": {"weight": jnp.asarray(fitted.weight[None, None])}}
+        return {"dense_block": {"weight": jnp.asarray(fitted.made[None, None])}}
     states: Params = {"pre": fitted.pre, "post": fitted.post}
     if rule == "leaders":
         lead, rest, order = leaders(fitted.post, fitted.pre)
@@ -236,7 +234,8 @@ def _states(fitted: Fitted, rule: str) -> Params:
     def cast(array: Array) -> Any:  # the axis of a fan of one
         return jnp.asarray(array, jnp.int32 if array.dtype == np.int32 else jnp.float32)[None]
 
-    return {f"inter_{rule}": jax.tree.map(cast, states)}
+    beside = {name: {"post": post} for name, post in fitted.beside.items()}
+    return jax.tree.map(cast, {f"inter_{rule}": states, **beside})
 
 
 def reconstructed(trained: Trained, found: Fit) -> Params:
@@ -250,17 +249,19 @@ def reconstructed(trained: Trained, found: Fit) -> Params:
 def formed(trained: Trained) -> Trained:
     """A converted model as a dense one: its weights are formed, its outputs stay."""
     config, shape = trained.config.copy_and_resolve_references(), trained.decoder.shape
-    config.model.update({"rule": "dense", "ranks": "", "form": "weights"})
+    config.model.update({"rule": "dense", "ranks": "", "form": "weights", "groups": 1})
     reset_unread(config)
     model = make_model(config, shape.vocab)
     made, rest = [], []
     for number, stage in enumerate(stacks.stages_of(stacks.get_stack(trained.params, "prelude"))):
-        of = {}
+        of = dict[tuple[str, ...], Any]()
         for joined in shape.apart[number]:
-            ((name, states),) = stage[joined.name].items()
-            pre, post = states.get("pre", ()), states.get("post", states.get("weight"))
-            rule = "block" if name == "dense_block" else shape.rule
-            of[joined.members] = np.asarray(weights(rule, *take((pre, post), 0)))
+            summed = []
+            for part in shape.summands(number)[joined.name]:
+                states = take(stage[joined.name][part.name], 0)
+                pre, post = states.get("pre", ()), states.get("post", states.get("weight"))
+                summed.append(np.asarray(weights(part.how, pre, post)))
+            of[joined.members] = sum(summed)
         made.append(of)
         rest.append({n: v for n, v in stage.items() if n not in shape.fans(number)})
     others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rest)

@@ -149,7 +149,7 @@ def stacked(*problems: Problem) -> Problem:
 
 def svd(*problems: Problem) -> Decomposition:
     """[W]_r. Needs nothing but weights."""
-    return _in_metric(stacked(*problems).weight, None, None)
+    return in_metric(stacked(*problems).weight, None, None)
 
 
 def fwsvd(*problems: Problem) -> Decomposition:
@@ -162,7 +162,7 @@ def fwsvd(*problems: Problem) -> Decomposition:
     if fisher is None:
         grads = problem.need("grads", "fwsvd without fisher")
         fisher = np.diag(grads) * np.trace(problem.need("inputs", "fwsvd without fisher"))
-    return _in_metric(problem.weight, whiten(fisher, name="fisher"), None)
+    return in_metric(problem.weight, whiten(fisher, name="fisher"), None)
 
 
 def asvd(*problems: Problem, alpha: float = 0.5) -> Decomposition:
@@ -174,7 +174,7 @@ def asvd(*problems: Problem, alpha: float = 0.5) -> Decomposition:
     means = problem.magnitudes
     if means is None:
         means = np.sqrt(np.diag(problem.need("inputs", "asvd without magnitudes")))
-    return _in_metric(problem.weight, None, whiten(means ** (2 * alpha), name="magnitudes"))
+    return in_metric(problem.weight, None, whiten(means ** (2 * alpha), name="magnitudes"))
 
 
 def svd_llm(*problems: Problem, ridge: float = RIDGE) -> Decomposition:
@@ -184,7 +184,7 @@ def svd_llm(*problems: Problem, ridge: float = RIDGE) -> Decomposition:
     """
     problem = stacked(*problems)
     inputs = problem.need("inputs", "svd_llm")
-    return _in_metric(problem.weight, None, whiten(inputs, ridge, "inputs"))
+    return in_metric(problem.weight, None, whiten(inputs, ridge, "inputs"))
 
 
 def basis_sharing(*problems: Problem, ridge: float = RIDGE, refit: bool = False) -> Decomposition:
@@ -239,7 +239,7 @@ def ngc(
     problem = stacked(*problems)
     out = whiten(problem.need("grads", "two-sided whitening"), ridge_grads, "grads")
     into = whiten(problem.need("inputs", "two-sided whitening"), ridge, "inputs")
-    return _in_metric(problem.weight, out, into, worth=0.5)
+    return in_metric(problem.weight, out, into, worth=0.5)
 
 
 def aa_svd(*problems: Problem, ridge: float = RIDGE, mix: float = 1.0) -> Decomposition:
@@ -250,7 +250,7 @@ def aa_svd(*problems: Problem, ridge: float = RIDGE, mix: float = 1.0) -> Decomp
     """
     problem = stacked(*problems)
     best, root = _fitted(problem, _aim(problem, mix, "aa_svd"), ridge)
-    return _in_metric(best, None, root)
+    return in_metric(best, None, root)
 
 
 def mpifa(*problems: Problem, ridge: float = RIDGE, mix: float = 0.25) -> Decomposition:
@@ -289,7 +289,7 @@ RECIPES = dict.fromkeys(METHODS, ("uniform", "factored"))
 RECIPES |= {"io_svd": ("greedy", "factored"), "mpifa": ("uniform", "led"), "ngc": ("price", "led")}
 
 
-def _in_metric(
+def in_metric(
     weight: Array, out: Root | None, into: Root | None, worth: float = 1.0
 ) -> Decomposition:
     """The best of each rank where a change D of W costs worth |L_out D L_in|^2; None is I."""

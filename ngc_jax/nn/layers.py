@@ -103,7 +103,7 @@ class NGCLayer(nn.Module, kw_only=True):
         n_in, heard = sources[0][0].shape[-1], dict[str, Array]()
         for one in (one for one in self.joined if one.members[0] in sizes):
             own = [sizes[name] for name in one.members]
-            y = self.synapse(n_in, sum(own), one.rank, name=one.name, **more)(sources[0][0])
+            y = self.synapse(n_in, sum(own), one, name=one.name, **more)(sources[0][0])
             parts = jnp.split(y[..., 0, :], np.cumsum(own)[:-1], axis=-1)
             heard |= dict(zip(one.members, parts, strict=True))
         for _, alike in itertools.groupby(() if heard else sizes, sizes.__getitem__):
@@ -118,7 +118,7 @@ class NGCLayer(nn.Module, kw_only=True):
                     heard |= dict(zip((fan[i] for i in chosen), members_of(y), strict=True))
         return [heard[name] for name in sizes]
 
-    def synapse(self, n_in: int, n_out: int, rank: int | None = None, **more: Any) -> Synapse:
+    def synapse(self, n_in: int, n_out: int, own: Joined | None = None, **more: Any) -> Synapse:
         """Synapses from n_in to n_out neurons."""
         partners = self.rule == "addressed" and self.groups > 1
         wiring = self.wiring or ("others" if partners else "complete")
@@ -126,7 +126,7 @@ class NGCLayer(nn.Module, kw_only=True):
         intra = max(n_in, n_out) if self.intra is None else self.intra
         given = {"p_intra": intra, "p_inter": self.ports, "wiring": wiring}
         joined = ModelShape(**shared_fields(ModelShape, self) | given)
-        return Synapse(joined.parts(n_in, n_out, rank), n_in, n_out, self.form, **more)
+        return Synapse(joined.parts(n_in, n_out, own), n_in, n_out, self.form, **more)
 
     def one_of(self, field: str, names: Sequence[Any], more: str = "") -> None:
         """Raises ValueError, with all names, where a field is none of them."""
@@ -189,7 +189,7 @@ class NGCAttention(NGCLayer):
     asked for: layer.apply(params, x, segments), segments [B, T] or None.
     """
 
-    heads: int = 4  # a divisor of groups; D / heads is even, since positions are rotary
+    heads: int = 4  # a divisor or multiple of groups; D / heads is even: positions are rotary
     causal: bool = True  # a token sees none after it
     context: int | None = None  # tokens that it looks back on, itself included; None: all
     qk_norm: bool = True  # in each head (arXiv 2302.05442, section 2)
@@ -254,12 +254,11 @@ class NGCAttention(NGCLayer):
     def _head(self, width: int) -> int:
         """The channels of a head; ValueError where they do not go with the groups."""
         free, need = self.rule == "dense" or self.groups == 1, refusals(vars(self))
-        if self.head_width:
-            able = [n for n in range(1, self.heads + 1) if free or self.groups % n == 0]
-            need(self.head_width % 2 == 0, "head_width", "even, for instance 64")
-        else:
-            even = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
-            able = [n for n in even if free or self.groups % n == 0]
+        most, groups = self.heads if self.head_width else width // 2, 1 if free else self.groups
+        able = [n for n in range(1, most + 1) if groups % n == 0 or n % groups == 0]
+        if not self.head_width:
+            able = [n for n in able if width % (2 * n) == 0]
+        need(self.head_width % 2 == 0, "head_width", "even, for instance 64")
         self.one_of("heads", able, f" for width {width} and groups={self.groups}")
         if self.kv_heads:
             able = [n for n in range(1, self.heads + 1) if self.heads % n == 0]

@@ -1,8 +1,9 @@
 """A rank for each synapse of each stage: what `model.ranks` says, as conversion gives it.
 
-For: reading and writing the text "query:96,key+value:64,attention out:80,...;query:..." in which
-stages stand between semicolons, and members that are read together between plus signs. 0 is a dense
-matrix. Not for: which rank is good (`convert/ranks.py`).
+For: reading and writing the text "query:96,key+value:64,attention out:80+500,...;query:..." in
+which stages stand between semicolons, members that are read together between plus signs, and single
+synapses after a plus sign. Rank 0 is a dense matrix. Not for: which rank is good
+(`convert/ranks.py`).
 """
 
 import functools
@@ -18,7 +19,8 @@ class Joined(NamedTuple):
     """Members of one synapse that read the same input by one set of states."""
 
     members: tuple[str, ...]  # of `FANS`
-    rank: int  # 0: a dense matrix
+    rank: int  # 0: a dense matrix; of rule "addressed" the numbers of a port
+    singles: int = 0  # single synapses beside it
 
     @property
     def name(self) -> str:
@@ -38,14 +40,16 @@ def parse(text: str) -> Ranks:
 def _stage(number: int, text: str) -> tuple[Joined, ...]:
     found = []
     for item in text.split(","):
-        names, _, rank = item.partition(":")
+        names, _, told = item.partition(":")
+        rank, _, singles = told.partition("+")
         members = tuple(name.strip() for name in names.split("+"))
-        if not (rank.isdecimal() and len({MEMBERS.get(name, name) for name in members}) == 1):
+        one = len({MEMBERS.get(name, name) for name in members}) == 1
+        if not (one and rank.isdecimal() and (singles or "0").isdecimal()):
             raise ValueError(
                 f"stage {number}: {item!r} must be members of one synapse and a rank, such as "
-                "'key+value:64'"
+                "'key+value:64', or 'down:64+500' with single synapses"
             )
-        found.append(Joined(members, int(rank)))
+        found.append(Joined(members, int(rank), int(singles or 0)))
     named = sorted(name for one in found for name in one.members)
     if named != sorted(MEMBERS):
         wants = f"must name each of {', '.join(MEMBERS)} once"
@@ -55,6 +59,8 @@ def _stage(number: int, text: str) -> tuple[Joined, ...]:
 
 def write(ranks: Sequence[Sequence[Joined]]) -> str:
     """The text that `parse` reads as these ranks."""
-    return ";".join(
-        ",".join(f"{'+'.join(one.members)}:{one.rank}" for one in stage) for stage in ranks
-    )
+
+    def told(one: Joined) -> str:
+        return f"{'+'.join(one.members)}:{one.rank}" + (f"+{one.singles}" if one.singles else "")
+
+    return ";".join(",".join(map(told, stage)) for stage in ranks)

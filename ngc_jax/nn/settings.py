@@ -46,13 +46,13 @@ def has_loop(config: Any) -> bool:
 
 
 def head_counts(model: Any) -> list[int]:
-    """The values of `model.heads` that divide its groups, with an even number of channels each.
-
-    Of one group, any number that divides the width.
+    """The values of `model.heads`, with an even number of channels each: those that divide its
+    groups, or that its groups divide.
     """
-    whole = model.groups if model.groups > 1 else model.heads if model.head_width else model.width
-    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
-    return [n for n in divisors if model.head_width or model.width // n % 2 == 0]
+    whole, groups = model.heads if model.head_width else model.width, model.groups
+    counts = range(1, max(whole, groups) + 1)
+    fits = [n for n in counts if groups % n == 0 or n % groups == 0]
+    return [n for n in fits if model.head_width or model.width % (2 * n) == 0]
 
 
 def model_shape(config: Any, vocab: int) -> "nn.ModelShape":
@@ -126,7 +126,7 @@ def _check_decoder(config: Any, need: Need) -> None:
     fits = head_counts(m)
     need(bool(fits), "model.width", f"even, for instance {2 * m.width}")
     best = min(fits, key=lambda h: abs(h - m.heads))
-    even = f"a divisor of model.groups={m.groups} with an even number of channels each"
+    even = f"a divisor or multiple of model.groups={m.groups} with an even number of channels each"
     need(m.heads in fits, "model.heads", f"{even}, for instance {best}")
     fits = [n for n in range(1, m.heads + 1) if m.heads % n == 0]
     wants = f"0, or a divisor of model.heads={m.heads}, for instance {fits[0]}"
@@ -161,16 +161,19 @@ def _check_ranks(config: Any, need: Need) -> None:
         return
     need(m.core == 0 and m.coda == 0, "model.core", f"0, as model.coda, {where}")
     need(m.prelude == len(ranks), "model.prelude", f"{len(ranks)}, its stages, {where}")
-    rules = ("broadcast", "leaders")
+    rules = ("broadcast", "leaders", "addressed")
     need(m.rule in rules, "model.rule", f"one of {', '.join(rules)} {where}")
     need(m.sharing == "none", "model.sharing", f"'none' {where}")
     need(m.init_rank == 0, "model.init_rank", f"0 {where}")
     sizes = model_shape(config, 1).sizes
     for number, stage in enumerate(ranks, 1):
         for one in stage:
-            most = min(sum(sizes[name][0] for name in one.members), sizes[one.members[0]][1])
-            named = f"of {'+'.join(one.members)} in stage {number} at most {most}"
-            need(one.rank <= most, "model.ranks", named)
+            size = sum(sizes[name][0] for name in one.members), sizes[one.members[0]][1]
+            most = min(size) // (m.groups if m.rule == "addressed" else 1)
+            named = f"of {'+'.join(one.members)} in stage {number} at most"
+            need(one.rank <= most, "model.ranks", f"{named} {most}")
+            named, most = f"{named}, as single synapses,", size[0] * size[1] * (one.rank > 0)
+            need(one.singles <= most, "model.ranks", f"{named} {most}")
 
 
 def _check_recurrent(config: Any, need: Need) -> None:
@@ -234,7 +237,7 @@ MODEL = Section("model",
     Field("hidden", 384, "channels inside the MLP, a multiple of groups", "[1, inf)", "neurons"),
     Field("groups", 8, "groups of neighbouring channels", "[1, inf)", "groups"),
     Field("attend", 0, "tokens in reach of attention; 0 = data.context", "[0, 1e9]", "tokens"),
-    Field("heads", 4, "attention heads, a divisor of groups", "[1, inf)", "heads"),
+    Field("heads", 4, "attention heads, a divisor or multiple of groups", "[1, inf)", "heads"),
     Field("kv_heads", 0, "heads of keys and values, each for several queries; 0 = heads",
           "[0, inf)", "heads"),
     Field("head_width", 0, "channels of a head, even; 0 = width / heads", "[0, inf)", "neurons"),

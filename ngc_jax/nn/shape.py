@@ -6,8 +6,9 @@ For: sizes and the parts of a synapse. Not for: parameters (`layers.py`), refusa
 import dataclasses
 
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
+from ngc_jax.core.rules.generated import Singles
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
-from ngc_jax.nn.ranks import Ranks
+from ngc_jax.nn.ranks import Joined, Ranks
 from ngc_jax.nn.ranks import parse as parse_ranks
 from ngc_jax.nn.sharing import FANS, Sharing, parse
 from ngc_jax.nn.synapse import SynapsePart
@@ -77,8 +78,9 @@ class ModelShape:
             return self.rewirable
         return Addressed(WIRINGS[self.wiring](self.groups, self.channels, self.wiring_seed))
 
-    def parts(self, n_in: int, n_out: int, rank: int | None = None) -> tuple[SynapsePart, ...]:
-        """The summands of a synapse from n_in to n_out neurons; `rank`: as `model.ranks` says."""
+    def parts(self, n_in: int, n_out: int, own: Joined | None = None) -> tuple[SynapsePart, ...]:
+        """The summands of a synapse from n_in to n_out neurons; `own`: as `model.ranks` says."""
+        rank, singles = (own.rank, own.singles) if own else (None, 0)
         if self.rule == "dense" or rank == 0:
             return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
         parts, kinds = [], self.init_rank // self.groups
@@ -90,7 +92,20 @@ class ModelShape:
             dim = 1 if self.wiring == "dynamic_ports" else rank or self.p_inter
             how = (dim, self.message_activation, self.wired, kinds)
             parts.append(SynapsePart("inter", self.rule, self.groups, *how))
+        if singles:
+            places = Singles(n_in, n_out)
+            parts.append(SynapsePart("single", "synapses", 1, singles, None, places))
         return tuple(parts)
+
+    def summands(self, number: int = 0) -> dict[str, tuple[SynapsePart, ...]]:
+        """The parts of each synapse of a stage, counted from 0."""
+        own, sizes = {one.name: one for one in self.apart[number]} if self.apart else {}, self.sizes
+        return {
+            name: self.parts(
+                sizes[fan[0]][1], sum(sizes[m][0] for m in (fan if own else fan[:1])), own.get(name)
+            )
+            for name, fan in self.fans(number).items()
+        }
 
     @property
     def head_size(self) -> int:

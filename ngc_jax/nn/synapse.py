@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rules import RULES, Rule, SignalRule, activation_gain, emit, weights
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
+from ngc_jax.core.rules.generated import Singles
 from ngc_jax.core.rules.signal import FEW
 from ngc_jax.nn.mesh import constrain, num_shards
 from ngc_jax.nn.params import declare, stacked
@@ -35,7 +36,8 @@ class SynapsePart(NamedTuple):
     groups: int
     dim: int  # numbers of a state (r) or of a port (p)
     activation: str | None
-    wired: Addressed | Rewirable | None = None  # `addressed` under a wiring; None: RULES[rule]
+    # `addressed` under a wiring, or single synapses between so many neurons; None: RULES[rule]
+    wired: Addressed | Rewirable | Singles | None = None
     kinds: int = 0  # of senders in a group at the start (`Rule.alike`); 0: as drawn
 
     @property
@@ -91,7 +93,7 @@ class Synapse(nn.Module):
             if not isinstance(how, SignalRule) or (forms and part.activation is None):
                 generated.append(jax.vmap(partial(weights, how))(spread(senders, pre), post))
                 continue
-            if part.wired and num_shards("group") > 1:
+            if isinstance(part.wired, Addressed | Rewirable) and num_shards("group") > 1:
                 pre, post = jax.vmap(part.wired.to_speakers)(spread(senders, pre), post)
                 how, senders = Addressed(), tuple(range(len(senders)))
             signals.append((part, how, senders, pre, post))
@@ -147,7 +149,7 @@ class Synapse(nn.Module):
     def _named(part: SynapsePart, pre: Any, post: Any) -> dict[str, Any]:
         """States by name: a dense matrix, whose learning rate is another, is called "weight"."""
         named = {"weight" if part.place == "dense" else "post": post}
-        return named if part.rule == "block" else named | {"pre": pre}
+        return named if isinstance(pre, tuple) else named | {"pre": pre}
 
 
 def members_of(y: Array) -> list[Array]:

@@ -1,15 +1,20 @@
 """The generated rules: a nonlinear interaction of two states, so W is made before it acts.
 
-For: `tanh`, `shift`, `riemannian` and `distance`, which save parameters, not FLOPs. Not for: rules
-that never form W (`signal.py`), or using one (`__init__.py`, whose axes these are). States start as
-N(0, 1), and gains, after a factor of n_in^(-1/2), where the W drawn has mean square 1 / n_in.
+For: `tanh`, `shift`, `riemannian`, `distance`, and single synapses, which save parameters, not
+FLOPs. Not for: rules that never form W (`signal.py`), or using one (`__init__.py`, whose axes these
+are). States start as N(0, 1), and gains, after a factor of n_in^(-1/2), where the W drawn has mean
+square 1 / n_in.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rules.base import Rule, Sides, States, normal
 
 Array = jax.Array
@@ -131,6 +136,33 @@ class Distance(GeneratedRule):
             return (1 - 4.5 * square) * jnp.exp(-2 * square)
 
         return _sum_over_features(phi, post["state"].T, -pre.T, post["gain"]) * len(pre) ** -0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Singles(Rule):
+    """W is 0 but at k places: single synapses, each from one neuron to one neuron.
+
+    pre (), post {"state": c [k], "at": int32 [k], of W[j, i] n_in j + i}. k parameters, and k
+    places, which are not trained and at the start lie evenly. FLOPs: 2 n_in n_out per token. Not in
+    `RULES`: a place is worth its number where a trained matrix chose it.
+    """
+
+    n_in: int
+    n_out: int
+    grouped = False
+    amplitude = ("state",)
+
+    def init(self, key: Array, groups: int, n_in: int, n_out: int, dim: int) -> Sides:
+        at = jnp.array(np.arange(dim) * (n_in * n_out) // dim, jnp.int32)
+        return (), {"state": normal(key, (dim,), dim / n_out), "at": at}
+
+    def weights(self, pre: States, post: States) -> Array:
+        flat = jnp.zeros(self.n_out * self.n_in, post["state"].dtype)
+        return flat.at[post["at"]].set(post["state"]).reshape(self.n_out, self.n_in)
+
+    def info(self, pre: States, post: States) -> tuple[Any, Any]:
+        whole = {"state": ParamInfo("state", (None,), side="post")}
+        return (), whole | {"at": ParamInfo("wiring", (None,), side="post")}
 
 
 def _sum_over_features(
