@@ -17,7 +17,7 @@ import ngc_jax
 from experiments.chaos import outcome
 from ngc_jax import count
 from ngc_jax.analysis import probes
-from ngc_jax.analysis.stability import gain_bounds
+from ngc_jax.analysis.stability import of_synapses
 from ngc_jax.commands import ngc as commands
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import base, make_model, reset_unread, validate
@@ -254,46 +254,39 @@ def test_a_form_is_a_run_with_the_outputs_of_its_matrices(
     made = ngc_jax.load(tmp_path / "run")
     dense = base.model.apply(reconstructed(base, found), Batch(tokens))[0]
     np.testing.assert_allclose(made.logits(tokens), dense, atol=2e-4)
-    jitted = jax.jit(lambda p: made.model.apply(p, Batch(tokens))[0])(made.params)
-    np.testing.assert_allclose(jitted, dense, atol=2e-4)
     np.testing.assert_allclose(formed(made).logits(tokens), dense, atol=2e-4)
-    assert made.generate("a b", tokens=2) == formed(made).generate("a b", tokens=2)
     # What is said to be kept is what is stored: two numbers for three single synapses.
     counted = count.parameters(made.params, made.model.param_info()).matrices
     places = sum(one.joined.singles for stage in found.stages for one in stage)
     ranked = sum(one.joined.rank > 0 for stage in found.stages for one in stage)
     gains = 0 if form == "ports" else ranked
-    assert counted - gains + round(INDEX * places) == found.numbers["led"]
+    assert abs(counted - gains + INDEX * places - found.numbers["led"]) < 1
     assert found.numbers["led"] <= kept * found.numbers["dense"]
     assert (places > 0) == (form == "synapses")
-    # The parts are at their best: with less of them the predicted loss is more.
-    fewer = fit_form(teacher, means, form, 0.85 * kept, groups)[1]
-    assert found.predicted < fewer.predicted
-    assert gain_bounds(made.decoder, made.params)["prelude 1"]["down"] > 0
+    # Bounds see all parts of a matrix.
+    sizes = of_synapses(made.decoder, made.params, lambda parts: jnp.sum(_formed(parts) ** 2))
+    for number, stage in enumerate(found.stages, 1):
+        for one in stage:
+            seen = sizes[f"prelude {number}"]["+".join(one.joined.members)]
+            np.testing.assert_allclose(seen, np.sum(one.made**2), rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["ports", "blocks", "synapses"])
-def test_a_model_of_a_form_trains_on_and_resumes_to_the_bit(form, teacher, means, tmp_path):
-    groups = 0 if form == "synapses" else 2
-    base, found = fit_form(teacher, means, form, 0.9, groups)
-    convert(base, found, tmp_path / "small")
-    (tmp_path / "text.txt").write_text(make_text(20_000))
-    config = runpy.run_path(str(ROOT / "configs" / "stored.py"))["get_config"](
-        str(tmp_path / "small")
-    )
-    config.data.path = str(tmp_path / "text.txt")
-    config.train.update({"init_from": str(tmp_path / "small"), "steps": 4, "warmup_steps": 1})
-    config.train.update({"batch_size": 8, "log_every": 1})
-    config.stability.every, config.checkpoint.every_steps, config.eval.windows = 0, 2, 8
-    whole, began = ngc_jax.train(config, tmp_path / "whole"), ngc_jax.load(tmp_path / "small")
-    before, after = (flatten_dict(run.params, sep="/") for run in (began, whole))
-    for name in before:  # who hears whom stays
-        fixed = name.endswith(("order", "at"))
-        assert np.array_equal(before[name], after[name]) == fixed, name
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
-    ngc_jax.train(config, tmp_path / "killed")
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+def _formed(parts):
+    return sum(rule.weights(pre, post) for rule, pre, post in parts)
+
+
+def test_single_synapses_are_trained_in_their_places(tiny, tmp_path):
+    ranks = "query:4,key+value:4,attention out:4,gate:4,up:4,down:4+20"
+    tiny.model.update({"rule": "leaders", "groups": 1, "p_intra": 0, "ranks": ranks})
+    tiny.model.update({"prelude": 1, "core": 0, "coda": 0})
+    tiny.train.update({"steps": 2, "warmup_steps": 1})
+    tiny.stability.every, tiny.checkpoint.every_steps = 0, 1
+    reset_unread(tiny)
+    ngc_jax.train(tiny, tmp_path / "run")
+    runs = [ngc_jax.load(tmp_path / "run", step) for step in (1, 2)]
+    first, last = (run.params["prelude"]["0"]["down"]["single_synapses"]["post"] for run in runs)
+    np.testing.assert_array_equal(first["at"], last["at"])
+    assert np.all(first["state"] != last["state"])
 
 
 @pytest.mark.parametrize(

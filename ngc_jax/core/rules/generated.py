@@ -157,8 +157,10 @@ class Singles(Rule):
         return (), {"state": normal(key, (dim,), dim / n_out), "at": at}
 
     def weights(self, pre: States, post: States) -> Array:
-        flat = jnp.zeros(self.n_out * self.n_in, post["state"].dtype)
-        return flat.at[post["at"]].set(post["state"]).reshape(self.n_out, self.n_in)
+        flat, known = jnp.zeros(self.n_out * self.n_in, post["state"].dtype), post["at"]
+        # Not `set`, whose gradient asks which of two wrote last.
+        flat = flat.at[known].add(post["state"], unique_indices=True, indices_are_sorted=True)
+        return flat.reshape(self.n_out, self.n_in)
 
     def info(self, pre: States, post: States) -> tuple[Any, Any]:
         whole = {"state": ParamInfo("state", (None,), side="post")}
