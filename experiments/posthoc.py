@@ -25,6 +25,7 @@ from ngc_jax.commands.arguments import command
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.convert.calibrate import Sums, calibrate
 from ngc_jax.convert.convert import IN_FLOW, Fit, allot, decompose, fit, reconstructed
+from ngc_jax.convert.forms import FORMS, fit_form
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch
 from ngc_jax.report.blocks import table
@@ -78,20 +79,26 @@ def rows_of(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 def fitted(
     teacher: Trained, means: Sums, batch: Batch, method: str, shares: list[str]
-) -> Iterator[tuple[str, Fit, float]]:
-    """(share kept, the fit, seconds) of each; "+share" after a method lets its price join."""
+) -> Iterator[tuple[str, Trained, Fit, float]]:
+    """(share kept, the dense model, its fit, seconds) of each; "+share" lets the price join.
+
+    "ngc:ports:3" is a form of `ngc convert`, with so many groups.
+    """
     recipe, _, joins = method.partition("+")
+    _, *form = method.split(":")
     began, choices = time.monotonic(), list[Any]()
-    if recipe not in IN_FLOW and shares:
+    if recipe not in IN_FLOW and not form and shares:
         choices = decompose(teacher, means, recipe, bool(joins))
     once = time.monotonic() - began
     for share in shares:
-        began = time.monotonic()
-        if choices:
+        began, base = time.monotonic(), teacher
+        if form:
+            base, found = fit_form(teacher, means, form[0], float(share), *map(int, form[1:]))
+        elif choices:
             found = allot(choices, recipe, float(share))
         else:
             found = fit(teacher, means, recipe, float(share), batch=batch)
-        yield share, found, once + time.monotonic() - began
+        yield share, base, found, once + time.monotonic() - began
 
 
 def main() -> None:
@@ -99,15 +106,18 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of the teacher")
     parser.add_argument("--calibrate", required=True, help="files, with commas")
     parser.add_argument("--test", required=True, help="NAME:FILE, with commas")
-    parser.add_argument("--methods", default="svd_llm,mpifa,io_svd,ngc", help="also ngc+share")
+    more = "also ngc+share, ngc:synapses, ngc:ports:3, ngc:blocks:3"
+    parser.add_argument("--methods", default="svd_llm,mpifa,io_svd,ngc", help=more)
     parser.add_argument("--kept", default="0.8,0.6")
     parser.add_argument("--tokens", type=int, default=12_288, help="to calibrate on")
     parser.add_argument("--windows", type=int, default=24, help="of each test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/posthoc"))
     args = parser.parse_args()
     methods, shares = args.methods.split(","), args.kept.split(",")
-    if not set(methods) <= {*METHODS, "ngc+share"}:
-        raise UserError(f"--methods={args.methods}: some of {','.join(METHODS)},ngc+share")
+    for method in methods:
+        name, *form = method.removesuffix("+share").split(":")
+        if name not in METHODS or (form and (name != "ngc" or form[0] not in FORMS[1:])):
+            raise UserError(f"--methods={method}: one of {','.join(METHODS)},ngc+share,ngc:FORM:G")
     teacher = load(args.workdir)
     context = teacher.config.data.context
     given = (pair.partition(":")[::2] for pair in args.test.split(","))
@@ -124,8 +134,8 @@ def main() -> None:
     dense = records["teacher"]["losses"]
     for method in methods:
         left = [share for share in shares if f"{method} {share}" not in records]
-        for share, found, took in fitted(teacher, means, batch, method, left):
-            lost = losses(teacher, reconstructed(teacher, found), tests)
+        for share, base, found, took in fitted(teacher, means, batch, method, left):
+            lost = losses(base, reconstructed(base, found), tests)
             told = {"losses": lost, "predicted": found.predicted, "numbers": found.numbers}
             records[f"{method} {share}"] = record = told | {"seconds": took}
             write_durably(kept, json.dumps(records))

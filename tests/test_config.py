@@ -112,7 +112,7 @@ def test_flops_count_loops_as_often_as_they_run():
             "within",
             "one of 'addressed', 'broadcast', 'leaders', 'metric', .*'distance', 'none', 'dense'",
         ),
-        ("model.heads", 3, "a divisor of model.groups=8 .* for instance 2"),
+        ("model.heads", 3, "a divisor or multiple of model.groups=8 .* for instance 2"),
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
         ("model.rounds", 0, "1 or more"),
         (

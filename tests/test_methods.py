@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
+from ngc_jax.convert.forms import blocks, metric, ports, synapses
 from ngc_jax.convert.leaders import leaders
 from ngc_jax.convert.methods import (
     METHODS,
@@ -23,6 +24,8 @@ from ngc_jax.convert.methods import (
     whiten,
 )
 from ngc_jax.convert.ranks import COUNTS, by_price, factored, greedy, led, partition, spent, uniform
+from ngc_jax.convert.rotation import dealt
+from ngc_jax.core.rules import weights
 
 
 def measured(difference, inputs, grads=None):
@@ -436,3 +439,58 @@ def test_partitions_are_chosen_at_one_price():
         partition([[stages[0][0], stages[0][0][:1]]], 0.5)
     with pytest.raises(ValueError, match="kept=0"):
         partition(stages, 0)
+
+
+# -- forms ------------------------------------------------------------------------------------
+
+
+def test_forms_are_what_their_states_say():
+    seen = metric(problem(m=24, n=20))
+    found = ports(seen, 360, 4)
+    assert found.post.shape == (4, 6, 4, 2)
+    assert found.numbers == {"factored": 352, "led": 352}
+    np.testing.assert_allclose(weights("addressed", found.pre, found.post), found.made, atol=1e-5)
+    found = blocks(seen, 330, 4)
+    apart = (found.made - found.post @ found.pre.T).reshape(4, 6, 4, 5)
+    block = found.beside["intra_block"]
+    for g, h in itertools.product(range(4), repeat=2):
+        np.testing.assert_allclose(apart[g, :, h], block[g] if g == h else 0, atol=1e-12)
+    assert found.numbers["led"] == 120 + led(24, 20, found.rank) <= 330
+    found = synapses(seen, 330, 0.4)
+    apart, single = found.made - found.post @ found.pre.T, found.beside["single_synapses"]
+    np.testing.assert_allclose(apart.flat[single["at"]], single["state"], atol=1e-12)
+    assert found.singles == np.count_nonzero(np.abs(apart) > 1e-12) == len(single["at"])
+    assert found.numbers["led"] == 1.5 * found.singles + led(24, 20, found.rank) <= 330
+    # ports of full rank: the matrix itself
+    np.testing.assert_allclose(ports(seen, 4 * 5 * 44, 4).made, seen.weight, atol=1e-6)
+
+
+def test_forms_lose_less_with_more_sweeps_and_with_more_numbers():
+    seen = metric(problem(m=24, n=20))
+    for made, how, budgets in (
+        (ports, 4, (176, 352, 528)),
+        (blocks, 4, (180, 240, 360)),
+        (synapses, 0.4, (120, 240, 360)),
+    ):
+        losses = [seen.loss(made(seen, budget, how).made) for budget in budgets]
+        assert np.diff(losses).max() < 0, made
+        losses = [seen.loss(made(seen, budgets[1], how, sweeps=n).made) for n in (1, 2, 4, 8)]
+        assert np.diff(losses).max() <= 1e-9 * losses[0], made
+
+
+def test_synapses_pay_where_a_matrix_has_them():
+    rng = np.random.default_rng(11)
+    spikes = np.where(rng.random((24, 20)) < 0.08, 3 * rng.normal(size=(24, 20)), 0)
+    weight = rng.normal(size=(24, 3)) @ rng.normal(size=(3, 20)) + spikes
+    seen = metric(Problem(weight, gram(rng, 20, decay=0.9), gram(rng, 24, decay=0.9)))
+    alone = ngc(Problem(weight, seen.inputs, seen.grads)).tail[uniform([(24, 20)], 0.5, led)[0]]
+    assert seen.loss(synapses(seen, 240, 0.4, sweeps=10).made) < 0.3 * alone
+
+
+def test_dealt_components_give_all_groups_the_same_share():
+    p = problem(m=24, n=20)
+    rotation = dealt(p.inputs, 4)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(20), atol=1e-12)
+    shares = np.diag(rotation.T @ p.inputs @ rotation).reshape(4, 5).sum(1)
+    largest = np.linalg.eigvalsh(p.inputs)[::-1]
+    np.testing.assert_allclose(shares, [largest[g::4].sum() for g in range(4)])

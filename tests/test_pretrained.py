@@ -344,8 +344,13 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
     code, said = ngc("export", f"--workdir={small}", f"--to={out}2")
     assert (code, said.err) == (0, "")
     import_pretrained(f"{out}2", tmp_path / "back", context=16)
-    tokens = np.arange(32).reshape(2, 16)
-    back, made = (ngc_jax.load(home).logits(tokens) for home in (tmp_path / "back", small))
+    ported = [f"--to={small}4", "--form=ports", "--groups=2", "--kept=0.7"]
+    code, said = ngc("convert", f"--workdir={run}", *ported, *tokens)
+    assert (code, said.err) == (0, "")
+    assert "predicted by form=ports: " in said.out
+    assert ngc_jax.load(f"{small}4").config.model.rule == "addressed"
+    windows = np.arange(32).reshape(2, 16)
+    back, made = (ngc_jax.load(home).logits(windows) for home in (tmp_path / "back", small))
     np.testing.assert_allclose(back, made, atol=1e-4)
     for words, wants in (
         (["export", f"--workdir={run}"], "--to is missing"),
@@ -353,6 +358,10 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
         (["convert", f"--workdir={run}", f"--to={small}3", "--text=none.txt"], "cannot be read"),
         (["import", "--from=nowhere", f"--workdir={run}2"], "there is no 'nowhere'"),
         (["imprt"], "Did you mean 'import'?"),
+        (
+            ["convert", f"--workdir={run}", f"--to={small}3", *tokens, "--form=ports"],
+            "groups=0: must be one of 2, 4 where form='ports'",
+        ),
     ):
         code, said = ngc(*words)
         assert code == 2, words

@@ -27,15 +27,9 @@ OPTIONS = (
     Field("method", "ngc", "how matrices are made smaller", METHODS),
     Field("kept", 0.8, "share of the numbers in matrices that stays", "(0, 1)"),
     Field("share", False, "whether the price chooses which members of a stage have one signal"),
-    Field(
-        "form",
-        "low_rank",
-        "of a matrix: factors, ports between groups, a block inside each "
-        "group beside factors, or single synapses beside them",
-        FORMS,
-    ),
-    Field("groups", 0, "of forms 'ports' and 'blocks', dividing all sides of matrices", "[0, inf)"),
-    Field("synapses", 0.4, "share of a matrix's numbers in single synapses", "(0, 1)"),
+    Field("form", "low_rank", "of each matrix; others have a metric of their own", FORMS),
+    Field("groups", 0, "of forms 'ports' and 'blocks', a divisor of all sides", "[0, inf)"),
+    Field("synapses", 0.4, "share of a matrix in single synapses, of form 'synapses'", "(0, 1)"),
     Field("calibration", "", "folder that keeps what is measured; default: WORKDIR/calibration"),
 )
 
