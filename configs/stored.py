@@ -18,5 +18,5 @@ def get_config(workdir=""):
     config = read_config(epath.Path(workdir)) if workdir else base()
     withhold(config.data)
     config.train.init_from = config.train.teacher = ""
-    config.train.temperature = 1.0
+    config.train.imitate, config.train.temperature = "outputs", 1.0
     return config

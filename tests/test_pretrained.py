@@ -380,8 +380,9 @@ def kl(teacher, student, tokens):
     return np.mean(np.sum(np.exp(said) * (said - heard), axis=-1))
 
 
+@pytest.mark.parametrize("imitate", ["outputs", "stages"])
 def test_a_converted_model_is_healed_by_its_teacher_and_resumes_to_the_bit(
-    teacher, tokens, means, tmp_path
+    imitate, teacher, tokens, means, tmp_path
 ):
     small, text = tmp_path / "small", tmp_path / "text.txt"
     convert(teacher, fit(teacher, means, "ngc", 0.5), small)
@@ -389,6 +390,7 @@ def test_a_converted_model_is_healed_by_its_teacher_and_resumes_to_the_bit(
     config = runpy.run_path(str(ROOT / "configs" / "stored.py"))["get_config"](str(small))
     config.data.path = str(text)
     config.train.update({"init_from": str(small), "teacher": str(teacher.workdir)})
+    config.train.imitate = imitate
     config.train.update({"steps": 12, "warmup_steps": 1, "log_every": 1, "batch_size": 8})
     config.train.update({"learning_rate": 0.0, "state_learning_rate": 3e-3})
     config.stability.every, config.checkpoint.every_steps, config.eval.windows = 0, 4, 8

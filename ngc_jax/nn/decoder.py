@@ -213,23 +213,33 @@ class Decoder(LanguageModel):
             chex.assert_shape(segments, x.shape[:2])
 
         def body(x: Array, layer: Any, number: int = 0) -> Pair:
-            weights = gathered(layer[0], lambda: self._info[number])
-            applied = self.stage(number).apply
-            return applied({"params": weights}, x, at, segments, layer[1], route)
+            return self.run_stage(number, layer[0], x, (segments, at), layer[1], route)
 
-        names = () if self.shape.remat == "stages" else KEPT
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
         if cache is None and not self.shape.apart:
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+            body = jax.checkpoint(body, prevent_cse=False, policy=self.kept)
             return jax.lax.scan(body, x, (stages, None))
         apart = stages if isinstance(stages, tuple) else stacks.stages_of(stages)
         after = []
         for number, layer in enumerate(zip(apart, cache or [None] * len(apart), strict=True)):
             run: Any = functools.partial(body, number=number)
-            run = run if cache is not None else jax.checkpoint(run, policy=policy)
+            run = run if cache is not None else jax.checkpoint(run, policy=self.kept)
             x, kept = run(x, layer)
             after.append(kept)
         return x, None if cache is None else tuple(after)
+
+    def run_stage(
+        self, number: int, weights: Params, x: Array, where: Where, cache: Any, route: Maybe = None
+    ) -> Pair:
+        """Run a stage, counted from 0 in its stack, on x [B, T, D]: the stream and the cache."""
+        weights = gathered(weights, lambda: self._info[number if self.shape.apart else 0])
+        segments, at = where
+        return self.stage(number).apply({"params": weights}, x, at, segments, cache, route)
+
+    @property
+    def kept(self) -> Callable[..., bool]:
+        """What `jax.checkpoint` of a stage keeps for the gradient, as `shape.remat` says."""
+        names = () if self.shape.remat == "stages" else KEPT
+        return jax.checkpoint_policies.save_only_these_names(*names)
 
     def stream(
         self, params: Params, x: Array, segments: Maybe = None, record: bool = False, past: Any = ()

@@ -3,6 +3,7 @@
 For: the order of things. Not for: an update (`step.py`), or what is between two (`run.py`).
 """
 
+import dataclasses
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,12 +53,15 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
         check_tokens(one, config, data)
     if begun:
         check_parameters(begun, model)
+    if teacher and config.train.imitate != "outputs":
+        check_stages(teacher, config)
     profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")
 
     # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------
     programs = compile_programs(model, config, mesh, data, begun, teacher)
+    del begun, teacher  # the programs hold what they need of them
     this = Run(config, workdir, data, mesh, programs)
     changes = rewiring.changes(config) if programs.rewire else None
 
@@ -146,10 +150,13 @@ def compile_programs(
     rewire = rewiring.compile_rewire(model, config, mesh, state, batch)
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
     begin = partial(init_state, model, train, config.seed)
-    init = jax.jit(begin, out_shardings=shardings, compiler_options=SELDOM)
     start = () if begun is None else (put_params(mesh, begun),)
+    given = {"donate_argnums": range(len(start)), "out_shardings": shardings}
+    init = jax.jit(begin, compiler_options=SELDOM, **given)
     forward = count.forward_flops(model.apply, state.params, batch)  # the backward pass is twice it
     flops = iteration.flops(state.params, batch) if iteration else 3.0 * forward
+    if taught:
+        flops += count.forward_flops(taught.apply, *known, batch)
     stored, memory = count.parameters(state.params, model.param_info()), count.peak_memory(compiled)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     here = f"{mesh.size} x {jax.devices()[0].device_kind}" + (f" ({axes})" if axes else "")
@@ -168,7 +175,11 @@ def opened(config: ConfigDict, field: str) -> "Trained | None":
     from ngc_jax.training.load import load  # which trains by this file
 
     try:
-        return load(config.train[field]) if config.train[field] else None
+        if not config.train[field]:
+            return None
+        found = load(config.train[field])
+        # Without the optimizer's memory, twice the size of the parameters.
+        return dataclasses.replace(found, state=dataclasses.replace(found.state, optimizer=()))
     except UserError as error:
         raise UserError(f"train.{field}={config.train[field]!r}: {error}") from error
 
@@ -182,6 +193,16 @@ def check_parameters(begun: "Trained", model: LanguageModel) -> None:
         if one != other:
             wants = f"of shape {other}, not {one}: config.model must be as there"
             raise UserError(f"train.init_from={str(begun.workdir)!r}: {name} must be {wants}")
+
+
+def check_stages(teacher: "Trained", config: ConfigDict) -> None:
+    """Refuses a teacher whose stream cannot be compared stage by stage. Raises UserError."""
+    shapes = (teacher.decoder.shape, config.model)
+    own, ours = ((m.width, m.prelude + m.coda, m.core) for m in shapes)
+    if own != ours:
+        wants = f"must have (width, prelude + coda, core) = {ours} in config.model, not {own}"
+        where = f"where train.imitate={config.train.imitate!r}; 'outputs' takes any"
+        raise UserError(f"train.teacher={str(teacher.workdir)!r}: {wants}, {where}")
 
 
 def check_tokens(one: "Trained", config: ConfigDict, data: Data) -> None:

@@ -49,6 +49,12 @@ def make_optimizer(config: Any, info: Tree) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), direction, decay)
 
 
+def held(config: Any, params: Tree, info: Tree) -> Tree:
+    """Parameters of which no gradient reaches those whose learning rate is 0, nor is clipped by."""
+    moves = lambda one: one.kind == "state" or config.learning_rate > 0  # noqa: E731
+    return jax.tree.map(lambda p, one: p if moves(one) else jax.lax.stop_gradient(p), params, info)
+
+
 def apply(config: Any, params: Tree, direction: Tree, step: Array, info: Tree) -> Tree:
     """New parameters: states at their learning rate, all others at theirs."""
     share = schedule(config, step)

@@ -16,6 +16,7 @@ from ngc_jax.runtime.profiler import traceable
 
 DRAWS = ("fixed", "uniform", "lognormal_poisson", "marked")
 REGULARISERS = ("none", "contraction", "exponent")
+IMITATED = ("outputs", "stream", "stages")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -75,11 +76,19 @@ def _check_train(config: Any, need: Need) -> None:
     need(t.warmup_steps < t.steps, "train.warmup_steps", wants)
     wants = "False where train.hang_minutes is 0"
     need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", wants)
+    stages = kind_of(config).stages and not has_loop(config)
+    wants = "'outputs' where the model has no stages or repeats them (model.kind, core)"
+    need(stages or t.imitate == "outputs", "train.imitate", wants)
+    wants = "a work directory where train.imitate='stages', which trains neither end of a model"
+    need(t.imitate != "stages" or t.init_from != "", "train.init_from", wants)
     need(traceable(t.profile), "train.profile", "'', or the updates to trace, for instance '10:20'")
 
 
 def _unread_train(config: Any) -> dict[str, str]:
-    return {} if config.train.teacher else {"temperature": "train.teacher=''"}
+    t = config.train
+    if not t.teacher:
+        return dict.fromkeys(("imitate", "temperature"), "train.teacher=''")
+    return {"temperature": "train.imitate='stages'"} if t.imitate == "stages" else {}
 
 
 def _check_mesh(config: Any, need: Need) -> None:
@@ -158,6 +167,7 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
     Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
     Field("init_from", "", "work directory whose parameters a run begins with; '' = drawn"),
     Field("teacher", "", "work directory of a model whose output is learned; '' = the data"),
+    Field("imitate", "outputs", "of the teacher; 'stream': after each stage, too", IMITATED),
     Field("temperature", 1.0, "that divides the logits of teacher and model", "(0, inf)"),
     Field("optimizer", "adamw", "'muon': adamw for embeddings and scales", ("adamw", "muon")),
     Field("learning_rate", 1e-2, "peak, of all but neuron states; 0 = they stay", "[0, inf)"),

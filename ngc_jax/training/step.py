@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn import mesh as meshes
+from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import combine, partition
 from ngc_jax.training import monitors, optimizer
+from ngc_jax.training.imitation import distance, side_by_side
 from ngc_jax.training.rounds import Apply, Iteration
 from ngc_jax.training.stability_metrics import Penalty
 
@@ -79,15 +81,6 @@ def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets >= 0
 
 
-def distance(logits: Array, taught: Array, temperature: float) -> Array:
-    """Nats from a teacher's distribution to the model's, of each target: KL, by logits [..., V].
-
-    Both are divided by the temperature, and the result is times its square (arXiv 1503.02531).
-    """
-    said, heard = (jax.nn.log_softmax(given / temperature) for given in (taught, logits))
-    return temperature**2 * jnp.sum(jnp.exp(said) * (said - heard), axis=-1)
-
-
 def losses(model: LanguageModel, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Array]:
     """Nats of each target of a batch [B, T], and which of them count [B, T] bool."""
     return nats_of(predict(model.apply, params, batch, dtype)[0], batch.targets)
@@ -99,46 +92,55 @@ def make_train_step(
     penalty: Penalty | None = None,
     iteration: Iteration | None = None,
     seed: int = 0,
-    teacher: LanguageModel | None = None,
+    teacher: Any = None,
 ) -> Callable[..., tuple[TrainState, Scalars]]:
     """The update for `config.train`: (state, batch) -> (state, scalars of the state *before* it).
 
     `penalty`, nats per token, is added to what is minimised, and not to train/loss. `iteration`:
     how the loop is run. What is random follows from `seed`, the update and the accumulated part.
-    With a `teacher`, whose parameters are then a third argument, the distance to its output is
-    minimised; train/loss stays that of the data.
+    With a `teacher`, a model whose parameters are then a third argument, the distance from what
+    `config.imitate` names of it is minimised; train/loss stays that of the data.
     """
+    beside, kind = None, config.imitate if teacher else "outputs"
+    if isinstance(model, Decoder) and kind != "outputs":
+        beside = partial(side_by_side, model, teacher, kind == "stages")
     dtype, info = jnp.dtype(config.compute_dtype), model.param_info()
     trained_info = partition(info, info)[0]
     chain = optimizer.make_optimizer(config, trained_info)
 
     def summed(trained: Tree, others: Tree, batch: Batch, drawn: Drawn) -> tuple[Array, Any]:
-        (fixed, taught), (key, rounds) = others, drawn
-        params = combine(trained, fixed)
+        (fixed, taught, share), (key, rounds) = others, drawn
+        params = combine(optimizer.held(config, trained, trained_info), fixed)
         noise, probe = jax.random.split(key)
         apply = model.apply if iteration is None else iteration.apply(rounds, noise)
-        logits, weights = predict(apply, params, batch, dtype)
+        off: Array | float = 0.0
+        if beside is not None:
+            logits, (said, off) = predict(beside, (params, taught), batch, dtype)
+        else:
+            logits, weights = predict(apply, params, batch, dtype)
+            said = predict(teacher.apply, taught, batch, dtype)[0] if teacher else None
         nats, counts = nats_of(logits, batch.targets)
-        learned = nats
-        if teacher is not None:
-            said = jax.lax.stop_gradient(predict(teacher.apply, taught, batch, dtype)[0])
-            learned = distance(logits, said, config.temperature)
+        learned = nats if said is None else distance(logits, said, config.temperature)
         if iteration is not None:
             mean = lambda nats: jnp.sum(weights[..., None] * nats, axis=0)  # noqa: E731
             nats, learned = mean(nats), mean(learned)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
+        aim = total if teacher is None else jnp.sum(learned * counts)
+        if beside is not None:  # `off` is a sum over all tokens, and becomes the mean over them
+            aim = share * off + (0.0 if kind == "stages" else aim)
         extra = 0.0 if penalty is None else penalty(params, batch, probe) * count
-        return (total if teacher is None else jnp.sum(learned * counts)) + extra, (total, count)
+        return aim + extra, (total, count, aim)
 
-    def gradient(*where: Any) -> tuple[Array, Array, Tree]:
-        (_, (nats, count)), grads = jax.value_and_grad(summed, has_aux=True)(*where)
-        return nats, count, grads
+    def gradient(*where: Any) -> tuple[Array, Array, Array, Tree]:
+        (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(*where)
+        return *sums, grads
 
     def accumulated(trained: Tree, others: Tree, batch: Batch, drawn: Drawn) -> Any:
         # Part a takes rows a, a + A, ...: a device keeps the rows that it has in every part.
         every = config.accumulation
         parts = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]).swapaxes(0, 1), batch)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), jnp.zeros((), jnp.int32), trained))
+        sums = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros(())
+        zero = jax.tree.map(jnp.zeros_like, (*sums, trained))
         keys = jax.random.split(drawn[0], every)
 
         def add(total: Tree, part: tuple[Batch, Array]) -> tuple[Tree, None]:
@@ -152,7 +154,8 @@ def make_train_step(
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = partition(state.params, info)
         compute = gradient if config.accumulation == 1 else accumulated
-        nats, count, grads = compute(old, (fixed, taught), batch, (key, rounds))
+        others = fixed, taught, jnp.mean(batch.targets >= 0)
+        nats, count, aim, grads = compute(old, others, batch, (key, rounds))
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -179,6 +182,8 @@ def make_train_step(
             "stability/relative_update": change,
             "stability/warning": warning,
         }
+        if teacher is not None:
+            scalars["train/distance"] = aim / count
         if iteration is not None and iteration.mark is None:
             scalars["train/rounds"] = rounds
         watched = (warned, seen) if config.spike else warned
