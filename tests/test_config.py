@@ -132,6 +132,7 @@ def test_flops_count_loops_as_often_as_they_run():
         ("train.learning_rate", -1.0, "0 or more"),
         ("train.state_learning_rate", 0.0, "above 0"),
         ("train.temperature", 2.0, "nothing reads it|train.teacher"),
+        ("train.imitate", "stages", "must be 'outputs' where train.teacher=''"),
         ("model.kv_heads", 3, "0, or a divisor of model.heads=4"),
         ("model.head_width", 7, "model.head_width=7: must be even, for instance 8"),
         ("model.rope_scaling", "yarn:2", "'linear:2' or such as 'llama3:8,1,4,8192'"),
@@ -150,6 +151,20 @@ def test_flops_count_loops_as_often_as_they_run():
 def test_impossible_values_are_refused(field, value, message):
     config = base()
     config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train.imitate": "stream"}, "train.imitate='stream': must be 'outputs' where .* core"),
+        ({"train.imitate": "stages", "model.core": 0}, "train.init_from='': must be a work dir"),
+    ],
+)
+def test_streams_are_compared_where_there_are_stages_to_compare(fields, message):
+    config = base()
+    config.update_from_flattened_dict({"train.teacher": "runs/teacher", **fields})
     with pytest.raises(UserError, match=message):
         validate(config)
 

@@ -32,6 +32,7 @@ from ngc_jax.convert.rotation import rotated
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
 from ngc_jax.data.batches import Batch, next_token_targets
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import read_rows
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("pretrained_*.npz"))
 
@@ -372,17 +373,9 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
 # ---- Healing -------------------------------------------------------------------------------------
 
 
-def kl(teacher, student, tokens):
-    """Nats from the teacher's distribution to the student's, the mean over tokens, in float64."""
-    said, heard = (
-        np.asarray(jax.nn.log_softmax(run.logits(tokens)), np.float64) for run in (teacher, student)
-    )
-    return np.mean(np.sum(np.exp(said) * (said - heard), axis=-1))
-
-
 @pytest.mark.parametrize("imitate", ["outputs", "stages"])
 def test_a_converted_model_is_healed_by_its_teacher_and_resumes_to_the_bit(
-    imitate, teacher, tokens, means, tmp_path
+    imitate, teacher, means, tmp_path
 ):
     small, text = tmp_path / "small", tmp_path / "text.txt"
     convert(teacher, fit(teacher, means, "ngc", 0.5), small)
@@ -395,11 +388,15 @@ def test_a_converted_model_is_healed_by_its_teacher_and_resumes_to_the_bit(
     config.train.update({"learning_rate": 0.0, "state_learning_rate": 3e-3})
     config.stability.every, config.checkpoint.every_steps, config.eval.windows = 0, 4, 8
     healed, began = ngc_jax.train(config, tmp_path / "healed"), ngc_jax.load(small)
-    assert kl(teacher, healed, tokens) < 0.9 * kl(teacher, began, tokens)
+    rows = read_rows(tmp_path / "healed")
+    distances = [row["train/distance"] for row in rows if "train/distance" in row]
+    assert distances[-1] < 0.9 * distances[0]
     before, after = (flatten_dict(run.params, sep="/") for run in (began, healed))
     for name in before:  # a learning rate of 0 keeps all but states
         same = np.array_equal(before[name], after[name])
         assert same == ("inter_leaders" not in name or name.endswith("order")), name
+    if imitate == "outputs":
+        return
     shutil.copytree(tmp_path / "healed", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "12")
     ngc_jax.train(config, tmp_path / "killed")
@@ -415,8 +412,13 @@ def test_what_does_not_fit_a_teacher_or_a_start_is_refused(teacher, means, tmp_p
         ({"train.teacher": "nowhere"}, "train.teacher='nowhere': .*no config.json"),
         ({"model.hidden": 48}, "down/dense_block/weight must be of shape .*16, 48"),
         ({"data.tokenizer": "bytes"}, "must read the same tokens"),
+        (
+            {"train.init_from": "", "model.prelude": 3, "train.imitate": "stream"},
+            "train.teacher=.*: must have .* = .16, 3, 0. in config.model, not .16, 2, 0.",
+        ),
     ):
         changed = config.copy_and_resolve_references()
+        changed.train.teacher = str(teacher.workdir)
         for path, value in change.items():
             section, _, name = path.partition(".")
             changed[section][name] = value

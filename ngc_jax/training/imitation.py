@@ -17,7 +17,7 @@ from ngc_jax.nn.model import Params
 
 Array = jax.Array
 Tree = Any
-Run = Callable[[Tree, Array], tuple[Array, Array]]  # of a stage: how far off, the stream after
+Run = Callable[[Tree, Array], tuple[Array, Any]]  # of a stage: how far off, the streams after
 
 
 def distance(logits: Array, taught: Array, temperature: float) -> Array:
@@ -56,13 +56,13 @@ def side_by_side(
     def body(streams: tuple[Array, Array], layers: tuple[Tree, Tree], number: int = 0) -> Any:
         told, _ = teacher.run_stage(number, layers[1], streams[1], where, None)
 
-        def run(weights: Tree, x: Array) -> tuple[Array, Array]:
+        def run(weights: Tree, x: Array) -> tuple[Array, tuple[Array, Array]]:
             after, _ = model.run_stage(number, weights, x, where, None)
-            return jnp.sum(error(after, told)), after
+            return jnp.sum(error(after, told)), (after, told)
 
         passed: Run = at_once(run) if alone else jax.checkpoint(run, policy=model.kept)
-        off, after = passed(layers[0], streams[0])
-        return (after, told), off
+        off, streams = passed(layers[0], streams[0])
+        return streams, off
 
     models = (model, params), (teacher, taught)
     if model.shape.apart or teacher.shape.apart:
@@ -84,21 +84,22 @@ def stages(model: Decoder, params: Params) -> list[Tree]:
 
 
 def at_once(run: Run) -> Run:
-    """`run`, a loss and more of (weights, x), whose gradient by the weights is found with it.
+    """`run`, a loss and streams of (weights, x), whose gradient by the weights is found with it.
 
     The way back then needs that gradient alone. There is no other one.
     """
 
-    def found(weights: Tree, x: Array) -> tuple[Array, Array]:
+    def found(weights: Tree, x: Array) -> tuple[Array, Any]:
         graded = jax.value_and_grad(run, has_aux=True, allow_int=True)
-        (loss, after), grads = graded(*jax.lax.stop_gradient((weights, x)))
+        (loss, streams), grads = graded(*jax.lax.stop_gradient((weights, x)))
         pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(grads), strict=True)
-        by, grads = zip(
-            *(pair for pair in pairs if pair[1].dtype != jax.dtypes.float0), strict=True
-        )
-        # The next stage waits, lest all stages are passed first and all gradients found then.
-        loss, after, grads = jax.lax.optimization_barrier((loss, after, grads))
-        return _with_gradient(loss, by, grads), after
+        floats = [pair for pair in pairs if pair[1].dtype != jax.dtypes.float0]
+        by, grads = zip(*floats, strict=True)
+        # The next stage waits for the gradient: else a compiler may order all stages before all
+        # gradients, on some devices across an `optimization_barrier` too.
+        sound = jnp.isfinite(sum(jnp.sum(g) for g in grads))
+        streams = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), streams)
+        return _with_gradient(loss, by, grads), streams
 
     return found
 
