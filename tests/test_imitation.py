@@ -1,5 +1,5 @@
-"""What is learned of a teacher's stream: against NumPy and one stage at a time, in parts of a batch,
-on meshes, and the memory that it takes.
+"""What is learned of a teacher's stream: against NumPy and stage by stage, in parts, on a mesh, and
+the memory that it takes.
 """
 
 import functools

@@ -80,3 +80,8 @@ def stages_of(stack: Tree) -> tuple[Tree, ...]:
     if "0" in stack:
         return tuple(stack[str(number)] for number in range(len(stack)))
     return tuple(take(stack, i) for i in range(len(jax.tree.leaves(stack)[0])))
+
+
+def all_stages(shape: ModelShape, params: Params) -> list[Tree]:
+    """The stages of all stacks, each by itself."""
+    return [s for name in stack_rows(shape) for s in stages_of(get_stack(params, name))]

@@ -67,7 +67,8 @@ def side_by_side(
     models = (model, params), (teacher, taught)
     if model.shape.apart or teacher.shape.apart:
         offs = []
-        for number, layers in enumerate(zip(*(stages(*one) for one in models), strict=True)):
+        apart = (stacks.all_stages(one.shape, own) for one, own in models)
+        for number, layers in enumerate(zip(*apart, strict=True)):
             streams, off = body(streams, layers, number)
             offs.append(off)
     else:
@@ -75,12 +76,6 @@ def side_by_side(
         streams, offs = jax.lax.scan(body, streams, stacked)
     logits, said = model.unembed(ends, streams[0]), teacher.unembed(taught, streams[1])
     return logits, (said, jnp.mean(jnp.asarray(offs)))
-
-
-def stages(model: Decoder, params: Params) -> list[Tree]:
-    """The parameters of each stage of a model, in the order in which they are passed."""
-    found = (stacks.get_stack(params, name) for name in stacks.stack_rows(model.shape))
-    return [stage for stack in found for stage in stacks.stages_of(stack)]
 
 
 def at_once(run: Run) -> Run:
@@ -92,26 +87,14 @@ def at_once(run: Run) -> Run:
     def found(weights: Tree, x: Array) -> tuple[Array, Any]:
         graded = jax.value_and_grad(run, has_aux=True, allow_int=True)
         (loss, streams), grads = graded(*jax.lax.stop_gradient((weights, x)))
-        pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(grads), strict=True)
+        pairs = zip(*map(jax.tree.leaves, (weights, grads)), strict=True)
         floats = [pair for pair in pairs if pair[1].dtype != jax.dtypes.float0]
-        by, grads = zip(*floats, strict=True)
+        # Its gradient by the weights is `grads`.
+        along = sum(jnp.vdot(*(a.astype(jnp.float32) for a in pair)) for pair in floats)
+        still = jax.lax.stop_gradient(along)
         # The next stage waits for the gradient: else a compiler may order all stages before all
         # gradients, on some devices across an `optimization_barrier` too.
-        sound = jnp.isfinite(sum(jnp.sum(g) for g in grads))
-        streams = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), streams)
-        return _with_gradient(loss, by, grads), streams
+        streams = jax.tree.map(lambda x: jnp.where(jnp.isfinite(still), x, jnp.nan), streams)
+        return loss + (along - still), streams
 
     return found
-
-
-@jax.custom_vjp
-def _with_gradient(loss: Array, by: Tree, grads: Tree) -> Array:
-    """The loss, whose gradient by `by` is `grads`."""
-    return loss
-
-
-def _backwards(grads: Tree, loss: Array) -> tuple[None, Tree, None]:
-    return None, jax.tree.map(lambda g: (loss * g).astype(g.dtype), grads), None
-
-
-_with_gradient.defvjp(lambda loss, by, grads: (loss, grads), _backwards)

@@ -49,8 +49,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
     model, mesh = make_model(config, data.tokenizer.vocab), meshes.make_mesh(config.mesh)
-    for one in filter(None, (begun, teacher)):
-        check_tokens(one, config, data)
+    check_tokens(config, data, begun, teacher)
     if begun:
         check_parameters(begun, model)
     if teacher and config.train.imitate != "outputs":
@@ -205,14 +204,15 @@ def check_stages(teacher: "Trained", config: ConfigDict) -> None:
         raise UserError(f"train.teacher={str(teacher.workdir)!r}: {wants}, {where}")
 
 
-def check_tokens(one: "Trained", config: ConfigDict, data: Data) -> None:
-    """Refuses a run whose tokens are others than those of the data. Raises UserError."""
-    kinds = (one.config.data, config.data)
-    own, ours = ((kind.task, kind.tokenizer, kind.vocab_size) for kind in kinds)
-    same = getattr(one.tokenizer, "serialised", "") == getattr(data.tokenizer, "serialised", "")
-    if own != ours or not same:
-        wants = f"must read the same tokens as this run, (task, tokenizer, vocab_size) = {ours}"
-        raise UserError(f"{one.workdir} reads {own}: {wants}")
+def check_tokens(config: ConfigDict, data: Data, *runs: "Trained | None") -> None:
+    """Refuses runs whose tokens are others than those of the data. Raises UserError."""
+    for one in filter(None, runs):
+        kinds = (one.config.data, config.data)
+        own, ours = ((kind.task, kind.tokenizer, kind.vocab_size) for kind in kinds)
+        same = getattr(one.tokenizer, "serialised", "") == getattr(data.tokenizer, "serialised", "")
+        if own != ours or not same:
+            wants = f"must read the same tokens as this run, (task, tokenizer, vocab_size) = {ours}"
+            raise UserError(f"{one.workdir} reads {own}: {wants}")
 
 
 def put_params(mesh: Mesh, one: "Trained") -> Any:
