@@ -268,7 +268,7 @@ def conversions(teacher: Trained, means: Any, batch: Batch, names: list[str]) ->
         if rest[-1].startswith("0."):
             shares.setdefault(rest[0], []).append(rest[1])
     for method, of in shares.items():
-        for share, found, took in fitted(teacher, means, batch, method, of):
+        for share, _, found, took in fitted(teacher, means, batch, method, of):
             yield method, share, found, took
 
 
