@@ -170,10 +170,11 @@ def _check_ranks(config: Any, need: Need) -> None:
         for one in stage:
             size = sum(sizes[name][0] for name in one.members), sizes[one.members[0]][1]
             most = min(size) // (m.groups if m.rule == "addressed" else 1)
-            named = f"of {'+'.join(one.members)} in stage {number} at most"
-            need(one.rank <= most, "model.ranks", f"{named} {most}")
-            named, most = f"{named}, as single synapses,", size[0] * size[1] * (one.rank > 0)
-            need(one.singles <= most, "model.ranks", f"{named} {most}")
+            named = f"of {'+'.join(one.members)} in stage {number} at most {most}"
+            need(one.rank <= most, "model.ranks", named)
+            most = size[0] * size[1] * (one.rank > 0)
+            named = f"of {one.name} in stage {number} with at most {most} single synapses"
+            need(one.singles <= most, "model.ranks", named)
 
 
 def _check_recurrent(config: Any, need: Need) -> None:
