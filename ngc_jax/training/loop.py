@@ -44,7 +44,8 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     with multihost.agreed():
         match_size.prepare(config)
         begun, teacher = opened(config, "init_from"), opened(config, "teacher")
-        home = begun.workdir if begun else workdir
+        given = begun or teacher
+        home = given.workdir if given else workdir
         data = load_data(config.data, mark_of(config), given_in(home, config))
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
