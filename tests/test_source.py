@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import struct
+from functools import partial
 
 import gguf
 import jax
@@ -525,19 +526,21 @@ def test_a_gguf_file_is_read_as_what_it_was_made_from(tmp_path, tensor_kind, kin
 
 
 @pytest.mark.parametrize("kind", gguf_file.KINDS)
-def test_all_kinds_of_weights_that_are_told_of_are_read(kind):
+def test_all_kinds_of_weights_that_are_told_of_are_read(kind, tmp_path):
     of = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[of]
     rows, columns = 3, 2 * block
     raw = np.random.RandomState(0).randint(0, 60, rows * 2 * size).astype(np.uint8)
     held = np.concatenate([np.zeros(8, np.uint8), raw])
-    tensor = gguf_file._Header(held).tensor("a", 0, (rows, columns), of.value, 8)
+    held.tofile(tmp_path / "held")
+    header = partial(gguf_file._Header, tmp_path / "held")
+    tensor = header(held).tensor("a", 0, (rows, columns), of.value, 8)
     read = tensor.read()
     assert (read.shape, read.dtype) == (tensor.shape, tensor.dtype) == ((rows, columns), np.float32)
     by_rows = [gguf.dequantize(row, of).ravel() for row in raw.reshape(rows, -1)]
     np.testing.assert_array_equal(read, np.stack(by_rows))
     with pytest.raises(ValueError, match="does not fit into it"):
-        gguf_file._Header(held[:-1]).tensor("a", 0, (rows, columns), of.value, 8)
+        header(held[:-1]).tensor("a", 0, (rows, columns), of.value, 8)
 
 
 def test_unpermuting_undoes_the_converter():
@@ -620,6 +623,23 @@ def test_a_given_tokenizer_is_that_of_the_library(pre):
     assert (ours.mark, ours.lengths[ours.mark]) == (0, 0)
     assert ours.mark not in tokens
     assert ours.serialised == text
+
+
+def test_added_tokens_that_are_not_special_are_one_token_and_others_text():
+    told = json.loads(byte_pairs("qwen2"))
+    about = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    names = {"<think>": {}, "</think>": {"rstrip": True}, "<|end|>": {"special": True}}
+    names |= {"one": {"single_word": True, "normalized": True}}
+    added = [{"id": 340 + i, "content": n, **about, **m} for i, (n, m) in enumerate(names.items())]
+    told["added_tokens"] += [{"special": False} | token for token in added]
+    ours, theirs = Given(json.dumps(told)), tokenizers.Tokenizer.from_str(json.dumps(told))
+    theirs.encode_special_tokens = True
+    text = "a<think> one none</think>  b <|end|> <|endoftext|>"
+    tokens = ours.encode(text.encode()).tolist()
+    assert tokens == theirs.encode(text, add_special_tokens=False).ids
+    assert {340, 341, 343} <= {*tokens}
+    assert not {0, 342} & {*tokens}
+    assert ours.decode(tokens).decode() == text.replace("</think>  b", "</think>b")
 
 
 def test_the_splits_differ():

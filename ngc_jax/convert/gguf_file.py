@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ngc_jax.convert.source import Lazy, few
+from ngc_jax.convert.source import Lazy, few, read_at
 from ngc_jax.data.tokens import SPLITS
 from ngc_jax.runtime.errors import UserError
 
@@ -77,7 +77,7 @@ def open_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Lazy], str]
         raise UserError(f"{path} is no file: give a .gguf file")
     try:
         held = np.memmap(path, np.uint8, "r")
-        told, tensors = _Header(held).read()
+        told, tensors = _Header(path, held).read()
         config, tokenizer = _config(told, tensors), _tokenizer(told)
         tensors = _published(config, tensors)
     except UserError as error:
@@ -90,8 +90,8 @@ def open_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Lazy], str]
 class _Header:
     """What stands before the weights, read from the front; ValueError for more than is there."""
 
-    def __init__(self, held: np.ndarray):
-        self.held, self.at, self.left = held, 0, VALUES
+    def __init__(self, path: pathlib.Path, held: np.ndarray):
+        self.path, self.held, self.at, self.left = path, held, 0, VALUES
         self.end = min(len(held), HEADER_BYTES)
 
     def take(self, size: int) -> bytes:
@@ -170,8 +170,8 @@ class _Header:
             raise ValueError(f"{name!r:.80} of shape {[*shape]} does not fit into it")
 
         def read() -> np.ndarray:
-            raw = self.held[start + at : start + at + bytes_].reshape(-1, shape[-1] // block * size)
-            return np.array(gguf.dequantize(raw, of).reshape(shape), np.float32)
+            raw = read_at(self.path, start + at, bytes_).reshape(-1, shape[-1] // block * size)
+            return gguf.dequantize(raw, of).reshape(shape).astype(np.float32, copy=False)
 
         return Lazy(shape, np.dtype(np.float32), read)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ngc_jax.convert.source import Lazy, Source, few
+from ngc_jax.convert.source import Lazy, Source, few, unwritten
 from ngc_jax.runtime.errors import UserError
 
 Fields = dict[str, Any]
@@ -304,7 +304,7 @@ def read_params(source: Source, abstract: Any) -> Any:
         if tensors[name].shape != part.shape:
             found = f"{name} has shape {[*tensors[name].shape]}"
             raise UserError(f"{source.path}: {found}: must be {[*part.shape]}")
-    flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    flat = {path: unwritten(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for name, part in _places(flat):
         part[...] = _finite(source, name)
     if tied and HEAD in tensors and not _equal(tensors[HEAD], flat[("embed",)]):

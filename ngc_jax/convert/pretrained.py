@@ -4,6 +4,7 @@ For: `import_pretrained`, `export`, and `begin`, which makes a work directory of
 for: files (`source.py`), what names mean (`names.py`), or other forms of weights (`convert.py`).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,12 +16,15 @@ from ml_collections import ConfigDict
 
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.names import config_of, fields_of, read_params, tensors_of
-from ngc_jax.convert.source import open_source, write_safetensors
+from ngc_jax.convert.source import open_source, unwritten, write_safetensors
 from ngc_jax.data.tokens import Given, Tokenizer, open_given
+from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.params import partition
 from ngc_jax.runtime import checkpoint, fields, files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.load import Trained
-from ngc_jax.training.step import init_state
+from ngc_jax.training.optimizer import map_like_params
+from ngc_jax.training.step import TrainState, init_state
 from ngc_jax.training.workdir import claim, hold, identity, versions
 
 CONTEXT = 512  # tokens of a window, where the model was made for more
@@ -63,10 +67,32 @@ def begin(
             raise UserError(f"--workdir={workdir} holds a run: give another, or empty it")
         claim(home, config, tokenizer)
         model = make_model(config, tokenizer.vocab)
-        state = init_state(model, config.train, config.seed, jax.tree.map(jnp.asarray, params))
+        state = _begun(model, config, jax.tree.map(jax.device_put, params))
         meta = checkpoint.META | {"versions": versions(), "origin": origin}
         with checkpoint.Checkpoints(home / "checkpoints", config.checkpoint.keep) as checkpoints:
             checkpoints.save(0, state, meta | {"config": identity(config)})
+
+
+def _begun(model: LanguageModel, config: ConfigDict, params: Any) -> TrainState:
+    """`init_state` of these parameters, to the bit, whose moments of gradients take no memory."""
+    info, abstract = model.param_info(), jax.eval_shape(lambda: params)
+    trained = partition(info, info)[0]
+
+    def begin() -> TrainState:
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+        return init_state(model, config.train, config.seed, blank)
+
+    def rest() -> TrainState:
+        state, drop = begin(), lambda moments: jax.tree.map(lambda _: None, moments)
+        kept = map_like_params(drop, state.optimizer, trained)
+        return dataclasses.replace(state, params=None, optimizer=kept)
+
+    def fill(like: Any, made: Any) -> Any:
+        return jax.device_put(unwritten(like.shape, like.dtype)) if made is None else made
+
+    state = jax.jit(rest)()
+    memory = jax.tree.map(fill, jax.eval_shape(begin).optimizer, state.optimizer)
+    return dataclasses.replace(state, params=params, optimizer=memory)
 
 
 def export(trained: Trained, folder: str) -> None:

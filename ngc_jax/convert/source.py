@@ -9,11 +9,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import mmap
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -71,6 +73,13 @@ def open_source(path: str | Path) -> Source:
         raise UserError(f"{path} needs the {error.name} package: {PACKAGES}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def unwritten(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that take no memory until they are written; jax, on a CPU, takes them without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE)  # begins at a multiple of 64 bytes
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def few(names: Any) -> str:
@@ -161,25 +170,40 @@ def _open_shard(path: Path) -> dict[str, Lazy]:
     from safetensors import SafetensorError, safe_open
 
     size = path.stat().st_size
-    with open(path, "rb", opener=files.no_follow) as file:
-        header = int.from_bytes(file.read(8), "little")
+    header = int.from_bytes(read_at(path, 0, min(size, 8)).tobytes(), "little")
     if header > min(size - 8, HEADER_BYTES):  # the library would take more than this
         what = f"its header has {header} bytes, of {size} in the file"
         raise UserError(f"{path} is damaged, or no safetensors file: {what}")
     tensors = {}
     try:
-        # One handle, kept for as long as a tensor may be read. It maps the file.
-        opened: Any = safe_open(path, framework="numpy")
-        for name in opened.keys():  # noqa: SIM118 (no dict)
-            part = opened.get_slice(name)
-            kind, shape = part.get_dtype(), tuple(part.get_shape())
-            if kind not in DTYPES:
-                raise UserError(f"{path}: {name} has dtype {kind}: must be one of {[*DTYPES]}")
-            read = lambda opened=opened, name=name: opened.get_tensor(name)  # noqa: E731
-            tensors[name] = Lazy(shape, np.dtype(DTYPES[kind]), read)
+        # The library checks the header. It maps the file, whose pages would count as memory.
+        with safe_open(path, framework="numpy") as opened:
+            told = json.loads(read_at(path, 8, header).tobytes())
+            for name in opened.keys():  # noqa: SIM118 (no dict)
+                part = opened.get_slice(name)
+                kind, shape = part.get_dtype(), tuple(part.get_shape())
+                if kind not in DTYPES:
+                    raise UserError(f"{path}: {name} has dtype {kind}: must be one of {[*DTYPES]}")
+                at, dtype = 8 + header + told[name]["data_offsets"][0], np.dtype(DTYPES[kind])
+                read = partial(_read_tensor, path, at, shape, dtype)
+                tensors[name] = Lazy(shape, dtype, read)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return tensors
+
+
+def _read_tensor(path: Path, at: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return read_at(path, at, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+def read_at(path: Path, at: int, size: int) -> np.ndarray:
+    """The bytes of a part of a file [size]. Raises UserError where it has become shorter."""
+    with open(path, "rb", opener=files.no_follow) as file:
+        file.seek(at)
+        found = np.frombuffer(file.read(size), np.uint8)
+    if len(found) < size:
+        raise UserError(f"{path} has changed while it was read: it ends before byte {at + size}")
+    return found
 
 
 def write_safetensors(

@@ -101,7 +101,8 @@ class Given(BPE):
     """The tokenizer of a pretrained model: a `tokenizer.json` of SmolLM2, Llama 3, Qwen2 or Qwen3.
 
     `mark` is the token that the tokenizer puts before a text, else the end of a text, else 0. Only
-    tokens, merges, NFC and known splits are taken. Special tokens, spelt out in a text, are text.
+    tokens, merges, NFC and known splits are taken. Special tokens, spelt out in a text, are text;
+    added ones that are not special, such as Qwen3's <think>, are one token.
     """
 
     def __init__(self, serialised: str, vocab: int = 0):
@@ -135,9 +136,11 @@ class Given(BPE):
         self.mark = ids.get(_begins(told, added), 0)
         pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         merges, whole = [(a, b) for a, b in pairs], model.get("ignore_merges") is True
-        learned = {token: i for token, i in model["vocab"].items() if token not in special}
+        learned = {token: i for token, i in ids.items() if token not in special}
         made = tokenizers.models.BPE(vocab=learned, merges=merges, ignore_merges=whole)
         self.model = tokenizers.Tokenizer(made)
+        plain = [token for content, token in added.items() if content not in special]
+        self.model.add_tokens([_added(token) for token in plain])  # by their numbers in `learned`
         self.model.pre_tokenizer = _cut(told.get("pre_tokenizer"))
         match told.get("normalizer"):
             case None:
@@ -146,6 +149,14 @@ class Given(BPE):
                 self.model.normalizer = tokenizers.normalizers.NFC()
             case other:
                 raise ValueError(f"normalizer={other!r:.80}: must be null or NFC")
+
+
+def _added(token: dict[str, Any]) -> Any:
+    import tokenizers
+
+    how = {name: token.get(name) is True for name in ("single_word", "lstrip", "rstrip")}
+    normalized = token.get("normalized", True) is True
+    return tokenizers.AddedToken(token["content"], normalized=normalized, **how)
 
 
 def _begins(told: Any, added: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ tree, and the SHA-256 of every other file. (Before version 0.2 it is a plain {fi
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import json
 import logging
@@ -34,6 +35,9 @@ MANIFEST = "MANIFEST.json"
 SPEC = " [tensorstore_spec"  # begins what TensorStore adds to an error
 UNSAID = 2**40 - 1  # as the step of a manifest: an old one, which names none
 LARGEST = 1 << 26  # bytes of a manifest, and of what a checkpoint holds besides its arrays
+# Bytes of a file of arrays, and of a chunk of one: while it is written, what is compressed waits in
+# memory. (Orbax takes 2 GB.)
+FILE_BYTES = 1 << 24
 # What a run says of itself, where it says nothing: seconds of training, fingerprint of its data,
 # software, config {field: value}, how many rows of metrics.jsonl there were, and their SHA-256; and
 # what parameters that were not trained here come from.
@@ -116,7 +120,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return next((step for step in reversed(self.steps()) if not self.fault(step)), None)
 
     def newest(
-        self, like: Tree, config: dict[str, Any] | None = None, among: Collection[int] | None = None
+        self,
+        like: Tree,
+        config: dict[str, Any] | None = None,
+        among: Collection[int] | None = None,
+        without: str = "",
     ) -> tuple[Restored | None, dict[int, str]]:
         """The newest step, of these or of all, that `restore` reads; faults of those after it.
 
@@ -127,7 +135,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         for step in reversed(multihost.exchange(self.steps())[0]):
             if among is None or step in among:
                 try:
-                    return self.restore(step, like, config), faults
+                    return self.restore(step, like, config, without), faults
                 except Damaged as error:
                     faults[step] = plain(error)
                     if isinstance(error, Foreign):
@@ -142,8 +150,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         files.move(self.directory / str(step), aside)
         return aside
 
-    def restore(self, step: int, like: Tree, config: dict[str, Any] | None = None) -> Restored:
+    def restore(
+        self, step: int, like: Tree, config: dict[str, Any] | None = None, without: str = ""
+    ) -> Restored:
         """A step, in shapes, dtypes and shardings of `like`. Fields of `config` must be as there.
+
+        Arrays under the field `without` are not read: the state has None in its place.
 
         Raises Damaged in every process where one of them cannot read it, and Foreign.
         """
@@ -152,7 +164,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         (fault, *_) = multihost.exchange(fault)
         if fault is None:
             try:
-                found = self._read(step, like, config or {})
+                found = self._read(step, like, config or {}, without)
             except Foreign:
                 raise
             except Exception as error:  # whatever Orbax and TensorStore raise for what they read
@@ -162,7 +174,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise Damaged(fault)
         return found
 
-    def _read(self, step: int, like: Tree, config: dict[str, Any]) -> Restored:
+    def _read(self, step: int, like: Tree, config: dict[str, Any], without: str) -> Restored:
         home = self.directory / str(step)
         manifest = _manifest(home)
         meta, tree = manifest["meta"], manifest["tree"]
@@ -181,8 +193,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         alone = ocp.options.MultiprocessingOptions(me, {me}, f"process{me}")
         handler = ocp.CompositeCheckpointHandler("state")
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            if without:
+                skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(like, without))
+                like = dataclasses.replace(like, **{without: skipped})
+            how = ocp.checkpoint_utils.construct_restore_args(like)
+            items = ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=how))
             state = orbax.restore(home, args=items)["state"]
+            state = dataclasses.replace(state, **{without: None}) if without else state
         updates = int(_named(state).get("step", step))
         if updates != step:
             raise ValueError(f"its state is that after {updates} updates")
@@ -191,7 +208,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
         """Saves in the background, after the save before this one. Raises SaveFailed for both."""
         self.wait()
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        arrays = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_BYTES)
+        items = ocp.args.Composite(state=arrays)
         if multihost.first():
             self._drop()
             if files.in_bucket(self.directory):  # where a step has its name from the start

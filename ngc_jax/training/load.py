@@ -4,6 +4,7 @@ For: `load`, and what a `Trained` can be asked. Not for: the loop, or what comma
 """
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax import config as configs
@@ -31,7 +33,7 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rounds import Apply, mark_of
-from ngc_jax.training.step import TrainState, abstract_state, nats_of, predict
+from ngc_jax.training.step import TrainState, abstract_state, cast, nats_of, predict
 from ngc_jax.training.workdir import hold, identity, read_config
 
 Array = jax.Array
@@ -59,9 +61,15 @@ class Trained:
     params: Params
     tokenizer: Tokenizer
     step: int
-    state: TrainState
     meta: dict[str, Any]
     withheld: str = ""  # why its text may not be read; "": it may
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """All of the run's state, read when it is asked for: the optimizer's is twice the model."""
+        stored = read_config(self.workdir)
+        state: TrainState = _restored(self.workdir, stored, self.tokenizer.vocab, self.step).state
+        return state
 
     @property
     def decoder(self) -> Decoder:
@@ -110,7 +118,8 @@ class Trained:
         model, _ = at_rounds(self.model, self.config, rounds)
         start, key = jnp.asarray(self._encode(prompt)[None]), jax.random.key(seed)
         sampling = jnp.float32(temperature), jnp.float32(top_p)
-        (made,) = generate(model, self.params, start, tokens, key, *sampling)
+        params = cast(self.params, self.config.train.compute_dtype)
+        (made,) = generate(model, params, start, tokens, key, *sampling)
         return self.tokenizer.decode(made.tolist()).decode(errors="replace")
 
     def logits(self, text: Text) -> Array:
@@ -199,25 +208,43 @@ def load(
     data_path: str = "",
     tfds_dir: str = "",
     trust: bool = False,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError.
 
+    The parameters are put on a device, or on a mesh, whose devices read their parts alone.
     Its text, for `Trained.data`, is at `data_path`, or a TFDS set in `tfds_dir`. The places that
     the directory itself names are read, and written, only with `trust` (docs/trust.md).
     """
     home = epath.Path(workdir)
     config = read_config(home)
-    run, tokenizer = identity(config), load_tokenizer(home, config.data)
+    stored, tokenizer = config.copy_and_resolve_references(), load_tokenizer(home, config.data)
     withheld = withhold(config.data, data_path, tfds_dir, trust)
+    read = _restored(home, stored, tokenizer.vocab, step, mesh, without="optimizer")
     model = configs.make_model(config, tokenizer.vocab)
-    abstract = abstract_state(model, config.train, meshes.single_device())
-    with checkpoint.Checkpoints(home / "checkpoints", read_only=True) as checkpoints:
+    model, params = rewiring.pruned(model, read.state.params, config, read.step)
+    return Trained(home, config, model, params, tokenizer, read.step, read.meta, withheld)
+
+
+def _restored(
+    workdir: files.Path,
+    config: ConfigDict,
+    vocab: int,
+    step: int | None,
+    mesh: Mesh | None = None,
+    without: str = "",
+) -> checkpoint.Restored:
+    """The newest sound checkpoint, or that of `step`, as `Checkpoints.restore`. Or UserError."""
+    model, run = configs.make_model(config, vocab), identity(config)
+    abstract = abstract_state(model, config.train, mesh or meshes.single_device())
+    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
         try:
-            read, faults = checkpoints.newest(abstract, run, steps if step is None else {step})
+            among = steps if step is None else {step}
+            read, faults = checkpoints.newest(abstract, run, among, without)
         except UserError as error:
             raise UserError(f"--workdir={workdir}: {error}") from error
         if read is None:
@@ -225,8 +252,7 @@ def load(
             raise UserError(f"--workdir={workdir} holds no sound checkpoint: {found}")
         for bad, fault in faults.items():
             print(f"checkpoint {bad} is skipped: {fault}", file=sys.stderr)
-    model, params = rewiring.pruned(model, read.state.params, config, read.step)
-    return Trained(home, config, model, params, tokenizer, *read, withheld)
+    return read
 
 
 _activations = jax.jit(probes.activations, static_argnums=0)

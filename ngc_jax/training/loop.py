@@ -3,7 +3,6 @@
 For: the order of things. Not for: an update (`step.py`), or what is between two (`run.py`).
 """
 
-import dataclasses
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -43,13 +42,14 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     # ---- What is asked for -----------------------------------------------------------------------
     with multihost.agreed():
         match_size.prepare(config)
-        begun, teacher = opened(config, "init_from"), opened(config, "teacher")
+        mesh = meshes.make_mesh(config.mesh)
+        begun, teacher = (opened(config, field, mesh) for field in ("init_from", "teacher"))
         given = begun or teacher
         home = given.workdir if given else workdir
         data = load_data(config.data, mark_of(config), given_in(home, config))
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
-    model, mesh = make_model(config, data.tokenizer.vocab), meshes.make_mesh(config.mesh)
+    model = make_model(config, data.tokenizer.vocab)
     check_tokens(config, data, begun, teacher)
     if begun:
         check_parameters(begun, model)
@@ -170,16 +170,12 @@ def compile_programs(
     return Programs(partial(init, *start), run, rewire, evaluate, watch, state, flops)
 
 
-def opened(config: ConfigDict, field: str) -> "Trained | None":
-    """The run that a field of `config.train` names, if any. Raises UserError."""
+def opened(config: ConfigDict, field: str, mesh: Mesh) -> "Trained | None":
+    """The run that a field of `config.train` names, if any, on a mesh. Raises UserError."""
     from ngc_jax.training.load import load  # which trains by this file
 
     try:
-        if not config.train[field]:
-            return None
-        found = load(config.train[field])
-        # Without the optimizer's memory, twice the size of the parameters.
-        return dataclasses.replace(found, state=dataclasses.replace(found.state, optimizer=()))
+        return load(config.train[field], mesh=mesh) if config.train[field] else None
     except UserError as error:
         raise UserError(f"train.{field}={config.train[field]!r}: {error}") from error
 

@@ -71,8 +71,13 @@ def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
 
 def predict(apply: Apply, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Any]:
     """Logits [..., B, T, V] of apply(params, batch) computed in `dtype`, and what else it gives."""
+    return apply(cast(params, dtype), batch)
+
+
+def cast(params: Tree, dtype: Any) -> Tree:
+    """Parameters to compute in a dtype; wirings, which are whole numbers, stay."""
     floating = lambda p: jnp.issubdtype(p.dtype, jnp.floating)  # noqa: E731
-    return apply(jax.tree.map(lambda p: p.astype(dtype) if floating(p) else p, params), batch)
+    return jax.tree.map(lambda p: p.astype(dtype) if floating(p) else p, params)
 
 
 def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
