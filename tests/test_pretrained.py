@@ -1,15 +1,18 @@
 """Models of others as ours: the same logits, and the same bits when written back."""
 
 import json
+import os
 import pathlib
+import re
 import runpy
 import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, make_text
+from conftest import QUICK, ROOT, make_text, python
 from flax.traverse_util import flatten_dict
 from test_source import byte_pairs
 
@@ -26,13 +29,15 @@ from ngc_jax.convert.convert import convert, fit, formed, reconstructed
 from ngc_jax.convert.flow import shifted_problems
 from ngc_jax.convert.forms import INDEX, fit_form
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.names import fields_of, read_params
-from ngc_jax.convert.pretrained import export, import_pretrained
+from ngc_jax.convert.names import fields_of, read_params, tensors_of
+from ngc_jax.convert.pretrained import _begun, export, import_pretrained
 from ngc_jax.convert.rotation import rotated
-from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
+from ngc_jax.convert.source import Lazy, Source, open_source, unwritten, write_safetensors
 from ngc_jax.data.batches import Batch, next_token_targets
+from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training.step import init_state
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("pretrained_*.npz"))
 
@@ -45,14 +50,20 @@ def golden(path):
     return config, held, tokens, logits
 
 
-def modelled(config, tensors):
-    """Our model of a checkpoint, and its parameters."""
+def modelled_config(fields):
+    """Our config with these fields. Raises UserError."""
     ours = base()
-    for name, value in fields_of(config).items():
+    for name, value in fields.items():
         section, _, field = name.partition(".")
         ours[section][field] = value
     reset_unread(ours)
     validate(ours)
+    return ours
+
+
+def modelled(config, tensors):
+    """Our model of a checkpoint, and its parameters."""
+    ours = modelled_config(fields_of(config))
     model = make_model(ours, ours.data.vocab_size)
     lazy = {n: Lazy(t.shape, t.dtype, lambda t=t: t) for n, t in tensors.items()}
     source = Source(pathlib.Path("golden"), config, lazy, "", "")
@@ -147,15 +158,24 @@ def test_import_takes_a_new_directory_and_a_context_that_fits(published, teacher
 # ---- Calibration and conversion ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokens(teacher):
+def tokens_of_text(teacher):
     encoded = np.asarray(teacher.tokenizer.encode(make_text(4000).encode()), np.int32)
     return encoded[: len(encoded) // 16 * 16].reshape(-1, 16)[:24]
 
 
-@pytest.fixture(scope="module")
-def batch(tokens):
+def batch_of_text(teacher):
+    tokens = tokens_of_text(teacher)
     return Batch(tokens, next_token_targets(np.pad(tokens, ((0, 0), (0, 1)))))
+
+
+@pytest.fixture(scope="module")
+def tokens(teacher):
+    return tokens_of_text(teacher)
+
+
+@pytest.fixture(scope="module")
+def batch(teacher):
+    return batch_of_text(teacher)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +253,9 @@ def test_members_may_share_a_signal_where_the_price_says_so(teacher, tokens, mea
     made = ngc_jax.load(tmp_path / "run")
     dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
     np.testing.assert_allclose(made.logits(tokens), dense, atol=2e-4)
+    export(made, str(tmp_path / "factors"))
+    back = imported(tmp_path / "factors", tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back.params, made.params)
     assert found.predicted <= fit(teacher, means, "ngc", 0.5).predicted * 1.02
 
 
@@ -319,6 +342,156 @@ def test_impossible_conversions_are_refused(teacher, means, given, message):
         fit(teacher, means, **{"method": "ngc", "kept": 0.5, **given})
 
 
+# ---- Memory, dtypes, factors, devices ------------------------------------------------------------
+
+
+def imported(folder, home, **more):
+    import_pretrained(str(folder), home, context=16, **more)
+    return ngc_jax.load(home)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_start_is_that_of_training_and_its_moments_take_no_memory(optimizer, teacher):
+    config = teacher.config.copy_and_resolve_references()
+    config.train.optimizer = optimizer
+    made = _begun(teacher.model, config, teacher.params)
+    whole = init_state(teacher.model, config.train, config.seed, teacher.params)
+    jax.tree.map(np.testing.assert_array_equal, made, whole)
+
+
+def resident():
+    """Bytes of memory of this process that are no file's."""
+    told = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", told)[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_zeros_that_nobody_writes_take_no_memory():
+    before, size = resident(), 1 << 26
+    array = unwritten((size // 4,), np.float32)
+    held = jax.device_put(array)
+    assert resident() < before + size // 4
+    array[:] = 1  # jax has these very bytes
+    assert resident() > before + size // 2
+    assert float(held[-1]) == 1
+    assert unwritten((0, 3), np.int32).shape == (0, 3)
+
+
+def test_a_run_is_opened_without_what_its_optimizer_remembers(teacher, monkeypatch):
+    read = []
+    restore = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda *given: read.append(restore(*given)) or read[-1]
+    )
+    again = ngc_jax.load(teacher.workdir)
+    assert {*map(type, jax.tree.leaves(read[0].state.optimizer))} == {type(...)}
+    assert digest(again.state.params) == digest(again.params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(again.state.optimizer))
+
+
+def test_bfloat16_is_read_written_and_computed_in(published, tokens, batch, means, tmp_path):
+    source = open_source(published)
+    rounded = {n: t.read().astype(ml_dtypes.bfloat16) for n, t in source.tensors.items()}
+    write_safetensors(tmp_path / "in", rounded, source.config, source.tokenizer)
+    run = imported(tmp_path / "in", tmp_path / "run", compute_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.params)} == {np.dtype(np.float32)}
+    export(run, str(tmp_path / "out"), "bfloat16")
+    out = open_source(tmp_path / "out")
+    assert out.config["torch_dtype"] == "bfloat16"
+    for name, tensor in rounded.items():
+        assert out.tensors[name].read().tobytes() == tensor.tobytes(), name
+    back = imported(tmp_path / "out", tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back.params, run.params)
+    # Computed in it, and summed in float32: near what float32 gives, and not the same
+    found = calibrate(run, batch, tmp_path, rows=4, say=quiet)["inputs"]["down"]
+    error = abs(found - means["inputs"]["down"]).max() / abs(means["inputs"]["down"]).max()
+    assert found.dtype == np.float32
+    assert 1e-5 < error < 0.1
+    assert isinstance(run.generate("a b", tokens=3), str)
+    assert 1e-5 < abs(run.loss(make_text(200))[0] - back.loss(make_text(200))[0]) < 0.1
+
+
+@pytest.mark.parametrize("method", ["ngc", "svd_llm"])
+def test_factors_are_written_and_read_to_the_bit(method, teacher, means, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    convert(teacher, fit(teacher, means, method, 0.6), run)
+    made = ngc_jax.load(run)
+    export(made, str(out))
+    back = imported(out, tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back.params, made.params)
+    assert back.config.model.to_dict() == made.config.model.to_dict()
+    source, dense = open_source(out), tensors_of(formed(made).params)
+    for name, weight in dense.items():
+        if "_proj.weight" in name:
+            made = as_documented(source, name.removesuffix(".weight"))
+            np.testing.assert_allclose(made, weight, atol=1e-5)
+    config = source.config
+    for change, message in (
+        ({"ngc_rule": "dense"}, "ngc_rule='dense': must be 'broadcast' or 'leaders'"),
+        ({"ngc_ranks": 7}, "ngc_ranks=7: must be such as 'query:96"),
+        ({"ngc_ranks": "query:1"}, "model.ranks='query:1'...: stage 1"),
+        ({"ngc_ranks": config["ngc_ranks"].replace("gate:", "gate:9")}, "must be at most|at most"),
+        ({"model_type": "llama"}, "ngc_r(ule|anks)=.*: must be left out"),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            modelled_config(fields_of(config | change))
+        assert "\n" not in str(refused.value)
+
+
+def as_documented(source, name):
+    """The weight [m, n] of a matrix, by the lines of docs/pretrained.md."""
+    text = (ROOT / "docs" / "pretrained.md").read_text()
+    (code,) = re.findall(r"```python\n(def weight.*?)```", text, re.DOTALL)
+    space = {"np": np}
+    exec(code, space)
+    return space["weight"]({n: t.read() for n, t in source.tensors.items()}, name)
+
+
+def test_factors_that_are_damaged_are_refused(teacher, means, tmp_path):
+    convert(teacher, fit(teacher, means, "ngc", 0.6), tmp_path / "run")
+    export(ngc_jax.load(tmp_path / "run"), str(tmp_path / "out"))
+    source = open_source(tmp_path / "out")
+    order = next(name for name in source.tensors if name.endswith(".order"))
+    for number, (tensor, message) in enumerate(
+        (
+            (np.zeros_like(source.tensors[order].read()), "order is no order of"),
+            (np.float32(source.tensors[order].read()), "order is of float32: not int32"),
+        )
+    ):
+        tensors, home = {**source.tensors, order: tensor}, tmp_path / str(number)
+        write_safetensors(home, tensors, source.config, source.tokenizer)
+        with pytest.raises(UserError, match=message):
+            import_pretrained(str(home), tmp_path / "back")
+
+
+@pytest.mark.slow
+def test_calibration_on_many_devices_is_that_on_one(teacher, means, tmp_path):
+    """And each device has its part of the model alone."""
+    done = python("-c", f"""
+import sys; sys.path.insert(0, "tests")
+import jax, numpy as np, ngc_jax, test_pretrained as t
+from ngc_jax.commands.arguments import mesh_of
+from etils import epath
+mesh = mesh_of("data:2,fsdp:2")
+run = ngc_jax.load({str(teacher.workdir)!r}, mesh=mesh)
+leaf = run.params["embed"]
+assert leaf.addressable_shards[0].data.size == leaf.size / 2, leaf.sharding
+assert len(leaf.sharding.device_set) == 4
+batch = t.batch_of_text(run)
+found = t.calibrate(run, batch, epath.Path({str(tmp_path)!r}), 4, t.quiet, mesh)
+np.savez({str(tmp_path)!r} + "/found.npz", **t.flatten_dict(found, sep="/"))
+odd = jax.tree.map(lambda a: a[:6], batch)  # of its second part, 2 windows on 4 devices
+t.calibrate(run, odd, epath.Path({str(tmp_path)!r}), 4, t.quiet, mesh)
+""", XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(tmp_path / "found.npz"))
+    expected = flatten_dict(means, sep="/")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        scale = abs(array).max()
+        np.testing.assert_allclose(found[name] / scale, array / scale, atol=1e-5, err_msg=name)
+
+
 def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch, capsys):
     def ngc(*words):
         monkeypatch.setattr("sys.argv", ["ngc", *map(str, words)])
@@ -334,16 +507,20 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
     code, said = ngc("import", f"--from={published}", f"--workdir={run}", "--context=16")
     assert (code, said.err) == (0, "")
     assert "2 layers of width 16, from tiny, SHA-256" in said.out
-    tokens = ["--tokens=64", f"--text={text}"]
+    tokens = ["--tokens=16", f"--text={text}"]
     code, said = ngc("convert", f"--workdir={run}", f"--to={small}", *tokens, "--kept=0.7")
     assert (code, said.err) == (0, "")
     assert "predicted by ngc: " in said.out
+    assert "warning: 16 tokens are fewer than the 24 inputs of a matrix" in said.out
     assert ngc_jax.load(small).config.model.rule == "leaders"
     code, said = ngc("export", f"--workdir={run}", f"--to={out}")
     assert (code, said.err) == (0, "")
     assert open_source(out).config["hidden_size"] == 16
-    code, said = ngc("export", f"--workdir={small}", f"--to={out}2")
+    code, said = ngc("export", f"--workdir={small}", f"--to={out}2", "--dtype=float32")
     assert (code, said.err) == (0, "")
+    code, said = ngc("export", f"--workdir={small}", f"--to={out}3", "--form=factored")
+    assert (code, said.err) == (0, "")
+    assert open_source(f"{out}3").config["model_type"] == "ngc_llama"
     import_pretrained(f"{out}2", tmp_path / "back", context=16)
     ported = [f"--to={small}4", "--form=ports", "--groups=2", "--kept=0.7"]
     code, said = ngc("convert", f"--workdir={run}", *ported, *tokens)
@@ -357,7 +534,12 @@ def test_the_commands_import_convert_and_export(published, tmp_path, monkeypatch
         (["export", f"--workdir={run}"], "--to is missing"),
         (["convert", f"--workdir={run}", f"--text={text}"], "--to is missing"),
         (["convert", f"--workdir={run}", f"--to={small}3", "--text=none.txt"], "cannot be read"),
+        (["convert", f"--workdir={run}", f"--to={small}3", "--kept=1.5"], "--kept=1.5: must be"),
+        (["convert", f"--workdir={run}", f"--to={small}3", "--mesh=data:99"], "devices at most"),
+        (["export", f"--workdir={run}", f"--to={out}4", "--form=factored"], "must be 'formed'"),
+        (["export", f"--workdir={run}", f"--to={out}4", "--dtype=float16"], "--dtype=float16"),
         (["import", "--from=nowhere", f"--workdir={run}2"], "there is no 'nowhere'"),
+        (["import", f"--from={published}", f"--workdir={run}2", "--compute_dtype=int8"], "int8"),
         (["imprt"], "Did you mean 'import'?"),
         (
             ["convert", f"--workdir={run}", f"--to={small}3", *tokens, "--form=ports"],

@@ -4,14 +4,19 @@ For: every file of `commands/`. Not for: what a command does.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from ngc_jax.commands.config_flag import EXTEND, extend
+from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.runtime.fields import Field
 from ngc_jax.runtime.preemption import INTERRUPTED
@@ -56,10 +61,31 @@ def read(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def opened(args: argparse.Namespace) -> Trained:
-    """The run of a command line with the options PLACES. Raises UserError."""
+def opened(args: argparse.Namespace, mesh: Mesh | None = None) -> Trained:
+    """The run of a command line with the options PLACES, on a mesh. Raises UserError."""
     places = {option.name: getattr(args, option.name) for option in PLACES}
-    return load(args.workdir, args.step, **places)
+    return load(args.workdir, args.step, **places, mesh=mesh)
+
+
+def mesh_of(text: str) -> Mesh:
+    """The mesh of some of the devices here, from "data:2,fsdp:2". Raises UserError."""
+    sizes = read_mesh(text)
+    count, here = math.prod(sizes.values()), len(jax.devices())
+    if count > here:
+        raise UserError(f"--mesh={text}: must be of {here} devices at most, those that are here")
+    return meshes.make_mesh(ConfigDict(sizes), jax.devices()[:count])
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """{"data": 1, "fsdp": 2, "group": 4} from "fsdp:2,group:4". Raises UserError."""
+    sizes = dict.fromkeys(meshes.MESH_AXES, 1)
+    for item in text.split(","):
+        name, _, size = item.partition(":")
+        if name not in sizes or not size.isdecimal() or int(size) < 1:
+            wants = "must be some of data:N,fsdp:N,group:N, for instance group:8"
+            raise UserError(f"--mesh={text}: {wants}")
+        sizes[name] = int(size)
+    return sizes
 
 
 def rounds_of(args: argparse.Namespace) -> Rounds:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax import count
-from ngc_jax.commands.arguments import command
+from ngc_jax.commands.arguments import command, read_mesh
 from ngc_jax.commands.config_flag import read_config
 from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.data.batches import token_batch
@@ -152,18 +152,6 @@ def table(model: Costs, dense: Costs) -> str:
     sizes = {what: (size / 2**20, dense[1][what] / 2**20) for what, size in model[1].items()}
     held = [f"{what}: {a:,.1f} MiB; dense {b:,.1f} MiB" for what, (a, b) in sizes.items()]
     return "\n".join([aligned(rows), *(f"memory per device, {line}" for line in held)])
-
-
-def read_mesh(text: str) -> dict[str, int]:
-    """{"data": 1, "fsdp": 2, "group": 4} from "fsdp:2,group:4". Raises UserError."""
-    sizes = dict.fromkeys(meshes.MESH_AXES, 1)
-    for item in text.split(","):
-        name, _, size = item.partition(":")
-        if name not in sizes or not size.isdecimal() or int(size) < 1:
-            wants = "must be some of data:N,fsdp:N,group:N, for instance group:8"
-            raise UserError(f"--mesh={text}: {wants}")
-        sizes[name] = int(size)
-    return sizes
 
 
 def main() -> None:

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
+from ngc_jax.commands.arguments import PLACES, command, mesh_of, opened, parser, read
 from ngc_jax.convert.calibrate import calibrate
 from ngc_jax.convert.convert import convert, fit
 from ngc_jax.convert.forms import FORMS, fit_form
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch, Examples, Windows, held_out_batches
 from ngc_jax.data.tokens import Symbols
+from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
@@ -30,6 +31,7 @@ OPTIONS = (
     Field("form", "low_rank", "of each matrix; others have a metric of their own", FORMS),
     Field("groups", 0, "of forms 'ports' and 'blocks', a divisor of all sides", "[0, inf)"),
     Field("synapses", 0.4, "share of a matrix in single synapses, of form 'synapses'", "(0, 1)"),
+    Field("mesh", "data:1", "devices that share the windows of calibration, such as data:8"),
     Field("calibration", "", "folder that keeps what is measured; default: WORKDIR/calibration"),
 )
 
@@ -39,11 +41,12 @@ def main() -> None:
     args = read(parser(__doc__, *OPTIONS, *PLACES))
     if not args.to:
         raise UserError("--to is missing: give a work directory to make, which must not exist")
-    teacher = opened(args)
+    mesh = mesh_of(args.mesh)
+    teacher = opened(args, mesh)
     batch = examples(teacher, args.text.split(",") if args.text else [], args.tokens)
     home = epath.Path(args.calibration or args.workdir / "calibration")
     home.mkdir(parents=True, exist_ok=True)
-    means = calibrate(teacher, batch, home)
+    means = calibrate(teacher, batch, home, meshes.num_shards("window", mesh), mesh=mesh)
     if args.form == "low_rank":
         found, how = fit(teacher, means, args.method, args.kept, args.share, batch), args.method
     else:
@@ -71,7 +74,7 @@ def examples(trained: Trained, texts: list[str], count: int) -> Batch:
         (batch, _), *_ = held_out_batches(source, batch_size=chosen, limit=chosen)
         found.append(batch)
     made: Batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *found)
-    widest = max(trained.config.model.width, trained.config.model.hidden)
+    widest = max(inputs for _, inputs in trained.decoder.shape.sizes.values())
     if made.inputs.size < widest:
         print(f"warning: {made.inputs.size} tokens are fewer than the {widest} inputs of a matrix")
     return made

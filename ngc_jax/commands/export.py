@@ -1,7 +1,8 @@
 """Write a run as others publish models: `ngc export --workdir=DIR --to=FOLDER`.
 
 For: a dense decoder without a loop, as safetensors that transformers opens; of a converted one the
-weights are formed. Not for: the files (`convert/source.py`), or their names (`convert/names.py`).
+weights are formed, or its factors written (docs/pretrained.md). Not for: the files
+(`convert/source.py`), or their names (`convert/names.py`).
 """
 
 from ngc_jax.commands.arguments import command, parser, read
@@ -11,16 +12,23 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
 from ngc_jax.training.load import load
 
-TO = Field("to", "", "folder to write, which must not exist")
+OPTIONS = (
+    Field("to", "", "folder to write, which must not exist"),
+    Field("form", "formed", "of a converted model: weights, or factors", ("formed", "factored")),
+    Field("dtype", "float32", "of the tensors", ("float32", "bfloat16")),
+)
 
 
 def main() -> None:
     """Prints where the model was written."""
-    args = read(parser(__doc__, TO))
+    args = read(parser(__doc__, *OPTIONS))
     if not args.to:
         raise UserError("--to is missing: give a folder to write, which must not exist")
     trained = load(args.workdir, args.step)
-    export(formed(trained) if trained.decoder.shape.apart else trained, args.to)
+    converted, factored = bool(trained.decoder.shape.apart), args.form == "factored"
+    if factored and not converted:
+        raise UserError("--form=factored: must be 'formed' for a model that is not converted")
+    export(formed(trained) if converted and not factored else trained, args.to, args.dtype)
     print(f"{args.workdir} is written to {args.to}")
 
 

@@ -20,8 +20,10 @@ def main() -> None:
     arguments.add_argument("--workdir", type=epath.Path, required=True, help="a new directory")
     told = "tokens of a window; default: 512, or as many as the model takes"
     arguments.add_argument("--context", type=int, default=0, help=told)
+    told = "of activations, wherever the run is used: float32 or bfloat16"
+    arguments.add_argument("--compute_dtype", default="float32", help=told)
     args = arguments.parse_args()
-    import_pretrained(args.source, args.workdir, args.context)
+    import_pretrained(args.source, args.workdir, args.context, args.compute_dtype)
     made = load(args.workdir)
     m = made.config.model
     print(f"{args.workdir}: {m.prelude} layers of width {m.width}, from {made.meta['origin']}")

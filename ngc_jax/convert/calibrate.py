@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ngc_jax.analysis.probes import run_stage
 from ngc_jax.convert.methods import Problem
 from ngc_jax.data.batches import Batch
+from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn import sharing, stacks
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import Params
@@ -27,6 +29,8 @@ from ngc_jax.runtime import files
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.load import Trained
+from ngc_jax.training.loop import put_params
+from ngc_jax.training.step import cast
 
 Array = jax.Array
 # "inputs" [L, n, n] and "magnitudes" [L, n] by synapse, "grads" [L, m, m] and "fisher" [L, m] by
@@ -37,24 +41,38 @@ FILE = "calibration.npz"
 
 
 def calibrate(
-    trained: Trained, batch: Batch, home: files.Path, rows: int = 1, say: Any = print
+    trained: Trained,
+    batch: Batch,
+    home: files.Path,
+    rows: int = 1,
+    say: Any = print,
+    mesh: Mesh | None = None,
 ) -> Sums:
     """The means over the tokens of a batch [windows, T], continued from what `home` keeps of it.
 
-    `rows` are done at a time. Labels are drawn where the batch has targets. Raises UserError for a
-    model with a loop or of another rule than dense, and where `home` is a link.
+    `rows` are done at a time, shared by the devices of a mesh; they compute in
+    `train.compute_dtype` and sum in float32. Labels are drawn where the batch has targets. What was
+    begun with other rows is begun anew, since their labels differ; another mesh of as many rows
+    goes on with it, and differs by rounding. Raises UserError for a model with a loop or of another
+    rule than dense, and where `home` is a link.
     """
+    mesh = mesh or meshes.single_device()
     if os.path.islink(home):
         raise UserError(f"{home} is a link, which is not followed: give the place itself")
-    model, params, count = _dense(trained), trained.params, len(batch.inputs)
+    model, params, count = _dense(trained), put_params(mesh, trained), len(batch.inputs)
     known = {"params": params, "batch": batch}
     mark = json.dumps({"rows": rows, "sha256": digest(known)})
     kept = home / FILE
     done, sums = _read(kept, mark)
-    sum_batch = jax.jit(partial(_batch_sums, model))
+    dtype, whole = trained.config.train.compute_dtype, meshes.replicated(mesh)
+    # Sums in float32 of what is computed in less
+    program = meshes.with_mesh(mesh, partial(_batch_sums, model, dtype))
+    sum_batch = jax.jit(program, out_shardings=whole)
     key = jax.random.key(0)
     for first in range(done, count, rows):
         part = jax.tree.map(lambda a, at=first: a[at : at + rows], batch)
+        shared = len(part.inputs) % meshes.num_shards("window", mesh) == 0
+        part = jax.device_put(part, meshes.sharding(mesh, "window") if shared else whole)
         found = jax.device_get(sum_batch(params, part, jax.random.fold_in(key, first)))
         if sums is None:
             sums = jax.tree.map(np.array, found)
@@ -104,8 +122,9 @@ def answered(targets: Array) -> Array:
     return jnp.flip(jnp.cumsum(jnp.flip(targets >= 0, -1), -1), -1) > 0
 
 
-def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sums:
+def _batch_sums(model: Decoder, dtype: str, params: Params, batch: Batch, key: Array) -> Sums:
     """The sums of a batch: one pass forward and one back through probes of zeros at outputs."""
+    params = cast(params, dtype)
     shape, (stack, _) = model.shape, stacks.join_stages(model.shape, params)
     x = model.embed(params, batch)
     blank = jax.eval_shape(partial(_stage, model, batch, None), x, sharing.take(stack, 0))
@@ -129,18 +148,20 @@ def _batch_sums(model: Decoder, params: Params, batch: Batch, key: Array) -> Sum
     counts = answered(batch.targets).reshape(-1, 1)
     for synapse, members in shape.fans().items():
         x = read[synapse].reshape(shape.depth, -1, read[synapse].shape[-1]) * counts
-        sums["inputs"][synapse], sums["magnitudes"][synapse] = _grams(x), jnp.sum(abs(x), axis=1)
-        square = jnp.sum(jnp.square(x), axis=-1)
+        sums["inputs"][synapse] = _grams(x)
+        sums["magnitudes"][synapse] = jnp.sum(abs(x), axis=1, dtype=jnp.float32)
+        square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
         for place, member in enumerate(members):
             g = grads[synapse][..., place, :].reshape(*x.shape[:2], -1)
             sums["grads"][member] = _grams(g)
-            sums["fisher"][member] = jnp.einsum("lbm,lb->lm", jnp.square(g), square)
+            squares = jnp.square(g.astype(jnp.float32))
+            sums["fisher"][member] = jnp.einsum("lbm,lb->lm", squares, square)
     return sums
 
 
 def _grams(x: Array) -> Array:
     """The sums over tokens of x x^T: x [L, N, n] -> [L, n, n]."""
-    return jax.lax.map(lambda one: one.T @ one, x)
+    return jax.lax.map(lambda one: jnp.matmul(one.T, one, preferred_element_type=jnp.float32), x)
 
 
 def _stage(model: Decoder, batch: Batch, probes: Any, x: Array, weights: Params) -> Any:

@@ -21,6 +21,7 @@ from ngc_jax.convert.flow import Stage, shifted_problems
 from ngc_jax.convert.leaders import leaders
 from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposition
 from ngc_jax.convert.methods import stacked as joined_problem
+from ngc_jax.convert.names import CONVERTED
 from ngc_jax.convert.pretrained import begin
 from ngc_jax.core.rules import weights
 from ngc_jax.data.batches import Batch
@@ -207,7 +208,8 @@ def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "")
     config, model = trained.config.copy_and_resolve_references(), trained.decoder
     rule = "leaders" if found.counted == "led" else "broadcast"
     fields = {"rule": rule, "prelude": model.shape.depth, "core": 0, "coda": 0, "groups": 1}
-    fields |= {"p_intra": 0, "form": "signals", "match": ""} | found.fields
+    fields |= {name.removeprefix("model."): value for name, value in CONVERTED.items()}
+    fields |= found.fields
     config.model.update(fields | {"ranks": write([[f.joined for f in s] for s in found.stages])})
     reset_unread(config)
     validate(config, here=False)

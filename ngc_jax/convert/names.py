@@ -5,6 +5,7 @@ For: two tables, each read both ways: fields (`fields_of`, `config_of`) and name
 each parameter is filled once, and each tensor used once. Not for: files (`source.py`).
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ngc_jax.convert.source import Lazy, Source, few, unwritten
+from ngc_jax.nn.ranks import Joined
+from ngc_jax.nn.sharing import FANS
 from ngc_jax.runtime.errors import UserError
 
 Fields = dict[str, Any]
@@ -28,6 +31,9 @@ SIZES = {
 # Ours that have one value in every model of this family
 FIXED = {"model.kind": "decoder", "model.rule": "dense", "model.groups": 1, "model.core": 0}
 FIXED |= {"model.coda": 0, "model.exchange_activation": "silu"}
+# Ours of a converted model, beside its model.rule and model.ranks
+CONVERTED = {"model.p_intra": 0, "model.form": "signals", "model.match": ""}
+FACTORED = "ngc_"  # before the model_type of a folder that has factors of matrices
 # Theirs that must have one value, where they are given; None is as if a field were not given
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_interleaved": False}
 ONLY |= {"partial_rotary_factor": 1.0, "is_decoder": False, "is_encoder_decoder": False}
@@ -104,6 +110,15 @@ def fields_of(config: Mapping[str, Any]) -> Fields:
     """
     told = _Told({name: value for name, value in config.items() if name not in IGNORED})
     kind, made = config.get("model_type"), config.get("architectures")
+    if isinstance(kind, str) and kind.startswith(FACTORED):
+        rule, ranks = (told.take(name) for name in ("ngc_rule", "ngc_ranks"))
+        if rule not in ("broadcast", "leaders"):
+            raise told.refuse("ngc_rule", rule, "'broadcast' or 'leaders'")
+        if not isinstance(ranks, str) or not ranks:
+            raise told.refuse("ngc_ranks", ranks, "such as 'query:96,key:64,...', for each layer")
+        plain = {n: v for n, v in config.items() if n not in ("ngc_rule", "ngc_ranks")}
+        fields = fields_of(plain | {"model_type": kind.removeprefix(FACTORED)})
+        return fields | CONVERTED | {"model.rule": rule, "model.ranks": ranks}
     if not isinstance(kind, str) or kind not in KINDS:
         raise told.refuse("model_type", kind, f"one of {', '.join(map(repr, KINDS))}")
     if made is not None and made != [KINDS[kind]]:
@@ -189,6 +204,11 @@ def _window(told: _Told, kind: str, layers: int) -> int:
 
 def config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model with fields as `fields_of` returns them. Raises UserError."""
+    if fields.get("model.ranks"):
+        config = config_of({**fields, "model.rule": "dense", "model.ranks": ""})
+        del config["architectures"]  # so that nobody opens it as what it is not
+        own = {"ngc_rule": fields["model.rule"], "ngc_ranks": fields["model.ranks"]}
+        return config | own | {"model_type": FACTORED + config["model_type"]}
 
     def need(holds: bool, field: str, wants: str) -> None:
         if not holds:
@@ -238,7 +258,7 @@ class Row(NamedTuple):
 
     ours: str
     theirs: tuple[str, ...]
-    how: str = "same"  # or "transposed", or "stacked": [layer, tensor, 1, out, in]
+    how: str = "same"  # or "transposed"; "stacked": [layer, tensor, 1, out, in]; "own": [layer, 1]
 
 
 _LAYER = "model.layers.{l}."
@@ -267,20 +287,57 @@ NAMES = [
     ),
     Row("prelude/down/dense_block/weight", (f"{_MLP}down_proj.weight",), "stacked"),
 ]
+MEMBERS = {"query": "q", "key": "k", "value": "v", "attention out": "o"}
+MEMBERS |= {name: name for name in ("gate", "up", "down")}
+# Of a synapse of a converted model: its parameters, and their names; see docs/pretrained.md
+PARTS = {"inter_broadcast/pre": "pre", "inter_broadcast/post": "post", "inter_leaders/pre": "lead"}
+PARTS |= {"inter_leaders/post/state": "rest", "inter_leaders/post/gain": "gain"}
+PARTS |= {"inter_leaders/post/order": "order"}
+
+
+def _factored() -> Iterator[Row]:
+    """The rows of converted models: a joined synapse, such as key+value, has one set of states."""
+    for synapse, fan in FANS.items():
+        home = _MLP if synapse in ("gate_up", "down") else _ATTEND
+        for count in range(1, len(fan) + 1):
+            for members in itertools.permutations(fan, count):
+                ours = f"prelude/{Joined(members, 0).name}"
+                theirs = home + "+".join(f"{MEMBERS[member]}_proj" for member in members)
+                yield Row(f"{ours}/dense_block/weight", (f"{theirs}.weight",), "stacked")
+                for part, name in PARTS.items():
+                    yield Row(f"{ours}/{part}", (f"{theirs}.{name}",), "own")
+
+
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 BUFFERS = "rotary_emb.inv_freq"  # in old files: what rope_theta says too
 
 
 def _places(flat: Mapping[tuple[str, ...], Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor's name, and the part of a parameter that it is: a view, in the tensor's shape."""
-    for row in NAMES:
-        leaf = flat.get(tuple(row.ours.split("/")))
-        if leaf is None:
-            continue
+    for row, first, leaf in _rows(flat):
         for layer in range(len(leaf)) if "{l}" in row.theirs[0] else [None]:
             part = leaf.T if row.how == "transposed" else leaf if layer is None else leaf[layer]
             for i, name in enumerate(row.theirs):
-                yield name.format(l=layer), part[i, 0] if row.how == "stacked" else part
+                own = part[i, 0] if row.how == "stacked" else part
+                own = part[0, ...] if row.how == "own" else own
+                yield name.format(l=None if layer is None else first + layer), own
+
+
+def _rows(flat: Mapping[tuple[str, ...], Any]) -> Iterator[tuple[Row, int, Any]]:
+    """The row of each parameter, its first layer, and it: [layers, ...], or without layers.
+
+    A converted model's stages, each under its number, are layers by themselves. Raises UserError
+    for parameters that have no row.
+    """
+    apart = any(path[:2] == ("prelude", "0") for path in flat)
+    rows = {row.ours: row for row in (*NAMES, *(_factored() if apart else ()))}
+    ours = {path: path[:1] + path[2:] if apart and len(path) > 2 else path for path in flat}
+    if strange := {"/".join(path) for path in flat if "/".join(ours[path]) not in rows}:
+        wants = "must be those of a dense decoder without a loop (model.rule='dense')"
+        raise UserError(f"the parameters {few(strange)} have no published name: {wants}")
+    for path, leaf in flat.items():
+        row, own = rows["/".join(ours[path])], ours[path] != path
+        yield row, int(path[1]) if own else 0, leaf[None] if own else leaf
 
 
 def read_params(source: Source, abstract: Any) -> Any:
@@ -290,9 +347,9 @@ def read_params(source: Source, abstract: Any) -> Any:
     where names are missing or left over, for another shape, and for what is not finite.
     """
     leaves, tensors = flatten_dict(abstract), source.tensors
-    _check_all_known(leaves)
     # Of shapes alone: memory is taken when the file is known to have as much.
-    places = dict(_places({path: np.broadcast_to(0, leaf.shape) for path, leaf in leaves.items()}))
+    blank = {p: np.broadcast_to(np.zeros((), of.dtype), of.shape) for p, of in leaves.items()}
+    places = dict(_places(blank))
     tied = HEAD not in places
     unused = {name for name in tensors if name.endswith(BUFFERS)} | ({HEAD} if tied else set())
     missing, over = {*places} - {*tensors}, {*tensors} - {*places} - unused
@@ -304,6 +361,8 @@ def read_params(source: Source, abstract: Any) -> Any:
         if tensors[name].shape != part.shape:
             found = f"{name} has shape {[*tensors[name].shape]}"
             raise UserError(f"{source.path}: {found}: must be {[*part.shape]}")
+        if (tensors[name].dtype == np.int32) != (part.dtype == np.int32):
+            raise UserError(f"{source.path}: {name} is of {tensors[name].dtype}: not {part.dtype}")
     flat = {path: unwritten(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for name, part in _places(flat):
         part[...] = _finite(source, name)
@@ -318,22 +377,15 @@ def tensors_of(params: Any) -> dict[str, np.ndarray]:
 
     Raises UserError for parameters that such a model does not have.
     """
-    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
-    _check_all_known(flat)
-    return dict(_places(flat))
-
-
-def _check_all_known(flat: Mapping[tuple[str, ...], Any]) -> None:
-    strange = {"/".join(path) for path in flat} - {row.ours for row in NAMES}
-    if strange:
-        wants = "must be those of a dense decoder without a loop (model.rule='dense')"
-        raise UserError(f"the parameters {few(strange)} have no published name: {wants}")
+    return dict(_places({path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}))
 
 
 def _finite(source: Source, name: str) -> np.ndarray:
     read = source.tensors[name].read()
     if not np.isfinite(read).all():
         raise UserError(f"{source.path} is damaged: {name} has numbers that are not finite")
+    if read.dtype == np.int32 and not np.array_equal(np.sort(read), np.arange(len(read))):
+        raise UserError(f"{source.path} is damaged: {name} is no order of {len(read)} neurons")
     return read
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.names import config_of, fields_of, read_params, tensors_of
-from ngc_jax.convert.source import open_source, unwritten, write_safetensors
+from ngc_jax.convert.source import Lazy, open_source, unwritten, write_safetensors
 from ngc_jax.data.tokens import Given, Tokenizer, open_given
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import partition
@@ -30,10 +30,13 @@ from ngc_jax.training.workdir import claim, hold, identity, versions
 CONTEXT = 512  # tokens of a window, where the model was made for more
 
 
-def import_pretrained(source: str, workdir: files.Path, context: int = 0) -> None:
+def import_pretrained(
+    source: str, workdir: files.Path, context: int = 0, compute_dtype: str = "float32"
+) -> None:
     """Makes a work directory of a folder of safetensors, or a GGUF file, as its step 0.
 
-    context: of `data.context`; 0: 512, or what the model was made for if that is less. Raises
+    context: of `data.context`; 0: 512, or what the model was made for if that is less.
+    compute_dtype: of `train.compute_dtype`; the parameters are in float32, as read. Raises
     UserError for what is not read exactly, and for a directory that is not empty.
     """
     found = open_source(source)
@@ -44,6 +47,7 @@ def import_pretrained(source: str, workdir: files.Path, context: int = 0) -> Non
     need(0 <= context <= longest, "context", wants)
     config = base()
     told |= {"data.context": context or min(longest, CONTEXT)}
+    told |= {"train.compute_dtype": compute_dtype}
     config.update_from_flattened_dict(told)
     tokenizer = open_given(found.tokenizer, config.data.vocab_size, found.path)
     reset_unread(config)
@@ -95,15 +99,24 @@ def _begun(model: LanguageModel, config: ConfigDict, params: Any) -> TrainState:
     return dataclasses.replace(state, params=params, optimizer=memory)
 
 
-def export(trained: Trained, folder: str) -> None:
+def export(trained: Trained, folder: str, dtype: str = "float32") -> None:
     """Writes a folder of safetensors, under the published names, that transformers opens.
 
-    Raises UserError for a model that has none, such as one with a loop, and for another tokenizer.
+    Of a converted model it writes the factors, which `import_pretrained` alone reads. Raises
+    UserError for a model without published names, such as one with a loop, and for a tokenizer of
+    another kind.
     """
     if not isinstance(trained.tokenizer, Given):
         what = f"data.tokenizer={trained.config.data.tokenizer!r}"
         raise UserError(f"{what}: must be 'given', since transformers has no other one of ours")
     config, params = trained.config, trained.params
     told = flatten_dict(config.to_dict(), sep=".")
-    tensors = {name: np.asarray(array) for name, array in tensors_of(params).items()}
-    write_safetensors(folder, tensors, config_of(told), trained.tokenizer.serialised)
+    tensors = {name: _as(array, dtype) for name, array in tensors_of(params).items()}
+    about = config_of(told) | {"torch_dtype": dtype}
+    write_safetensors(folder, tensors, about, trained.tokenizer.serialised)
+
+
+def _as(array: np.ndarray, dtype: str) -> Lazy:
+    """A tensor that is rounded to a dtype when it is written; whole numbers stay."""
+    to = np.dtype(dtype) if array.dtype == np.float32 else array.dtype
+    return Lazy(array.shape, to, lambda: array.astype(to, copy=False))

@@ -26,6 +26,7 @@ from ngc_jax.runtime.errors import UserError
 
 Path = pathlib.Path
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES |= {"I32": np.int32}  # the order of leaders
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG_BYTES, HEADER_BYTES, JSON_BYTES = 1 << 20, 1 << 24, 1 << 26  # the most that are read
@@ -76,7 +77,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def unwritten(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros that take no memory until they are written; jax, on a CPU, takes them without a copy."""
+    """Zeros that take memory as they are written; on a CPU, jax takes them without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE)  # begins at a multiple of 64 bytes
     return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
@@ -237,7 +238,7 @@ def write_safetensors(
         for shard, names in zip(shards, parts, strict=True):
             read = {name: tensors[name] for name in names}
             made = {n: t.read() if isinstance(t, Lazy) else np.asarray(t) for n, t in read.items()}
-            made = {name: np.ascontiguousarray(tensor) for name, tensor in made.items()}
+            made = {name: np.asarray(tensor, order="C") for name, tensor in made.items()}
             save_file(made, building / shard, metadata={"format": "pt"})
         if len(parts) > 1:
             homes = {n: shard for shard, names in zip(shards, parts, strict=True) for n in names}

@@ -67,13 +67,18 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """The checkpoints in a directory, which must be no link; `read_only` changes nothing there."""
+    """The checkpoints in a directory, which must be no link; `read_only` changes nothing there.
 
-    def __init__(self, directory: files.Path, keep: int = 3, read_only: bool = False):
+    Of the state's field `without` no array is read: `...` stands in its place.
+    """
+
+    def __init__(
+        self, directory: files.Path, keep: int = 3, read_only: bool = False, without: str = ""
+    ):
         path = directory if files.in_bucket(directory) else os.path.abspath(directory)
         if os.path.islink(path):
             raise UserError(f"{directory} is a link, which is not followed: give the place itself")
-        self.directory, self._keep = epath.Path(path), keep
+        self.directory, self._keep, self._without = epath.Path(path), keep, without
         if multihost.first() and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         # Where directories are made meanwhile, threads wait five minutes for one that is not made.
@@ -120,11 +125,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return next((step for step in reversed(self.steps()) if not self.fault(step)), None)
 
     def newest(
-        self,
-        like: Tree,
-        config: dict[str, Any] | None = None,
-        among: Collection[int] | None = None,
-        without: str = "",
+        self, like: Tree, config: dict[str, Any] | None = None, among: Collection[int] | None = None
     ) -> tuple[Restored | None, dict[int, str]]:
         """The newest step, of these or of all, that `restore` reads; faults of those after it.
 
@@ -135,7 +136,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         for step in reversed(multihost.exchange(self.steps())[0]):
             if among is None or step in among:
                 try:
-                    return self.restore(step, like, config, without), faults
+                    return self.restore(step, like, config), faults
                 except Damaged as error:
                     faults[step] = plain(error)
                     if isinstance(error, Foreign):
@@ -150,12 +151,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         files.move(self.directory / str(step), aside)
         return aside
 
-    def restore(
-        self, step: int, like: Tree, config: dict[str, Any] | None = None, without: str = ""
-    ) -> Restored:
+    def restore(self, step: int, like: Tree, config: dict[str, Any] | None = None) -> Restored:
         """A step, in shapes, dtypes and shardings of `like`. Fields of `config` must be as there.
-
-        Arrays under the field `without` are not read: the state has None in its place.
 
         Raises Damaged in every process where one of them cannot read it, and Foreign.
         """
@@ -164,7 +161,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         (fault, *_) = multihost.exchange(fault)
         if fault is None:
             try:
-                found = self._read(step, like, config or {}, without)
+                found = self._read(step, like, config or {})
             except Foreign:
                 raise
             except Exception as error:  # whatever Orbax and TensorStore raise for what they read
@@ -174,7 +171,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise Damaged(fault)
         return found
 
-    def _read(self, step: int, like: Tree, config: dict[str, Any], without: str) -> Restored:
+    def _read(self, step: int, like: Tree, config: dict[str, Any]) -> Restored:
         home = self.directory / str(step)
         manifest = _manifest(home)
         meta, tree = manifest["meta"], manifest["tree"]
@@ -193,13 +190,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         alone = ocp.options.MultiprocessingOptions(me, {me}, f"process{me}")
         handler = ocp.CompositeCheckpointHandler("state")
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
-            if without:
-                skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(like, without))
-                like = dataclasses.replace(like, **{without: skipped})
+            if self._without:
+                skipped = jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(like, self._without))
+                like = dataclasses.replace(like, **{self._without: skipped})
             how = ocp.checkpoint_utils.construct_restore_args(like)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=how))
             state = orbax.restore(home, args=items)["state"]
-            state = dataclasses.replace(state, **{without: None}) if without else state
         updates = int(_named(state).get("step", step))
         if updates != step:
             raise ValueError(f"its state is that after {updates} updates")

@@ -33,10 +33,11 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rounds import Apply, mark_of
-from ngc_jax.training.step import TrainState, abstract_state, cast, nats_of, predict
+from ngc_jax.training.step import abstract_state, cast, nats_of, predict
 from ngc_jax.training.workdir import hold, identity, read_config
 
 Array = jax.Array
+LEAN = "optimizer"  # what is left out of a state: twice what its parameters are
 Text = str | bytes | Sequence[int] | np.ndarray | Array
 
 
@@ -65,11 +66,10 @@ class Trained:
     withheld: str = ""  # why its text may not be read; "": it may
 
     @functools.cached_property
-    def state(self) -> TrainState:
-        """All of the run's state, read when it is asked for: the optimizer's is twice the model."""
-        stored = read_config(self.workdir)
-        state: TrainState = _restored(self.workdir, stored, self.tokenizer.vocab, self.step).state
-        return state
+    def state(self) -> Any:
+        """The run's `TrainState`, read when it is asked for: the optimizer's is twice the model."""
+        config = read_config(self.workdir)
+        return _restored(self.workdir, config, self.tokenizer.vocab, self.step, without="").state
 
     @property
     def decoder(self) -> Decoder:
@@ -220,31 +220,26 @@ def load(
     config = read_config(home)
     stored, tokenizer = config.copy_and_resolve_references(), load_tokenizer(home, config.data)
     withheld = withhold(config.data, data_path, tfds_dir, trust)
-    read = _restored(home, stored, tokenizer.vocab, step, mesh, without="optimizer")
+    read = _restored(home, stored, tokenizer.vocab, step, mesh)
     model = configs.make_model(config, tokenizer.vocab)
     model, params = rewiring.pruned(model, read.state.params, config, read.step)
     return Trained(home, config, model, params, tokenizer, read.step, read.meta, withheld)
 
 
 def _restored(
-    workdir: files.Path,
-    config: ConfigDict,
-    vocab: int,
-    step: int | None,
-    mesh: Mesh | None = None,
-    without: str = "",
+    workdir: files.Path, config: Any, vocab: int, step: Any, mesh: Any = None, without: str = LEAN
 ) -> checkpoint.Restored:
-    """The newest sound checkpoint, or that of `step`, as `Checkpoints.restore`. Or UserError."""
+    """The newest sound checkpoint, or that of `step`. Raises UserError."""
     model, run = configs.make_model(config, vocab), identity(config)
     abstract = abstract_state(model, config.train, mesh or meshes.single_device())
-    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    home = workdir / "checkpoints"
+    with checkpoint.Checkpoints(home, read_only=True, without=without) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
         try:
-            among = steps if step is None else {step}
-            read, faults = checkpoints.newest(abstract, run, among, without)
+            read, faults = checkpoints.newest(abstract, run, steps if step is None else {step})
         except UserError as error:
             raise UserError(f"--workdir={workdir}: {error}") from error
         if read is None:
