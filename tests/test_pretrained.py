@@ -429,7 +429,7 @@ def test_factors_are_written_and_read_to_the_bit(method, teacher, means, tmp_pat
     for change, message in (
         ({"ngc_rule": "dense"}, "ngc_rule='dense': must be 'broadcast' or 'leaders'"),
         ({"ngc_ranks": 7}, "ngc_ranks=7: must be such as 'query:96"),
-        ({"ngc_ranks": "query:1"}, "model.ranks='query:1'...: stage 1"),
+        ({"ngc_ranks": "query:1"}, "model.ranks=query:1...: stage 1"),
         ({"ngc_ranks": config["ngc_ranks"].replace("gate:", "gate:9")}, "must be at most|at most"),
         ({"model_type": "llama"}, "ngc_r(ule|anks)=.*: must be left out"),
     ):

@@ -117,8 +117,8 @@ def fields_of(config: Mapping[str, Any]) -> Fields:
         if not isinstance(ranks, str) or not ranks:
             raise told.refuse("ngc_ranks", ranks, "such as 'query:96,key:64,...', for each layer")
         plain = {n: v for n, v in config.items() if n not in ("ngc_rule", "ngc_ranks")}
-        fields = fields_of(plain | {"model_type": kind.removeprefix(FACTORED)})
-        return fields | CONVERTED | {"model.rule": rule, "model.ranks": ranks}
+        dense = fields_of(plain | {"model_type": kind.removeprefix(FACTORED)})
+        return dense | CONVERTED | {"model.rule": rule, "model.ranks": ranks}
     if not isinstance(kind, str) or kind not in KINDS:
         raise told.refuse("model_type", kind, f"one of {', '.join(map(repr, KINDS))}")
     if made is not None and made != [KINDS[kind]]:
@@ -205,10 +205,10 @@ def _window(told: _Told, kind: str, layers: int) -> int:
 def config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model with fields as `fields_of` returns them. Raises UserError."""
     if fields.get("model.ranks"):
-        config = config_of({**fields, "model.rule": "dense", "model.ranks": ""})
-        del config["architectures"]  # so that nobody opens it as what it is not
+        dense = config_of({**fields, "model.rule": "dense", "model.ranks": ""})
+        del dense["architectures"]  # so that nobody opens it as what it is not
         own = {"ngc_rule": fields["model.rule"], "ngc_ranks": fields["model.ranks"]}
-        return config | own | {"model_type": FACTORED + config["model_type"]}
+        return dense | own | {"model_type": FACTORED + dense["model_type"]}
 
     def need(holds: bool, field: str, wants: str) -> None:
         if not holds:

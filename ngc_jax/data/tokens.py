@@ -135,12 +135,12 @@ class Given(BPE):
         self.lengths = np.array([len(token) for token in self.spelling], np.int32)
         self.mark = ids.get(_begins(told, added), 0)
         pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        merges, whole = [(a, b) for a, b in pairs], model.get("ignore_merges") is True
+        merges, words = [(a, b) for a, b in pairs], model.get("ignore_merges") is True
         learned = {token: i for token, i in ids.items() if token not in special}
-        made = tokenizers.models.BPE(vocab=learned, merges=merges, ignore_merges=whole)
+        made = tokenizers.models.BPE(vocab=learned, merges=merges, ignore_merges=words)
         self.model = tokenizers.Tokenizer(made)
-        plain = [token for content, token in added.items() if content not in special]
-        self.model.add_tokens([_added(token) for token in plain])  # by their numbers in `learned`
+        whole = [_added(token) for content, token in added.items() if content not in special]
+        self.model.add_tokens(whole)  # under their numbers in `learned`
         self.model.pre_tokenizer = _cut(told.get("pre_tokenizer"))
         match told.get("normalizer"):
             case None:
