@@ -300,7 +300,7 @@ def _formed(parts):
 
 
 def test_single_synapses_are_trained_in_their_places(tiny, tmp_path):
-    ranks = "query:4,key+value:4,attention out:4,gate:4,up:4,down:4+20"
+    ranks = "query:4,key+value:4,attention out:4,gate:4,up:0,down:4+20"
     tiny.model.update({"rule": "leaders", "groups": 1, "p_intra": 0, "ranks": ranks})
     tiny.model.update({"prelude": 1, "core": 0, "coda": 0})
     tiny.train.update({"steps": 2, "warmup_steps": 1})
@@ -311,6 +311,8 @@ def test_single_synapses_are_trained_in_their_places(tiny, tmp_path):
     first, last = (run.params["prelude"]["0"]["down"]["single_synapses"]["post"] for run in runs)
     np.testing.assert_array_equal(first["at"], last["at"])
     assert np.all(first["state"] != last["state"])
+    loud = probes.traffic(runs[1].decoder, runs[1].params, Batch(np.zeros((1, 8), np.int32)))
+    assert loud["prelude 1"] > 0
 
 
 @pytest.mark.parametrize(

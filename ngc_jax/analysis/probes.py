@@ -296,7 +296,9 @@ def stage_names(shape: ModelShape) -> list[str]:
 def _loudness(heard: Heard, groups: int) -> Array:
     """Mean square of what each group hears from each in one call of a synapse: [G, G speakers]."""
     synapse, x = heard.synapse, heard.x
-    (part,) = (part for part in synapse.parts if part.place == "inter")
+    part = next((part for part in synapse.parts if part.place == "inter"), None)
+    if part is None:  # a dense matrix beside synapses of others
+        return jnp.zeros((groups, groups))
     states = synapse.variables["params"][part.name]
     tokens = x.reshape(-1, groups, x.shape[-1] // groups)
     # [speaker, token, G, n]: one group speaks, the others are still.
