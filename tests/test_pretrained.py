@@ -259,6 +259,15 @@ def test_members_may_share_a_signal_where_the_price_says_so(teacher, tokens, mea
     assert found.predicted <= fit(teacher, means, "ngc", 0.5).predicted * 1.02
 
 
+@pytest.mark.parametrize("method", ["svd_llm", "ngc"])
+def test_a_matrix_has_a_signal_at_any_share(method, teacher, tokens, means, tmp_path):
+    found = fit(teacher, means, method, 0.01)
+    assert min(one.joined.rank for stage in found.stages for one in stage) == 1
+    convert(teacher, found, tmp_path / "run")
+    dense = teacher.model.apply(reconstructed(teacher, found), Batch(tokens))[0]
+    np.testing.assert_allclose(ngc_jax.load(tmp_path / "run").logits(tokens), dense, atol=2e-4)
+
+
 def test_a_rotated_model_is_the_same_function(teacher, tokens, batch, means, tmp_path):
     turned, grams = rotated(teacher, means, 2)
     np.testing.assert_allclose(turned.logits(tokens), teacher.logits(tokens), atol=1e-4)
@@ -299,6 +308,7 @@ def _formed(parts):
     return sum(rule.weights(pre, post) for rule, pre, post in parts)
 
 
+@pytest.mark.slow
 def test_single_synapses_are_trained_in_their_places(tiny, tmp_path):
     ranks = "query:4,key+value:4,attention out:4,gate:4,up:0,down:4+20"
     tiny.model.update({"rule": "leaders", "groups": 1, "p_intra": 0, "ranks": ranks})

@@ -123,6 +123,7 @@ def allot(choices: Choices, method: str, kept: float) -> Fit:
         tails, sizes = zip(*map(_priced, groups), strict=True)
         given = (sizes,) if how == "uniform" else (tails, sizes)
         ranks = ALLOTTED[how](*given, kept, count)
+    ranks = [max(rank, 1) for rank in ranks]  # 0 would stand for a dense matrix
     cuts = [list(_cut(group, rank)) for group, rank in zip(groups, ranks, strict=True)]
     return _finished(groups, ranks, cuts, counted)
 
@@ -137,6 +138,7 @@ def _fit_in_flow(trained: Trained, means: Sums, method: str, kept: float, batch:
         for member in MEMBERS:
             group = _group([(number, stage)], [member], method)
             ranks += budgets.uniform([_priced(group)[1]], kept, budgets.COUNTS[counted])
+            ranks[-1] = max(ranks[-1], 1)
             groups.append(group)
             cuts.append(list(_cut(group, ranks[-1])))
             made |= {one.joined.members: one.made for _, one in cuts[-1]}
