@@ -26,6 +26,8 @@ RANKS = (
     "query:0,key+value:4,attention out:0,gate+up:6,down:2"
 )
 LEADERS = {"rule": "leaders", "ranks": RANKS, "groups": 1, "p_intra": 0, "form": "signals"}
+ANSWERED = np.ones((8, 8), bool)  # all tokens of the batch but those after the last target
+ANSWERED[0, 2:] = False
 STATES_ALONE = {"learning_rate": 0.0}
 
 
@@ -42,7 +44,7 @@ def models(**fields):
 
 def batch():
     made = batch_of(np.random.default_rng(0).integers(0, VOCAB, (8, 9)).astype(np.int32))
-    made.targets[0, 2:] = NOTHING  # rows that count different numbers of targets
+    made.targets[~ANSWERED], made.targets[1, 3] = NOTHING, NOTHING
     return made
 
 
@@ -81,7 +83,7 @@ def alone(params, taught):
             own = combine(own, fixed)
             made = probes.run_stage(model.shape, number, own, batch(), x)[0]
             error = jnp.sum((made - told) ** 2, axis=-1) / jnp.sum(told**2, axis=-1)
-            return jnp.mean(error) / 2, made
+            return jnp.sum(error * ANSWERED) / np.sum(ANSWERED) / 2, made
 
         own, fixed = partition(params["prelude"][str(number)], model._info[number])
         grads, x = jax.grad(off, has_aux=True)(own, fixed)
@@ -94,8 +96,9 @@ def test_distances_are_those_of_numpy():
     errors = []
     for x, told, _ in found:
         x, told = (np.asarray(a, np.float64) for a in (x, told))
-        errors.append(np.sum((x - told) ** 2, axis=-1) / np.sum(told**2, axis=-1))
-    off, counts = np.mean(errors), batch().targets >= 0  # of all tokens, and of targets
+        error = np.sum((x - told) ** 2, axis=-1) / np.sum(told**2, axis=-1)
+        errors.append(error[ANSWERED])
+    off, counts = np.mean(errors), batch().targets >= 0  # of tokens, and of targets
     logits, said = (np.asarray(jax.nn.log_softmax(one), np.float64) for one in both)
     kl = np.sum(np.sum(np.exp(said) * (said - logits), axis=-1) * counts) / np.sum(counts)
     nats = -np.take_along_axis(logits, np.maximum(batch().targets, 0)[..., None], -1)[..., 0]

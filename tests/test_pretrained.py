@@ -37,6 +37,7 @@ from ngc_jax.data.batches import Batch, next_token_targets
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.training.loop import check_stages
 from ngc_jax.training.step import init_state
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("pretrained_*.npz"))
@@ -296,6 +297,10 @@ def test_a_form_is_a_run_with_the_outputs_of_its_matrices(
     assert abs(counted - gains + INDEX * places - found.numbers["led"]) < 1
     assert found.numbers["led"] <= kept * found.numbers["dense"]
     assert (places > 0) == (form == "synapses")
+    if form == "ports":  # a rotated stream is not compared with the teacher's
+        made.config.train.imitate = "stages"
+        with pytest.raises(UserError, match=r"must be 'outputs' where .* basis"):
+            check_stages(teacher, made.config, made)
     # Bounds see all parts of a matrix.
     sizes = of_synapses(made.decoder, made.params, lambda parts: jnp.sum(_formed(parts) ** 2))
     for number, stage in enumerate(found.stages, 1):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from ngc_jax.analysis.probes import run_stage
 from ngc_jax.convert.methods import Problem
-from ngc_jax.data.batches import Batch
+from ngc_jax.data.batches import Batch, answered
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn import sharing, stacks
 from ngc_jax.nn.decoder import Decoder
@@ -115,11 +115,6 @@ def run_tapped(
     """The stream [B, T, D] after a stage, and what each of its synapses reads."""
     after, (read, _) = _stage(model, Batch(x, segments=segments), None, x, weights)
     return after, read
-
-
-def answered(targets: Array) -> Array:
-    """Which tokens [..., T] have a target at them or after them; a problem's padding has none."""
-    return jnp.flip(jnp.cumsum(jnp.flip(targets >= 0, -1), -1), -1) > 0
 
 
 def _batch_sums(model: Decoder, dtype: str, params: Params, batch: Batch, key: Array) -> Sums:

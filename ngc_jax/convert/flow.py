@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.convert.calibrate import Sums, answered, problems, run_tapped
+from ngc_jax.convert.calibrate import Sums, problems, run_tapped
 from ngc_jax.convert.methods import Problem
-from ngc_jax.data.batches import Batch
+from ngc_jax.data.batches import Batch, answered
 from ngc_jax.nn import stacks
 from ngc_jax.nn.model import Params
 from ngc_jax.nn.sharing import take

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import flax.struct
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.data import NOTHING
@@ -65,6 +66,11 @@ def next_token_targets(tokens: np.ndarray, mark: int = NOTHING) -> np.ndarray:
 def segments_of(tokens: np.ndarray, boundary: int | None) -> np.ndarray | None:
     """Documents of tokens [..., T], numbered: how many boundaries there are up to each token."""
     return None if boundary is None else np.cumsum(tokens == boundary, -1, dtype=np.int32)
+
+
+def answered(targets: jax.Array) -> jax.Array:
+    """Which tokens [..., T] have a target at them or after them; a problem's padding has none."""
+    return jnp.flip(jnp.cumsum(jnp.flip(targets >= 0, -1), -1), -1) > 0
 
 
 def token_batch(rows: int, context: int, segmented: bool = False) -> Batch:

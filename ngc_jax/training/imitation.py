@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ngc_jax.data.batches import Batch
+from ngc_jax.data.batches import Batch, answered
 from ngc_jax.nn import stacks
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import Params
@@ -45,20 +45,20 @@ def side_by_side(
     """Logits [B, T, V] of a model, those of its teacher, and how far the model's stream is off.
 
     both: their parameters, of as many stages and without a loop. The last is `error` after a stage,
-    summed over tokens, the mean over stages. `alone`: it has the only gradient, which a stage finds
-    for itself: the stream before it is given, and nothing of it is kept when it is passed.
+    summed over `answered` tokens, the mean over stages. `alone`: it has the only gradient, which a
+    stage finds for itself: the stream before it is given, and nothing of it is kept afterwards.
     """
     params, taught = model.expand_shared(both[0]), teacher.expand_shared(both[1])
     ends = jax.lax.stop_gradient(params) if alone else params
     streams = model.embed(ends, batch), teacher.embed(taught, batch)
-    where = batch.segments, jnp.arange(streams[0].shape[1])
+    where, counts = (batch.segments, jnp.arange(streams[0].shape[1])), answered(batch.targets)
 
     def body(streams: tuple[Array, Array], layers: tuple[Tree, Tree], number: int = 0) -> Any:
         told, _ = teacher.run_stage(number, layers[1], streams[1], where, None)
 
         def run(weights: Tree, x: Array) -> tuple[Array, tuple[Array, Array]]:
             after, _ = model.run_stage(number, weights, x, where, None)
-            return jnp.sum(error(after, told)), (after, told)
+            return jnp.sum(error(after, told) * counts), (after, told)
 
         passed: Run = at_once(run) if alone else jax.checkpoint(run, policy=model.kept)
         off, streams = passed(layers[0], streams[0])

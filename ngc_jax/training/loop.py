@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -54,7 +55,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     if begun:
         check_parameters(begun, model)
     if teacher and config.train.imitate != "outputs":
-        check_stages(teacher, config)
+        check_stages(teacher, config, begun)
     profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")
@@ -191,7 +192,7 @@ def check_parameters(begun: "Trained", model: LanguageModel) -> None:
             raise UserError(f"train.init_from={str(begun.workdir)!r}: {name} must be {wants}")
 
 
-def check_stages(teacher: "Trained", config: ConfigDict) -> None:
+def check_stages(teacher: "Trained", config: ConfigDict, begun: "Trained | None") -> None:
     """Refuses a teacher whose stream cannot be compared stage by stage. Raises UserError."""
     shapes = (teacher.decoder.shape, config.model)
     own, ours = ((m.width, m.prelude + m.coda, m.core) for m in shapes)
@@ -199,6 +200,10 @@ def check_stages(teacher: "Trained", config: ConfigDict) -> None:
         wants = f"must have (width, prelude + coda, core) = {ours} in config.model, not {own}"
         where = f"where train.imitate={config.train.imitate!r}; 'outputs' takes any"
         raise UserError(f"train.teacher={str(teacher.workdir)!r}: {wants}, {where}")
+    table = teacher.params["embed"]
+    if begun and jnp.linalg.norm(begun.params["embed"] - table) > jnp.linalg.norm(table):
+        wants = "'outputs' where train.init_from has another basis of the stream, as --form=ports"
+        raise UserError(f"train.imitate={config.train.imitate!r}: must be {wants}")
 
 
 def check_tokens(config: ConfigDict, data: Data, *runs: "Trained | None") -> None:

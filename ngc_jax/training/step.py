@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ngc_jax.data.batches import Batch
+from ngc_jax.data.batches import Batch, answered
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
@@ -131,7 +131,7 @@ def make_train_step(
             nats, learned = mean(nats), mean(learned)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
         aim = total if teacher is None else jnp.sum(learned * counts)
-        if beside is not None:  # `off` is a sum over all tokens, and becomes the mean over them
+        if beside is not None:  # `off` is a sum over tokens, and becomes the mean over them
             aim = share * off + (0.0 if kind == "stages" else aim)
         extra = 0.0 if penalty is None else penalty(params, batch, probe) * count
         return aim + extra, (total, count, aim)
@@ -159,8 +159,8 @@ def make_train_step(
         rounds = None if iteration is None else iteration.draw(state.step)
         old, fixed = partition(state.params, info)
         compute = gradient if config.accumulation == 1 else accumulated
-        others = fixed, taught, jnp.mean(batch.targets >= 0)
-        nats, count, aim, grads = compute(old, others, batch, (key, rounds))
+        share = jnp.sum(batch.targets >= 0) / jnp.sum(answered(batch.targets))
+        nats, count, aim, grads = compute(old, (fixed, taught, share), batch, (key, rounds))
         grads = jax.tree.map(lambda g: g / count, grads)
         loss, norm = nats / count, optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
