@@ -334,6 +334,7 @@ def _rows(flat: Mapping[tuple[str, ...], Any]) -> Iterator[tuple[Row, int, Any]]
     ours = {path: path[:1] + path[2:] if apart and len(path) > 2 else path for path in flat}
     if strange := {"/".join(path) for path in flat if "/".join(ours[path]) not in rows}:
         wants = "must be those of a dense decoder without a loop (model.rule='dense')"
+        wants = "must be those of low rank; --form=formed writes others" if apart else wants
         raise UserError(f"the parameters {few(strange)} have no published name: {wants}")
     for path, leaf in flat.items():
         row, own = rows["/".join(ours[path])], ours[path] != path
