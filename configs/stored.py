@@ -7,15 +7,14 @@ Places that the directory names (docs/trust.md) are left out: type them again. W
 it is the defaults.
 """
 
-from etils import epath
-
 from ngc_jax.config import base
 from ngc_jax.data.settings import withhold
+from ngc_jax.runtime.files import place
 from ngc_jax.training.workdir import read_config
 
 
 def get_config(workdir=""):
-    config = read_config(epath.Path(workdir)) if workdir else base()
+    config = read_config(place(workdir)) if workdir else base()
     withhold(config.data)
     config.train.init_from = config.train.teacher = ""
     config.train.imitate, config.train.temperature = "outputs", 1.0

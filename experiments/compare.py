@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from experiments.arguments import arguments
 from experiments.overhead import overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, sized
-from experiments.run import arguments, carry_out
+from experiments.run import carry_out
 from experiments.stats import ratio
 from experiments.study import LOSS, Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

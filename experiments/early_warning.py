@@ -277,9 +277,9 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         for done in [pool.submit(simulate, *one) for one in missing]:
             done.result()
-    (home / "results.md").write_text(report(home))
+    (home / "results.md").write_text(report(home), encoding="utf-8")
     draw(home)
-    print((home / "results.md").read_text())
+    print((home / "results.md").read_text("utf-8"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+import ngc_jax
 from ngc_jax.config import model_shape, named, reset_unread
 from ngc_jax.training.match_size import prepare
 
@@ -47,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 SIZES = ("NGC", "dense")  # models of all sizes
-SOURCE = pathlib.Path(__file__).parent.parent / "ngc_jax"  # a short text, for a short run
+SOURCE = pathlib.Path(ngc_jax.__file__).parent  # a short text, for a short run
 
 
 @dataclasses.dataclass(frozen=True)

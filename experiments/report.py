@@ -23,6 +23,7 @@ from experiments.sweeps import SEED
 from ngc_jax.commands.arguments import command
 from ngc_jax.report import page
 from ngc_jax.report.blocks import Block, heading, listing, paragraph, table
+from ngc_jax.runtime.files import ROOT, expand
 
 RATE = "learning rate"
 LEGEND = {
@@ -152,7 +153,7 @@ def provenance(results: Results) -> list[Block]:
 
 def anywhere(line: str, home: pathlib.Path) -> str:
     """A line without the paths of this machine."""
-    return line.replace(str(home), "DIR").replace(str(pathlib.Path(__file__).parent.parent), ".")
+    return line.replace(str(home), "DIR").replace(str(ROOT), ".")
 
 
 def rows(results: Results) -> str:
@@ -194,14 +195,14 @@ def report(results: Results, about: str) -> pathlib.Path:
     """
     title, _, rest = about.strip().partition("\n")
     page.write(results.home, "report", title, [*introduction(rest), *blocks(results)])
-    (results.home / "rows.csv").write_text(rows(results))
+    (results.home / "rows.csv").write_text(rows(results), encoding="utf-8")
     return results.home / "report.html"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", help="name of a file of experiments/, or path of your file")
-    parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STUDY")
+    parser.add_argument("--workdir", type=expand, help="default: runs/STUDY")
     args = parser.parse_args()
     name, study, about = find(args.study)
     home = (args.workdir or pathlib.Path("runs") / name).absolute()

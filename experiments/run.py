@@ -3,9 +3,10 @@
     python -m experiments.run STUDY [--workdir=DIR] [--jobs=N] [--index=I --count=N]
                               [--dry] [--report] [--larger] [--config.FIELD=VALUE ...]
 
-STUDY is a file of experiments/ by name, or the path of your file. Every run is a `launch.py` run on
-its own part of the cores. A run that fails gets a record with its error; the others continue, and
-the same command tries it again. For array jobs, `--index=I --count=N` takes every Nth group.
+Installed: `ngc study STUDY ...`. STUDY is a file of experiments/ by name, or the path of your file.
+Every run is a `launch.py` run on its own part of the cores. A run that fails gets a record with its
+error; the others continue, and the same command tries it again. For array jobs, `--index=I
+--count=N` takes every Nth group.
 `--config.FIELD=VALUE` sets a field of all runs; such a study needs its own folder. `--larger` uses
 the study's setting for an accelerator. DIR keeps a folder and a log of each run, compiled programs,
 and records/RUN.json. A run's folder may be deleted after that, unless the study reads it. When all
@@ -37,6 +38,7 @@ from rich.console import Group as Lines
 from rich.live import Live
 from rich.table import Table
 
+from experiments.arguments import of_a_study
 from experiments.report import report
 from experiments.study import (
     LOSS,
@@ -52,12 +54,12 @@ from experiments.study import (
 )
 from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import expand, make_private, write_durably
+from ngc_jax.runtime.files import ROOT, expand, make_private, write_durably
 from ngc_jax.runtime.metrics import duration, latest, read_rows
+from ngc_jax.runtime.output import now
 from ngc_jax.runtime.preemption import EXIT_CODE
 from ngc_jax.training.workdir import in_use, versions
 
-ROOT = pathlib.Path(__file__).parent.parent
 DIVERGED = 3  # launch.py's exit code
 Record = dict[str, Any]
 
@@ -83,6 +85,7 @@ def execute(
     except OSError as error:
         raise UserError(f"compiled programs cannot be kept: {error}") from error
     env = {"JAX_COMPILATION_CACHE_DIR": str(programs / platform.node()), **os.environ}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
     for job in range(jobs):
@@ -92,7 +95,7 @@ def execute(
         """Run Python on some cores, with its output in the run's log; returns the exit code."""
         with open(home / "logs" / f"{run.name}.txt", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *line], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, "-P", *line], env=env, stdout=log, stderr=subprocess.STDOUT
             )
             os.sched_setaffinity(process.pid, on)  # before it starts threads, which inherit it
             running[run.name] = process
@@ -111,7 +114,7 @@ def execute(
             time.sleep(1)  # a process of an earlier, killed start is still at work
         on = cores.get()
         try:
-            line = ["launch.py", *flags(study, run), f"--workdir={workdir}"]
+            line = [str(ROOT / "launch.py"), *flags(study, run), f"--workdir={workdir}"]
             code, measures, curve = python(run, *line, on=on), {}, []
             if code == DIVERGED:
                 code, measures = 0, {LOSS: math.inf}
@@ -125,17 +128,17 @@ def execute(
                     code = python(
                         run, "-m", "experiments.measure", reference, str(workdir), str(out), on=on
                     )
-                    measures |= {} if code else json.loads(out.read_text())
+                    measures |= {} if code else json.loads(out.read_text("utf-8"))
         finally:
             cores.put(on)
         if stopping.is_set():
             return None
-        said = (home / "logs" / f"{run.name}.txt").read_text(errors="replace").strip()
+        said = (home / "logs" / f"{run.name}.txt").read_text("utf-8", errors="replace").strip()
         final = said.rpartition("\n")[2]
         data = re.findall(r"^data: (.*)$", said, re.MULTILINE)
         return {
             "fields": dict(run.fields),
-            "command": shlex.join(["python", *line]),
+            "command": shlex.join(["python", "launch.py", *line[1:]]),
             "commit": commit(),
             "versions": versions(),
             "data": data[-1] if data else "",
@@ -145,6 +148,7 @@ def execute(
         }
 
     began, console = time.monotonic(), Console()
+    now("")  # the table below tells what is done
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     at_work: dict[concurrent.futures.Future[Record | None], Run] = {}
     before = len([name for name in records if not records[name]["error"]])
@@ -189,7 +193,7 @@ def execute(
 
 def flags(study: Study, run: Run) -> list[str]:
     """A run's arguments, except its folder."""
-    return [f"--config=configs/{study.config}.py", *settings(run.fields)]
+    return [f"--config={study.config}", *settings(run.fields)]
 
 
 def settings(fields: Mapping[str, Any]) -> list[str]:
@@ -218,6 +222,8 @@ def check(home: pathlib.Path, run: Run, record: Record | None) -> None:
 @functools.cache
 def commit() -> str:
     """The commit of this repository, and whether files differ from it; "" without a repository."""
+    if not (ROOT / ".git").exists():  # installed: another's repository may be around it
+        return ""
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
         head, changed = (
@@ -262,25 +268,6 @@ def progress(
     return Lines(table, f"{done} of {len(wanted)} runs done, {len(failed)} failed  {left}")
 
 
-def arguments(about: str | None) -> argparse.ArgumentParser:
-    """The arguments of all commands that run a study."""
-    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STUDY")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="runs at a time; default: number of cores",
-    )
-    parser.add_argument("--index", type=int, help="run only groups index, index + count, ...")
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--dry", action="store_true", help="print the runs, and run nothing")
-    parser.add_argument(
-        "--report", action="store_true", help="report the results so far, and run nothing"
-    )
-    return parser
-
-
 def carry_out(
     study: Study,
     reference: str,
@@ -311,7 +298,9 @@ def carry_out(
     if args.report:
         print(report(Results(study, home, everything, read_records(home)), about))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in the background
+            signal.signal(number, signal.default_int_handler)
     try:
         records = execute(study, reference, home, args.jobs, mine)
     except KeyboardInterrupt:
@@ -333,12 +322,7 @@ def carry_out(
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("study", help="name of a file of experiments/, or path of your file")
-    parser.add_argument(
-        "--larger", action="store_true", help="use the study's setting for an accelerator"
-    )
-    args, changes = parser.parse_known_args()
+    args, changes = of_a_study().parse_known_args()
     name, study, about = find(args.study)
     if args.larger:
         if not study.larger:
@@ -350,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

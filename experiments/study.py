@@ -26,7 +26,7 @@ from ngc_jax.data.settings import OUTSIDE
 from ngc_jax.data.tokens import most_tokens
 from ngc_jax.report.blocks import Block
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import read_json, write_durably
+from ngc_jax.runtime.files import expand, read_json, write_durably
 from ngc_jax.training.match_size import cost, prepare
 
 LARGEST = 1 << 24  # bytes of a record
@@ -383,10 +383,10 @@ def find(wanted: str) -> tuple[str, Study, str]:
 
     Raises UserError if there is none.
     """
-    path = pathlib.Path(wanted)
+    path = expand(wanted)
     try:
         module = (
-            runpy.run_path(wanted)
+            runpy.run_path(str(path))
             if path.suffix == ".py"
             else vars(importlib.import_module(f"experiments.{wanted}"))
         )

@@ -16,6 +16,7 @@ from ngc_jax.data.settings import DATA
 from ngc_jax.nn.settings import MODEL, kind_of, model_shape
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import check_fields, check_unread, refusals
+from ngc_jax.runtime.files import ROOT, expand
 
 if TYPE_CHECKING:
     from ngc_jax.nn.model import LanguageModel
@@ -24,7 +25,7 @@ __all__ = ["base", "make_model", "model_shape", "named", "reset_unread", "valida
 
 SECTIONS = [training.RUN, DATA, MODEL, training.REWIRE, training.ITERATION, training.TRAIN]
 SECTIONS += [training.EVAL, training.CHECKPOINT, training.MESH, training.STABILITY]
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def base() -> ConfigDict:
@@ -74,7 +75,7 @@ def config_path(given: str) -> pathlib.Path:
 
     Raises UserError, with the names that there are.
     """
-    path, name, known = pathlib.Path(given), given.removesuffix(".py"), config_names()
+    path, name, known = expand(given), given.removesuffix(".py"), config_names()
     if path.is_file() or name in known:
         return path if path.is_file() else CONFIGS / f"{name}.py"
     near = difflib.get_close_matches(path.stem, known, 1)

@@ -89,6 +89,27 @@ def test_a_config_is_given_by_name_or_path_from_any_folder(given, read, monkeypa
     assert again.to_dict() == expected.to_dict(), "in any order"
 
 
+def test_fields_need_no_prefix_and_the_config_no_flag(read, monkeypatch, tmp_path):
+    expected = read("--config=ngc_tiny", "--config.train.steps=7", "--config.seed=3")
+    for given in (
+        ["ngc_tiny", "--train.steps=7", "--seed=3", "--workdir=a.b/c"],
+        ["ngc_tiny", "-train.steps", "7", "--config.seed", "3"],
+        ["--train.steps=7", "--config", "ngc_tiny", "--seed", "3"],
+    ):
+        config, file = read(*given)
+        assert (config.to_dict(), file) == (expected[0].to_dict(), expected[1])
+    for given, message in (
+        (["ngc_tiny", "--modle.width=3"], "there is no field 'modle.width'. Did you mean"),
+        (["ngc_tyni"], "there is no config 'ngc_tyni'"),
+        (["ngc_tiny", "train.steps=3"], "unexpected argument 'train.steps=3'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(*given)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(FILE.format("int(steps)"))
+    assert read("~/mine.py:9")[0].train.steps == 9
+
+
 FILE = """
 from ngc_jax.config import base
 

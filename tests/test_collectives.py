@@ -5,9 +5,9 @@ import itertools
 import pytest
 from conftest import python
 
-from ngc_jax.commands.collectives import dense_of, layers
 from ngc_jax.config import base, config_names, named, reset_unread, validate
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.traffic import dense_of, layers
 
 
 @pytest.mark.parametrize("name", config_names())

@@ -18,7 +18,7 @@ from ngc_jax.nn.model import choose, generate
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
-from ngc_jax.training import card
+from ngc_jax.training import card, evaluation
 from ngc_jax.training import loop as train
 from ngc_jax.training.load import load
 
@@ -110,7 +110,7 @@ def test_a_loop_is_evaluated_for_other_rounds_and_until_it_settles(run, monkeypa
         return dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
 
     # most of what would be compiled
-    monkeypatch.setattr(evaluate, "compile_watch", lambda *_: lambda _: {})
+    monkeypatch.setattr(evaluation, "compile_watch", lambda *_: lambda _: {})
     four = float(printed(evaluate.main, "--trust", "--rounds=4")["loss"])
     # that no round stays below
     settled = printed(evaluate.main, "--trust", "--rounds=settled", "--tolerance=1e-9", "--cap=4")

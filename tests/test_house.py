@@ -144,7 +144,7 @@ def test_files_can_be_read_in_one_sitting():
     assert len((ROOT / "launch.py").read_text().splitlines()) <= 80
     # The house itself, and the room of pretrained models.
     others = [path for path in PACKAGE if room_of(path) == "convert"]
-    for paths, most in ((set(PACKAGE) - set(others), 11_600), (others, 2_600)):
+    for paths, most in ((set(PACKAGE) - set(others), 11_960), (others, 2_600)):
         assert sum(len(path.read_text().splitlines()) for path in paths) <= most
 
 
@@ -191,13 +191,14 @@ def test_importing_the_package_is_quiet():
 def test_the_locked_releases_are_within_bounds_that_are_closed_above():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    listed = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    extras = setup["options.extras_require"]
+    listed = [setup["options"]["install_requires"], *(extras[e] for e in extras if e != "docs")]
     lines = [line for text in listed for line in text.splitlines() if line]
     lock = (ROOT / ".ci" / "lock.txt").read_text()
     assert "://" not in lock  # a registry's address would be of one place only
     locked = re.findall(r"^([\w-]+)==(\S+)(?: ; .*)? \\\n +--hash=sha256:\w{64}", lock, re.M)
     for asked in map(Requirement, lines):
-        if asked.name == "ngc_jax" or asked.extras & {"tpu", "cuda12"}:
+        if asked.name == "ngc_jax" or asked.extras & {"tpu", "cuda12", "cuda13"}:
             continue  # this package, and jax again
         found = [version for name, version in locked if name == asked.name.replace("_", "-")]
         assert found, f"{asked.name}: run .ci/lock"

@@ -22,6 +22,7 @@ from ngc_jax.data.tokens import Bytes
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.training import traffic
 from ngc_jax.training.step import abstract_state, init_state, make_train_step
 
 SMALL = {
@@ -130,9 +131,9 @@ def count_signals():
     config.data.context, config.train.batch_size = 128, 16
     mesh, tokens = mesh_of(1, 1, 8), 16 * 128
     ours, theirs = (
-        {kind: sent / tokens for kind, sent in collectives.wire_bytes(program.as_text()).items()}
+        {kind: sent / tokens for kind, sent in traffic.wire_bytes(program.as_text()).items()}
         for program in (
-            collectives.compile_forward(c, mesh) for c in (config, collectives.dense_of(config))
+            traffic.compile_forward(c, mesh) for c in (config, traffic.dense_of(config))
         )
     )
     # for the logits each device takes an eighth of the tokens
@@ -160,7 +161,7 @@ def compile_base():
         for parts in (1, 8)
     )
     assert apart < alone / 7
-    memory = collectives.compile_update(config, mesh_of(1, 8, 8)).memory_analysis()
+    memory = traffic.compile_update(config, mesh_of(1, 8, 8)).memory_analysis()
     print(memory)
     assert memory.argument_size_in_bytes < 1.2 * alone / 64 + 2**20
     assert memory.temp_size_in_bytes < 16 * 2**30
@@ -305,7 +306,7 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
 
 
 def test_wire_bytes_are_the_rings_and_loops_count_as_often_as_they_run():
-    assert collectives.wire_bytes(PROGRAM) == {
+    assert traffic.wire_bytes(PROGRAM) == {
         "all-reduce": 15 * 2 * 128 * 3 / 4,
         "all-gather": 15 * 64 * 3 / 4,
         "all-to-all": 64 * 1 / 2 + 32 * 3 / 4,
@@ -313,7 +314,7 @@ def test_wire_bytes_are_the_rings_and_loops_count_as_often_as_they_run():
         "collective-permute": 32,
     }
     with pytest.raises(ValueError, match="a loop of unknown length"):
-        collectives.wire_bytes(PROGRAM.replace("known_trip_count", "trips"))
+        traffic.wire_bytes(PROGRAM.replace("known_trip_count", "trips"))
 
 
 def test_meshes_are_read_from_the_command_line():

@@ -24,8 +24,6 @@ Array = jax.Array
 Params = dict[str, Any]
 Part = tuple[Rule, States, States]  # a summand of a synapse: its rule, pre, post
 EXPONENTS = 8  # of each spectrum
-LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs three
-LEAST_ROUNDS = 2  # a ratio of two steps needs two
 RESOLVED = 1e-5  # of the state's length: a smaller step is rounding error in float32
 
 
@@ -72,7 +70,7 @@ class Headline(NamedTuple):
 
 
 def measure(model: Decoder, params: Params, batch: Batch, rounds: int) -> Measured:
-    """Measures on B >= 2, T >= LEAST_TOKENS, over LEAST_ROUNDS or more, and those of training."""
+    """Measures on B >= 2, T >= 4, over two rounds or more (for a ratio), and those of training."""
     k = min(EXPONENTS, model.shape.width)
     # A program for each: two calls of LAPACK in one can wait for each other for ever on XLA:CPU.
     return Measured(

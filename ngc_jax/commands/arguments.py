@@ -5,28 +5,32 @@ For: every file of `commands/`. Not for: what a command does.
 
 import argparse
 import math
+import runpy
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import logging
-from etils import epath
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from ngc_jax.commands.config_flag import EXTEND, extend
-from ngc_jax.nn import mesh as meshes
-from ngc_jax.runtime.errors import UserError, fail
+from ngc_jax.runtime import output
+from ngc_jax.runtime.errors import UserError, fail, no_backend
 from ngc_jax.runtime.fields import Field
+from ngc_jax.runtime.files import place
 from ngc_jax.runtime.preemption import INTERRUPTED
-from ngc_jax.training.evaluation import Rounds, Settled
-from ngc_jax.training.load import Trained, load
 
+if (
+    TYPE_CHECKING
+):  # --help need not wait for these; nor do the files of commands import such at once
+    from jax.sharding import Mesh
+
+    from ngc_jax.training.evaluation import Rounds
+    from ngc_jax.training.load import Trained
+
+EXTEND = "your own file, such as the config of the run, that registers a rule, task or model"
 ROUNDS = (
     Field("rounds", "", "of the loop: a number, or 'settled'; default: as in training"),
-    Field("tolerance", Settled.tolerance, "of 'settled': |change| / |state|", "(0, inf)"),
-    Field("cap", Settled.cap, "of 'settled': rounds at most", "[1, inf)"),
+    Field("tolerance", 0.01, "of 'settled': |change| / |state|", "(0, inf)"),
+    Field("cap", 64, "of 'settled': rounds at most", "[1, inf)"),
 )
 PLACES = (
     Field("data_path", "", "where the run's text is: a file or folder"),
@@ -38,11 +42,12 @@ PLACES = (
 def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     """The arguments of every command on a work directory, and `options`, for `read`."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    arguments.add_argument("--workdir", type=epath.Path, required=True, help="of a run")
+    arguments.add_argument("--workdir", type=place, required=True, help="of a run")
     arguments.add_argument("--step", type=int, help="checkpoint; default: the newest sound one")
     arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
     for option in options:
         told, default = ", ".join(filter(None, [option.help, option.range()])), option.default
+        told += f"; default: {default}" if default not in ("", False) else ""
         how: dict[str, Any] = {"type": type(default), "default": default}
         how = {"action": "store_true"} if default is False else how
         arguments.add_argument(f"--{option.name}", help=told, **how)
@@ -61,14 +66,30 @@ def read(arguments: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def opened(args: argparse.Namespace, mesh: Mesh | None = None) -> Trained:
+def extend(files: Iterable[str]) -> None:
+    """Runs a user's Python files, which fill our tables. Raises UserError for an unreadable one."""
+    for file in files:
+        try:
+            runpy.run_path(str(place(file)))
+        except OSError as error:
+            raise UserError(f"--extend={file} cannot be read: {error}") from error
+
+
+def opened(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "Trained":
     """The run of a command line with the options PLACES, on a mesh. Raises UserError."""
+    from ngc_jax.training.load import load
+
     places = {option.name: getattr(args, option.name) for option in PLACES}
     return load(args.workdir, args.step, **places, mesh=mesh)
 
 
-def mesh_of(text: str) -> Mesh:
+def mesh_of(text: str) -> "Mesh":
     """The mesh of some of the devices here, from "data:2,fsdp:2". Raises UserError."""
+    import jax
+    from ml_collections import ConfigDict
+
+    from ngc_jax.nn import mesh as meshes
+
     sizes = read_mesh(text)
     count, here = math.prod(sizes.values()), len(jax.devices())
     if count > here:
@@ -78,7 +99,7 @@ def mesh_of(text: str) -> Mesh:
 
 def read_mesh(text: str) -> dict[str, int]:
     """{"data": 1, "fsdp": 2, "group": 4} from "fsdp:2,group:4". Raises UserError."""
-    sizes = dict.fromkeys(meshes.MESH_AXES, 1)
+    sizes = dict.fromkeys(("data", "fsdp", "group"), 1)
     for item in text.split(","):
         name, _, size = item.partition(":")
         if name not in sizes or not size.isdecimal() or int(size) < 1:
@@ -88,8 +109,10 @@ def read_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def rounds_of(args: argparse.Namespace) -> Rounds:
+def rounds_of(args: argparse.Namespace) -> "Rounds":
     """The rounds that the options ROUNDS ask for. Raises UserError."""
+    from ngc_jax.training.evaluation import Settled
+
     if args.rounds == "settled":
         return Settled(args.tolerance, args.cap)
     if args.rounds and not (args.rounds.isdecimal() and int(args.rounds)):
@@ -97,14 +120,24 @@ def rounds_of(args: argparse.Namespace) -> Rounds:
     return int(args.rounds) if args.rounds else None
 
 
-def command(main: Callable[[], None]) -> None:
-    """Runs a command; a UserError becomes one line and exit code 2."""
+def command(main: Callable[[], None], goes_on: bool = False) -> None:
+    """Runs a command; a UserError becomes one line and exit code 2. goes_on: see `output.begin`."""
+    output.begin(goes_on)
     logging.set_verbosity(logging.ERROR)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         fail(2, error)
     except KeyboardInterrupt:
         fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:
+        output.discard()
         sys.exit(1)
+    except OSError as error:  # a full disk, say
+        output.discard()
+        fail(1, error)
+    except (AssertionError, RuntimeError) as error:
+        if told := no_backend(error):
+            fail(2, told)
+        raise

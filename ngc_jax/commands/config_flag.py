@@ -1,34 +1,27 @@
 """The config on a command line: `--config=NAME` or `--config=FILE`, and `--config.FIELD=VALUE`.
 
-For: `launch.py` and `collectives`. Not for: the fields themselves (`config.py`).
+Or shorter, `NAME --FIELD=VALUE`. For: `train`, `launch.py` and `collectives`. Not for: the fields
+themselves (`config.py`).
 """
 
 import itertools
 import re
-import runpy
 import sys
 import textwrap
-from collections.abc import Iterable
 from functools import partial
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from ngc_jax.commands.arguments import EXTEND, extend
 from ngc_jax.config import SECTIONS, config_names, config_path
 from ngc_jax.runtime import multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import help_text, unknown
 
-EXTEND = "your own file, such as the config of the run, that registers a rule, task or model"
-
-
-def extend(files: Iterable[str]) -> None:
-    """Runs a user's Python files, which fill our tables. Raises UserError for an unreadable one."""
-    for file in files:
-        try:
-            runpy.run_path(file)
-        except OSError as error:
-            raise UserError(f"--extend={file} cannot be read: {error}") from error
+# The dashes of a field that is given without "config.": with a section, or one that has none.
+TOP = "|".join(field.name for field in SECTIONS[0].fields)
+SHORT = re.compile(rf"^--?(?=({TOP})(=|$)|(?!(no)?config\.)[a-z]\w*\.)")
 
 
 def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[ConfigDict, str]:
@@ -38,7 +31,7 @@ def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[Config
     """
     flags.DEFINE_multi_string("extend", [], EXTEND, flag_values=own)
     if {"--help", "-help", "-h", "--helpfull"} & {*sys.argv}:
-        print(f"{about.strip()}\n\nflags:\n{_flags(own)}\n\nfields: --config.SECTION.FIELD=VALUE")
+        print(f"{about.strip()}\n\nflags:\n{_flags(own)}\n\nfields: --SECTION.FIELD=VALUE")
         print(help_text(SECTIONS))
         sys.exit(0)
     given, rest = _split(sys.argv[1:])
@@ -57,18 +50,21 @@ def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[Config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(_explained(error, argv)) from error
     if left:
-        raise UserError(f"unexpected argument {left[0]!r}: fields are set by --config.FIELD=VALUE")
+        raise UserError(f"unexpected argument {left[0]!r}: fields are set by --FIELD=VALUE")
     return config, file
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The last value of --config, or ""; and the other arguments."""
-    value, rest, words = "", [], iter(arguments)
+    """The last value of --config, or the first word; and the others, fields as `--config.FIELD`."""
+    rest: list[str] = []
+    value, words = "", iter(arguments)
     for word in words:
         if found := re.fullmatch(r"--?config(=(.*))?", word, re.DOTALL):
             value = found[2] if found[1] else next(words, "")
+        elif not value and not rest and not word.startswith("-"):
+            value = word
         else:
-            rest.append(word)
+            rest.append(SHORT.sub("--config.", word))
     return value, rest
 
 
@@ -93,7 +89,8 @@ def _explained(error: Exception, argv: list[str]) -> str:
 
 def _flags(own: flags.FlagValues) -> str:
     """The flags of a command and of this package, a line each."""
-    modules, ours = own.flags_by_module_dict(), (sys.argv[0], __name__, multihost.__name__)
+    modules = own.flags_by_module_dict()
+    ours = (sys.argv[0], "ngc_jax.commands.train_model", __name__, multihost.__name__)
     told = {"--config=NAME": "config of configs/NAME.py; or a file with get_config()"}
     for flag in itertools.chain(*(modules.get(name, []) for name in ours)):
         default = "" if flag.default in (None, []) else f" Default: {flag.default}."

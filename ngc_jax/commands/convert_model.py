@@ -4,22 +4,18 @@ For: calibration on a text, then a method and a share. Not for: either (`convert
 `convert/convert.py`).
 """
 
-import jax
-import numpy as np
-from etils import epath
+from typing import TYPE_CHECKING
 
 from ngc_jax.commands.arguments import PLACES, command, mesh_of, opened, parser, read
-from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import convert, fit
-from ngc_jax.convert.forms import FORMS, fit_form
-from ngc_jax.convert.methods import METHODS
-from ngc_jax.data.batches import Batch, Examples, Windows, held_out_batches
-from ngc_jax.data.tokens import Symbols
-from ngc_jax.nn import mesh as meshes
+from ngc_jax.convert.methods import FORMS, METHODS
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
-from ngc_jax.training.load import Trained
+from ngc_jax.runtime.output import doing
+
+if TYPE_CHECKING:
+    from ngc_jax.data.batches import Batch, Examples
+    from ngc_jax.training.load import Trained
 
 OPTIONS = (
     Field("to", "", "work directory to make, which must not exist"),
@@ -41,32 +37,45 @@ def main() -> None:
     args = read(parser(__doc__, *OPTIONS, *PLACES))
     if not args.to:
         raise UserError("--to is missing: give a work directory to make, which must not exist")
+    from ngc_jax.convert.calibrate import calibrate
+    from ngc_jax.convert.convert import convert, fit
+    from ngc_jax.convert.forms import fit_form
+    from ngc_jax.nn import mesh as meshes
+
     mesh = mesh_of(args.mesh)
     teacher = opened(args, mesh)
     batch = examples(teacher, args.text.split(",") if args.text else [], args.tokens)
-    home = epath.Path(args.calibration or args.workdir / "calibration")
+    home = files.place(args.calibration or args.workdir / "calibration")
     home.mkdir(parents=True, exist_ok=True)
-    means = calibrate(teacher, batch, home, meshes.num_shards("window", mesh), mesh=mesh)
-    if args.form == "low_rank":
-        found, how = fit(teacher, means, args.method, args.kept, args.share, batch), args.method
-    else:
-        teacher, found = fit_form(teacher, means, args.form, args.kept, args.groups, args.synapses)
-        how = f"form={args.form}"
+    with doing("calibrating"):
+        means = calibrate(teacher, batch, home, meshes.num_shards("window", mesh), mesh=mesh)
+    with doing("converting"):
+        if args.form == "low_rank":
+            found, how = fit(teacher, means, args.method, args.kept, args.share, batch), args.method
+        else:
+            form = args.form, args.kept, args.groups, args.synapses
+            teacher, found = fit_form(teacher, means, *form)
+            how = f"form={args.form}"
     numbers = found.numbers
     kept = ", ".join(
         f"{numbers[name] / numbers['dense']:.4f} ({name})" for name in ("led", "factored")
     )
     print(f"predicted by {how}: {found.predicted:.4f}; numbers kept: {kept}")
     origin = f"{args.workdir}, {how}, kept {args.kept}, on {batch.inputs.size} tokens"
-    convert(teacher, found, epath.Path(args.to), origin)
+    convert(teacher, found, files.place(args.to), origin)
     print(f"{args.to}: {origin}")
 
 
-def examples(trained: Trained, texts: list[str], count: int) -> Batch:
+def examples(trained: "Trained", texts: list[str], count: int) -> "Batch":
     """Examples of about `count` tokens, spread evenly over texts, else over what was trained on.
 
     Raises UserError where there is none, or a text is shorter than a window.
     """
+    import jax
+    import numpy as np
+
+    from ngc_jax.data.batches import held_out_batches
+
     context, found = trained.config.data.context, []
     for source in [_text(trained, path) for path in texts] or [trained.data().train]:
         wanted = max(1, round(count / context / max(1, len(texts))))
@@ -80,7 +89,12 @@ def examples(trained: Trained, texts: list[str], count: int) -> Batch:
     return made
 
 
-def _text(trained: Trained, path: str) -> Examples:
+def _text(trained: "Trained", path: str) -> "Examples":
+    import numpy as np
+
+    from ngc_jax.data.batches import Windows
+    from ngc_jax.data.tokens import Symbols
+
     if isinstance(trained.tokenizer, Symbols):
         task = trained.config.data.task
         raise UserError(f"--text={path}: must not be given for a model of data.task={task!r}")

@@ -5,10 +5,8 @@ its length, `--cap` at most. Not for: the evaluation itself (`training/evaluatio
 """
 
 from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of
-from ngc_jax.nn import mesh as meshes
-from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.fields import Field
-from ngc_jax.training.evaluation import at_rounds, compile_eval, compile_watch, held_out
+from ngc_jax.runtime.output import doing
 
 WINDOWS = Field("windows", 0, "held-out windows or problems, 0: all", "[0, inf)")
 
@@ -16,14 +14,19 @@ WINDOWS = Field("windows", 0, "held-out windows or problems, 0: all", "[0, inf)"
 def main() -> None:
     """Prints the held-out loss of a checkpoint."""
     args = read(parser(__doc__, WINDOWS, *PLACES, *ROUNDS))
+    from ngc_jax.nn import mesh as meshes
+    from ngc_jax.nn.decoder import Decoder
+    from ngc_jax.training import evaluation
+
     rounds, trained = rounds_of(args), opened(args)
     config, data, mesh = trained.config, trained.data(), meshes.single_device()
-    model, settle = at_rounds(trained.model, config, rounds)
-    step = compile_eval(model, config, mesh, data, settle)
+    model, settle = evaluation.at_rounds(trained.model, config, rounds)
+    step = evaluation.compile_eval(model, config, mesh, data, settle)
     amount = data.validation, config.eval.batch_size, args.windows
-    result = held_out(step, trained.params, mesh, *amount)
-    if isinstance(model, Decoder) and settle is None:  # measures are of a fixed number of rounds
-        result |= compile_watch(model, config, mesh, data)(trained.params)
+    with doing("evaluating"):
+        result = evaluation.held_out(step, trained.params, mesh, *amount)
+        if isinstance(model, Decoder) and settle is None:  # measures are of a fixed number
+            result |= evaluation.compile_watch(model, config, mesh, data)(trained.params)
     print(f"{args.workdir}, step {trained.step}, held out from {data.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")

@@ -6,11 +6,8 @@ weights are formed, or its factors written (docs/pretrained.md). Not for: the fi
 """
 
 from ngc_jax.commands.arguments import command, parser, read
-from ngc_jax.convert.convert import formed
-from ngc_jax.convert.pretrained import export
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
-from ngc_jax.training.load import load
 
 OPTIONS = (
     Field("to", "", "folder to write, which must not exist"),
@@ -24,6 +21,10 @@ def main() -> None:
     args = read(parser(__doc__, *OPTIONS))
     if not args.to:
         raise UserError("--to is missing: give a folder to write, which must not exist")
+    from ngc_jax.convert.convert import formed
+    from ngc_jax.convert.pretrained import export
+    from ngc_jax.training.load import load
+
     trained = load(args.workdir, args.step)
     converted, factored = bool(trained.decoder.shape.apart), args.form == "factored"
     if factored and not converted:

@@ -6,23 +6,23 @@ For: a folder of safetensors, or a GGUF file, of the Llama family. Not for: read
 
 import argparse
 
-from etils import epath
-
 from ngc_jax.commands.arguments import command
-from ngc_jax.convert.pretrained import import_pretrained
-from ngc_jax.training.load import load
+from ngc_jax.runtime.files import place
 
 
 def main() -> None:
     """Prints what was imported."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--from", dest="source", required=True, help="folder, or .gguf file")
-    arguments.add_argument("--workdir", type=epath.Path, required=True, help="a new directory")
+    arguments.add_argument("--workdir", type=place, required=True, help="a new directory")
     told = "tokens of a window; default: 512, or as many as the model takes"
     arguments.add_argument("--context", type=int, default=0, help=told)
     told = "of activations, wherever the run is used: float32 or bfloat16"
     arguments.add_argument("--compute_dtype", default="float32", help=told)
     args = arguments.parse_args()
+    from ngc_jax.convert.pretrained import import_pretrained
+    from ngc_jax.training.load import load
+
     import_pretrained(args.source, args.workdir, args.context, args.compute_dtype)
     made = load(args.workdir)
     m = made.config.model

@@ -4,21 +4,22 @@ For: sound checkpoints, parameters, and a state's SHA-256. Not for: how good it 
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax.traverse_util import flatten_dict
-
-from ngc_jax import count
 from ngc_jax.commands.arguments import command, parser, read
-from ngc_jax.nn.model import LanguageModel
 from ngc_jax.report.blocks import aligned
-from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import plain
-from ngc_jax.training.load import load
+
+if TYPE_CHECKING:
+    from ngc_jax.nn.model import LanguageModel
 
 
-def parameter_table(params: Any, model: LanguageModel) -> str:
+def parameter_table(params: Any, model: "LanguageModel") -> str:
     """A line for each parameter; beside the last part of a synapse, how many weights it makes."""
+    from flax.traverse_util import flatten_dict
+
+    from ngc_jax import count
+
     info, made, rows = flatten_dict(model.param_info()), model.generated(), []
     for path, leaf in reversed(flatten_dict(params).items()):
         kind, synapses = info[path].kind, made.get(path[0], {})
@@ -35,6 +36,9 @@ def parameter_table(params: Any, model: LanguageModel) -> str:
 def main() -> None:
     """Prints checkpoints, the parameter table, and the digest of the state."""
     args = read(parser(__doc__))
+    from ngc_jax.runtime.checkpoint import Checkpoints, digest
+    from ngc_jax.training.load import load
+
     trained = load(args.workdir, args.step)
     with Checkpoints(args.workdir / "checkpoints", read_only=True) as checkpoints:
         for step in checkpoints.steps():

@@ -1,7 +1,7 @@
 """`ngc COMMAND ...`: every command of this package by one word, as installed.
 
-For: `ngc sample --workdir=DIR`, which is `python -m ngc_jax.sample --workdir=DIR`. Not for:
-training (`launch.py`), or what a command does (the other files here).
+For: `ngc sample --workdir=DIR`, which is `python -m ngc_jax.sample --workdir=DIR`. Not for: what a
+command does (the other files here).
 """
 
 import ast
@@ -10,12 +10,14 @@ import pathlib
 import runpy
 import sys
 
+from ngc_jax.runtime import output
 from ngc_jax.runtime.errors import fail
 from ngc_jax.runtime.preemption import end_at_ctrl_c
 
 HERE = pathlib.Path(__file__).parent
 HELPERS = {"__init__", "arguments", "config_flag", "ngc"}
-FILES = {"import": "import_model", "convert": "convert_model"}  # names that are taken
+# names that are taken
+FILES = {"import": "import_model", "convert": "convert_model", "train": "train_model"}
 COMMANDS = {**FILES} | {
     path.stem: path.stem
     for path in sorted(HERE.glob("*.py"))
@@ -28,9 +30,10 @@ def main() -> None:
     end_at_ctrl_c()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
+        output.begin(goes_on=True)
         print("usage: ngc COMMAND ...; ngc COMMAND --help says more\n")
         for word, file in sorted(COMMANDS.items()):
-            told = ast.get_docstring(ast.parse((HERE / f"{file}.py").read_text())) or ""
+            told = ast.get_docstring(ast.parse((HERE / f"{file}.py").read_bytes())) or ""
             print(f"  {word:12} {told.partition(':')[0]}")
         sys.exit()
     if name not in COMMANDS:

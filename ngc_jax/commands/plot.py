@@ -9,7 +9,7 @@ import pathlib
 from ngc_jax.commands.arguments import command
 from ngc_jax.report.figures import look, matplotlib
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.metrics import read_rows
+from ngc_jax.runtime.files import expand
 
 
 def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
@@ -17,6 +17,8 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 
     Raises UserError where nothing can be read or written, and without matplotlib.
     """
+    from ngc_jax.runtime.metrics import read_rows
+
     figure = matplotlib().figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes, low, high = figure.add_subplot(), [], []
     for place, workdir in enumerate(workdirs):
@@ -29,7 +31,9 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
             raise UserError(f"{workdir} has no rows in metrics.jsonl: give a run's work directory")
         axes.plot(*zip(*train, strict=True), color=style["color"], linewidth=0.7, alpha=0.45)
         if held_out:
-            label = f"{workdir.name}: held out {held_out[-1][1]:.3f}"
+            # No "$", which begins mathematics, nor "_" at the start, which hides a label.
+            name = workdir.absolute().name.replace("$", r"\$")
+            label = f"held out {held_out[-1][1]:.3f}: {name}"
             axes.plot(*zip(*held_out, strict=True), markersize=4, label=label, **style)
         losses = sorted(loss for _, loss in train)
         low.append(losses[0])
@@ -48,9 +52,9 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 def main() -> None:
     """Draws the runs of a command line."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    path = pathlib.Path
-    arguments.add_argument("--out", type=path, default=path("curve.png"), help="PNG, SVG or PDF")
-    arguments.add_argument("workdirs", nargs="+", type=path)
+    where = "PNG, SVG or PDF; default: curve.png"
+    arguments.add_argument("--out", type=expand, default=pathlib.Path("curve.png"), help=where)
+    arguments.add_argument("workdirs", nargs="+", type=expand, help="of runs, one curve each")
     args = arguments.parse_args()
     draw(args.workdirs, args.out)
     print(f"wrote {args.out}")

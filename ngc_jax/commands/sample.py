@@ -8,7 +8,7 @@ import os
 from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field
-from ngc_jax.training.load import load
+from ngc_jax.runtime.output import doing
 
 OPTIONS = (
     Field("prompt", "", "text to continue; default: the start of a document"),
@@ -22,12 +22,18 @@ OPTIONS = (
 def main() -> None:
     """Prints the prompt and its continuation."""
     args = read(parser(__doc__, *OPTIONS, ROUNDS[0]))
+    from ngc_jax.training.load import load
+
     if args.rounds == "settled":
         raise UserError("--rounds=settled: must be a number: a cache keeps what each round made")
     asked = {name: getattr(args, name) for name in ("tokens", "temperature", "top_p", "seed")}
     asked["rounds"] = rounds_of(args)
-    text = load(args.workdir, args.step).generate(os.fsencode(args.prompt), **asked)
-    print(args.prompt + text)
+    prompt = os.fsencode(args.prompt)
+    with doing("opening the checkpoint"):
+        trained = load(args.workdir, args.step)
+    with doing("sampling"):
+        text = trained.generate(prompt, **asked)
+    print(prompt.decode(errors="replace") + text)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import scipy.stats
-
 from ngc_jax.commands.arguments import PLACES, ROUNDS, command, opened, parser, read, rounds_of
 from ngc_jax.data.tasks import TASKS, check
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field
-from ngc_jax.training.evaluation import examine
+from ngc_jax.runtime.output import doing
 
 OPTIONS = (
     Field("difficulties", "", "such as 5,10,20; default: those of training, and beyond"),
@@ -26,6 +24,8 @@ OPTIONS = (
 
 def interval(share: float, count: int) -> tuple[float, float]:
     """95% Wilson interval of a share of `count` independent cases; it holds near 0 and 1 too."""
+    import scipy.stats
+
     found = scipy.stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
@@ -45,6 +45,8 @@ def difficulties(given: str, data: Any) -> Sequence[int]:
 def main() -> None:
     """Prints the score at each difficulty."""
     args = read(parser(__doc__, *OPTIONS, *PLACES, *ROUNDS))
+    from ngc_jax.training.evaluation import examine
+
     how = {"seed": args.seed, "attend": None if args.attend < 0 else args.attend}
     how["rounds"], trained = rounds_of(args), opened(args)
     data = trained.config.data
@@ -56,7 +58,8 @@ def main() -> None:
     print(f"{'difficulty':>10}  {'problems':>8}  {'exact':>7}  95% interval")
     model = trained.model, trained.params, trained.config
     for difficulty in asked:
-        result = examine(*model, difficulty, args.examples, **how)
+        with doing(f"solving problems of difficulty {difficulty}"):
+            result = examine(*model, difficulty, args.examples, **how)
         low, high = interval(result["exact"], args.examples)
         taken = f", {result['rounds']:.1f} rounds" if "rounds" in result else ""
         shown = f"{result['exact']:>7.2%}  {low:.2%} to {high:.2%}{taken}"

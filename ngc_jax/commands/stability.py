@@ -4,27 +4,30 @@ For: writing OUT/index.html. Not for: what is measured or said (`ngc_jax/analysi
 """
 
 import os
-import pathlib
 
-from ngc_jax.analysis import page
-from ngc_jax.analysis.stability import LEAST_ROUNDS, LEAST_TOKENS, measure
 from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
-from ngc_jax.data.batches import held_out_batches
 from ngc_jax.report.figures import matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
+from ngc_jax.runtime.files import expand
+from ngc_jax.runtime.output import doing
 
+LEAST_TOKENS = 4  # of a window: a slope along tokens after the first needs three
 OPTIONS = (
     Field("sequences", 16, "held-out windows to measure on", "[2, inf)"),
-    Field("rounds", 16, "to follow the loop for", f"[{LEAST_ROUNDS}, inf)"),
+    Field("rounds", 16, "to follow the loop for", "[2, inf)"),
 )
 
 
 def main() -> None:
     """Writes the page and prints its headline numbers."""
     arguments, where = parser(__doc__, *OPTIONS, *PLACES), "of the page; default: DIR/stability"
-    arguments.add_argument("--out", type=pathlib.Path, help=f"directory {where}")
+    arguments.add_argument("--out", type=expand, help=f"directory {where}")
     args = read(arguments)
+    from ngc_jax.analysis import page
+    from ngc_jax.analysis.stability import measure
+    from ngc_jax.data.batches import held_out_batches
+
     matplotlib()
     trained = opened(args)
     config, decoder = trained.config, trained.decoder
@@ -42,7 +45,8 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
     except OSError as error:
         raise page.unwritable(out, error) from error
-    measured = measure(decoder, trained.params, batch, args.rounds)
+    with doing("measuring"):
+        measured = measure(decoder, trained.params, batch, args.rounds)
     tokens = f"{batch.inputs.size:,} tokens of held-out text: {count} windows of {context}"
     about = f"Checkpoint of update {trained.step:,}, measured on {tokens}, evenly spread."
     about = f"{page.describe(config)} {about}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from ngc_jax.convert.calibrate import Sums, problems
 from ngc_jax.convert.convert import Fit, Fitted, allot, decompose
-from ngc_jax.convert.methods import RIDGE, RIDGE_GRADS, Problem, Root, in_metric, whiten
+from ngc_jax.convert.methods import FORMS, RIDGE, RIDGE_GRADS, Problem, Root, in_metric, whiten
 from ngc_jax.convert.ranks import led, uniform
 from ngc_jax.convert.rotation import rotated
 from ngc_jax.nn.ranks import MEMBERS, Joined
@@ -23,7 +23,6 @@ from ngc_jax.runtime.fields import refusals
 from ngc_jax.training.load import Trained
 
 Array = np.ndarray
-FORMS = ("low_rank", "ports", "blocks", "synapses")
 SWEEPS, STEPS = 5, 8  # of one part after the other; of conjugate gradients in a sweep
 INDEX = 0.5  # numbers that we charge for the place of a single synapse
 

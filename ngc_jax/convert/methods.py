@@ -18,6 +18,8 @@ Array = np.ndarray
 Root = tuple[Array, Array]  # L and its inverse: square, or vectors that are diagonals
 RIDGE, RIDGE_GRADS = 1e-6, 1e-2  # shares of the mean eigenvalue: of C, of Gamma
 NOTHING = 1e-30  # an eigenvalue in place of 0: its inverse root is a float32
+# the ways to write a matrix in fewer numbers that `forms.py` has, and that of the methods here
+FORMS = ("low_rank", "ports", "blocks", "synapses")
 SHARED_IN_DEPTH = ("query", "key", "value", "gate", "up")  # by Basis Sharing; "out", "down" not
 
 

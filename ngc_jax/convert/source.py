@@ -243,7 +243,9 @@ def write_safetensors(
         if len(parts) > 1:
             homes = {n: shard for shard, names in zip(shards, parts, strict=True) for n in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes}
-            (building / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (building / INDEX).write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
         text = json.dumps(config, indent=2, sort_keys=True)
-        (building / "config.json").write_text(text + "\n")
-        (building / "tokenizer.json").write_text(tokenizer)
+        (building / "config.json").write_text(text + "\n", encoding="utf-8")
+        (building / "tokenizer.json").write_text(tokenizer, encoding="utf-8")

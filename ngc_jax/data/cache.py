@@ -39,7 +39,7 @@ def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
             build(building)
             made = files.inside(building).items()
             sealed = {name: [files.sha256(path), _state(path)] for name, path in made}
-            (building / SEAL).write_text(json.dumps(sealed))
+            (building / SEAL).write_text(json.dumps(sealed), encoding="utf-8")
         if fault := _fault(home):
             raise UserError(f"{home} cannot be made again, but {fault}: give a data.cache_dir")
     return home

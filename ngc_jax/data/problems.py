@@ -101,10 +101,10 @@ def problem_set(
         stored.write(task, _feature, splits, home)
         longest = max(len(problem.inputs) for problems in drawn.values() for problem in problems)
         meta = {"fingerprint": digest.hexdigest(), "longest": longest}
-        (home / "set.json").write_text(json.dumps(meta))
+        (home / "set.json").write_text(json.dumps(meta), encoding="utf-8")
 
     home = entry(cache, name, write)
-    meta = json.loads((home / "set.json").read_text())
+    meta = json.loads((home / "set.json").read_text("utf-8"))
     fingerprint, longest = meta["fingerprint"], meta["longest"]
     parts = ", ".join(f"{count} {part}" for part, count in counts.items())
     of = f"{task} of {low} to {high} {tasks.TASKS[task].unit}, seed {seed}: {parts} problems"

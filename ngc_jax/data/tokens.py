@@ -267,7 +267,7 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         kind = f"given-{hashlib.sha256(given.serialised.encode()).hexdigest()[:16]}-{given.vocab}"
     name = f"tokens-{kind}-{text.fingerprint[:16]}"
     home = cache.entry(kept, name, lambda building: _tokenise(config, text, building, given))
-    meta = json.loads((home / "meta.json").read_text())
+    meta = json.loads((home / "meta.json").read_text("utf-8"))
     tokenizer = given or load_tokenizer(home, config)
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
@@ -355,4 +355,5 @@ def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path, given: 
     except UnicodeDecodeError as error:
         wants = f"as data.tokenizer={config.tokenizer!r} wants it: use 'bytes'"
         raise UserError(f"the text is not UTF-8 ({error}), {wants}") from error
-    (directory / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))
+    told = json.dumps({"dtype": dtype.name, "tokens": counts})
+    (directory / "meta.json").write_text(told, encoding="utf-8")

@@ -79,6 +79,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if os.path.islink(path):
             raise UserError(f"{directory} is a link, which is not followed: give the place itself")
         self.directory, self._keep, self._without = epath.Path(path), keep, without
+        self._opened = -1
         if multihost.first() and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         # Where directories are made meanwhile, threads wait five minutes for one that is not made.
@@ -195,7 +196,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 like = dataclasses.replace(like, **{self._without: skipped})
             how = ocp.checkpoint_utils.construct_restore_args(like)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=how))
-            state = orbax.restore(home, args=items)["state"]
+            state = orbax.restore(self._plainly() / str(step), args=items)["state"]
         updates = int(_named(state).get("step", step))
         if updates != step:
             raise ValueError(f"its state is that after {updates} updates")
@@ -211,7 +212,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if files.in_bucket(self.directory):  # where a step has its name from the start
                 files.remove(self.directory / str(step))
         with self._attempt(step):
-            self._orbax.save(self.directory / str(step), args=items, force=True)
+            self._orbax.save(self._plainly() / str(step), args=items, force=True)
         self._sealing = self._pool.submit(self._seal, step, meta, _shapes(state))
 
     def check(self) -> None:
@@ -237,6 +238,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         finally:
             self._pool.shutdown()
             self._orbax.close()
+            if self._opened >= 0:
+                os.close(self._opened)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is KeyboardInterrupt:  # wants to leave at once
@@ -265,6 +268,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if not multihost.first():
                 return
             home = self.directory / str(step)
+            # A sum proves bytes, and not that they are a state: each array is opened, not read.
+            ocp.StandardCheckpointHandler().metadata(self._plainly() / str(step) / "state")
             sums = {name: files.sha256(path) for name, path in files.inside(home).items()}
             sums.pop(MANIFEST, None)
             seal = {"step": step, "meta": meta, "tree": tree, "files": sums}
@@ -289,8 +294,18 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 files.remove(home)
             else:  # a kill must not leave a half one
                 home.replace(home.with_name(f"{step}.orbax-checkpoint-tmp-dropped"))
-        for begun in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            files.remove(begun)
+        for begun in self.directory.iterdir() if self.directory.is_dir() else ():
+            if ".orbax-checkpoint-tmp" in begun.name:
+                files.remove(begun)
+
+    def _plainly(self) -> epath.Path:
+        """The directory by a name that Orbax takes for no pattern, "run[1]", and that is UTF-8."""
+        name = str(self.directory)
+        if files.in_bucket(self.directory) or not re.search(r"[*?[\ud800-\udfff]", name):
+            return self.directory
+        if self._opened < 0:
+            self._opened = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        return epath.Path(f"/proc/self/fd/{self._opened}")
 
 
 def _give_back() -> None:

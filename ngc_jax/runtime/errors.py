@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import threading
+import traceback
 from typing import NoReturn
 
 
@@ -24,6 +25,17 @@ def say(error: object) -> None:
     """Prints an error as a single line."""
     with contextlib.suppress(OSError):  # the terminal is gone
         print(f"error: {plain(error)}", file=sys.stderr, flush=True)
+
+
+def no_backend(error: BaseException) -> str:
+    """What to say where jax has no such devices as JAX_PLATFORMS asks for; "" of another error."""
+    at = traceback.extract_tb(error.__traceback__)[-1:]
+    silent = isinstance(error, AssertionError) and at and at[0].name == "backends"  # of jax
+    if not silent and not str(error).startswith("Unable to initialize backend"):
+        return ""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    why = f" ({error})" if str(error) else ""
+    return f"JAX_PLATFORMS={asked}: must name devices that are here, for instance cpu{why}"
 
 
 def end(code: int, error: object = None) -> None:

@@ -22,6 +22,9 @@ from etils import epath
 from ngc_jax.runtime.errors import UserError
 
 Path: TypeAlias = pathlib.Path | epath.Path
+_HOME = pathlib.Path(__file__).parents[1]
+# What has configs/, experiments/ and launch.py: the repository, or their copy in a wheel.
+ROOT = _HOME / "shipped" if (_HOME / "shipped").is_dir() else _HOME.parent
 
 
 def expand(path: str) -> pathlib.Path:
@@ -30,6 +33,12 @@ def expand(path: str) -> pathlib.Path:
         return pathlib.Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path!r} is not a path here: {error}") from error
+
+
+def place(path: str | os.PathLike[str]) -> epath.Path:
+    """A user's path, in a bucket too, with ~ expanded. Raises UserError as `expand` does."""
+    given = os.fspath(path)
+    return epath.Path(given if "://" in given else expand(given))
 
 
 def in_bucket(path: Path) -> bool:

@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from ngc_jax.runtime import files, multihost
+from ngc_jax.runtime import files, multihost, output
 from ngc_jax.runtime.errors import UserError
 
 Row = dict[str, Any]
@@ -190,7 +190,7 @@ class Progress:
     """A live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int):
-        self.steps, self.live = steps, sys.stdout.isatty()
+        self.steps, self.live = steps, bool(sys.stdout and sys.stdout.isatty())
 
     def show(self, step: int, loss: float, speed: Row, seconds_per_step: float) -> None:
         """Shows an update; `speed` has "tokens_per_second", and "mfu" where a peak is known."""
@@ -198,6 +198,8 @@ class Progress:
         mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
         pace = f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
         line = f"step {step}/{self.steps}  loss {loss:.4f}  {pace}  ETA {left}"
+        if self.live:
+            output.now(line)
         self.say(line, "" if self.live else "\n")
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -205,7 +207,7 @@ class Progress:
         try:
             print(f"\r\x1b[K{text}" if self.live else text, end=end, flush=True)
         except OSError:  # the terminal is gone; the run goes on, or is saved
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+            sys.stdout = output.nobody()
 
 
 def duration(seconds: float) -> str:

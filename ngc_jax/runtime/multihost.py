@@ -21,6 +21,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ngc_jax.runtime import output
 from ngc_jax.runtime.errors import UserError, end, end_soon
 
 
@@ -103,7 +104,7 @@ def join(
     finally:
         deadline.cancel()
     if not first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = output.nobody()
 
 
 def first() -> bool:

@@ -9,6 +9,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from ngc_jax.runtime.output import erase
+
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of Ctrl-C, as shells count
 EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failure
 
@@ -22,11 +24,23 @@ def end_at_ctrl_c(told: str = "interrupted") -> None:
 
     # A KeyboardInterrupt would be lost where it happens to be raised in a destructor or a callback.
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"error: {told}\n".encode())  # a print may be what is interrupted
-        os._exit(INTERRUPTED)
+        if once.acquire(blocking=False):
+            erase()
+            os.write(2, f"error: {told}\n".encode())  # a print may be what is interrupted
+            os._exit(INTERRUPTED)
+
+    # A handler waits for the main thread to be in Python: not while XLA compiles, minutes maybe.
+    def watch() -> None:
+        while arrived := os.read(ours, 1):
+            if arrived[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is end:
+                end(signal.SIGINT, None)
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        once, (ours, theirs) = threading.Lock(), os.pipe()
+        os.set_blocking(theirs, False)
         signal.signal(signal.SIGINT, end)
+        signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+        threading.Thread(target=watch, name="interrupted", daemon=True).start()
 
 
 class Preemption:

@@ -61,7 +61,10 @@ class Watchdog:
             sys.stderr.flush()
             faulthandler.dump_traceback(2)
         # A full disk may be what hangs.
-        with contextlib.suppress(OSError), open(self._report, "a", opener=no_follow) as file:
+        with (
+            contextlib.suppress(OSError),
+            open(self._report, "a", encoding="utf-8", opener=no_follow) as file,
+        ):
             file.write(told)
             file.flush()
             faulthandler.dump_traceback(file)

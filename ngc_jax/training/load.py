@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -193,8 +192,8 @@ def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
     config: also the path of a file, or a name in `configs/`. Raises KeyboardInterrupt where asked
     to stop (Ctrl-C, SIGTERM), once saved; UserError for what the user can mend; and Diverged.
     """
-    home = epath.Path(workdir)
-    with hold(home):
+    home = files.place(workdir)
+    with hold(home), jax.enable_x64(False):
         config = configs.named(config) if isinstance(config, str) else config
         if not loop.run(config.copy_and_resolve_references(), home):
             raise KeyboardInterrupt(f"asked to stop: {home} is saved, and the same call continues")
@@ -216,7 +215,7 @@ def load(
     Its text, for `Trained.data`, is at `data_path`, or a TFDS set in `tfds_dir`. The places that
     the directory itself names are read, and written, only with `trust` (docs/trust.md).
     """
-    home = epath.Path(workdir)
+    home = files.place(workdir)
     config = read_config(home)
     stored, tokenizer = config.copy_and_resolve_references(), load_tokenizer(home, config.data)
     withheld = withhold(config.data, data_path, tfds_dir, trust)
@@ -231,9 +230,9 @@ def _restored(
 ) -> checkpoint.Restored:
     """The newest sound checkpoint, or that of `step`. Raises UserError."""
     model, run = configs.make_model(config, vocab), identity(config)
-    abstract = abstract_state(model, config.train, mesh or meshes.single_device())
-    home = workdir / "checkpoints"
-    with checkpoint.Checkpoints(home, read_only=True, without=without) as checkpoints:
+    kept = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True, without=without)
+    with jax.enable_x64(False), kept as checkpoints:  # whatever the caller's arrays have
+        abstract = abstract_state(model, config.train, mesh or meshes.single_device())
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"

@@ -22,6 +22,7 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime import files, metrics, multihost, profiler
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.output import now
 from ngc_jax.training import card, match_size, rewiring
 from ngc_jax.training.evaluation import compile_eval, compile_watch
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
@@ -41,6 +42,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     user can mend, before anything is written, and Diverged.
     """
     # ---- What is asked for -----------------------------------------------------------------------
+    now("preparing the text or the problems")
     with multihost.agreed():
         match_size.prepare(config)
         mesh = meshes.make_mesh(config.mesh)
@@ -61,12 +63,15 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     print(f"data: {data.summary}")
 
     # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------
+    now("compiling")
     programs = compile_programs(model, config, mesh, data, begun, teacher)
     del begun, teacher  # the programs hold what they need of them
+    now("opening the newest checkpoint, or beginning")
     this = Run(config, workdir, data, mesh, programs)
     changes = rewiring.changes(config) if programs.rewire else None
 
     # ---- Train -----------------------------------------------------------------------------------
+    now("training")
     with this.checkpoints, this.asked_to_stop, this.watchdog, profile:
         this.clock.lap(this.step)
         while True:

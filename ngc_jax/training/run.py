@@ -23,6 +23,7 @@ from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import checkpoint, files, metrics, multihost, preemption, watchdog
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.output import doing
 from ngc_jax.training import evaluation, workdir
 from ngc_jax.training.step import TrainState
 
@@ -77,8 +78,11 @@ class Run:
         self.clock, self.last_save = metrics.Clock(float(meta["seconds"])), time.monotonic()
         of = f"checkpoint {step} of {train.steps}"
         print(f"continuing from {of} in {home}" if step else f"starting from step 0 in {home}")
-        if step and made_with != workdir.versions():
-            print(f"made with {made_with}, now {workdir.versions()}: equal up to rounding only")
+        here = workdir.surroundings()
+        changed = {name: was for name, was in made_with.items() if was != here.get(name, "")}
+        if step and changed:
+            found = {name: here.get(name, "") for name in changed}
+            print(f"made with {changed}, now {found}: equal up to rounding only")
 
     def _stand_at(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Stands after `step` updates, with the batches and rows that follow them."""
@@ -164,7 +168,7 @@ class Run:
 
         step, params, c = partial(unless_asked, self.do.evaluate), self.state.params, self.config
         parts = {"eval": ("held-out", c.eval.windows), "final": ("all held-out", 0)}
-        with self.clock, contextlib.suppress(preemption.Asked):
+        with self.clock, doing("evaluating"), contextlib.suppress(preemption.Asked):
             for kind in kinds:
                 if kind == "stability":
                     row = unless_asked(self.do.watch, params)
@@ -181,12 +185,16 @@ class Run:
 
     def save(self, ending: bool) -> None:
         """Saves this state in the background; before the run ends, waits until it is on disk."""
-        with self.clock, self.saving():
+        with self.clock, doing("saving"), self.saving():
             self.checkpoints.wait()  # for the save before this one
-        with self.clock, self.saving(ending):
+        with self.clock, doing("saving"), self.saving(ending):
             self.metrics.sync()
             meta = {"seconds": self.clock.seconds(), "data": self.data.fingerprint}
-            meta |= {"versions": workdir.versions(), "rewinds": self.rewinds, "passed": self.passed}
+            meta |= {
+                "versions": workdir.surroundings(),
+                "rewinds": self.rewinds,
+                "passed": self.passed,
+            }
             meta |= {"config": workdir.identity(self.config), **self.metrics.written()}
             self.checkpoints.save(self.step, self.state, meta)
             if ending:

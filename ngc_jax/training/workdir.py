@@ -28,6 +28,8 @@ from ngc_jax.runtime import fields, multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path, in_bucket, read, read_json, sync, write_durably
 
+# Settings of jax that change numbers, and that a user's environment may set.
+NUMERIC = ("jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 LARGEST = 1 << 20  # bytes of a config
 HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
@@ -155,6 +157,15 @@ def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     own = sys.modules["ngc_jax"]  # loaded before all of its parts, which stand below it
     return {module.__name__: module.__version__ for module in (own, jax, flax, optax)}
+
+
+def surroundings() -> dict[str, Any]:
+    """What can change the last bits of a run that goes on elsewhere, for a checkpoint to keep."""
+    cores = {"cores": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    asked = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    asked |= {name: str(getattr(jax.config, name)) for name in NUMERIC}
+    return {**versions(), "devices": devices, **cores, **asked}
 
 
 def _free(name: str) -> bool:
