@@ -420,6 +420,7 @@ def test_bfloat16_is_read_written_and_computed_in(published, tokens, batch, mean
     back = imported(tmp_path / "out", tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, back.params, run.params)
     # Computed in it, and summed in float32: near what float32 gives, and not the same
+    calibrate(back, batch, tmp_path, rows=4, say=quiet)  # of the same parameters, in float32
     found = calibrate(run, batch, tmp_path, rows=4, say=quiet)["inputs"]["down"]
     error = abs(found - means["inputs"]["down"]).max() / abs(means["inputs"]["down"]).max()
     assert found.dtype == np.float32

@@ -61,11 +61,11 @@ def calibrate(
         raise UserError(f"{home} is a link, which is not followed: give the place itself")
     model, params, count = _dense(trained), put_params(mesh, trained), len(batch.inputs)
     known = {"params": params, "batch": batch}
-    mark = json.dumps({"rows": rows, "sha256": digest(known)})
+    dtype, whole = trained.config.train.compute_dtype, meshes.replicated(mesh)
+    own = {} if dtype == "float32" else {"dtype": dtype}
+    mark = json.dumps({"rows": rows, "sha256": digest(known)} | own)
     kept = home / FILE
     done, sums = _read(kept, mark)
-    dtype, whole = trained.config.train.compute_dtype, meshes.replicated(mesh)
-    # Sums in float32 of what is computed in less
     program = meshes.with_mesh(mesh, partial(_batch_sums, model, dtype))
     sum_batch = jax.jit(program, out_shardings=whole)
     key = jax.random.key(0)
