@@ -7,7 +7,6 @@ round adds (`nn/layers.py`), or how many rounds training takes (`training/rounds
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +44,8 @@ def communicate(
     `remat` a round is recomputed for the gradient. Returns (x_R, memory, each round's stability
     measures if `record`, else None).
     """
+    import chex  # not before: --help waits for this file
+
     chex.assert_shape([keep, drive], start.shape[-1:])
 
     def one_round(carry: tuple[Array, Any], memory: Any) -> tuple[tuple[Array, Any], Any]:
