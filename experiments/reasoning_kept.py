@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import re
 import shutil
 import time
@@ -34,6 +33,7 @@ from ml_collections import ConfigDict
 import ngc_jax
 from experiments.posthoc import fitted
 from experiments.reasoning_kept_report import report
+from experiments.run import kept_programs
 from experiments.setting import learning
 from ngc_jax.analysis import probes
 from ngc_jax.analysis.stability import EXPONENTS
@@ -51,7 +51,7 @@ from ngc_jax.dynamics import measures
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import expand, make_private, write_durably
+from ngc_jax.runtime.files import write_durably
 from ngc_jax.runtime.metrics import duration
 from ngc_jax.training.evaluation import held_out
 from ngc_jax.training.load import Trained, load
@@ -249,9 +249,8 @@ def one(
             told = {"predicted": found.predicted, "numbers": found.numbers, "seconds": took}
             keep(name, measure(reconstructed(teacher, found)) | told)
         if settings["heal"] and not start.exists():
-            part = start.with_name(
-                f"{start.name}.part"
-            )  # so that what a kill leaves is not taken for it
+            # Under another name, so that what a kill leaves is not taken for it.
+            part = start.with_name(f"{start.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             convert(teacher, found, part, name)
             part.rename(start)
@@ -298,10 +297,7 @@ def main() -> None:
     home, names = args.out.absolute(), wanted(args)
     records = opened(home, {name: getattr(args, name) for name in ("heal", "problems", "tokens")})
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # seeds share programs
-        programs = expand("~/.cache/ngc_jax/studies")
-        make_private(programs.parent)
-        make_private(programs)
-        jax.config.update("jax_compilation_cache_dir", str(programs / platform.node()))
+        jax.config.update("jax_compilation_cache_dir", kept_programs())
     began, before = time.monotonic(), len(missing(records, names))
 
     def keep(name: str, part: dict[str, Any]) -> None:

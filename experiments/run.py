@@ -76,15 +76,7 @@ def execute(
     tried: set[str] = set()  # since this start; earlier failures are tried again
     running: dict[str, subprocess.Popen[bytes]] = {}
     stopping = threading.Event()
-    # All seeds share one compiled program, but machines do not: theirs may differ.
-    # Not in the study's folder: programs are code, and a folder may be someone else's.
-    programs = expand("~/.cache/ngc_jax/studies")
-    try:
-        make_private(programs.parent)
-        make_private(programs)
-    except OSError as error:
-        raise UserError(f"compiled programs cannot be kept: {error}") from error
-    env = {"JAX_COMPILATION_CACHE_DIR": str(programs / platform.node()), **os.environ}
+    env = {"JAX_COMPILATION_CACHE_DIR": kept_programs(), **os.environ}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     available = sorted(os.sched_getaffinity(0))
     cores: queue.Queue[set[int]] = queue.Queue()
@@ -189,6 +181,19 @@ def execute(
                 process.terminate()
             pool.shutdown()
     raise KeyboardInterrupt
+
+
+def kept_programs() -> str:
+    """The folder of compiled programs that all studies on this machine share. Raises UserError."""
+    # All seeds share one compiled program, but machines do not: theirs may differ.
+    # Not in the study's folder: programs are code, and a folder may be someone else's.
+    programs = expand("~/.cache/ngc_jax/studies")
+    try:
+        make_private(programs.parent)
+        make_private(programs)
+    except OSError as error:
+        raise UserError(f"compiled programs cannot be kept: {error}") from error
+    return str(programs / platform.node())
 
 
 def flags(study: Study, run: Run) -> list[str]:

@@ -17,10 +17,10 @@ from ngc_jax.runtime.errors import UserError, fail, no_backend
 from ngc_jax.runtime.fields import Field
 from ngc_jax.runtime.files import place
 from ngc_jax.runtime.preemption import INTERRUPTED
+from ngc_jax.training.settled import Settled
 
-if (
-    TYPE_CHECKING
-):  # --help need not wait for these; nor do the files of commands import such at once
+# --help need not wait for these; nor do the files of commands import such at once.
+if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from ngc_jax.training.evaluation import Rounds
@@ -29,8 +29,8 @@ if (
 EXTEND = "your own file, such as the config of the run, that registers a rule, task or model"
 ROUNDS = (
     Field("rounds", "", "of the loop: a number, or 'settled'; default: as in training"),
-    Field("tolerance", 0.01, "of 'settled': |change| / |state|", "(0, inf)"),
-    Field("cap", 64, "of 'settled': rounds at most", "[1, inf)"),
+    Field("tolerance", Settled.tolerance, "of 'settled': |change| / |state|", "(0, inf)"),
+    Field("cap", Settled.cap, "of 'settled': rounds at most", "[1, inf)"),
 )
 PLACES = (
     Field("data_path", "", "where the run's text is: a file or folder"),
@@ -111,8 +111,6 @@ def read_mesh(text: str) -> dict[str, int]:
 
 def rounds_of(args: argparse.Namespace) -> "Rounds":
     """The rounds that the options ROUNDS ask for. Raises UserError."""
-    from ngc_jax.training.evaluation import Settled
-
     if args.rounds == "settled":
         return Settled(args.tolerance, args.cap)
     if args.rounds and not (args.rounds.isdecimal() and int(args.rounds)):

@@ -210,7 +210,7 @@ def convert(trained: Trained, found: Fit, workdir: files.Path, origin: str = "")
     config, model = trained.config.copy_and_resolve_references(), trained.decoder
     rule = "leaders" if found.counted == "led" else "broadcast"
     fields = {"rule": rule, "prelude": model.shape.depth, "core": 0, "coda": 0, "groups": 1}
-    fields |= {name.removeprefix("model."): value for name, value in CONVERTED.items()}
+    config.update_from_flattened_dict(CONVERTED)
     fields |= found.fields
     config.model.update(fields | {"ranks": write([[f.joined for f in s] for s in found.stages])})
     reset_unread(config)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ngc_jax.convert.calibrate import Sums, problems
 from ngc_jax.convert.convert import Fit, Fitted, allot, decompose
-from ngc_jax.convert.methods import FORMS, RIDGE, RIDGE_GRADS, Problem, Root, in_metric, whiten
+from ngc_jax.convert.methods import FORMS, Problem, Root, both_sides, in_metric, whiten
 from ngc_jax.convert.ranks import led, uniform
 from ngc_jax.convert.rotation import rotated
 from ngc_jax.nn.ranks import MEMBERS, Joined
@@ -55,8 +55,7 @@ class Form(NamedTuple):
 
 def metric(problem: Problem) -> Metric:
     """What `methods.ngc` knows of a matrix. Raises ValueError where that is missing."""
-    out = whiten(problem.need("grads", "a form"), RIDGE_GRADS, "grads")
-    into = whiten(problem.need("inputs", "a form"), RIDGE, "inputs")
+    out, into = both_sides(problem)
     return Metric(problem.weight, out[0] @ out[0], into[0] @ into[0], out, into)
 
 

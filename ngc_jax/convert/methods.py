@@ -239,9 +239,15 @@ def ngc(
     GFWSVD (arXiv 2505.17974) and IO-SVD.
     """
     problem = stacked(*problems)
+    return in_metric(problem.weight, *both_sides(problem, ridge, ridge_grads), worth=0.5)
+
+
+def both_sides(
+    problem: Problem, ridge: float = RIDGE, ridge_grads: float = RIDGE_GRADS
+) -> tuple[Root, Root]:
+    """The roots of Gamma and of C, with their ridges. Raises ValueError where one is missing."""
     out = whiten(problem.need("grads", "two-sided whitening"), ridge_grads, "grads")
-    into = whiten(problem.need("inputs", "two-sided whitening"), ridge, "inputs")
-    return in_metric(problem.weight, out, into, worth=0.5)
+    return out, whiten(problem.need("inputs", "two-sided whitening"), ridge, "inputs")
 
 
 def aa_svd(*problems: Problem, ridge: float = RIDGE, mix: float = 1.0) -> Decomposition:

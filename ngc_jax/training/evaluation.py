@@ -4,7 +4,6 @@ For: sums over held-out batches as nats per target, bits per byte or problems so
 batch (`step.py`), or the stability measures (`stability_metrics.py`).
 """
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -24,20 +23,11 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.rounds import Apply, mark_of, marked
+from ngc_jax.training.settled import Settled
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import SELDOM, make_eval_step
 
 ATTENDED = 2**23  # pairs of positions in a batch at most, so that long problems fit in memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Settled:
-    """Rounds until none moves a token's state by more than `tolerance` of its length."""
-
-    tolerance: float = 0.01
-    cap: int = 64  # rounds at most
-
-
 Rounds = int | Settled | None  # rounds of the loop; None: those of training
 Step = Callable[..., Any]  # the evaluation of one batch, `make_eval_step`
 Watch = Callable[[Any], dict[str, float]]  # params -> a row of stability measures
