@@ -39,7 +39,7 @@ import ngc_jax
 from experiments import study
 from ngc_jax.commands.arguments import command
 from ngc_jax.config import base
-from ngc_jax.convert.names import fields_of
+from ngc_jax.convert.config_json import fields_of
 from ngc_jax.convert.source import open_source, write_safetensors
 from ngc_jax.data.tokens import load_data, load_tokenizer, open_given
 from ngc_jax.runtime.errors import UserError, plain

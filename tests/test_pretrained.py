@@ -25,11 +25,12 @@ from ngc_jax.commands import ngc as commands
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.calibrate import FILE, calibrate
+from ngc_jax.convert.config_json import fields_of
 from ngc_jax.convert.convert import convert, fit, formed, reconstructed
 from ngc_jax.convert.flow import shifted_problems
 from ngc_jax.convert.forms import INDEX, fit_form
 from ngc_jax.convert.methods import METHODS
-from ngc_jax.convert.names import fields_of, read_params, tensors_of
+from ngc_jax.convert.names import read_params, tensors_of
 from ngc_jax.convert.pretrained import _begun, export, import_pretrained
 from ngc_jax.convert.rotation import rotated
 from ngc_jax.convert.source import Lazy, Source, open_source, unwritten, write_safetensors

@@ -19,7 +19,7 @@ from llama_reference import forward
 from safetensors.numpy import save_file
 
 from ngc_jax.config import base
-from ngc_jax.convert import gguf_file, names
+from ngc_jax.convert import config_json, gguf_file, names
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
 from ngc_jax.data.tokens import ALPHABET, SPLITS, Given, load_data, load_tokenizer, save_tokenizer
 from ngc_jax.runtime.errors import UserError
@@ -126,7 +126,7 @@ def test_golden_logits_depend_on_the_fields_that_they_are_to_test(name, change):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_parameters_are_read_and_written_to_the_bit(name):
     config, tensors, *_ = golden(name)
-    fields = names.fields_of(config)
+    fields = config_json.fields_of(config)
     tree = abstract(fields)
     params = names.read_params(source(config, tensors), tree)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
@@ -136,12 +136,12 @@ def test_parameters_are_read_and_written_to_the_bit(name):
     assert {*back} == {*tensors}
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(back[key], tensor, err_msg=key)
-    assert names.fields_of(names.config_of(fields)) == fields
+    assert config_json.fields_of(config_json.config_of(fields)) == fields
 
 
 def test_parameters_lie_where_the_decoder_has_them():
     config, tensors, *_ = golden("llama3")
-    params = names.read_params(source(config, tensors), abstract(names.fields_of(config)))
+    params = names.read_params(source(config, tensors), abstract(config_json.fields_of(config)))
     at = "model.layers.1.self_attn"
     fan = params["prelude"]["query_key_value"]["dense_block"]["weight"]
     for i, which in enumerate("qkv"):
@@ -152,7 +152,7 @@ def test_parameters_lie_where_the_decoder_has_them():
 
 
 def test_fields_of_published_configs():
-    fields = {name: names.fields_of(golden(name)[0]) for name in GOLDEN}
+    fields = {name: config_json.fields_of(golden(name)[0]) for name in GOLDEN}
     assert fields["llama"] == {
         **{"model.kind": "decoder", "model.rule": "dense", "model.groups": 1, "model.core": 0},
         **{"model.coda": 0, "model.exchange_activation": "silu", "model.width": 16},
@@ -178,23 +178,23 @@ def test_fields_of_the_form_before_transformers_5():
         "torch_dtype": "float16",
     }
     scaling["type"] = scaling.pop("rope_type")
-    assert names.fields_of(old) == names.fields_of(golden("llama3")[0])
+    assert config_json.fields_of(old) == config_json.fields_of(golden("llama3")[0])
     linear = old | {"rope_scaling": {"type": "linear", "factor": 2.5}}
-    fields = names.fields_of(linear)
+    fields = config_json.fields_of(linear)
     assert fields["model.rope_scaling"] == "linear:2.5"
-    assert names.fields_of(names.config_of(fields)) == fields
+    assert config_json.fields_of(config_json.config_of(fields)) == fields
 
 
 def test_a_window_in_all_layers_of_a_qwen_is_honoured_and_in_some_refused():
     config = golden("qwen3")[0]
     some = config | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
-    assert names.fields_of(some | {"layer_types": None})["model.attend"] == 9
-    fields = names.fields_of(some | {"layer_types": ["sliding_attention"] * 2})
+    assert config_json.fields_of(some | {"layer_types": None})["model.attend"] == 9
+    fields = config_json.fields_of(some | {"layer_types": ["sliding_attention"] * 2})
     assert fields["model.attend"] == 9
-    assert names.fields_of(names.config_of(fields)) == fields
-    assert names.fields_of(config | {"sliding_window": 9})["model.attend"] == 0
+    assert config_json.fields_of(config_json.config_of(fields)) == fields
+    assert config_json.fields_of(config | {"sliding_window": 9})["model.attend"] == 0
     with pytest.raises(UserError, match="1 of 2 have a sliding window: must be all or none"):
-        names.fields_of(some | {"layer_types": ["full_attention", "sliding_attention"]})
+        config_json.fields_of(some | {"layer_types": ["full_attention", "sliding_attention"]})
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_config_that_is_not_ours_is_refused_by_field(change, message):
     with pytest.raises(
         UserError, match=f"config.json: {message}|config.json: rope_scaling.{message}"
     ):
-        names.fields_of(golden("llama")[0] | change)
+        config_json.fields_of(golden("llama")[0] | change)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,14 @@ def test_a_config_that_is_not_ours_is_refused_by_field(change, message):
     ],
 )
 def test_a_model_that_no_published_one_is_like_is_not_written(change, message):
-    fields = names.fields_of(golden("llama")[0])
+    fields = config_json.fields_of(golden("llama")[0])
     with pytest.raises(UserError, match=message):
-        names.config_of(fields | change)
+        config_json.config_of(fields | change)
 
 
 def test_every_parameter_and_every_tensor_is_used_once():
     config, tensors, *_ = golden("llama")
-    tree = abstract(names.fields_of(config))
+    tree = abstract(config_json.fields_of(config))
 
     def read(**changes):
         given = {k: t for k, t in (tensors | changes).items() if t is not None}
@@ -506,7 +506,7 @@ def test_a_gguf_file_is_read_as_what_it_was_made_from(tmp_path, tensor_kind, kin
     path = tmp_path / "a.gguf"
     written = write_gguf(path, kind, tensor_kind, tied=kind == "llama", pre=pre)
     found = open_source(path)
-    fields = names.fields_of(found.config)
+    fields = config_json.fields_of(found.config)
     assert (fields["model.kv_heads"], fields["model.width"], fields["model.hidden"]) == (2, 64, 96)
     assert (fields["model.norm_epsilon"], fields["model.rope_base"]) == (1e-5, 100_000.0)
     assert (fields["model.tied"], fields["model.qkv_bias"]) == (kind == "llama", kind != "llama")
@@ -554,7 +554,7 @@ def test_a_qwen3_gguf_has_wide_heads_and_norms(tmp_path):
     sizes = {"qwen3__attention__key_length": 16, "qwen3__attention__value_length": 16}
     write_gguf(tmp_path / "a.gguf", "qwen3", pre="qwen2", **sizes)
     found = open_source(tmp_path / "a.gguf")
-    names.read_params(found, abstract(names.fields_of(found.config)))
+    names.read_params(found, abstract(config_json.fields_of(found.config)))
     assert found.config["head_dim"] == 16
 
 
@@ -729,7 +729,7 @@ needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="NGC_SMOLLM2 names no GGU
 @needs_smollm2
 def test_the_published_model_continues_a_text():
     found = open_source(SMOLLM2)
-    fields = names.fields_of(found.config)
+    fields = config_json.fields_of(found.config)
     sizes = (fields["model.width"], fields["model.kv_heads"], fields["model.rope_base"])
     assert sizes == (576, 3, 100_000.0)
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract(fields)).items()}

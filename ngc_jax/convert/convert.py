@@ -17,11 +17,11 @@ import numpy as np
 from ngc_jax.config import make_model, reset_unread, validate
 from ngc_jax.convert import ranks as budgets
 from ngc_jax.convert.calibrate import Sums, problems
+from ngc_jax.convert.config_json import CONVERTED
 from ngc_jax.convert.flow import Stage, shifted_problems
 from ngc_jax.convert.leaders import leaders
 from ngc_jax.convert.methods import METHODS, RECIPES, SHARED_IN_DEPTH, Decomposition
 from ngc_jax.convert.methods import stacked as joined_problem
-from ngc_jax.convert.names import CONVERTED
 from ngc_jax.convert.pretrained import begin
 from ngc_jax.core.rules import weights
 from ngc_jax.data.batches import Batch

@@ -1,7 +1,8 @@
 """Pretrained checkpoints as work directories, and work directories as checkpoints to publish.
 
 For: `import_pretrained`, `export`, and `begin`, which makes a work directory of parameters. Not
-for: files (`source.py`), what names mean (`names.py`), or other forms of weights (`convert.py`).
+for: files (`source.py`), what their fields and names mean (`config_json.py`, `names.py`), or other
+forms of weights (`convert.py`).
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base, make_model, reset_unread, validate
-from ngc_jax.convert.names import config_of, fields_of, read_params, tensors_of
+from ngc_jax.convert.config_json import config_of, fields_of
+from ngc_jax.convert.names import read_params, tensors_of
 from ngc_jax.convert.source import Lazy, open_source, unwritten, write_safetensors
 from ngc_jax.data.tokens import Given, Tokenizer, open_given
 from ngc_jax.nn.model import LanguageModel

@@ -2,7 +2,7 @@
 
 For: `open_source` of a folder of safetensors or a GGUF file, and `write_safetensors`. Files are
 data only (docs/trust.md): pickles, which are programs, are refused. Not for: what names and fields
-mean to our models (`names.py`), or what is inside a GGUF file (`gguf_file.py`).
+mean to our models (`config_json.py`, `names.py`), or what is inside a GGUF file (`gguf_file.py`).
 """
 
 import dataclasses
