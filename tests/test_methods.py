@@ -45,7 +45,7 @@ def published_start(weight, inputs):
 
 def speak(x, lead, rest, order):
     """y [..., m] of x [..., n] by what `leaders` returns."""
-    signal = x @ lead
+    signal = x @ lead.T
     return np.concatenate([signal, signal @ rest.T], axis=-1)[..., order]
 
 
@@ -308,7 +308,7 @@ def test_leaders_say_what_the_factors_say(m, n):
     np.testing.assert_allclose(speak(np.eye(n), lead, rest, order).T, p.weight, atol=1e-8)
     if m <= n:  # all neurons lead: the dense layer as it stands
         np.testing.assert_array_equal(order, np.arange(m))
-        np.testing.assert_allclose(lead.T, p.weight, atol=1e-8)
+        np.testing.assert_allclose(lead, p.weight, atol=1e-8)
 
 
 def test_leaders_change_places_where_pivots_are_bad():

@@ -67,8 +67,8 @@ def loop_weight(rule, pre, post, j, i):
     if rule == "leaders":
         at = post["order"][j].astype(int)
         if at < DIM:
-            return post["gain"] * pre[i, at]
-        return post["gain"] * sum(post["state"][at - DIM, r] * pre[i, r] for r in numbers)
+            return post["gain"] * pre[at, i]
+        return post["gain"] * sum(post["state"][at - DIM, r] * pre[r, i] for r in numbers)
     if rule == "addressed":
         return sum(post[g, jj, h, p] * pre[h, ii, g, p] for p in numbers)
     if rule == "within":

@@ -16,12 +16,12 @@ BOUND, SWAPS = 2.0, 100
 def leaders(
     post: Array, pre: Array, bound: float = BOUND, swaps: int = SWAPS
 ) -> tuple[Array, Array, Array]:
-    """(lead S [n, r], rest K [m - r, r], order [m], int32) of W_r = post [m, r] pre [n, r]^T.
+    """(lead S [r, n], rest K [m - r, r], order [m], int32) of W_r = post [m, r] pre [n, r]^T.
 
-    With z = x S the outputs are concat([z, z K^T])[..., order]: a leader's post state is one-hot.
+    With z = x S^T the outputs are concat([z, z K^T])[..., order]: a leader's post state is one-hot.
     Leaders are the pivots of a QR with column pivoting of an orthonormal basis of the outputs. Then
     a leader and a listener change places while max |K| > `bound`, at most `swaps` times; each
-    change multiplies the volume of the leaders' rows by max |K|, so it ends. S = pre post_lead^T,
+    change multiplies the volume of the leaders' rows by max |K|, so it ends. S = post_lead pre^T,
     K = Q_rest Q_lead^-1. With r = m all neurons are leaders, in their order.
 
     Raises: ValueError for shapes that do not fit, r > min(m, n), NaN or infinity. Sources: pivot
@@ -33,7 +33,7 @@ def leaders(
     if r > min(m, n):
         raise ValueError(f"rank={r}: leaders need a rank of at most {min(m, n)}")
     if r == 0:
-        return np.zeros((n, 0)), np.zeros((m, 0)), np.arange(m, dtype=np.int32)
+        return np.zeros((0, n)), np.zeros((m, 0)), np.arange(m, dtype=np.int32)
     basis = np.linalg.qr(post)[0]
     pivots = scipy.linalg.qr(basis.T, mode="r", pivoting=True)[1]
     lead, rest = np.sort(pivots[:r]), np.sort(pivots[r:])
@@ -46,7 +46,7 @@ def leaders(
         lead, rest = np.sort(lead), np.sort(rest)
         heard = _heard(basis, lead, rest)
     order = np.argsort(np.concatenate([lead, rest])).astype(np.int32)
-    return pre @ post[lead].T, heard, order
+    return post[lead] @ pre.T, heard, order
 
 
 def _heard(basis: Array, lead: Array, rest: Array) -> Array:

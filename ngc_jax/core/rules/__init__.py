@@ -9,7 +9,6 @@ Axes: n_in, n_out neurons on either side; h, g the sending and the receiving gro
 a neuron in its group, n = n_in / G and m = n_out / G of them; r, p numbers of a state, of a port.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +113,7 @@ def _check(rule: Rule, pre: States, post: States, x: Array | None = None) -> Non
     if isinstance(pre, tuple):
         n_in = jax.eval_shape(rule.weights, pre, post).shape[1]
     else:
-        n_in = math.prod(numbers_of(pre).shape[: 1 + rule.grouped])
+        n_in = rule.senders(pre)
     if x.shape[-1:] != (n_in,):
         raise ValueError(f"x: shape {[*x.shape]}; must be [..., {n_in}], a number for each sender")
 

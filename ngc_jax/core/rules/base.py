@@ -37,6 +37,10 @@ class Rule(abc.ABC):
     def weights(self, pre: States, post: States) -> Array:
         """W [n_out, n_in]."""
 
+    def senders(self, pre: States) -> int:
+        """The number of neurons that send by these states."""
+        return math.prod(numbers_of(pre).shape[: 1 + self.grouped])
+
     def info(self, pre: States, post: States) -> tuple[Any, Any]:
         """Records (`ParamInfo`) of states, or of their shapes, as trees parallel to them."""
         return state_info(pre, "pre", self.grouped), state_info(post, "post", self.grouped)

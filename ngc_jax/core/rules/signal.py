@@ -5,11 +5,13 @@ For: `broadcast`, `leaders`, `metric` and its small forms, `within`, `block`. No
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rules.base import Sides, SignalRule, States, normal, per_group
 
 Array = jax.Array
@@ -40,13 +42,14 @@ class Broadcast(SignalRule):
 
 
 class Leaders(SignalRule):
-    """W = c [S^T; K S^T], its rows in an order: r receivers are the signal, the others hear them.
+    """W = c [S; K S], its rows in an order: r receivers are the signal, the others hear them.
 
-    pre S [n_in, r], the leaders' own weights; post {"state": K [n_out - r, r], "gain": c [],
-    "order": int32 [n_out], where each receiver lies among leaders, then others}. r (n_in + n_out -
-    r) + 1 parameters, 2 FLOPs a token each, rank r: `Broadcast` without the r^2 numbers that change
-    nothing, and dense where r is the smaller side. At the start leaders lie evenly among receivers.
-    Source: PIFA (arXiv 2501.19090), read as neurons whose post states are one-hot.
+    pre S [r, n_in], a leader's own weights in each row, as a processor reads them soonest where
+    there is one token; post {"state": K [n_out - r, r], "gain": c [], "order": int32 [n_out], where
+    each receiver lies among leaders, then others}. r (n_in + n_out - r) + 1 parameters, 2 FLOPs a
+    token each, rank r: `Broadcast` without the r^2 numbers that change nothing, and dense where r
+    is the smaller side. At the start leaders lie evenly among receivers. Source: PIFA (arXiv
+    2501.19090), read as neurons whose post states are one-hot.
     """
 
     grouped = False
@@ -60,17 +63,28 @@ class Leaders(SignalRule):
         leads = np.isin(np.arange(n_out), np.arange(dim) * n_out // dim)
         order = np.where(leads, np.cumsum(leads), dim + np.cumsum(~leads)) - 1
         post = {"state": normal(receive, (n_out - dim, dim), dim), "gain": jnp.ones(())}
-        return normal(send, (n_in, dim), n_in), post | {"order": jnp.array(order, jnp.int32)}
+        return normal(send, (dim, n_in), n_in), post | {"order": jnp.array(order, jnp.int32)}
+
+    def senders(self, pre: States) -> int:
+        return int(pre.shape[1])
+
+    def info(self, pre: States, post: States) -> tuple[Any, Any]:
+        rows = ParamInfo("state", (None, "channel"), side="pre", matrix=-2)
+        return rows, super().info((), post)[1]
+
+    def alike(self, pre: States, post: States, kind: Array) -> Sides:
+        tied = Broadcast().alike(pre.T, post["state"], kind)[0].T
+        return tied, self.rescale(tied, post)
 
     def send(self, x: Array, pre: States) -> Array:
-        return x @ pre
+        return x @ pre.T
 
     def receive(self, signal: Array, post: States) -> Array:
         every = jnp.concatenate([signal, signal @ post["state"].T], axis=-1)
         return post["gain"] * jnp.take(every, post["order"], axis=-1, mode="clip")
 
     def weights(self, pre: States, post: States) -> Array:
-        return self.receive(pre, post).T
+        return self.receive(pre.T, post).T
 
 
 class Metric(SignalRule):
