@@ -66,7 +66,7 @@ class BPE:
         self.spelling = [bytes(ALPHABET[c] for c in t) if t != MARK else b"" for t in ids]
         self.lengths = np.array([len(token) for token in self.spelling], np.int32)
         merges = [(a, b) for a, b in pairs]
-        self.model = _byte_level(tokenizers.models.BPE(vocab=learned["vocab"], merges=merges))
+        self.model = byte_level(tokenizers.models.BPE(vocab=learned["vocab"], merges=merges))
         self.model.add_special_tokens([MARK])
         self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
 
@@ -77,7 +77,7 @@ class BPE:
 
         model, letters = tokenizers.models.BPE(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
         how: Any = {"special_tokens": [MARK], "initial_alphabet": letters, "show_progress": False}
-        trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), _byte_level(model)
+        trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), byte_level(model)
         model.train_from_iterator((text.decode() for text in texts), trainer)
         return model.to_str()
 
@@ -88,7 +88,8 @@ class BPE:
         return b"".join(self.spelling[token] for token in tokens)
 
 
-def _byte_level(model: Any) -> Any:
+def byte_level(model: Any) -> Any:
+    """A tokenizer of the bytes of a text, spelt in ALPHABET, by a model of `tokenizers`."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer(model)

@@ -123,7 +123,7 @@ class Trained:
 
     def logits(self, text: Text) -> Array:
         """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
-        found: Array = self._ask(partial(_logits, self._apply, self.params), text)
+        found: Array = self._ask(partial(_logits, self.apply, self.params), text)
         return found
 
     def loss(self, text: str | bytes) -> Loss:
@@ -136,7 +136,7 @@ class Trained:
         size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
             dtype = self.config.train.compute_dtype
-            logits = _logits(self._apply, self.params, batch, dtype)
+            logits = _logits(self.apply, self.params, batch, dtype)
             nats, counts = jax.device_get(nats_of(logits, batch.targets))
             counts = counts & real[:, None]
             length = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]  # bytes
@@ -160,7 +160,8 @@ class Trained:
         return dataclasses.replace(self, params=params)
 
     @property
-    def _apply(self) -> Apply:
+    def apply(self) -> Apply:
+        """The forward pass of evaluation, (params, batch) -> logits and more."""
         return at_rounds(self.model, self.config, None)[1] or self.model.apply
 
     @property
