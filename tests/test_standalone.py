@@ -180,7 +180,7 @@ def test_a_dense_run_is_published_and_read_again_with_its_tokenizer(tmp_path, ki
     export(run, str(tmp_path / "out"))
     import_pretrained(str(tmp_path / "out"), tmp_path / "again")
     again = ngc_jax.load(tmp_path / "again")
-    np.testing.assert_array_equal(again._encode(text), run._encode(text))
+    np.testing.assert_array_equal(again.encode(text), run.encode(text))
     np.testing.assert_array_equal(again.logits(TOKENS), run.logits(TOKENS))
 
 
