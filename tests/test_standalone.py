@@ -12,8 +12,9 @@ from jax import export as jax_export
 from safetensors.numpy import load_file
 
 import ngc_jax
+from ngc_jax.commands import ngc as commands
 from ngc_jax.config import base, make_model, validate
-from ngc_jax.convert.pretrained import export, import_pretrained
+from ngc_jax.convert.pretrained import begin, export, import_pretrained
 from ngc_jax.convert.standalone import CALLED, export_stablehlo, export_torch
 from ngc_jax.data.tokens import BPE, Bytes, Symbols
 from ngc_jax.runtime.errors import UserError
@@ -188,3 +189,24 @@ def test_the_model_of_a_task_is_not_published_as_one_of_text(tmp_path):
     run = trained(data__task="parity")
     with pytest.raises(UserError, match=r"data.task='parity': must be ''"):
         export(dataclasses.replace(run, tokenizer=Symbols("01=")), str(tmp_path / "out"))
+
+
+def test_the_command_writes_each_form_and_refuses_what_it_cannot_round(
+    tmp_path, monkeypatch, capsys
+):
+    run = trained()
+    begin(tmp_path / "run", run.config, run.tokenizer, run.params, "drawn")
+
+    def give(*words):
+        monkeypatch.setattr("sys.argv", ["ngc", "export", f"--workdir={tmp_path / 'run'}", *words])
+        commands.main()
+
+    for form in ("torch", "stablehlo"):
+        give(f"--to={tmp_path / form}", f"--form={form}")
+        with pytest.raises(SystemExit) as ended:
+            give(f"--to={tmp_path / 'half'}", f"--form={form}", "--dtype=bfloat16")
+        assert ended.value.code == 2
+        assert f"must be 'float32' where --form='{form}'" in capsys.readouterr().err
+    one, other = ({path.name for path in (tmp_path / f).iterdir()} for f in ("torch", "stablehlo"))
+    assert one == {"config.json", "model.safetensors", "model.py"}
+    assert other == {"config.json", "model.safetensors", CALLED}

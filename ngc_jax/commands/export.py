@@ -12,13 +12,7 @@ from ngc_jax.runtime.fields import Field
 FORMS = ("formed", "factored", "torch", "stablehlo")
 OPTIONS = (
     Field("to", "", "folder to write, which must not exist"),
-    Field(
-        "form",
-        "formed",
-        "formed: opened by transformers; factored: the same, of a converted "
-        "model; torch: with its PyTorch file; stablehlo: for jax.export",
-        FORMS,
-    ),
+    Field("form", "formed", "formed, factored: as published; torch, stablehlo: alone", FORMS),
     Field("dtype", "float32", "of the tensors", ("float32", "bfloat16")),
 )
 
@@ -30,20 +24,23 @@ def main() -> None:
         raise UserError("--to is missing: give a folder to write, which must not exist")
     from ngc_jax.convert.convert import formed
     from ngc_jax.convert.pretrained import export
+    from ngc_jax.convert.source import PACKAGES
     from ngc_jax.convert.standalone import export_stablehlo, export_torch
     from ngc_jax.training.load import load
 
-    trained = load(args.workdir, args.step)
-    if args.form in ("torch", "stablehlo"):
-        if args.dtype != "float32":
-            raise UserError(f"--dtype={args.dtype}: must be 'float32' where --form={args.form!r}")
-        (export_torch if args.form == "torch" else export_stablehlo)(trained, args.to)
-        print(f"{args.workdir} is written to {args.to}")
-        return
-    converted, factored = bool(trained.decoder.shape.apart), args.form == "factored"
+    trained, standalone = load(args.workdir, args.step), args.form in ("torch", "stablehlo")
+    if standalone and args.dtype != "float32":
+        raise UserError(f"--dtype={args.dtype}: must be 'float32' where --form={args.form!r}")
+    converted, factored = standalone or bool(trained.decoder.shape.apart), args.form == "factored"
     if factored and not converted:
         raise UserError("--form=factored: must be 'formed' for a model that is not converted")
-    export(formed(trained) if converted and not factored else trained, args.to, args.dtype)
+    try:
+        if standalone:
+            (export_torch if args.form == "torch" else export_stablehlo)(trained, args.to)
+        else:
+            export(formed(trained) if converted and not factored else trained, args.to, args.dtype)
+    except ImportError as error:
+        raise UserError(f"--form={args.form}: {error}: {PACKAGES}") from error
     print(f"{args.workdir} is written to {args.to}")
 
 

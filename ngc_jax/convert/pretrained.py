@@ -6,7 +6,6 @@ forms of weights (`convert.py`).
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -20,16 +19,7 @@ from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.config_json import config_of, fields_of
 from ngc_jax.convert.names import read_params, tensors_of
 from ngc_jax.convert.source import Lazy, open_source, unwritten, write_safetensors
-from ngc_jax.data.tokens import (
-    ALPHABET,
-    BPE,
-    MARK,
-    Given,
-    Symbols,
-    Tokenizer,
-    byte_level,
-    open_given,
-)
+from ngc_jax.data.tokens import Tokenizer, open_given, published
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import partition
 from ngc_jax.runtime import checkpoint, fields, files
@@ -117,37 +107,12 @@ def export(trained: Trained, folder: str, dtype: str = "float32") -> None:
     Of a converted model it writes the factors, which `import_pretrained` alone reads. Raises
     UserError for a model without published names, such as one with a loop, and for that of a task.
     """
-    tokenizer, more = publish_tokenizer(trained.tokenizer, trained.config.data.task)
+    tokenizer, more = published(trained.tokenizer, trained.config.data.task)
     config, params = trained.config, trained.params
     told = flatten_dict(config.to_dict(), sep=".") | {"data.vocab_size": trained.tokenizer.vocab}
     tensors = {name: _as(array, dtype) for name, array in tensors_of(params).items()}
     about = config_of(told) | {"torch_dtype": dtype}
     write_safetensors(folder, tensors, about, tokenizer, more=more)
-
-
-def publish_tokenizer(tokenizer: Tokenizer, task: str) -> tuple[str, dict[str, bytes]]:
-    """The text of a tokenizer.json, and other files, by which transformers cuts texts as ours does.
-
-    It puts our mark before a text. A given one is as it was given. Raises UserError for a task's.
-    """
-    if isinstance(tokenizer, Given):
-        return tokenizer.serialised, {}
-    if isinstance(tokenizer, Symbols):
-        raise UserError(
-            f"data.task={task!r}: must be '' in a model that is written as a published one"
-        )
-    import tokenizers
-
-    if isinstance(tokenizer, BPE):
-        made = tokenizers.Tokenizer.from_str(tokenizer.serialised)
-    else:
-        made = byte_level(tokenizers.models.BPE(vocab=ALPHABET, merges=[]))
-        made.add_special_tokens([MARK])
-    begins = {"single": f"{MARK} $A", "special_tokens": [(MARK, tokenizer.mark)]}
-    made.post_processor = tokenizers.processors.TemplateProcessing(**begins)
-    # else transformers makes another one, as the kind of model has it
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": MARK}
-    return made.to_str(), {"tokenizer_config.json": json.dumps(kind).encode()}
 
 
 def _as(array: np.ndarray, dtype: str) -> Lazy:

@@ -33,9 +33,8 @@ def export_torch(trained: Trained, folder: str) -> None:
 
     Raises UserError, by name, for a model that model.py cannot be.
     """
-    config = trained.config
+    config, where = trained.config, "where --form='torch'"
     need = refusals(config)
-    where = "where --form='torch'"
     need(config.model.kind == "decoder", "model.kind", f"'decoder' {where}")
     shape, params = trained.decoder.shape, trained.decoder.expand_shared(trained.params)
     need(config.iteration.rounds != "marked", "iteration.rounds", f"another, as 'fixed', {where}")
@@ -71,11 +70,8 @@ def export_stablehlo(trained: Trained, folder: str) -> None:
 
     It takes {name: array} and tokens [B, context] int32, any B, and gives logits [B, context, V].
     """
-    flat, context, boundary = (
-        flatten_dict(trained.params, sep="."),
-        trained.config.data.context,
-        trained.boundary,
-    )
+    flat, boundary = flatten_dict(trained.params, sep="."), trained.boundary
+    context = trained.config.data.context
 
     def one(tensors: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         segments = None if boundary is None else jnp.cumsum(tokens == boundary, -1, jnp.int32)
@@ -92,15 +88,10 @@ def export_stablehlo(trained: Trained, folder: str) -> None:
     _write(trained, folder, flat, told, {CALLED: bytes(made.serialize())})
 
 
-def _write(
-    trained: Trained,
-    folder: str,
-    tensors: dict[str, Any],
-    told: dict[str, Any],
-    more: dict[str, bytes],
-) -> None:
+def _write(trained: Trained, folder: str, tensors: Any, told: Any, more: dict[str, bytes]) -> None:
     tokenizer, data = trained.tokenizer, trained.config.data
-    told |= {"tokenizer": data.task or data.tokenizer, "mark": tokenizer.mark, "step": trained.step}
+    told = {"format": "ngc_jax", "step": trained.step, **told}
+    told |= {"tokenizer": data.task or data.tokenizer, "mark": tokenizer.mark}
     text = "" if isinstance(tokenizer, Bytes) else tokenizer.serialised
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-    write_safetensors(folder, arrays, {"format": "ngc_jax", **told}, text, more=more)
+    write_safetensors(folder, arrays, told, text, more=more)

@@ -327,6 +327,31 @@ def _refusing(file: object, kind: str) -> Iterator[None]:
         raise UserError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
 
 
+def published(tokenizer: Tokenizer, task: str) -> tuple[str, dict[str, bytes]]:
+    """The text of a tokenizer.json, and other files, by which transformers cuts texts as ours does.
+
+    It puts our mark before a text. A given one is as it was given. Raises UserError for a task's.
+    """
+    if isinstance(tokenizer, Given):
+        return tokenizer.serialised, {}
+    if isinstance(tokenizer, Symbols):
+        raise UserError(
+            f"data.task={task!r}: must be '' in a model that is written as a published one"
+        )
+    import tokenizers
+
+    if isinstance(tokenizer, BPE):
+        made = tokenizers.Tokenizer.from_str(tokenizer.serialised)
+    else:
+        made = byte_level(tokenizers.models.BPE(vocab=ALPHABET, merges=[]))
+        made.add_special_tokens([MARK])
+    begins = {"single": f"{MARK} $A", "special_tokens": [(MARK, tokenizer.mark)]}
+    made.post_processor = tokenizers.processors.TemplateProcessing(**begins)
+    # else transformers makes another one, as the kind of model has it
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": MARK}
+    return made.to_str(), {"tokenizer_config.json": json.dumps(kind).encode()}
+
+
 def save_tokenizer(tokenizer: Tokenizer, home: files.Path) -> None:
     """Keeps what `load_tokenizer` needs; bytes need nothing."""
     if not isinstance(tokenizer, Bytes):
