@@ -6,16 +6,18 @@ import json
 import math
 import os
 import sys
+import types
 
 import pytest
 
 from ngc_jax.count import peak
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import Clock, Metrics, Progress, duration, read_rows
+from ngc_jax.runtime.trackers import TRACKERS, listed
 
 
-def write(workdir, start, rows):
-    metrics = Metrics(workdir, start)
+def write(workdir, start, rows, trackers=""):
+    metrics = Metrics(workdir, start, trackers=trackers)
     for row in rows:
         metrics.write(row)
     metrics.close()
@@ -173,8 +175,8 @@ def test_what_is_not_finite_is_null(tmp_path):
 def test_tensorboard_shows_the_same_rows(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write(tmp_path, 0, [{"step": s, "train/loss": s / 2} for s in (1, 2, 3)])
-    write(tmp_path, 2, [{"step": 3, "train/loss": 9.0}])
+    write(tmp_path, 0, [{"step": s, "train/loss": s / 2} for s in (1, 2, 3)], "tensorboard")
+    write(tmp_path, 2, [{"step": 3, "train/loss": 9.0}], "tensorboard")
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
@@ -182,6 +184,130 @@ def test_tensorboard_shows_the_same_rows(tmp_path):
         (2, 1.0),
         (3, 9.0),
     ]
+
+
+class Recorder:
+    """What a library of others keeps of a run: every row that it was given since it was opened."""
+
+    def __init__(self, home):
+        self.rows = SHOWN[home] = []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def close(self):
+        self.rows.append("closed")
+
+
+SHOWN = {}
+
+
+def test_a_tracker_of_ones_own_gets_each_row_once_when_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "mine", Recorder)
+    write(tmp_path, 0, ROWS, "mine")
+    assert SHOWN[tmp_path] == [*ROWS, "closed"]
+    again = [{**ROWS[4], "train/loss": math.nan}, ROWS[5]]
+    write(tmp_path, 4, again, "mine")  # killed after row 6, goes on from checkpoint 4
+    assert SHOWN[tmp_path] == [*ROWS[:4], {"step": 5, "train/loss": None}, ROWS[5], "closed"]
+    assert read_rows(tmp_path) == SHOWN[tmp_path][:-1]
+
+
+@pytest.mark.parametrize("when", ["__init__", "log", "close"])
+def test_a_tracker_that_raises_is_said_once_and_ends_nothing(tmp_path, monkeypatch, capsys, when):
+    def fail(*_):
+        raise RuntimeError("the server\nis gone")
+
+    class Broken(Recorder):
+        pass
+
+    setattr(Broken, when, fail)
+    monkeypatch.setitem(TRACKERS, "broken", Broken)
+    monkeypatch.setitem(TRACKERS, "mine", Recorder)
+    write(tmp_path, 0, ROWS, "broken,mine")
+    assert SHOWN[tmp_path] == [*ROWS, "closed"]
+    assert read_rows(tmp_path) == ROWS
+    told = "train.trackers: broken is left out (the server is gone); metrics.jsonl has all rows\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_said_once(tmp_path, monkeypatch, capsys, name):
+    for module in ("tensorboard.compat.proto.event_pb2", "trackio", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)
+    write(tmp_path, 0, ROWS, name)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert f"pip install 'ngc_jax[{name}]'" in said
+    assert read_rows(tmp_path) == ROWS
+
+
+def test_an_unknown_tracker_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"trackers='wandb,tb': 'tb' is none: must be some of"):
+        listed("wandb,tb")
+    assert listed("") == []
+
+
+# Of the interfaces of wandb 0.31 and trackio 0.43 what we call; the packages are not required.
+STAND_INS = {
+    "wandb": """
+import json, os, pathlib
+Settings = dict
+def init(id, dir, mode, resume, **more):
+    sent = pathlib.Path(dir) / "server.json"  # what their server has
+    run = Run()
+    run.kept = json.loads(sent.read_text()) if mode == "online" and sent.exists() else []
+    run.step = run.kept[-1][0] + 1 if run.kept else 0
+    run.home = sent
+    if mode == "offline":
+        count = len(list(pathlib.Path(dir).glob("wandb/*")))
+        run.home = pathlib.Path(dir) / "wandb" / f"offline-run-{count}-{id}" / "rows.json"
+        run.home.parent.mkdir(parents=True)
+    return run
+class Run:
+    def log(self, row, step):
+        self.kept.append([step, row])
+    def finish(self):
+        self.home.write_text(json.dumps(self.kept))
+""",
+    "trackio": """
+kept = {}  # run -> rows
+class Old:
+    def __init__(self, name): self.name = name
+    def delete(self): del kept[self.name]
+class Api:
+    def runs(self, project):
+        if not kept: raise ValueError("no such project")
+        return iter([Old(name) for name in kept])
+def init(project, name, config, **more):
+    assert config == {"seed": 0}
+    run = Run()
+    run.rows = kept.setdefault(name, [])
+    return run
+class Run:
+    def log(self, row, step): self.rows.append([step, row])
+    def finish(self): pass
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ["offline", "online", "trackio"])
+def test_a_run_that_goes_on_is_one_run_of_its_tracker(tmp_path, monkeypatch, kind):
+    name = "trackio" if kind == "trackio" else "wandb"
+    monkeypatch.setenv("WANDB_MODE", kind)
+    module = types.ModuleType(name)
+    exec(STAND_INS[name], module.__dict__)
+    monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    write(tmp_path, 0, [*ROWS, {"step": 6, "eval/loss": 1.0}], name)
+    write(tmp_path, 4, [*ROWS[4:], {"step": 6, "eval/loss": 1.0}, {"step": 7, "x": None}], name)
+    wanted = [[s, {"train/loss": s / 8}] for s in range(1, 7)] + [[6, {"eval/loss": 1.0}], [7, {}]]
+    if name == "trackio":
+        (rows,) = module.kept.values()
+    else:
+        pattern = "server.json" if kind == "online" else "wandb/offline-run-*/rows.json"
+        (file,) = tmp_path.glob(pattern)
+        rows = json.loads(file.read_text())
+    assert rows == wanted
 
 
 def test_the_clock_leaves_out_what_is_not_training(monkeypatch):

@@ -207,8 +207,8 @@ def config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
             why = "in a model that is written as a published one"
             raise UserError(f"{field}={fields[field]!r}: must be {wants} {why}")
 
-    for field, value in FIXED.items():
-        need(fields[field] == value, field, repr(value))
+    for field, value in FIXED.items():  # a dense model has no groups, whatever their number
+        need(fields[field] == value or field == "model.groups", field, repr(value))
     bias, norm, window = (fields[f"model.{name}"] for name in ("qkv_bias", "qk_norm", "attend"))
     need(not (bias and norm), "model.qkv_bias", "False where model.qk_norm=True")
     kind = "qwen2" if bias else "qwen3" if norm else "mistral" if window else "llama"

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ from ngc_jax.data.batches import Batch
 from ngc_jax.nn import stacks
 from ngc_jax.nn.model import Params
 from ngc_jax.nn.ranks import MEMBERS, Joined, write
-from ngc_jax.nn.sharing import take
+from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.sharing import FANS, spread, take
 from ngc_jax.runtime import files
 from ngc_jax.runtime.fields import refusals
 from ngc_jax.training.load import Trained
@@ -258,19 +260,32 @@ def formed(trained: Trained) -> Trained:
     model = make_model(config, shape.vocab)
     made, rest = [], []
     for number, stage in enumerate(stacks.stages_of(stacks.get_stack(trained.params, "prelude"))):
-        of = dict[tuple[str, ...], Any]()
-        for joined in shape.apart[number]:
-            summed = []
-            for part in shape.summands(number)[joined.name]:
-                states = take(stage[joined.name][part.name], 0)
-                pre, post = states.get("pre", ()), states.get("post", states.get("weight"))
-                summed.append(np.asarray(weights(part.how, pre, post)))
-            of[joined.members] = sum(summed)
-        made.append(of)
+        alone: Iterable[tuple[str, Array]] = formed_weights(shape, stage, number).items()
+        made.append(dict[tuple[str, ...], Array]({(member,): w for member, w in alone}))
         rest.append({n: v for n, v in stage.items() if n not in shape.fans(number)})
     others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rest)
     params = trained.params | {"prelude": others | _dense_stack(model, made)}
     return dataclasses.replace(trained, config=config, model=model, params=params)
+
+
+def formed_weights(shape: ModelShape, stage: Any, number: int = 0) -> dict[str, np.ndarray]:
+    """The weights [n_out, n_in] of the members of a stage's synapses, from its expanded states.
+
+    number: of the stage, where they differ in shape. Activations of signals are left out.
+    """
+    found: dict[str, np.ndarray] = {}
+    for synapse, parts in shape.summands(number).items():
+        fan, summands = shape.fans(number)[synapse], []
+        own = shape.shared.of(synapse) if synapse in FANS else tuple(range(len(fan)))
+        senders = (0,) if shape.apart else own
+        for part in parts:
+            states = stage[synapse][part.name]
+            pre, post = states.get("pre", ()), states.get("post", states.get("weight"))
+            made = jax.vmap(partial(weights, part.how))(spread(senders, pre), post)
+            summands.append(np.asarray(made).reshape(-1, made.shape[-1]))
+        ends = np.cumsum([shape.sizes[member][0] for member in fan])[:-1]
+        found |= dict(zip(fan, np.split(sum(summands), ends), strict=True))
+    return found
 
 
 def _dense_stack(model: Any, made: list[dict[tuple[str, ...], Array]]) -> Params:

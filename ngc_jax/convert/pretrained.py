@@ -19,7 +19,7 @@ from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.config_json import config_of, fields_of
 from ngc_jax.convert.names import read_params, tensors_of
 from ngc_jax.convert.source import Lazy, open_source, unwritten, write_safetensors
-from ngc_jax.data.tokens import Given, Tokenizer, open_given
+from ngc_jax.data.tokens import Tokenizer, open_given, published
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import partition
 from ngc_jax.runtime import checkpoint, fields, files
@@ -105,17 +105,14 @@ def export(trained: Trained, folder: str, dtype: str = "float32") -> None:
     """Writes a folder of safetensors, under the published names, that transformers opens.
 
     Of a converted model it writes the factors, which `import_pretrained` alone reads. Raises
-    UserError for a model without published names, such as one with a loop, and for a tokenizer of
-    another kind.
+    UserError for a model without published names, such as one with a loop, and for that of a task.
     """
-    if not isinstance(trained.tokenizer, Given):
-        what = f"data.tokenizer={trained.config.data.tokenizer!r}"
-        raise UserError(f"{what}: must be 'given', since transformers has no other one of ours")
+    tokenizer, more = published(trained.tokenizer, trained.config.data.task)
     config, params = trained.config, trained.params
-    told = flatten_dict(config.to_dict(), sep=".")
+    told = flatten_dict(config.to_dict(), sep=".") | {"data.vocab_size": trained.tokenizer.vocab}
     tensors = {name: _as(array, dtype) for name, array in tensors_of(params).items()}
     about = config_of(told) | {"torch_dtype": dtype}
-    write_safetensors(folder, tensors, about, trained.tokenizer.serialised)
+    write_safetensors(folder, tensors, about, tokenizer, more=more)
 
 
 def _as(array: np.ndarray, dtype: str) -> Lazy:

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import stat
+import types
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -213,11 +214,13 @@ def write_safetensors(
     config: Mapping[str, Any],
     tokenizer: str,
     shard_bytes: int = SHARD_BYTES,
+    more: Mapping[str, bytes] = types.MappingProxyType({}),
 ) -> None:
     """Writes a new folder that `open_source`, and transformers, read: whole or not at all.
 
-    tensors: arrays, or `Lazy`, by name. Equal arguments give equal bytes. A file holds at most
-    `shard_bytes` of tensors, or one; no more is in memory at once. Raises UserError.
+    tensors: arrays, or `Lazy`, by name. tokenizer: "": there is no such file. more: other files.
+    Equal arguments give equal bytes. A file holds at most `shard_bytes` of tensors, or one; no more
+    is in memory at once. Raises UserError.
     """
     folder = files.expand(os.fspath(folder))
     try:
@@ -248,4 +251,6 @@ def write_safetensors(
             )
         text = json.dumps(config, indent=2, sort_keys=True)
         (building / "config.json").write_text(text + "\n", encoding="utf-8")
-        (building / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        texts = {"tokenizer.json": tokenizer.encode()} if tokenizer else {}
+        for name, content in (texts | dict(more)).items():
+            (building / name).write_bytes(content)

@@ -15,26 +15,32 @@ Cache = dict[str, Array]  # "key", "value": [B, S, H, d]
 
 
 def rotate(x: Array, positions: Array, base: float = 10_000.0, scaling: str = "") -> Array:
-    """Rotary positions (RoFormer, arXiv 2104.09864) on x [B, T, H, d], d even; positions [T].
-
-    scaling: "linear:F" divides all frequencies by F; "llama3:F,LOW,HIGH,TOKENS", as Llama 3.1, only
-    those of less than LOW turns in so many tokens, and in part those of less than HIGH.
-    """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling:
-        slow: Array | float = 1.0
-        factor, *limits = map(float, scaling.partition(":")[2].split(","))
-        if limits:
-            low, high, original = limits
-            turns = original * frequency / (2 * jnp.pi)
-            slow = jnp.clip((high - turns) / (high - low), 0, 1)
-        frequency = frequency * (1 - slow + slow / factor)
+    """Rotary positions (RoFormer, arXiv 2104.09864) on x [B, T, H, d], d even; positions [T]."""
+    half, frequency = x.shape[-1] // 2, frequencies(x.shape[-1], base, scaling)
     angle = positions[:, None] * frequency  # [T, d/2]
     cos = jnp.concatenate([jnp.cos(angle)] * 2, axis=-1)[:, None]
     sin = jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)[:, None]
     # The roll brings each channel's partner of the pair (c, c + d/2) into its place.
     return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x.dtype)
+
+
+def frequencies(size: int, base: float, scaling: str = "") -> Array:
+    """Radians a token by which `rotate` turns the pairs of `size` channels: [size / 2].
+
+    scaling: "linear:F" divides all of them by F; "llama3:F,LOW,HIGH,TOKENS", as Llama 3.1, only
+    those of less than LOW turns in so many tokens, and in part those of less than HIGH.
+    """
+    half = size // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not scaling:
+        return frequency
+    slow: Array | float = 1.0
+    factor, *limits = map(float, scaling.partition(":")[2].split(","))
+    if limits:
+        low, high, original = limits
+        turns = original * frequency / (2 * jnp.pi)
+        slow = jnp.clip((high - turns) / (high - low), 0, 1)
+    return frequency * (1 - slow + slow / factor)
 
 
 def attention_mask(

@@ -66,7 +66,7 @@ class BPE:
         self.spelling = [bytes(ALPHABET[c] for c in t) if t != MARK else b"" for t in ids]
         self.lengths = np.array([len(token) for token in self.spelling], np.int32)
         merges = [(a, b) for a, b in pairs]
-        self.model = _byte_level(tokenizers.models.BPE(vocab=learned["vocab"], merges=merges))
+        self.model = byte_level(tokenizers.models.BPE(vocab=learned["vocab"], merges=merges))
         self.model.add_special_tokens([MARK])
         self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
 
@@ -77,7 +77,7 @@ class BPE:
 
         model, letters = tokenizers.models.BPE(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
         how: Any = {"special_tokens": [MARK], "initial_alphabet": letters, "show_progress": False}
-        trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), _byte_level(model)
+        trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), byte_level(model)
         model.train_from_iterator((text.decode() for text in texts), trainer)
         return model.to_str()
 
@@ -88,7 +88,8 @@ class BPE:
         return b"".join(self.spelling[token] for token in tokens)
 
 
-def _byte_level(model: Any) -> Any:
+def byte_level(model: Any) -> Any:
+    """A tokenizer of the bytes of a text, spelt in ALPHABET, by a model of `tokenizers`."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer(model)
@@ -324,6 +325,31 @@ def _refusing(file: object, kind: str) -> Iterator[None]:
         raise UserError(_no_tokenizers(kind)) from error
     except Exception as error:  # also what the library raises for merges that do not fit
         raise UserError(f"{file} cannot be read: {str(error) or type(error).__name__}") from error
+
+
+def published(tokenizer: Tokenizer, task: str) -> tuple[str, dict[str, bytes]]:
+    """The text of a tokenizer.json, and other files, by which transformers cuts texts as ours does.
+
+    It puts our mark before a text. A given one is as it was given. Raises UserError for a task's.
+    """
+    if isinstance(tokenizer, Given):
+        return tokenizer.serialised, {}
+    if isinstance(tokenizer, Symbols):
+        raise UserError(
+            f"data.task={task!r}: must be '' in a model that is written as a published one"
+        )
+    import tokenizers
+
+    if isinstance(tokenizer, BPE):
+        made = tokenizers.Tokenizer.from_str(tokenizer.serialised)
+    else:
+        made = byte_level(tokenizers.models.BPE(vocab=ALPHABET, merges=[]))
+        made.add_special_tokens([MARK])
+    begins = {"single": f"{MARK} $A", "special_tokens": [(MARK, tokenizer.mark)]}
+    made.post_processor = tokenizers.processors.TemplateProcessing(**begins)
+    # else transformers makes another one, as the kind of model has it
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": MARK}
+    return made.to_str(), {"tokenizer_config.json": json.dumps(kind).encode()}
 
 
 def save_tokenizer(tokenizer: Tokenizer, home: files.Path) -> None:

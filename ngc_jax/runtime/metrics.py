@@ -1,21 +1,20 @@
-"""What a run reports: rows in metrics.jsonl, a view of them for TensorBoard, and the live line.
+"""What a run reports: rows in metrics.jsonl, which trackers show too, and the live line.
 
-For: rows {"step": s, name: value, ...}, whose values belong to update s. Not for: computing them.
+For: rows {"step": s, name: value, ...}, whose values belong to update s. Not for: computing them,
+or what shows them (`trackers.py`).
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-import types
 from collections.abc import Iterable
 from typing import Any
 
 from ngc_jax.runtime import files, multihost, output
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.trackers import Trackers
 
 Row = dict[str, Any]
 LARGEST = 1 << 32  # bytes of metrics.jsonl that are read
@@ -61,9 +60,12 @@ class Metrics:
     `measured`: what the rows of `start` hold besides its update: "eval", "stability", "final",
     "wiring". Every process opens it; the first one writes. `rows`, `sha256`: how many rows a
     checkpoint of `start` counted (0: not known), and their digest. Raises UserError for lost rows.
+    `trackers`: names of those that show all rows, with commas between.
     """
 
-    def __init__(self, workdir: files.Path, start: int, rows: int = 0, sha256: str = ""):
+    def __init__(
+        self, workdir: files.Path, start: int, rows: int = 0, sha256: str = "", trackers: str = ""
+    ):
         writes = multihost.first()
         with multihost.agreed():
             kept = _kept(workdir, start, rows, sha256) if start and writes else []
@@ -72,8 +74,8 @@ class Metrics:
         self.measured = set(multihost.exchange(sorted(measured))[0])
         self._rows, self._sha256 = len(kept), hashlib.sha256(_text(*kept).encode())
         self._log = files.Log(workdir / "metrics.jsonl", _text(*kept)) if writes else None
-        self._board = _open_board(workdir / "tensorboard") if writes else None
-        self._show(*kept)
+        self._trackers = Trackers(trackers if writes else "", workdir)
+        self._trackers.log(*kept)
 
     def write(self, row: Row) -> None:
         """Adds a row, null for numbers that are not finite. A full disk raises no error yet."""
@@ -83,7 +85,7 @@ class Metrics:
             self._log.add(_text(row))
             self._rows += 1
             self._sha256.update(_text(row).encode())
-            self._show(row)
+            self._trackers.log(row)
 
     def written(self) -> dict[str, Any]:
         """How many rows there are, and their digest, for a checkpoint to keep."""
@@ -97,19 +99,7 @@ class Metrics:
     def close(self) -> None:
         if self._log:
             self._log.close()
-        if self._board:
-            with contextlib.suppress(OSError):
-                self._board.close()
-
-    def _show(self, *rows: Row) -> None:
-        for row in rows:
-            shown = {k: v for k, v in row.items() if k != "step" and v is not None}
-            values = [{"tag": k, "simple_value": v} for k, v in shown.items()]
-            try:
-                if self._board:
-                    self._board.write(_event(step=row["step"], summary={"value": values}))
-            except OSError:
-                self._board = None  # it is only a view, made anew when the run continues
+        self._trackers.close()
 
 
 def _text(*rows: Row) -> str:
@@ -135,32 +125,6 @@ def _kept(workdir: files.Path, start: int, rows: int, sha256: str) -> list[Row]:
     if bad:
         print(f"{path}: dropped {len(bad)} lines that are no rows, from {bad[0]} on", flush=True)
     return kept
-
-
-def _open_board(directory: files.Path) -> Any:
-    """A TensorBoard event file, a view of the rows, made anew; None where there can be none."""
-    # With this name importable TensorBoard does not load TensorFlow, where that is installed.
-    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-    try:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        if files.in_bucket(directory):
-            return None
-        files.remove(directory)
-        os.mkdir(directory)
-        # Not TensorBoard's own writer, whose thread prints a traceback on a full disk.
-        path = directory / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
-        board = RecordWriter(open(path, "xb", buffering=0))  # noqa: SIM115 (closed by `close`)
-        board.write(_event(file_version="brain.Event:2"))
-        return board
-    except (ImportError, OSError):
-        return None  # the extra is not installed; metrics.jsonl holds everything
-
-
-def _event(**content: Any) -> Any:
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    return Event(wall_time=time.time(), **content).SerializeToString()
 
 
 class Clock:

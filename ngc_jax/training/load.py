@@ -115,7 +115,7 @@ class Trained:
         need(0 < top_p <= 1, "top_p", "above 0 and at most 1, for instance 0.95")
         need(0 <= seed < 2**32, "seed", "from 0 to 4,294,967,295")
         model, _ = at_rounds(self.model, self.config, rounds)
-        start, key = jnp.asarray(self._encode(prompt)[None]), jax.random.key(seed)
+        start, key = jnp.asarray(self.encode(prompt)[None]), jax.random.key(seed)
         sampling = jnp.float32(temperature), jnp.float32(top_p)
         params = cast(self.params, self.config.train.compute_dtype)
         (made,) = generate(model, params, start, tokens, key, *sampling)
@@ -123,12 +123,12 @@ class Trained:
 
     def logits(self, text: Text) -> Array:
         """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
-        found: Array = self._ask(partial(_logits, self._apply, self.params), text)
+        found: Array = self._ask(partial(_logits, self.apply, self.params), text)
         return found
 
     def loss(self, text: str | bytes) -> Loss:
         """The loss of a text, in windows like the run's. Raises UserError for an empty one."""
-        tokens, context, mark = self._encode(text), self.config.data.context, self.tokenizer.mark
+        tokens, context, mark = self.encode(text), self.config.data.context, self.tokenizer.mark
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
         padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
@@ -136,7 +136,7 @@ class Trained:
         size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
             dtype = self.config.train.compute_dtype
-            logits = _logits(self._apply, self.params, batch, dtype)
+            logits = _logits(self.apply, self.params, batch, dtype)
             nats, counts = jax.device_get(nats_of(logits, batch.targets))
             counts = counts & real[:, None]
             length = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]  # bytes
@@ -160,7 +160,8 @@ class Trained:
         return dataclasses.replace(self, params=params)
 
     @property
-    def _apply(self) -> Apply:
+    def apply(self) -> Apply:
+        """The forward pass of evaluation, (params, batch) -> logits and more."""
         return at_rounds(self.model, self.config, None)[1] or self.model.apply
 
     @property
@@ -172,12 +173,12 @@ class Trained:
 
     def _ask(self, program: Callable[[Batch], Any], text: Text) -> Any:
         """program(batch): its results [B, ...], without the axis B unless the tokens have it."""
-        given = self._encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
+        given = self.encode(text) if isinstance(text, str | bytes) else np.asarray(text, np.int32)
         tokens = np.atleast_2d(given)
         found = program(Batch(tokens, segments=segments_of(tokens, self.boundary)))
         return found if given.ndim == 2 else jax.tree.map(lambda a: a[0], found)
 
-    def _encode(self, text: str | bytes) -> np.ndarray:
+    def encode(self, text: str | bytes) -> np.ndarray:
         """The tokens of a document that begins with this text, its mark included: [T] int32."""
         if isinstance(self.tokenizer, Symbols):
             task = self.config.data.task

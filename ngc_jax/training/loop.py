@@ -20,7 +20,7 @@ from ngc_jax.data.tokens import Data, given_in, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.runtime import files, metrics, multihost, profiler
+from ngc_jax.runtime import files, metrics, multihost, profiler, trackers
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.output import now
 from ngc_jax.training import card, match_size, rewiring
@@ -58,6 +58,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
         check_parameters(begun, model)
     if teacher and config.train.imitate != "outputs":
         check_stages(teacher, config, begun)
+    trackers.listed(config.train.trackers)
     profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
     print(f"data: {data.summary}")

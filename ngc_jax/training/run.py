@@ -88,7 +88,8 @@ class Run:
         """Stands after `step` updates, with the batches and rows that follow them."""
         jax.block_until_ready(state)
         train, passed = self.config.train, meta["passed"]
-        self.metrics = metrics.Metrics(self.home, step, meta["rows"], meta["rows_sha256"])
+        counted = meta["rows"], meta["rows_sha256"]
+        self.metrics = metrics.Metrics(self.home, step, *counted, train.trackers)
         span = {"start": step + passed, "stop": train.steps + passed}
         size, seed = train.batch_size, self.config.seed
         rows = meshes.local_batch_rows(self.mesh, size)

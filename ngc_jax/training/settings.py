@@ -187,6 +187,8 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
     Field("hang_minutes", 0.0, "without progress, a hang; 0 = off", "[0, inf)", "minutes"),
     Field("hang_exit", False, "whether a hang ends the process, to be started again"),
     Field("log_every", 20, "updates between rows of metrics", "[1, inf)", "updates"),
+    Field("trackers", "tensorboard", "what shows rows too, by commas: tensorboard, trackio, wandb, "
+          "your own; '' = none"),
     Field("profile", "", "updates to trace into DIR/profile: '10:20', from 1 on; '' = none"),
 ], _check_train, _unread_train)
 EVAL = Section("eval", "The loss on held-out data.", [

@@ -1,7 +1,7 @@
 """The work directory: what lies where, who may use it, and the config kept in it.
 
-For: DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/, card.md}, damaged/
-(checkpoints set aside), hang.txt (stacks), profile/. Not for: rows, checkpoints, or `load.py`.
+For: DIR/{config.json, tokenizer.json, metrics.jsonl, checkpoints/, card.md}, tensorboard/, damaged/
+(checkpoints set aside), hang.txt (stacks), profile/, wandb/. Not for: rows, checkpoints, `load.py`.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ LARGEST = 1 << 20  # bytes of a config
 HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
-FREE |= {f"train.{name}" for name in ("log_every", "profile", "hang_minutes", "hang_exit")}
+FREE |= {f"train.{name}" for name in ("log_every", "trackers", "profile")}
+FREE |= {f"train.{name}" for name in ("hang_minutes", "hang_exit")}
 FREE |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
 
 
