@@ -212,7 +212,7 @@ def test_a_set_that_a_directory_names_runs_no_code(run, home, tmp_path, monkeypa
     shutil.rmtree(theirs / "checkpoints" / "25")
     with pytest.raises(UserError, match=r"data.tfds_name was '', is 'poems'"):
         ngc_jax.load(theirs)
-    monkeypatch.setattr("ngc_jax.training.load.identity", lambda config: {})  # as if all agreed
+    monkeypatch.setattr("ngc_jax.training.load.comparable", lambda config: {})  # as if all agreed
     with pytest.raises(
         UserError, match=r"names the text data.tfds_name='poems', which is not read"
     ):

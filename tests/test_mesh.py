@@ -39,7 +39,12 @@ SMALL = {
     "train.warmup_steps": 5,
 }
 MODELS = {
-    "addressed": {},
+    "addressed": {
+        "model.dropout": 0.1,
+        "model.state_dropout": 0.05,
+        "train.label_smoothing": 0.1,
+        "train.ema": 0.9,
+    },
     "dense": {"model.rule": "dense"},
     "recurrent": {
         "model.kind": "recurrent",
@@ -51,6 +56,7 @@ MODELS = {
         "model.kind": "bdh",
         "model.hidden": 64,
         "train.learning_rate": 1e-3,
+        "train.ema": 0.9,
         "stability.every": 0,
     },
 }

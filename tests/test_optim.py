@@ -51,6 +51,16 @@ def test_wsd_is_stable_then_decays_linearly():
     assert rate(config, 100) == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("steps", "fraction"), [(100, 0.2), (12, 0.5), (30, 0.1), (7, 0.01)])
+def test_updates_before_the_decay_are_those_of_any_longer_run(steps, fraction):
+    how = {"schedule": "wsd", "decay_fraction": fraction, "warmup_steps": 2}
+    short, longer = settings(**how, steps=steps), settings(**how, steps=2 * steps)
+    count = optim.stable_updates(short)
+    assert [rate(short, s) for s in range(count)] == [rate(longer, s) for s in range(count)]
+    assert rate(short, count) < rate(longer, count)
+    assert optim.stable_updates(settings(schedule="cosine")) == 0
+
+
 def test_no_warm_up_starts_at_the_peak():
     assert rate(settings(warmup_steps=0), 0) == pytest.approx(1)
 

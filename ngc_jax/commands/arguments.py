@@ -43,7 +43,8 @@ def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     """The arguments of every command on a work directory, and `options`, for `read`."""
     arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     arguments.add_argument("--workdir", type=place, required=True, help="of a run")
-    arguments.add_argument("--step", type=int, help="checkpoint; default: the newest sound one")
+    told = "checkpoint; default: the newest sound one, or the best (checkpoint.best)"
+    arguments.add_argument("--step", type=int, help=told)
     arguments.add_argument("--extend", action="append", default=[], metavar="FILE.py", help=EXTEND)
     for option in options:
         told, default = ", ".join(filter(None, [option.help, option.range()])), option.default

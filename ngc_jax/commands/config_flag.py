@@ -21,6 +21,7 @@ from ngc_jax.runtime.fields import help_text, unknown
 
 # The dashes of a field that is given without "config.": with a section, or one that has none.
 TOP = "|".join(field.name for field in SECTIONS[0].fields)
+INIT = "--config.train.init_from"  # which may be given as --init_from
 SHORT = re.compile(rf"^--?(?=({TOP})(=|$)|(?!(no)?config\.)[a-z]\w*\.)")
 
 
@@ -36,6 +37,11 @@ def read_config(about: str, own: flags.FlagValues = flags.FLAGS) -> tuple[Config
         sys.exit(0)
     given, rest = _split(sys.argv[1:])
     extend(word.partition("=")[2] for word in rest if re.match("--?extend=", word))
+    begins = [word.partition("=")[2] for word in rest if word.startswith(f"{INIT}=")]
+    if begins and not given:  # another run like the one that it begins with
+        from ngc_jax.training.workdir import at_step
+
+        given = f"stored:{at_step(begins[-1])[0]}"
     if not given:
         raise UserError(f"--config is missing: give a file, or one of {', '.join(config_names())}")
     name, colon, argument = given.partition(":")
@@ -64,6 +70,7 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         elif not value and not rest and not word.startswith("-"):
             value = word
         else:
+            word = re.sub(r"^--?init_from(?==|$)", INIT, word)
             rest.append(SHORT.sub("--config.", word))
     return value, rest
 
@@ -92,6 +99,9 @@ def _flags(own: flags.FlagValues) -> str:
     modules = own.flags_by_module_dict()
     ours = (sys.argv[0], "ngc_jax.commands.train_model", __name__, multihost.__name__)
     told = {"--config=NAME": "config of configs/NAME.py; or a file with get_config()"}
+    told["--init_from=DIR"] = (
+        "parameters to begin with, of a run; DIR:STEP. Default config: its own."
+    )
     for flag in itertools.chain(*(modules.get(name, []) for name in ours)):
         default = "" if flag.default in (None, []) else f" Default: {flag.default}."
         told[f"--{flag.name}"] = flag.help.partition(";\n")[0] + default

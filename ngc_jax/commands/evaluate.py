@@ -27,7 +27,7 @@ def main() -> None:
         result = evaluation.held_out(step, trained.params, mesh, *amount)
         if isinstance(model, Decoder) and settle is None:  # measures are of a fixed number
             result |= evaluation.compile_watch(model, config, mesh, data)(trained.params)
-    print(f"{args.workdir}, step {trained.step}, held out from {data.summary}")
+    print(f"{args.workdir}, {trained.told}, held out from {data.summary}")
     for name, value in result.items():
         print(f"{name:40} {value:.6f}")
 

@@ -44,7 +44,7 @@ def main() -> None:
         for step in checkpoints.steps():
             print(f"checkpoint {step}: {plain(checkpoints.fault(step) or 'sound')}")
     print(parameter_table(trained.params, trained.model))
-    print(f"state at step {trained.step}, sha256 {digest(trained.state)}")
+    print(f"state at {trained.told}, sha256 {digest(trained.state)}")
 
 
 if __name__ == "__main__":

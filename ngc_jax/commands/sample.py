@@ -4,6 +4,7 @@ For: the command line. Not for: the sampling itself (`training/load.py`, `nn/mod
 """
 
 import os
+import sys
 
 from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.runtime.errors import UserError
@@ -33,6 +34,7 @@ def main() -> None:
         trained = load(args.workdir, args.step)
     with doing("sampling"):
         text = trained.generate(prompt, **asked)
+    print(f"{args.workdir}, {trained.told}", file=sys.stderr)
     print(prompt.decode(errors="replace") + text)
 
 

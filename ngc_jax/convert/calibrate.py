@@ -28,8 +28,8 @@ from ngc_jax.nn.synapse import Heard, intercept
 from ngc_jax.runtime import files
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.training.begin import put_params
 from ngc_jax.training.load import Trained
-from ngc_jax.training.loop import put_params
 from ngc_jax.training.step import cast
 
 Array = jax.Array

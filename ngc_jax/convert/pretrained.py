@@ -71,6 +71,7 @@ def begin(
     with hold(home):
         if (home / "config.json").exists():
             raise UserError(f"--workdir={workdir} holds a run: give another, or empty it")
+        config.train.ema = 0.0  # of updates, of which there are none
         claim(home, config, tokenizer)
         model = make_model(config, tokenizer.vocab)
         state = _begun(model, config, jax.tree.map(jax.device_put, params))

@@ -21,7 +21,7 @@ from ngc_jax.nn import stacks
 from ngc_jax.nn.layers import KEPT, RMSNorm, Stage
 from ngc_jax.nn.mesh import constrain, gathered
 from ngc_jax.nn.model import LanguageModel, Maybe, Pair, Params, end_info, init_ends, unembed
-from ngc_jax.nn.params import combine, describe, stacked
+from ngc_jax.nn.params import STAGES, combine, describe, drop_states, stacked
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import spread, take
 
@@ -96,6 +96,15 @@ class Decoder(LanguageModel):
         x = self.embed(params, batch)
         x, _, records = self.stream(params, x, batch.segments, record=record)
         return self.unembed(params, x), records
+
+    def dropped(self, params: Params, key: Array) -> Params:
+        s = self.shape
+        params = drop_states(params, self.param_info(), s.state_dropout, key)
+        if not s.dropout:
+            return params
+        keys = jax.random.split(jax.random.fold_in(key, STAGES), s.prelude + s.core + s.coda)
+        # In each round of a loop the same (arXiv 1512.05287).
+        return stacks.restack(s, params, lambda stack, rows: stacks.keyed(stack, keys[rows]))
 
     def iterate(
         self, params: Params, batch: Batch, *, rounds: Array, most: int | None = None, **how: Any
@@ -231,9 +240,11 @@ class Decoder(LanguageModel):
         self, number: int, weights: Params, x: Array, where: Where, cache: Any, route: Maybe = None
     ) -> Pair:
         """Run a stage, counted from 0 in its stack, on x [B, T, D]: the stream and the cache."""
+        weights, rngs = stacks.unkeyed(weights)
         weights = gathered(weights, lambda: self._info[number if self.shape.apart else 0])
         segments, at = where
-        return self.stage(number).apply({"params": weights}, x, at, segments, cache, route)
+        given = x, at, segments, cache, route
+        return self.stage(number).apply({"params": weights}, *given, rngs=rngs)
 
     @property
     def kept(self) -> Callable[..., bool]:

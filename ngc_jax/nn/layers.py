@@ -26,6 +26,7 @@ from ngc_jax.nn.model import Maybe, Pair
 from ngc_jax.nn.params import declare, declare_scale
 from ngc_jax.nn.ranks import Joined
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.stacks import KEY
 from ngc_jax.nn.synapse import Synapse, members_of
 from ngc_jax.runtime.fields import refusals
 
@@ -299,6 +300,7 @@ class Stage(nn.Module):
         self, x: Array, at: Array, segments: Maybe = None, cache: Any = None, route: Maybe = None
     ) -> Pair:
         s = self.shape
+        drop = nn.Dropout(s.dropout, deterministic=not self.has_rng(KEY))
         joined: dict[str, Any] = {"ports": s.p_inter, "intra": s.p_intra, "rewired": True}
         joined["gain"] = (2 * s.depth) ** -0.5  # the 2 depth branches together add unit variance
         joined["joined"] = s.apart[self.number] if s.apart else ()
@@ -308,12 +310,12 @@ class Stage(nn.Module):
         norm = RMSNorm(epsilon=s.norm_epsilon, name="attention_norm")
         asked = None if route is None else norm(route)
         heard, cache = attention_layer.attend(norm(x), at, segments, cache, asked)
-        x = constrain(x + heard, *s.stream_axes)
+        x = constrain(x + drop(heard), *s.stream_axes)
         own = shared_fields(NGCMLP, s) | joined
         mlp = NGCMLP(activation=s.exchange_activation, senders=s.shared.of("gate_up"), **own)
         nn.share_scope(self, mlp)
         heard = mlp(RMSNorm(epsilon=s.norm_epsilon, name="exchange_norm")(x))
-        return constrain(x + heard, *s.stream_axes), cache
+        return constrain(x + drop(heard), *s.stream_axes), cache
 
 
 def shared_fields(of: type, source: Any) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class LanguageModel(Protocol):
         x = self.embed(params, batch)
         return self.forward(params, x, jnp.arange(x.shape[1]), batch.segments, None)[0], None
 
+    def dropped(self, params: Params, key: Array) -> Params:
+        """The parameters of an update: what they drop, if anything, follows from the key."""
+        return params
+
     def decode(self, params: Params, tokens: Array, cache: Any, position: Array) -> Pair:
         """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`."""
         x, at = self.embed(params, Batch(tokens)), position + jnp.arange(tokens.shape[1])

@@ -18,8 +18,9 @@ from ngc_jax.core.rules import activate
 from ngc_jax.nn.layers import RMSNorm, rms_normalize
 from ngc_jax.nn.mesh import gathered
 from ngc_jax.nn.model import LanguageModel, Maybe, Pair, Params, end_info, init_ends, unembed
-from ngc_jax.nn.params import declare_scale, describe, stacked
+from ngc_jax.nn.params import STAGES, declare_scale, describe, drop_states, stacked
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.stacks import KEY, keyed, unkeyed
 from ngc_jax.nn.synapse import Synapse
 
 Array = jax.Array
@@ -40,6 +41,7 @@ class Cell(nn.Module):
     @nn.compact
     def __call__(self, x: Array, state: Array, first: Array | None = None) -> tuple[Array, Array]:
         s = self.shape
+        drop = nn.Dropout(s.dropout, deterministic=not self.has_rng(KEY))
         senders, half = s.shared.of("gate_up"), 0.5**0.5  # two readers' sum has unit variance
         parts = s.parts(s.width, s.hidden)
         reader = partial(Synapse, parts, s.width, s.hidden, s.form, senders, half)
@@ -65,7 +67,7 @@ class Cell(nn.Module):
         said, first = jax.tree.map(lambda a: a.swapaxes(0, 1), ((e, told), first))
         state, states = along_tokens(turn, state, said, first, rounds=s.rounds, remat=remat)
         out = back(s.parts(s.width, s.width), s.width, gain=s.core**-0.5, name="out")
-        return x + out(rms_normalize(states.swapaxes(0, 1)).astype(x.dtype))[..., 0, :], state
+        return x + drop(out(rms_normalize(states.swapaxes(0, 1)).astype(x.dtype))[..., 0, :]), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,14 @@ class Recurrent(LanguageModel):
         width = self.shape.width
         return describe(Cell(self.shape), jnp.zeros((1, 1, width)), jnp.zeros((1, width)))
 
+    def dropped(self, params: Params, key: Array) -> Params:
+        s = self.shape
+        params = drop_states(params, self.param_info(), s.state_dropout, key)
+        if not s.dropout:
+            return params
+        keys = jax.random.split(jax.random.fold_in(key, STAGES), s.core)
+        return params | {"cells": keyed(params["cells"], keys)}  # in each chunk of tokens the same
+
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
         """The cells' states before the first token: [C, B, D], for any `length`."""
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -115,8 +125,9 @@ class Recurrent(LanguageModel):
             x, first = jax.tree.map(lambda a: a.swapaxes(0, 1), heard)
 
             def body(x: Array, layer: tuple[Params, Array]) -> Any:
-                weights = gathered(layer[0], lambda: self.cell_info)
-                return cell.apply({"params": weights}, x, layer[1], first)
+                weights, rngs = unkeyed(layer[0])
+                weights = gathered(weights, lambda: self.cell_info)
+                return cell.apply({"params": weights}, x, layer[1], first, rngs=rngs)
 
             if self.shape.remat == "stages":
                 body = jax.checkpoint(body, prevent_cse=False)

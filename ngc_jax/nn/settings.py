@@ -107,6 +107,8 @@ def _check_groups(config: Any, need: Need) -> None:
         raise UserError(f"model.sharing={m.sharing!r}: {error}") from error
     stateless = m.rule == "dense"
     need(m.sharing == "none" or not stateless, "model.sharing", "'none' where model.rule='dense'")
+    wants = "0.0 where model.rule='dense', whose neurons have no states"
+    need(m.state_dropout == 0 or not stateless, "model.state_dropout", wants)
     need(m.rule != "none" or m.p_intra > 0, "model.p_intra", "1 or more where model.rule is 'none'")
     unit = math.lcm(m.groups, 2)  # rotary positions turn pairs of channels
     for field in ("width", "hidden"):
@@ -214,7 +216,7 @@ MATCHED = ("width", "hidden", "p_inter", "p_intra")  # sizes that `model.match` 
 _GROUPS = (
     *("rule", "width", "hidden", "groups", "attend", "p_intra", "p_inter", "message_activation"),
     *("wiring", "channels", "wiring_seed", "sharing", "init_rank", "exchange_activation"),
-    *("prelude", "core", "rounds", "drive", "coda", "form", "remat"),
+    *("prelude", "core", "rounds", "drive", "coda", "form", "remat", "dropout", "state_dropout"),
 )
 _HEADS = (
     *("heads", "kv_heads", "head_width", "gates", "qk_norm", "qk_gain", "qkv_bias", "rope_base"),
@@ -274,6 +276,8 @@ MODEL = Section("model",
     Field("coda", 1, "stages after the loop", "[0, 1000]", "stages"),
     Field("form", "weights", "'weights' = form each W; 'signals' = never", ("weights", "signals")),
     Field("remat", "rounds", "what the gradient computes again", ("none", "rounds", "stages")),
+    Field("dropout", 0.0, "part of what attention, MLP or cell add that is left out", "[0, 1)"),
+    Field("state_dropout", 0.0, "part of the numbers of neurons' states that are 0", "[0, 1)"),
     Field("chunk", 0, "tokens that gradients go back by; 0 = a window", "[0, inf)", "tokens"),
 ], _check, _unread)
 # fmt: on

@@ -56,6 +56,8 @@ class ModelShape:
     form: str = "weights"
     remat: str = "rounds"
     chunk: int = 0
+    dropout: float = 0.0
+    state_dropout: float = 0.0
     ranks: str = ""
 
     @property

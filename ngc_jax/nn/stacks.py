@@ -17,9 +17,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import leaders, take
 
+Array = jax.Array
 Tree = Any
 Params = dict[str, Any]
 STACKS = ("prelude", "core", "coda")
+KEY = "dropout"  # beside the parameters of a stage: the key, as data, by which it drops
 
 
 def stack_rows(shape: ModelShape) -> dict[str, slice]:
@@ -73,6 +75,21 @@ def split_stages(shape: ModelShape, params: Params, stages: Tree, senders: Tree)
 def numbered(stages: Sequence[Tree]) -> Params:
     """A stack of stages that differ in shape: {"0": stage, "1": ...}."""
     return {str(number): stage for number, stage in enumerate(stages)}
+
+
+def keyed(stack: Tree, keys: Array) -> Params:
+    """A stack whose stages drop by a key each, [stages]; without one a stage drops nothing."""
+    data = jax.random.key_data(keys)
+    if "0" in stack:
+        return {number: {**stage, KEY: data[int(number)]} for number, stage in stack.items()}
+    return {**stack, KEY: data}
+
+
+def unkeyed(stage: Tree) -> tuple[Params, dict[str, Array]]:
+    """A stage's parameters, and the `rngs` of its module that `keyed` asks for, if it does."""
+    own = dict(stage)
+    data = own.pop(KEY, None)
+    return own, {} if data is None else {KEY: jax.random.wrap_key_data(data)}
 
 
 def stages_of(stack: Tree) -> tuple[Tree, ...]:

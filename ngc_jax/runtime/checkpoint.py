@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -202,8 +202,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise ValueError(f"its state is that after {updates} updates")
         return Restored(step, state, meta)
 
-    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Saves in the background, after the save before this one. Raises SaveFailed for both."""
+    def save(
+        self, step: int, state: Tree, meta: dict[str, Any], spared: Sequence[Iterable[int]] = ()
+    ) -> None:
+        """Saves in the background, after the save before this one. Raises SaveFailed for both.
+
+        Of each list in `spared`, the first step that there is stays beside the newest ones.
+        """
         self.wait()
         arrays = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_BYTES)
         items = ocp.args.Composite(state=arrays)
@@ -213,7 +218,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 files.remove(self.directory / str(step))
         with self._attempt(step):
             self._orbax.save(self._plainly() / str(step), args=items, force=True)
-        self._sealing = self._pool.submit(self._seal, step, meta, _shapes(state))
+        self._sealing = self._pool.submit(self._seal, step, meta, _shapes(state), spared)
 
     def check(self) -> None:
         """Raises SaveFailed at once for a save in the background that has failed, if one did."""
@@ -262,7 +267,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             cause = str(error).partition(SPEC)[0]
             raise SaveFailed(f"checkpoint {step} could not be saved: {cause}") from error
 
-    def _seal(self, step: int, meta: dict[str, Any], tree: dict[str, str]) -> None:
+    def _seal(
+        self, step: int, meta: dict[str, Any], tree: dict[str, str], spared: Sequence[Iterable[int]]
+    ) -> None:
         with self._attempt(step):
             self._orbax.wait_until_finished()
             if not multihost.first():
@@ -283,10 +290,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 files.remove(home / MANIFEST)
                 raise
             # Begun ones again: Orbax's threads may write on after a failed save was raised.
-            self._drop(self.steps()[: -self._keep])
+            there = self.steps()
+            kept = {next((step for step in one if step in there), None) for one in spared}
+            self._drop(set(there[: -self._keep]) - kept)
         _give_back()
 
-    def _drop(self, steps: Iterable[int] = ()) -> None:
+    def _drop(self, steps: Iterable[int | None] = ()) -> None:
         """Removes steps, and what a kill or a failed save has begun, while none is under way."""
         for step in steps:
             home = self.directory / str(step)

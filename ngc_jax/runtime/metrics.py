@@ -54,13 +54,20 @@ def latest(rows: Iterable[Row]) -> Row:
     return {name: value for row in rows for name, value in row.items()}
 
 
+def best_first(rows: Iterable[Row]) -> list[int]:
+    """Steps that have a held-out loss, the least loss first; of equal ones the earliest."""
+    found = {row["step"]: row["eval/loss"] for row in rows if row.get("eval/loss") is not None}
+    return sorted(found, key=lambda step: (found[step], step))
+
+
 class Metrics:
     """Appends rows. Opening it drops the rows after `start`, the step that the run continues from.
 
     `measured`: what the rows of `start` hold besides its update: "eval", "stability", "final",
-    "wiring". Every process opens it; the first one writes. `rows`, `sha256`: how many rows a
-    checkpoint of `start` counted (0: not known), and their digest. Raises UserError for lost rows.
-    `trackers`: names of those that show all rows, with commas between.
+    "wiring". `evaluated`: rows with a held-out loss. Every process opens it; the first one writes.
+    `rows`, `sha256`: how many rows a checkpoint of `start` counted (0: not known), and their
+    digest. `trackers`: names of those that show all rows, with commas between. Raises UserError for
+    lost rows.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Metrics:
         others = [row for row in kept if row["step"] == start and "train/loss" not in row]
         measured = {name.partition("/")[0] for row in others for name in row}
         self.measured = set(multihost.exchange(sorted(measured))[0])
+        self.evaluated = multihost.exchange([row for row in kept if "eval/loss" in row])[0]
         self._rows, self._sha256 = len(kept), hashlib.sha256(_text(*kept).encode())
         self._log = files.Log(workdir / "metrics.jsonl", _text(*kept)) if writes else None
         self._trackers = Trackers(trackers if writes else "", workdir)
@@ -79,9 +87,10 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Adds a row, null for numbers that are not finite. A full disk raises no error yet."""
+        wrong = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+        row = {**row, **dict.fromkeys(wrong)}
+        self.evaluated += [row] * ("eval/loss" in row)
         if self._log:
-            wrong = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-            row = {**row, **dict.fromkeys(wrong)}
             self._log.add(_text(row))
             self._rows += 1
             self._sha256.update(_text(row).encode())

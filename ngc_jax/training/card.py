@@ -12,7 +12,7 @@ from ngc_jax.analysis.page import describe
 from ngc_jax.count import Parameters
 from ngc_jax.report.blocks import heading, listing, table, to_markdown
 from ngc_jax.runtime.files import Path, write_durably
-from ngc_jax.runtime.metrics import duration, latest, read_rows
+from ngc_jax.runtime.metrics import best_first, duration, latest, read_rows
 
 TFDS = "~/tensorflow_datasets"  # where TFDS keeps sets by default
 HELD_OUT = {
@@ -26,10 +26,12 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     """Writes DIR/card.md; `data` says what they are, `generated` counts weights of a forward."""
     rows = read_rows(workdir)
     last, t, task = latest(rows), config.train, config.data.task
-    seen = t.steps * t.batch_size * config.data.context / 1e6
+    seen = last["step"] * t.batch_size * config.data.context / 1e6
     measures = HELD_OUT | {name: name for name in sorted(last) if name.startswith("stability/")}
     shown = [[said, _number(last[name])] for name, said in measures.items() if name in last]
     curve = [f"{_number(r['eval/loss'])} at {r['step']}" for r in rows if "eval/loss" in r]
+    best = best_first(rows)[:1] if config.checkpoint.best else []
+    curve += [f"that of step {step} is kept and opened (checkpoint.best)" for step in best]
     home = shlex.quote(str(workdir))
     use = f"sample --workdir={home} --prompt='def ' --tokens=200"
     limits = "Trained on this unfiltered text alone: it continues text, and states no facts."

@@ -23,17 +23,17 @@ from ngc_jax.analysis import probes
 from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
 from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokens import Data, Symbols, Tokenizer, given_in, load_data, load_tokenizer
+from ngc_jax.data.tokens import BPE, Data, Symbols, Tokenizer, given_in, load_data, load_tokenizer
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params, generate
-from ngc_jax.runtime import checkpoint, fields, files
+from ngc_jax.runtime import checkpoint, fields, files, metrics
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rounds import Apply, mark_of
-from ngc_jax.training.step import abstract_state, cast, nats_of, predict
-from ngc_jax.training.workdir import hold, identity, read_config
+from ngc_jax.training.step import abstract_state, cast, evaluated, nats_of, predict
+from ngc_jax.training.workdir import comparable, hold, read_config
 
 Array = jax.Array
 LEAN = "optimizer"  # what is left out of a state: twice what its parameters are
@@ -71,6 +71,14 @@ class Trained:
         return _restored(self.workdir, config, self.tokenizer.vocab, self.step, without="").state
 
     @property
+    def told(self) -> str:
+        """Which parameters these are, in words: "step 20, the least held-out loss"."""
+        best = self.config.checkpoint.best and metrics.best_first(metrics.read_rows(self.workdir))
+        told = ", the least held-out loss" * (bool(best) and best[0] == self.step)
+        ema = self.config.train.ema
+        return f"step {self.step}{told}" + (f", averaged (train.ema={ema})" if ema else "")
+
+    @property
     def decoder(self) -> Decoder:
         """The model, where its stages are needed. Raises UserError for a model without stages."""
         if not isinstance(self.model, Decoder):
@@ -81,9 +89,11 @@ class Trained:
         """The data trained on and held out. Raises UserError: changed since, or `withheld`."""
         if self.withheld:
             raise UserError(f"--workdir={self.workdir}: {self.withheld}")
-        data = load_data(
-            self.config.data, mark_of(self.config), given_in(self.workdir, self.config)
-        )
+        own, config = self.tokenizer, self.config
+        # Of a run that begins with another, or has a teacher, it may be theirs.
+        others = config.train.init_from or config.train.teacher
+        given = own if others and isinstance(own, BPE) else given_in(self.workdir, config)
+        data = load_data(config.data, mark_of(config), given)
         trained_on = self.meta["data"]
         if trained_on not in ("", data.fingerprint):  # "": a pretrained model, on what is not known
             raise UserError(
@@ -212,7 +222,8 @@ def load(
 ) -> Trained:
     """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError.
 
-    The parameters are put on a device, or on a mesh, whose devices read their parts alone.
+    Under `checkpoint.best` that of the least held-out loss comes first. The parameters, under
+    `train.ema` their average, are put on a device, or on a mesh, whose devices read their parts.
     Its text, for `Trained.data`, is at `data_path`, or a TFDS set in `tfds_dir`. The places that
     the directory itself names are read, and written, only with `trust` (docs/trust.md).
     """
@@ -222,7 +233,7 @@ def load(
     withheld = withhold(config.data, data_path, tfds_dir, trust)
     read = _restored(home, stored, tokenizer.vocab, step, mesh)
     model = configs.make_model(config, tokenizer.vocab)
-    model, params = rewiring.pruned(model, read.state.params, config, read.step)
+    model, params = rewiring.pruned(model, evaluated(read.state), config, read.step)
     return Trained(home, config, model, params, tokenizer, read.step, read.meta, withheld)
 
 
@@ -230,7 +241,7 @@ def _restored(
     workdir: files.Path, config: Any, vocab: int, step: Any, mesh: Any = None, without: str = LEAN
 ) -> checkpoint.Restored:
     """The newest sound checkpoint, or that of `step`. Raises UserError."""
-    model, run = configs.make_model(config, vocab), identity(config)
+    model, run = configs.make_model(config, vocab), comparable(config)
     kept = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True, without=without)
     with jax.enable_x64(False), kept as checkpoints:  # whatever the caller's arrays have
         abstract = abstract_state(model, config.train, mesh or meshes.single_device())
@@ -238,8 +249,12 @@ def _restored(
         if not steps or step not in (None, *steps):
             missing = "no checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"--workdir={workdir} holds {missing}; there are: {steps or 'none'}")
+        chosen = _best(workdir, config, steps) if step is None else [step]
         try:
-            read, faults = checkpoints.newest(abstract, run, steps if step is None else {step})
+            read, faults = checkpoints.newest(abstract, run, chosen)
+            if read is None and chosen != steps and step is None:
+                read, others = checkpoints.newest(abstract, run)
+                faults |= others
         except UserError as error:
             raise UserError(f"--workdir={workdir}: {error}") from error
         if read is None:
@@ -248,6 +263,12 @@ def _restored(
         for bad, fault in faults.items():
             print(f"checkpoint {bad} is skipped: {fault}", file=sys.stderr)
     return read
+
+
+def _best(workdir: files.Path, config: Any, steps: list[int]) -> list[int]:
+    """Of these, the step of the least held-out loss, where `checkpoint.best` asks for it."""
+    best = metrics.best_first(metrics.read_rows(workdir)) if config.checkpoint.best else []
+    return [step for step in best if step in steps][:1] or steps
 
 
 _activations = jax.jit(probes.activations, static_argnums=0)

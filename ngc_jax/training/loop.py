@@ -8,22 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.batches import batch_like
-from ngc_jax.data.tokens import Data, given_in, load_data
+from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime import files, metrics, multihost, profiler, trackers
-from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.output import now
-from ngc_jax.training import card, match_size, rewiring
+from ngc_jax.training import begin, card, match_size, rewiring
 from ngc_jax.training.evaluation import compile_eval, compile_watch
 from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
@@ -46,18 +43,17 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     with multihost.agreed():
         match_size.prepare(config)
         mesh = meshes.make_mesh(config.mesh)
-        begun, teacher = (opened(config, field, mesh) for field in ("init_from", "teacher"))
-        given = begun or teacher
-        home = given.workdir if given else workdir
-        data = load_data(config.data, mark_of(config), given_in(home, config))
+        begun, teacher = (begin.opened(config, field, mesh) for field in ("init_from", "teacher"))
+        tokenizer = begin.tokenizer_of(config, begun or teacher, workdir)
+        data = load_data(config.data, mark_of(config), tokenizer)
     told = config.to_json(sort_keys=True)
     multihost.same(config=told, text=data.fingerprint, software=str(versions()))
     model = make_model(config, data.tokenizer.vocab)
-    check_tokens(config, data, begun, teacher)
+    begins = ""
     if begun:
-        check_parameters(begun, model)
-    if teacher and config.train.imitate != "outputs":
-        check_stages(teacher, config, begun)
+        begun, begins = begin.fitted(begun, model, data.tokenizer, config, mesh)
+    if teacher:
+        begin.check_teacher(teacher, data.tokenizer, config, begun)
     trackers.listed(config.train.trackers)
     profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer)
@@ -69,6 +65,8 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     del begun, teacher  # the programs hold what they need of them
     now("opening the newest checkpoint, or beginning")
     this = Run(config, workdir, data, mesh, programs)
+    if begins and not this.step:
+        print(begins)
     changes = rewiring.changes(config) if programs.rewire else None
 
     # ---- Train -----------------------------------------------------------------------------------
@@ -80,17 +78,17 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
             profile.turn(this.step, this.state)
             stop, save = this.wishes() if jax.process_count() == 1 else this.votes
             save = save or this.last or this.step % config.checkpoint.every_steps == 0
-            kinds = this.due()
-            if kinds or save or stop:
+            if this.due() or save or stop:
                 this.log()
             if this.broken >= config.train.max_bad_steps:
                 this.rewind()
                 continue
-            measured = this.measure(kinds)
+            measured = this.measure()
             # Not asked anew: a step whose row is not written is not saved.
             ending = this.last or stop or not measured
             # While updates are skipped nothing is saved: the checkpoints stay those from before.
-            if this.step > this.saved and (ending or (save and not this.broken)):
+            wanted = (save or this.improved) and not this.broken
+            if this.step > this.saved and (ending or wanted):
                 this.save(ending)
             if ending:
                 break
@@ -121,7 +119,9 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
         stored = count.parameters(final, model.param_info())
         card.write(workdir, config, data.summary, stored, count.generated_weights(model))
     took = metrics.duration(this.clock.seconds())
-    this.progress.say(f"done: {this.step} steps in {took} of training; see {workdir / 'card.md'}")
+    early = f"; train.patience={config.train.patience} is at its end" if this.early else ""
+    done = f"done: {this.step} steps in {took} of training{early}"
+    this.progress.say(f"{done}; see {workdir / 'card.md'}")
     return True
 
 
@@ -144,7 +144,7 @@ def compile_programs(
     iteration = make_iteration(model, config)
     taught = teacher.model if teacher else None
     step = make_train_step(model, train, penalty, iteration, config.seed, taught)
-    known = () if teacher is None else (put_params(mesh, teacher),)
+    known = () if teacher is None else (begin.put_params(mesh, teacher),)
     began, shardings = time.monotonic(), meshes.shardings(state)
 
     def voting(state: Any, batch: Any, ballots: Any, *known: Any) -> tuple[Any, Any]:
@@ -156,10 +156,10 @@ def compile_programs(
     compiled = update.lower(state, batch, multihost.ballots(mesh, False, False), *known).compile()
     rewire = rewiring.compile_rewire(model, config, mesh, state, batch)
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
-    begin = partial(init_state, model, train, config.seed)
-    start = () if begun is None else (put_params(mesh, begun),)
+    draw = partial(init_state, model, train, config.seed)
+    start = () if begun is None else (begin.put_params(mesh, begun),)
     given = {"donate_argnums": range(len(start)), "out_shardings": shardings}
-    init = jax.jit(begin, compiler_options=SELDOM, **given)
+    init = jax.jit(draw, compiler_options=SELDOM, **given)
     forward = count.forward_flops(model.apply, state.params, batch)  # the backward pass is twice it
     flops = iteration.flops(state.params, batch) if iteration else 3.0 * forward
     if taught:
@@ -175,56 +175,3 @@ def compile_programs(
     )
     run = lambda *given: compiled(*given, *known)  # noqa: E731
     return Programs(partial(init, *start), run, rewire, evaluate, watch, state, flops)
-
-
-def opened(config: ConfigDict, field: str, mesh: Mesh) -> "Trained | None":
-    """The run that a field of `config.train` names, if any, on a mesh. Raises UserError."""
-    from ngc_jax.training.load import load  # which trains by this file
-
-    try:
-        return load(config.train[field], mesh=mesh) if config.train[field] else None
-    except UserError as error:
-        raise UserError(f"train.{field}={config.train[field]!r}: {error}") from error
-
-
-def check_parameters(begun: "Trained", model: LanguageModel) -> None:
-    """Refuses a run whose parameters are not those of a model, by name. Raises UserError."""
-    wanted = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)), sep="/")
-    found = flatten_dict(begun.params, sep="/")
-    for name in sorted({*wanted, *found}):
-        one, other = (tree[name].shape if name in tree else None for tree in (found, wanted))
-        if one != other:
-            wants = f"of shape {other}, not {one}: config.model must be as there"
-            raise UserError(f"train.init_from={str(begun.workdir)!r}: {name} must be {wants}")
-
-
-def check_stages(teacher: "Trained", config: ConfigDict, begun: "Trained | None") -> None:
-    """Refuses a teacher whose stream cannot be compared stage by stage. Raises UserError."""
-    shapes = (teacher.decoder.shape, config.model)
-    own, ours = ((m.width, m.prelude + m.coda, m.core) for m in shapes)
-    if own != ours:
-        wants = f"must have (width, prelude + coda, core) = {ours} in config.model, not {own}"
-        where = f"where train.imitate={config.train.imitate!r}; 'outputs' takes any"
-        raise UserError(f"train.teacher={str(teacher.workdir)!r}: {wants}, {where}")
-    table = teacher.params["embed"]
-    if begun and jnp.linalg.norm(begun.params["embed"] - table) > jnp.linalg.norm(table):
-        wants = "'outputs' where train.init_from has another basis of the stream, as --form=ports"
-        raise UserError(f"train.imitate={config.train.imitate!r}: must be {wants}")
-
-
-def check_tokens(config: ConfigDict, data: Data, *runs: "Trained | None") -> None:
-    """Refuses runs whose tokens are others than those of the data. Raises UserError."""
-    for one in filter(None, runs):
-        kinds = (one.config.data, config.data)
-        own, ours = ((kind.task, kind.tokenizer, kind.vocab_size) for kind in kinds)
-        same = getattr(one.tokenizer, "serialised", "") == getattr(data.tokenizer, "serialised", "")
-        if own != ours or not same:
-            wants = f"must read the same tokens as this run, (task, tokenizer, vocab_size) = {ours}"
-            raise UserError(f"{one.workdir} reads {own}: {wants}")
-
-
-def put_params(mesh: Mesh, one: "Trained") -> Any:
-    """The parameters of a run, laid out on a mesh."""
-    place = partial(meshes.abstract_param, mesh)
-    placed = meshes.shardings(jax.tree.map(place, one.params, one.model.param_info()))
-    return jax.tree.map(jax.device_put, one.params, placed)

@@ -30,6 +30,13 @@ def schedule(config: Any, step: Array) -> Array:
     return jnp.minimum(warm, 1.0) * (t.final_fraction + (1 - t.final_fraction) * shape)
 
 
+def stable_updates(config: Any) -> int:
+    """Updates of 'wsd' up to its decay, which a longer run makes too, to the bit; else 0."""
+    if config.schedule != "wsd":
+        return 0
+    return int(config.steps - max(1.0, config.decay_fraction * config.steps)) + 1
+
+
 def make_optimizer(config: Any, info: Tree) -> optax.GradientTransformation:
     """Gradient -> direction: clip, AdamW or Muon, decay decoupled and of matrices and states."""
     direction = adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ from ngc_jax.runtime import checkpoint, files, metrics, multihost, preemption, w
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.output import doing
 from ngc_jax.training import evaluation, workdir
-from ngc_jax.training.step import TrainState
+from ngc_jax.training.optimizer import stable_updates
+from ngc_jax.training.step import TrainState, evaluated
 
 MEASURED = {"eval", "stability", "final"}  # kinds of rows made of the state between two updates
 
@@ -78,6 +79,8 @@ class Run:
         self.clock, self.last_save = metrics.Clock(float(meta["seconds"])), time.monotonic()
         of = f"checkpoint {step} of {train.steps}"
         print(f"continuing from {of} in {home}" if step else f"starting from step 0 in {home}")
+        if train.ema:
+            print(f"evaluated, and used later: the average of parameters (train.ema={train.ema})")
         here = workdir.surroundings()
         changed = {name: was for name, was in made_with.items() if was != here.get(name, "")}
         if step and changed:
@@ -102,7 +105,8 @@ class Run:
 
     def _newest(self, among: Collection[int] | None = None) -> checkpoint.Restored | None:
         """The newest checkpoint of these that is this run's; others are named and set aside."""
-        found, faults = self.checkpoints.newest(self.do.state, workdir.identity(self.config), among)
+        wanted = workdir.comparable(self.config)
+        found, faults = self.checkpoints.newest(self.do.state, wanted, among)
         for bad, fault in faults.items() if multihost.first() else ():
             aside = self.checkpoints.set_aside(bad)
             self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
@@ -110,8 +114,21 @@ class Run:
 
     @property
     def last(self) -> bool:
-        """Whether all updates are made."""
-        return self.step == self.config.train.steps
+        """Whether all updates are made, or `train.patience` is at its end."""
+        return self.step == self.config.train.steps or self.early
+
+    @property
+    def early(self) -> bool:
+        """Whether the last `train.patience` evaluations were no better than one before them."""
+        rows, patience = self.metrics.evaluated, self.config.train.patience
+        best = next(iter(metrics.best_first(rows)), 0) if patience else 0
+        return 0 < patience <= sum(row["step"] > best for row in rows)
+
+    @property
+    def improved(self) -> bool:
+        """Whether this state is the best so far, and such are kept (`checkpoint.best`)."""
+        best = self.config.checkpoint.best and metrics.best_first(self.metrics.evaluated)
+        return bool(best) and best[0] == self.step
 
     def wishes(self) -> tuple[bool, bool]:
         """Whether this process was asked to stop, and whether the clock asks it to save."""
@@ -158,8 +175,8 @@ class Run:
             found = f"loss {loss}, gradient norm {norm}, {fault}"
             self.progress.say(f"step {at}: {found}: update skipped")
 
-    def measure(self, kinds: Iterable[str]) -> bool:
-        """Writes the rows of these kinds. False: asked to stop meanwhile, and abandoned."""
+    def measure(self) -> bool:
+        """Writes the rows that are due. False: asked to stop meanwhile, and abandoned."""
 
         def unless_asked(program: Any, *given: Any) -> Any:
             self.watchdog.beat()
@@ -167,10 +184,11 @@ class Run:
                 raise preemption.Asked
             return program(*given)
 
-        step, params, c = partial(unless_asked, self.do.evaluate), self.state.params, self.config
+        step, c = partial(unless_asked, self.do.evaluate), self.config
         parts = {"eval": ("held-out", c.eval.windows), "final": ("all held-out", 0)}
         with self.clock, doing("evaluating"), contextlib.suppress(preemption.Asked):
-            for kind in kinds:
+            while kinds := self.due():  # an evaluation may be the last one
+                kind, params = kinds[0], evaluated(self.state)
                 if kind == "stability":
                     row = unless_asked(self.do.watch, params)
                 else:
@@ -181,6 +199,7 @@ class Run:
                     self.progress.say(f"step {self.step}: {part} {shown}")
                     row = {f"{kind}/{name}": value for name, value in found}
                 self.metrics.write({"step": self.step, **row})
+                self.unmeasured = {*self.unmeasured} - {kind}
             return True
         return False
 
@@ -197,7 +216,10 @@ class Run:
                 "passed": self.passed,
             }
             meta |= {"config": workdir.identity(self.config), **self.metrics.written()}
-            self.checkpoints.save(self.step, self.state, meta)
+            # Beside the newest: the best, and one that a longer run can go on from (longer.py).
+            spared: list[Sequence[int]] = [range(stable_updates(self.config.train), 0, -1)]
+            spared += [metrics.best_first(self.metrics.evaluated)] * self.config.checkpoint.best
+            self.checkpoints.save(self.step, self.state, meta, spared)
             if ending:
                 self.checkpoints.wait()
         self.saved, self.last_save, self.votes = self.step, time.monotonic(), (False, False)

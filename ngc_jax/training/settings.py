@@ -81,6 +81,8 @@ def _check_train(config: Any, need: Need) -> None:
     need(stages or t.imitate == "outputs", "train.imitate", wants)
     wants = "a work directory where train.imitate='stages', which trains neither end of a model"
     need(t.imitate != "stages" or t.init_from != "", "train.init_from", wants)
+    wants = f"0.0 where model.wiring={config.model.wiring!r} changes in training"
+    need(t.ema == 0 or config.model.wiring not in DYNAMIC, "train.ema", wants)
     need(traceable(t.profile), "train.profile", "'', or the updates to trace, for instance '10:20'")
 
 
@@ -88,7 +90,8 @@ def _unread_train(config: Any) -> dict[str, str]:
     t = config.train
     if not t.teacher:
         return dict.fromkeys(("imitate", "temperature"), "train.teacher=''")
-    return {"temperature": "train.imitate='stages'"} if t.imitate == "stages" else {}
+    found = {"label_smoothing": "train.teacher is learned"}
+    return found | ({"temperature": "train.imitate='stages'"} if t.imitate == "stages" else {})
 
 
 def _check_mesh(config: Any, need: Need) -> None:
@@ -165,7 +168,7 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
     Field("steps", 1000, "updates of a run", "[1, inf)", "updates"),
     Field("batch_size", 16, "a multiple of accumulation x data x fsdp", "[1, inf)", "windows"),
     Field("accumulation", 1, "parts of a batch, computed one after another", "[1, inf)"),
-    Field("init_from", "", "work directory whose parameters a run begins with; '' = drawn"),
+    Field("init_from", "", "work directory, or DIR:STEP, that a run begins with; '' = drawn"),
     Field("teacher", "", "work directory of a model whose output is learned; '' = the data"),
     Field("imitate", "outputs", "of the teacher; 'stream': after each stage, too", IMITATED),
     Field("temperature", 1.0, "that divides the logits of teacher and model", "(0, inf)"),
@@ -181,6 +184,9 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
     Field("b2", 0.99, "decay of AdamW's second moment", "[0, 1)"),
     Field("clip_norm", 1.0, "greatest norm of the whole gradient", "(0, inf)"),
     Field("compute_dtype", "float32", "of activations and gradients, not of parameters", DTYPES),
+    Field("label_smoothing", 0.0, "part of a target that goes to all tokens alike", "[0, 1)"),
+    Field("ema", 0.0, "decay of a mean of parameters, which is evaluated; 0 = none", "[0, 1)"),
+    Field("patience", 0, "evaluations without a better loss that end a run; 0 = none", "[0, inf)"),
     Field("spike", 0.0, "deviations above the mean loss, skipped as spike; 0 = off", "[0, inf)"),
     Field("max_bad_steps", 20, "skipped in a row that are trouble", "[1, inf)", "updates"),
     Field("max_rewinds", 2, "times that trouble sends a run back to a checkpoint", "[0, inf)"),
@@ -200,6 +206,7 @@ CHECKPOINT = Section("checkpoint", "Saved states of a run.", [
     Field("every_steps", 200, "updates between checkpoints", "[1, inf)", "updates"),
     Field("every_minutes", 10.0, "a checkpoint at least this often", "(0, inf)", "minutes"),
     Field("keep", 3, "newest checkpoints kept; two at least, since one may be damaged", "[2, inf)"),
+    Field("best", False, "whether that of the least held-out loss is kept too, and preferred"),
 ])
 MESH = Section("mesh", "Devices (docs/meshes.md). Their number is data x fsdp x group.", [
     Field("data", -1, "parts of the batch; -1 = as many as devices are left", "[-1, inf)"),

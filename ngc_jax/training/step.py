@@ -5,6 +5,7 @@ loop, or a gradient's direction (`optimizer.py`). Axes: B examples, T tokens, V 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,14 +48,29 @@ class TrainState:
     monitor: Any  # monitors.Updates; under train.spike the pair of it and monitors.Losses
 
 
+@flax.struct.dataclass
+class Averaged(TrainState):
+    """A state that also keeps `train.ema`'s moving average of the parameters that are trained."""
+
+    average: Tree
+
+
 def init_state(model: LanguageModel, config: Any, seed: int, params: Tree = None) -> TrainState:
     """The state before the first update, of `params` if given; `config` is `config.train`."""
     info = model.param_info()
     params = model.init(jax.random.key(seed)) if params is None else params
     chain = optimizer.make_optimizer(config, partition(info, info)[0])
-    zero, memory = jnp.zeros((), jnp.int32), chain.init(partition(params, info)[0])
+    trained = partition(params, info)[0]
+    zero, memory = jnp.zeros((), jnp.int32), chain.init(trained)
     begun = monitors.begin()
-    return TrainState(zero, params, memory, zero, zero, begun if config.spike else begun[0])
+    state = TrainState(zero, params, memory, zero, zero, begun if config.spike else begun[0])
+    # A copy: updates donate their memory, and nothing can be donated twice.
+    return Averaged(**vars(state), average=jax.tree.map(jnp.copy, trained)) if config.ema else state
+
+
+def evaluated(state: TrainState) -> Tree:
+    """The parameters that are evaluated and sampled: under `train.ema` their average."""
+    return combine(state.params, state.average) if isinstance(state, Averaged) else state.params
 
 
 def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
@@ -66,7 +82,11 @@ def abstract_state(model: LanguageModel, config: Any, mesh: Mesh) -> TrainState:
     lay = partial(optimizer.map_kept, put, info=trained)
     memory = optimizer.map_like_params(lay, placed.optimizer, trained)
     params = jax.tree.map(put, placed.params, info)
-    return dataclasses.replace(placed, params=params, optimizer=memory)
+    placed = dataclasses.replace(placed, params=params, optimizer=memory)
+    if isinstance(placed, Averaged):
+        mean = jax.tree.map(put, placed.average, trained)
+        placed = dataclasses.replace(placed, average=mean)
+    return placed
 
 
 def predict(apply: Apply, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Any]:
@@ -84,6 +104,12 @@ def nats_of(logits: Array, targets: Array) -> tuple[Array, Array]:
     """Nats of each target [..., B, T] by logits [..., B, T, V], and which of them count [B, T]."""
     labels = jnp.broadcast_to(jnp.maximum(targets, 0), logits.shape[:-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets >= 0
+
+
+def smoothed(nats: Array, logits: Array, share: float) -> Array:
+    """Nats of targets to which 1 - share goes, and share / V to each of V (arXiv 1512.00567)."""
+    even = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return (1 - share) * nats + share * even
 
 
 def losses(model: LanguageModel, params: Tree, batch: Batch, dtype: Any) -> tuple[Array, Array]:
@@ -104,7 +130,8 @@ def make_train_step(
     `penalty`, nats per token, is added to what is minimised, and not to train/loss. `iteration`:
     how the loop is run. What is random follows from `seed`, the update and the accumulated part.
     With a `teacher`, a model whose parameters are then a third argument, the distance from what
-    `config.imitate` names of it is minimised; train/loss stays that of the data.
+    `config.imitate` names of it is minimised; train/loss stays that of the data, as it does where
+    `config.label_smoothing` changes what is minimised.
     """
     beside, kind = None, config.imitate if teacher else "outputs"
     if isinstance(model, Decoder) and kind != "outputs":
@@ -118,19 +145,23 @@ def make_train_step(
         params = combine(optimizer.held(config, trained, trained_info), fixed)
         noise, probe = jax.random.split(key)
         apply = model.apply if iteration is None else iteration.apply(rounds, noise)
+        used = model.dropped(params, key)
         off: Array | float = 0.0
         if beside is not None:
-            logits, (said, off) = predict(beside, (params, taught), batch, dtype)
+            logits, (said, off) = predict(beside, (used, taught), batch, dtype)
         else:
-            logits, weights = predict(apply, params, batch, dtype)
+            logits, weights = predict(apply, used, batch, dtype)
             said = predict(teacher.apply, taught, batch, dtype)[0] if teacher else None
         nats, counts = nats_of(logits, batch.targets)
         learned = nats if said is None else distance(logits, said, config.temperature)
+        if config.label_smoothing:
+            learned = smoothed(nats, logits, config.label_smoothing)
         if iteration is not None:
             mean = lambda nats: jnp.sum(weights[..., None] * nats, axis=0)  # noqa: E731
             nats, learned = mean(nats), mean(learned)  # over read-outs
         total, count = jnp.sum(nats * counts), jnp.sum(counts)
-        aim = total if teacher is None else jnp.sum(learned * counts)
+        plain = teacher is None and not config.label_smoothing
+        aim = total if plain else jnp.sum(learned * counts)
         if beside is not None:  # `off` is a sum over tokens, and becomes the mean over them
             aim = share * off + (0.0 if kind == "stages" else aim)
         extra = 0.0 if penalty is None else penalty(params, batch, probe) * count
@@ -192,7 +223,15 @@ def make_train_step(
         if iteration is not None and iteration.mark is None:
             scalars["train/rounds"] = rounds
         watched = (warned, seen) if config.spike else warned
-        after = TrainState(state.step + 1, combine(params, fixed), memory, skipped, bad, watched)
+        new = {"params": combine(params, fixed), "optimizer": memory, "monitor": watched}
+        new |= {"step": state.step + 1, "skipped": skipped, "bad": bad}
+        after = dataclasses.replace(state, **new)
+        if isinstance(after, Averaged):
+            # The weighted mean of what updates have left, an earlier one's weight times `ema`: as
+            # `optax.ema` without its bias, which is kept here too.
+            share = (1 - config.ema) / -jnp.expm1(after.step * math.log(config.ema))
+            mean = optax.incremental_update(params, after.average, share)
+            after = dataclasses.replace(after, average=mean)
         return after, scalars
 
     return step

@@ -26,7 +26,7 @@ from ngc_jax.config import SECTIONS, base, reset_unread, validate
 from ngc_jax.data.tokens import Tokenizer, save_tokenizer
 from ngc_jax.runtime import fields, multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, in_bucket, read, read_json, sync, write_durably
+from ngc_jax.runtime.files import Path, in_bucket, place, read, read_json, sync, write_durably
 
 # Settings of jax that change numbers, and that a user's environment may set.
 NUMERIC = ("jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -34,14 +34,22 @@ LARGEST = 1 << 20  # bytes of a config
 HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
-FREE |= {f"train.{name}" for name in ("log_every", "trackers", "profile")}
-FREE |= {f"train.{name}" for name in ("hang_minutes", "hang_exit")}
+LOGGED = ("log_every", "patience", "trackers", "profile", "hang_minutes", "hang_exit")
+FREE |= {f"train.{name}" for name in LOGGED}
 FREE |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
 
 
 def workdir_of(config_file: str) -> str:
     """The default work directory, runs/<config name>, of a config FILE or FILE:ARGUMENT."""
     return f"runs/{epath.Path(config_file.partition(':')[0]).stem}"
+
+
+def at_step(given: str) -> tuple[Path, int | None]:
+    """The work directory, and the step if it is given, of DIR or DIR:STEP."""
+    home, _, step = given.rpartition(":")
+    if home and step.isdecimal() and not (place(given) / "config.json").exists():
+        return place(home), int(step)
+    return place(given), None
 
 
 def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
@@ -69,10 +77,17 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     begun = (".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
     left = [path for path in inside if path.name == "tokenizer.json" or path.name.startswith(begun)]
     if (workdir / "config.json").exists():
-        changed = "; ".join(differences(read_config(workdir).to_dict(), config.to_dict()))
-        if changed:
-            unlike = f"{here} holds a run of another config ({changed})"
-            raise UserError(f"{unlike}: give another --workdir, or the config it was made with")
+        stored = read_config(workdir)
+        changed = differences(stored.to_dict(), config.to_dict())
+        more = [one.partition(":")[0] for one in changed] == ["train.steps"]
+        if more and config.train.steps > stored.train.steps:
+            from ngc_jax.training.longer import lengthen  # which opens checkpoints
+
+            lengthen(workdir, stored, config)
+        elif changed:
+            unlike = f"{here} holds a run of another config ({'; '.join(changed)})"
+            wants = "give another --workdir, or the config it was made with"
+            raise UserError(f"{unlike}: {wants}" + ", or more updates" * more)
     elif workdir.is_file() or left != inside:
         raise UserError(f"{here} exists and holds no run: give another, or empty it")
     else:
@@ -152,6 +167,11 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     """What a checkpoint keeps of its config, as JSON: not FREE, nor where the data lies."""
     values = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
     return {name: values[name] for name in values if not _free(name) and name != "data.path"}
+
+
+def comparable(config: ConfigDict) -> dict[str, Any]:
+    """The part of `identity` in which a checkpoint must be as its run: updates may have grown."""
+    return {name: value for name, value in identity(config).items() if name != "train.steps"}
 
 
 def versions() -> dict[str, str]:
