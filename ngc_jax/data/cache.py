@@ -38,7 +38,7 @@ def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
         with files.build_directory(home) as building:
             build(building)
             made = files.inside(building).items()
-            sealed = {name: [files.sha256(path), _state(path)] for name, path in made}
+            sealed = {name: [files.sha256(path), state(path)] for name, path in made}
             (building / SEAL).write_text(json.dumps(sealed), encoding="utf-8")
         if fault := _fault(home):
             raise UserError(f"{home} cannot be made again, but {fault}: give a data.cache_dir")
@@ -55,11 +55,11 @@ def _fault(home: Path) -> str:
         sealed = files.read_json(home / SEAL, 1 << 26)
         if held.keys() != sealed.keys() | {SEAL}:
             return "its files are not those that were sealed"
-        new = {name: at for name in sealed if (at := _state(held[name])) != sealed[name][1]}
-        for name, state in new.items():
+        new = {name: at for name in sealed if (at := state(held[name])) != sealed[name][1]}
+        for name, at in new.items():
             if files.sha256(held[name]) != sealed[name][0]:
                 return f"{name} does not match its checksum"
-            sealed[name][1] = state
+            sealed[name][1] = at
     except FileNotFoundError:
         return "it is not sealed"
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -70,7 +70,7 @@ def _fault(home: Path) -> str:
     return ""
 
 
-def _state(path: Any) -> list[int]:
+def state(path: Any) -> list[int]:
     """What changes where a file does; nobody can set the time of its last change (ctime)."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

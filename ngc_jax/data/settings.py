@@ -9,13 +9,18 @@ from ngc_jax.data.tasks import TASKS
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 
-OUTSIDE = ("path", "tfds_name", "tfds_data_dir", "cache_dir")  # fields that lead out of a run
+# fields that lead out of a run
+OUTSIDE = ("path", "validation_path", "tfds_name", "tfds_data_dir", "cache_dir")
 
 
 def _check(config: Any, need: Need) -> None:
     d = config.data
     enough = d.tokenizer != "bpe" or d.vocab_size >= 258
     need(enough, "data.vocab_size", "258 or more where data.tokenizer='bpe', for instance 4096")
+    need(bool(d.path) or not d.validation_path, "data.validation_path", "'' without data.path")
+    if d.tokenizer == "tokens":
+        need(bool(d.path), "data.tokenizer", "'bytes' or 'bpe' where data.path names no tokens")
+        need(not d.isolate_documents, "data.isolate_documents", "False for data.tokenizer='tokens'")
     if not d.task:
         return
     task, where = TASKS[d.task], f"where data.task={d.task!r}"
@@ -60,18 +65,21 @@ DATA = Section("data",
     Field("high", 10, "greatest difficulty; its longest problem must fit into context"),
     Field("problems", 100_000, "problems to train on", "[1, inf)", "problems"),
     Field("problem_seed", 0, "seed of the problems", SEEDS),
-    Field("path", "", "text file, or folder of them; '' = the source of Python's library"),
+    Field("path", "", "text, or folder of texts; a mixture: 'A:0.7,B:0.3'; '' = the source of "
+          "Python's library (docs/data.md)"),
+    Field("validation_path", "", "held-out text of your own; '' = a part of path"),
+    Field("text_column", "text", "column of JSONL, Parquet and Arrow files that holds the text"),
     Field("tfds_name", "", "prepared TFDS text set in place of path, such as 'lm1b'; '' = none"),
     Field("tfds_data_dir", "", "folder of TFDS sets; '' = the default of TFDS"),
     Field("train_split", "train", "split of the TFDS set; slices work: 'train[:95%]'"),
     Field("validation_split", "validation", "held-out split of the TFDS set"),
     Field("text_key", "text", "feature of the TFDS set that holds the text"),
-    Field("validation_fraction", 0.1, "part of path to hold out; of a task, of the number of "
-          "problems", "(0, 0.5]"),
+    Field("validation_fraction", 0.1, "part of path to hold out, by bytes; of a task, of the "
+          "number of problems", "(0, 0.5]"),
     Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text; 'given' = that of a "
-          "pretrained model", ("bytes", "bpe", "given")),
-    Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, or 'given'; that of 'bytes' is "
-          "257", "[1, 1e6]", "tokens"),
+          "pretrained model; 'tokens' = path holds tokens", ("bytes", "bpe", "given", "tokens")),
+    Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, 'given' or 'tokens'; that of "
+          "'bytes' is 257", "[1, 1e6]", "tokens"),
     Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),
     Field("isolate_documents", False, "whether a token attends to its own document only"),
     Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),

@@ -1,6 +1,6 @@
 """Text to tokens and back, and `load_data`, which gives a run what it learns from.
 
-For: the tokenizers, and a flat file of tokens for each split. Not for: batches (`batches.py`).
+For: the tokenizers, and windows of what `prepare.py` has made. Not for: batches (`batches.py`).
 """
 
 import contextlib
@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.data import NOTHING, cache, corpus, problems
-from ngc_jax.data.batches import Examples, Windows
+from ngc_jax.data import NOTHING, cache, prepare, problems
+from ngc_jax.data.batches import Examples, Mixture, Windows
 from ngc_jax.data.tasks import TASKS, boundary
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import amount
 
 MARK = "<|document|>"
 LARGEST = 1 << 28  # bytes of a tokenizer
+LONGEST = 128  # bytes of a token that is learned, at most
 # The printable character that stands for each byte in byte-level BPE, as in GPT-2.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
@@ -40,18 +42,47 @@ MOST = 1 << 20  # tokens of a tokenizer that is given
 class Bytes:
     """Token = byte. 256 of them, and the mark that begins a document."""
 
-    vocab, mark = 257, 256
+    vocab, mark, cuts = 257, 256, False  # cuts: whether pieces must end where words do
     lengths = np.array([1] * 256 + [0], np.int32)  # bytes of each token; the mark is no text
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8)
 
+    def encode_all(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(piece) for piece in pieces]
+
     def decode(self, tokens: Iterable[int]) -> bytes:
         return bytes(token for token in tokens if token < 256)
 
 
+class Ids:
+    """Tokens of others, of which the number alone is known; as text they are spelt in digits."""
+
+    mark, cuts, serialised = NOTHING, False, ""
+
+    def __init__(self, vocab: int):
+        self.vocab, self.lengths = vocab, np.zeros(vocab, np.int32)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Raises UserError for what are no tokens."""
+        spelt = text.split()
+        if not all(token.isdigit() and int(token) < self.vocab for token in spelt):
+            wants = f"numbers below data.vocab_size={self.vocab}, such as '15 7'"
+            raise UserError(f"text={text!r:.80}: must be {wants}, where data.tokenizer='tokens'")
+        return np.array([int(token) for token in spelt], np.int32)
+
+    def encode_all(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        """Of shards (`sources.py`)."""
+        return [np.frombuffer(piece, "<u4") for piece in pieces]
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return " ".join(map(str, tokens)).encode()
+
+
 class BPE:
     """Byte-level byte pair encoding (library `tokenizers`), trained on the train split."""
+
+    cuts = True
 
     def __init__(self, serialised: str):
         """Raises ValueError for what `train` did not make; only tokens and merges are taken."""
@@ -71,18 +102,25 @@ class BPE:
         self.model.encode_special_tokens = True  # the mark, spelt out in a text, is text
 
     @staticmethod
-    def train(texts: Iterable[bytes], vocab: int) -> str:
+    def train(texts: Iterable[str], vocab: int) -> str:
         """Learns `vocab` tokens, the mark among them; returns the serialised tokenizer."""
         import tokenizers
 
         model, letters = tokenizers.models.BPE(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
         how: Any = {"special_tokens": [MARK], "initial_alphabet": letters, "show_progress": False}
+        how["max_token_length"] = LONGEST
         trainer, model = tokenizers.trainers.BpeTrainer(vocab_size=vocab, **how), _byte_level(model)
-        model.train_from_iterator((text.decode() for text in texts), trainer)
+        model.train_from_iterator(texts, trainer)
         return model.to_str()
 
     def encode(self, text: bytes) -> np.ndarray:
-        return np.array(self.model.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+        return self.encode_all([text])[0]
+
+    def encode_all(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        """The tokens of each text, encoded on all cores."""
+        texts = [piece.decode() for piece in pieces]
+        made = self.model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(tokens.ids, np.int32) for tokens in made]
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         return b"".join(self.spelling[token] for token in tokens)
@@ -210,7 +248,7 @@ class Symbols:
         return " ".join(self.symbols[token] for token in tokens).encode()
 
 
-Tokenizer = Bytes | BPE | Symbols  # `Given` is a BPE
+Tokenizer = Bytes | BPE | Ids | Symbols  # `Given` is a BPE
 
 
 class Data(NamedTuple):
@@ -261,14 +299,28 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         wants = "'bytes' or 'bpe' where no pretrained model gives a tokenizer"
         raise UserError(f"data.tokenizer='given': must be {wants}")
     kept = cache.cache_directory(config)
-    text = corpus.open_corpus(config, kept)
-    kind = f"bpe-{config.vocab_size}" if config.tokenizer == "bpe" else config.tokenizer
+    mixed = prepare.open_corpora(config, kept)
+    fingerprint = mixed.fingerprint
+    of = fingerprint[:16]
+    kind: str = config.tokenizer
+    tokenizer: Tokenizer = given or Bytes()
+    if config.tokenizer == "tokens":
+        kind, tokenizer = f"tokens-{config.vocab_size}", Ids(config.vocab_size)
     if given is not None:
-        kind = f"given-{hashlib.sha256(given.serialised.encode()).hexdigest()[:16]}-{given.vocab}"
-    name = f"tokens-{kind}-{text.fingerprint[:16]}"
-    home = cache.entry(kept, name, lambda building: _tokenise(config, text, building, given))
+        kind = f"given-{_sha256(given.serialised)[:16]}-{given.vocab}"
+    with _refused(config):
+        if config.tokenizer == "bpe" and given is None:
+            kind = f"bpe-{config.vocab_size}"
+            learn = lambda to: _learn(mixed, config, to)  # noqa: E731
+            tokenizer = load_tokenizer(cache.entry(kept, f"{kind}-{of}", learn), config)
+        home = kept / f"tokens-{kind}-{of}"
+
+        def write(to: pathlib.Path) -> None:
+            save_tokenizer(tokenizer, to)
+            prepare.write_tokens(mixed, tokenizer, home, to)
+
+        cache.entry(kept, home.name, write)
     meta = json.loads((home / "meta.json").read_text("utf-8"))
-    tokenizer = given or load_tokenizer(home, config)
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
     def windows(split: str) -> Windows:
@@ -281,18 +333,26 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         tokens = np.memmap(home / f"{split}.bin", meta["dtype"], mode="r")
         return Windows(tokens, config.context, tokenizer.mark, ends)
 
-    sizes = ", ".join(f"{n / 1e6:.2f} M {split} tokens" for split, n in meta["tokens"].items())
-    fingerprint = text.fingerprint
+    sizes = ", ".join(f"{amount(n)} {split} tokens" for split, n in meta["tokens"].items())
     if isinstance(tokenizer, BPE):
-        fingerprint = hashlib.sha256((fingerprint + tokenizer.serialised).encode()).hexdigest()
-    parts = windows("train"), windows("validation")
-    return Data(tokenizer, *parts, fingerprint, f"{text.summary}; {sizes}")
+        fingerprint = _sha256(fingerprint + tokenizer.serialised)
+    splits: list[Examples] = []
+    for split in ("train", "validation"):
+        made = [windows(prepare.name_of(split, i)) for i in range(len(mixed.parts))]
+        splits.append(made[0] if len(made) == 1 else Mixture(made, mixed.shares))
+    if len(mixed.parts) > 1:
+        fingerprint = _sha256(" ".join([fingerprint, *map(str, mixed.shares)]))
+    return Data(tokenizer, splits[0], splits[1], fingerprint, f"{mixed.summary}; {sizes}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
     """The tokenizer of `config.data`, as a directory keeps it. Raises UserError for another."""
-    if not config.task and config.tokenizer == "bytes":
-        return Bytes()
+    if not config.task and config.tokenizer in ("bytes", "tokens"):
+        return Bytes() if config.tokenizer == "bytes" else Ids(config.vocab_size)
     file = home / "tokenizer.json"
     with _refusing(file, config.tokenizer):
         if config.task:
@@ -327,8 +387,8 @@ def _refusing(file: object, kind: str) -> Iterator[None]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, home: files.Path) -> None:
-    """Keeps what `load_tokenizer` needs; bytes need nothing."""
-    if not isinstance(tokenizer, Bytes):
+    """Keeps what `load_tokenizer` needs; bytes and tokens of others need nothing."""
+    if not isinstance(tokenizer, Bytes | Ids):
         files.write_durably(home / "tokenizer.json", tokenizer.serialised)
 
 
@@ -336,24 +396,16 @@ def _no_tokenizers(kind: str) -> str:
     return f"data.tokenizer={kind!r} needs the tokenizers package: pip install 'ngc_jax[bpe]'"
 
 
-def _tokenise(config: Any, text: corpus.Corpus, directory: pathlib.Path, given: BPE | None) -> None:
-    tokenizer: Bytes | BPE = given or Bytes()
+def _learn(mixed: prepare.Mixed, config: Any, to: files.Path) -> None:
+    save_tokenizer(BPE(BPE.train(prepare.sample(mixed), config.vocab_size)), to)
+
+
+@contextlib.contextmanager
+def _refused(config: Any) -> Iterator[None]:
     try:
-        if config.tokenizer == "bpe" and given is None:
-            tokenizer = BPE(BPE.train(text.splits["train"](), config.vocab_size))
-        save_tokenizer(tokenizer, directory)
-        dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
-        counts = {}
-        for split, documents in text.splits.items():
-            with open(directory / f"{split}.bin", "wb") as file:
-                for document in documents():
-                    file.write(np.array([tokenizer.mark], dtype).tobytes())
-                    file.write(tokenizer.encode(document).astype(dtype).tobytes())
-                counts[split] = file.tell() // dtype.itemsize
+        yield
     except ImportError as error:
         raise UserError(_no_tokenizers(config.tokenizer)) from error
     except UnicodeDecodeError as error:
         wants = f"as data.tokenizer={config.tokenizer!r} wants it: use 'bytes'"
         raise UserError(f"the text is not UTF-8 ({error}), {wants}") from error
-    told = json.dumps({"dtype": dtype.name, "tokens": counts})
-    (directory / "meta.json").write_text(told, encoding="utf-8")

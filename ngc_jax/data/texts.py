@@ -1,0 +1,351 @@
+"""A user's text: which files it has, which of their documents are held out, what is left out.
+
+For: one scan of all files, kept until one changes, and their documents by split: as names announce
+it, else a share of the bytes. Not for: the formats of files (`sources.py`).
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ngc_jax.data import cache, sources
+from ngc_jax.data.corpus import Corpus
+from ngc_jax.runtime import files
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.metrics import Advance, amount
+
+VERSION = 1  # of what a scan says
+TRAIN, VALIDATION, OUT = range(3)  # parts that a document may be in
+ROW = np.dtype([("digest", "<u8"), ("size", "<u8"), ("part", "u1")])  # of each document
+NAMES = {"train": "train", "training": "train", "test": "test"}
+NAMES |= dict.fromkeys(("valid", "validation", "val", "dev"), "validation")
+WORD = rf"({'|'.join(NAMES)})"
+NUMBERED = re.compile(rf"{WORD}(?:[-_]?\d+(?:[-_]of[-_]\d+)?)?")  # a part of a name, between dots
+WITHIN = re.compile(rf"(?<![a-z0-9]){WORD}(?![a-z])")  # of a name whose kind is data alone
+PLAIN = {"", ".txt", ".text", ".raw", ".tokens"}  # kinds of text whose names may announce a split
+ENOUGH = 0.9  # of the share to hold out: then no document is cut
+Skips = dict[str, list[Any]]  # why -> [how many, some of them by name]
+
+
+class Scan(NamedTuple):
+    """What is known of all documents; `cut`: (document, byte where its held-out tail begins)."""
+
+    fingerprint: str
+    cut: tuple[int, int]
+    skips: Skips
+    rows: np.ndarray  # [documents] of ROW
+    counts: np.ndarray  # [files]: documents in each, 0: the file is skipped
+
+
+def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
+    """The text in a file, folder or pipe; a pipe's is kept for as long as this is.
+
+    home: the cache. Raises UserError where it is missing, or has no text.
+    """
+    asked, skips, pipes = f"data.path={given!r}", Skips(), list[Any]()
+    top, names = _listed(asked, given, home, skips, pipes)
+    parts = announced(names)
+    held, beside = f"data.validation_path={config.validation_path!r}", list[str]()
+    if config.validation_path:
+        where, found = _listed(held, config.validation_path, home, skips, pipes)
+        beside = [os.path.join(where, name) for name in found]
+        parts = [OUT if part == VALIDATION else part for part in parts]
+    paths, parts = [os.path.join(top, name) for name in names] + beside, parts + [1] * len(beside)
+    vocab = config.vocab_size if config.tokenizer == "tokens" else 0
+    share = 0.0 if set(parts) - {TRAIN} else config.validation_fraction
+    key = hashlib.sha256(repr([VERSION, share, config.text_column, vocab]).encode())
+    for path, part in zip(paths, parts, strict=True):
+        key.update(f"{path} {part} {_state(path)}\n".encode(errors="surrogateescape"))
+
+    def scan(building: pathlib.Path) -> None:
+        _write(_scan(paths, parts, config.text_column, vocab, share), building)
+
+    made = _read(cache.entry(home, f"scan-{key.hexdigest()[:32]}", scan))
+    rows = made.rows
+    for why, (count, some) in made.skips.items():
+        _note(skips, why, *some, count=count)
+    left = "; ".join(f"{n:,} {why} ({', '.join(some)})" for why, (n, some) in skips.items())
+    for part, field in ((TRAIN, asked), (VALIDATION, held)):
+        if not np.any(rows["part"] == part) and (part == TRAIN or config.validation_path):
+            why = f" ({left})" if left else ""
+            raise UserError(f"{field} holds no text{why}: give a file, or a folder of files, of it")
+
+    def read(_kept: object = pipes) -> Iterator[tuple[str, Iterable[bytes]]]:
+        number = 0
+        try:
+            for path, count in zip(paths, made.counts, strict=True):
+                documents = sources.documents(path, config.text_column, vocab) if count else ()
+                for document in (d for d in documents if not isinstance(d, str)):
+                    row, number = rows[number], number + 1
+                    pieces = _checked(document, path, row["digest"])
+                    if number - 1 == made.cut[0]:
+                        unit = 4 * bool(vocab)
+                        yield from zip(
+                            ("train", "validation"),
+                            sources.head_and_tail(pieces, made.cut[1], unit),
+                            strict=True,
+                        )
+                    elif row["part"] != OUT:
+                        yield ("train", "validation")[row["part"]], pieces
+        except UserError:
+            raise
+        except sources.faults() as error:
+            raise UserError(_changed(path)) from error
+
+    size = int(rows["size"][rows["part"] != OUT].sum())
+    by = "by name, " if share == 0 and not beside else ""
+    about = f"text: {_sizes(made)}, {by}fingerprint {made.fingerprint[:16]}"
+    return Corpus(made.fingerprint, read, size, about + (f"; left out: {left}" if left else ""))
+
+
+def announced(names: Sequence[str]) -> list[int]:
+    """The part of each file: as folders and names say, where they say both; else all are TRAIN.
+
+    "test" is held out where no name says "validation", and is left out else.
+    """
+    told = [_split(name) for name in names]
+    held = "validation" if "validation" in told else "test"
+    if held not in told or set(told) == {held} or (held == "test" and "train" not in told):
+        return [TRAIN] * len(names)
+    parts = {"": TRAIN, "train": TRAIN, "validation": VALIDATION}
+    return [VALIDATION if split == held else parts.get(split, OUT) for split in told]
+
+
+def _split(name: str) -> str:
+    """The split that a name announces: "wiki.train.txt", "val/a.txt", "x-test-00000.parquet"."""
+    *folders, file = name.lower().split("/")
+    for folder in folders:
+        if folder in NAMES:
+            return NAMES[folder]
+    kind, packed = sources.suffixes(file)
+    stem = file.removesuffix(packed)
+    found = None
+    if kind in PLAIN or kind in ("." + word for word in NAMES):
+        found = next(filter(None, map(NUMBERED.fullmatch, stem.split("."))), None)
+    elif kind in sources.ROWS | sources.TABLES | {".bin"}:
+        found = WITHIN.search(stem.removesuffix(kind))
+    return NAMES[found[1]] if found else ""
+
+
+def _note(skips: Skips, why: str, *names: str, count: int = 1) -> None:
+    noted = skips.setdefault(why, [0, []])
+    noted[0] += count
+    noted[1] = [*noted[1], *(n.encode(errors="backslashreplace").decode() for n in names)][:3]
+
+
+def _listed(
+    asked: str, given: str, home: pathlib.Path, skips: Skips, pipes: list[Any]
+) -> tuple[str, list[str]]:
+    """The folder that a user names and its files, in order; of a file or pipe, that alone."""
+    path = files.expand(given)
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return str(path), sorted(_walk(path, home, skips))
+        if stat.S_ISREG(mode):
+            return str(path.parent), [path.name]
+        if stat.S_ISFIFO(mode):
+            files.make_private(home)
+            pipe = tempfile.NamedTemporaryFile(prefix=".pipe-", dir=home)  # noqa: SIM115
+            print(f"{asked} is a pipe: reading it to its end", flush=True)
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, pipe)
+            pipe.flush()
+            pipes.append(pipe)  # until the corpus is dropped
+            return str(home), [os.path.basename(pipe.name)]
+    except FileNotFoundError as error:
+        none = f"{asked} does not exist: give a text file or a folder of them"
+        raise UserError(none) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a path
+        raise UserError(f"{asked} cannot be read: {error}") from error
+    raise UserError(f"{asked} holds no text: give a file, a folder of files, or a pipe")
+
+
+def _walk(root: pathlib.Path, home: pathlib.Path, skips: Skips) -> Iterator[str]:
+    """The files below a folder, by their names in it; notes others. No link leads out of it."""
+    top, left = root.resolve(), [""]
+    while left:
+        folder = left.pop()
+        try:
+            items = list(os.scandir(os.path.join(root, folder)))
+        except OSError:
+            if not folder:
+                raise
+            _note(skips, "unreadable", folder)
+            continue
+        for item in items:
+            name = os.path.join(folder, item.name)
+            if item.name.startswith("."):
+                _note(skips, "hidden", name)
+            elif item.is_symlink():
+                if _leads_inside(item.path, top):
+                    yield name
+                else:
+                    _note(skips, "linked", name)
+            elif item.is_dir(follow_symlinks=False):
+                if _own(item.path, home):
+                    _note(skips, "made by a run", name)
+                else:
+                    left.append(name)
+            elif item.is_file(follow_symlinks=False):
+                yield name
+            else:
+                _note(skips, "neither files nor folders", name)
+
+
+def _leads_inside(path: str, top: pathlib.Path) -> bool:
+    """Whether a link leads to a file below `top`. A folder there is found without it."""
+    try:
+        to = pathlib.Path(path).resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        return False
+    return to.is_relative_to(top) and to.is_file()
+
+
+def _own(folder: str, home: pathlib.Path) -> bool:
+    """Whether a folder is what a run, a study or a cache has written, which is never its text."""
+    if home.exists() and os.path.samefile(folder, home):
+        return True
+    there = {item.name for item in os.scandir(folder)}
+    if cache.SEAL in there or {"changes.json", "records"} <= there:
+        return True
+    try:
+        told = files.read_json(pathlib.Path(folder, "config.json"), 1 << 20)
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {"data", "model", "train", "checkpoint"} <= told.keys()
+
+
+def _state(path: str) -> list[int]:
+    try:
+        return cache.state(path)
+    except OSError:
+        return []
+
+
+def _scan(paths: list[str], parts: list[int], column: str, vocab: int, share: float) -> Scan:
+    """Reads all documents once. Raises UserError for a column or a package that is missing."""
+    digest, skips, counts = hashlib.sha256(), Skips(), list[int]()
+    made, number = np.zeros(1024, ROW), 0
+    packed = any(sources.suffixes(path)[1] or path.endswith(".parquet") for path in paths)
+    sizes = map(_state, [] if packed else paths)
+    advance = Advance("reading text", sum(size[0] for size in sizes if size))
+    for path, part in zip(paths, parts, strict=True):
+        before, noted, safe = number, Skips(), digest.copy()
+        try:
+            for document in sources.documents(path, column, vocab):
+                if isinstance(document, str):
+                    _note(noted, document, os.path.basename(path))
+                    continue
+                own, size = hashlib.sha256(), 0
+                for piece in document:
+                    own.update(piece)
+                    size += len(piece)
+                    advance.add(len(piece))
+                if not size:
+                    raise sources.Skipped("empty")
+                if number == len(made):
+                    made = np.concatenate([made, np.zeros_like(made)])
+                first = int.from_bytes(own.digest()[:8], "little")
+                made[number] = first, size, part
+                digest.update(own.digest())
+                number += 1
+        except UserError:
+            raise
+        except sources.faults() as error:  # then nothing of the file is read
+            number, digest, name = before, safe, os.path.basename(path)
+            why, told = str(error), name
+            if not isinstance(error, sources.Skipped):
+                reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+                why, told = "unreadable", f"{name}: {reason}"
+            noted = {why: [1, [told]]}
+        counts.append(number - before)
+        for why, (count, some) in noted.items():
+            _note(skips, why, *some, count=count)
+    rows = made[:number].copy()
+    # Of equal documents one stays: one that is held out, else the first.
+    first_held = np.array([1, 0, 2])[rows["part"]]
+    order = np.lexsort((first_held, rows["digest"]))
+    twice = order[1:][rows["digest"][order[1:]] == rows["digest"][order[:-1]]]
+    other = np.flatnonzero(rows["part"] == OUT)
+    for which, why in ((other, "of another split"), (np.setdiff1d(twice, other), "duplicate")):
+        if len(which):
+            of = np.searchsorted(np.cumsum(counts), which[:3], side="right")
+            _note(skips, why, *(os.path.basename(paths[i]) for i in of), count=len(which))
+    rows["part"][twice] = OUT
+    cut = _hold_out(rows, share)
+    digest.update(rows["part"].tobytes() + repr(cut).encode())
+    return Scan(digest.hexdigest(), cut, skips, rows, np.array(counts, np.int64))
+
+
+def _hold_out(rows: np.ndarray, share: float) -> tuple[int, int]:
+    """Holds out documents of the smallest digests, of this share of all bytes; see `Scan.cut`.
+
+    Where whole documents are far from that share, the tail of the next one is held out as well.
+    """
+    free = np.flatnonzero(rows["part"] == TRAIN)
+    if not share or not len(free):
+        return -1, 0
+    order = free[np.argsort(rows["digest"][free], kind="stable")]
+    ends = np.cumsum(rows["size"][order].astype(np.int64))
+    wanted = round(int(ends[-1]) * share)
+    whole = int(np.searchsorted(ends, wanted, side="right"))
+    rows["part"][order[:whole]] = VALIDATION
+    held = int(ends[whole - 1]) if whole else 0
+    if held >= ENOUGH * wanted:
+        return -1, 0
+    return int(order[whole]), int(rows["size"][order[whole]]) - (wanted - held)
+
+
+def _write(found: Scan, home: pathlib.Path) -> None:
+    np.save(home / "documents.npy", found.rows)
+    np.save(home / "counts.npy", found.counts)
+    told = {"fingerprint": found.fingerprint, "cut": found.cut, "skips": found.skips}
+    (home / "scan.json").write_text(json.dumps(told))
+
+
+def _read(home: pathlib.Path) -> Scan:
+    told = files.read_json(home / "scan.json", 1 << 26)
+    rows, counts = (np.load(home / f"{name}.npy") for name in ("documents", "counts"))
+    return Scan(told["fingerprint"], tuple(told["cut"]), told["skips"], rows, counts)
+
+
+def _checked(document: Iterable[bytes], path: str, digest: int) -> Iterator[bytes]:
+    """The pieces of a document, which must be those of the scan. Raises UserError."""
+    own = hashlib.sha256()
+    try:
+        for piece in document:
+            own.update(piece)
+            yield piece
+    except UserError:
+        raise
+    except sources.faults() as error:
+        raise UserError(_changed(path)) from error
+    if int.from_bytes(own.digest()[:8], "little") != digest:
+        raise UserError(_changed(path))
+
+
+def _changed(path: str) -> str:
+    return f"{path} has changed while it was read: give the command again"
+
+
+def _sizes(found: Scan) -> str:
+    told = []
+    for part, name in enumerate(("train", "validation")):
+        rows = found.rows[found.rows["part"] == part]
+        count, size = len(rows), int(rows["size"].sum())
+        if found.cut[0] >= 0:
+            tail = int(found.rows["size"][found.cut[0]]) - found.cut[1]
+            size += tail if part == VALIDATION else -tail
+            count += part == VALIDATION
+        told.append(f"{name} {count:,} document{'s' * (count != 1)} {amount(size, 'B')}")
+    return ", ".join(told)
