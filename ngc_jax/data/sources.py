@@ -26,7 +26,7 @@ ROW = 1 << 28  # bytes of a line of JSONL at most
 # Bytes that no text has, but by chance: a file of which they are a larger share is no text.
 CONTROLS, BINARY = bytes([*range(9), *range(14, 27), *range(28, 32), 127]), 0.01
 ROWS, TABLES = {".jsonl", ".ndjson"}, {".parquet", ".arrow"}
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le"}
 MARKS[codecs.BOM_UTF16_BE] = "utf-16-be"
 # Headers of llm.c, 256 int32: magic and version -> the type of the tokens that follow.

@@ -139,7 +139,8 @@ def _split(name: str) -> str:
 def _note(skips: Skips, why: str, *names: str, count: int = 1) -> None:
     noted = skips.setdefault(why, [0, []])
     noted[0] += count
-    noted[1] = [*noted[1], *(n.encode(errors="backslashreplace").decode() for n in names)][:3]
+    spelt = [name.encode(errors="backslashreplace").decode() for name in names]
+    noted[1] = list(dict.fromkeys([*noted[1], *spelt]))[:3]
 
 
 def _listed(
