@@ -8,13 +8,14 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -81,15 +82,41 @@ def documents(path: str, column: str, vocab: int = 0) -> Iterator[Document | str
 @contextlib.contextmanager
 def _opened(path: str, packed: str) -> Iterator[Any]:
     if packed != ".zst":
-        with PACKED.get(packed, open)(path, "rb") as file:  # type: ignore[misc]
+        with PACKED.get(packed, open)(path, "rb") as file:
             yield file
         return
     try:
         import zstandard
     except ImportError as error:
         raise UserError(_needs(path, "zstandard")) from error
-    with open(path, "rb") as file, zstandard.ZstdDecompressor() as unpack:
-        yield unpack.stream_reader(file, read_across_frames=True)
+    with open(path, "rb") as file:
+        yield io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor().decompressobj))
+
+
+class _Frames(io.RawIOBase):
+    """What frames of zstd hold; the package itself is silent where the last one is cut short."""
+
+    def __init__(self, file: BinaryIO, begin: Callable[[], Any]):
+        self.file, self.begin, self.packed, self.ready = file, begin, b"", b""
+        self.frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            packed = self.packed or self.file.read(1 << 13)
+            if not packed and self.frame and not self.frame.eof:
+                raise EOFError("it ends inside a frame")
+            if not packed:
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.begin()
+            self.ready = self.frame.decompress(packed)
+            self.packed = self.frame.unused_data
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
 
 
 def _needs(path: str, package: str) -> str:
