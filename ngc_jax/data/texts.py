@@ -32,6 +32,7 @@ WORD = rf"({'|'.join(NAMES)})"
 NUMBERED = re.compile(rf"{WORD}(?:[-_]?\d+(?:[-_]of[-_]\d+)?)?")  # a part of a name, between dots
 WITHIN = re.compile(rf"(?<![a-z0-9]){WORD}(?![a-z])")  # of a name whose kind is data alone
 PLAIN = {"", ".txt", ".text", ".raw", ".tokens"}  # kinds of text whose names may announce a split
+DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "state.json"}  # beside Arrow files
 ENOUGH = 0.9  # of the share to hold out: then no document is cut
 Skips = dict[str, list[Any]]  # why -> [how many, some of them by name]
 
@@ -183,10 +184,13 @@ def _walk(root: pathlib.Path, home: pathlib.Path, skips: Skips) -> Iterator[str]
                 raise
             _note(skips, "unreadable", folder)
             continue
+        of_a_set = any(i.name.endswith(".arrow") or i.name == "dataset_dict.json" for i in items)
         for item in items:
             name = os.path.join(folder, item.name)
             if item.name.startswith("."):
                 _note(skips, "hidden", name)
+            elif of_a_set and item.name in DESCRIPTIONS:
+                _note(skips, "descriptions of a set", name)
             elif item.is_symlink():
                 if _leads_inside(item.path, top):
                     yield name
