@@ -29,7 +29,8 @@ from ngc_jax.config import base
 from ngc_jax.data import cache, prepare, sources
 from ngc_jax.data.batches import Windows, filled, held_out_batches, train_batches, turn
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents
-from ngc_jax.data.tokens import BPE, Bytes, load_data, load_tokenizer, segmented
+from ngc_jax.data.tokenizer import BPE, Bytes, load_tokenizer
+from ngc_jax.data.tokens import load_data, segmented
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
 

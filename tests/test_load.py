@@ -22,7 +22,7 @@ from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import Batch
 from ngc_jax.data.settings import OUTSIDE
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.data.tokens import Symbols
+from ngc_jax.data.tokenizer import Symbols
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training.load import Trained

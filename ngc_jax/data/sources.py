@@ -224,7 +224,7 @@ def _arrow(pa: Any, file: Any) -> Any:
 
 
 # A cut before a space that follows no white space (also not that of Unicode, in UTF-8) changes no
-# word of the patterns in `tokens.SPLITS`.
+# word of the patterns in `tokenizer.SPLITS`.
 _WIDE = rb"\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
 _CUT = re.compile(rb".*[!-~\x80-\xff](?<!\xc2[\x85\xa0])(?<!" + _WIDE + rb")(?= )", re.DOTALL)
 

@@ -1,40 +1,28 @@
-"""A user's text: which files it has, which of their documents are held out, what is left out.
+"""A user's text: which documents its files have, and which of them are held out or left out.
 
 For: one scan of all files, kept until one changes, and their documents by split: as names announce
-it, else a share of the bytes. Not for: the formats of files (`sources.py`).
+it, else a share of the bytes. Not for: finding files (`folders.py`), their formats (`sources.py`).
 """
 
 import hashlib
 import json
 import os
 import pathlib
-import re
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ngc_jax.data import cache, sources
 from ngc_jax.data.corpus import Corpus
+from ngc_jax.data.folders import OUT, TRAIN, VALIDATION, Skips, announced, listed, note
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import Advance, amount
 
 VERSION = 1  # of what a scan says
-TRAIN, VALIDATION, OUT = range(3)  # parts that a document may be in
 ROW = np.dtype([("digest", "<u8"), ("size", "<u8"), ("part", "u1")])  # of each document
-NAMES = {"train": "train", "training": "train", "test": "test"}
-NAMES |= dict.fromkeys(("valid", "validation", "val", "dev"), "validation")
-WORD = rf"({'|'.join(NAMES)})"
-NUMBERED = re.compile(rf"{WORD}(?:[-_]?\d+(?:[-_]of[-_]\d+)?)?")  # a part of a name, between dots
-WITHIN = re.compile(rf"(?<![a-z0-9]){WORD}(?![a-z])")  # of a name whose kind is data alone
-PLAIN = {"", ".txt", ".text", ".raw", ".tokens"}  # kinds of text whose names may announce a split
-DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "state.json"}  # beside Arrow files
 ENOUGH = 0.9  # of the share to hold out: then no document is cut
-Skips = dict[str, list[Any]]  # why -> [how many, some of them by name]
 
 
 class Scan(NamedTuple):
@@ -53,11 +41,11 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
     home: the cache. Raises UserError where it is missing, or has no text.
     """
     asked, skips, pipes = f"data.path={given!r}", Skips(), list[Any]()
-    top, names = _listed(asked, given, home, skips, pipes)
+    top, names = listed(asked, given, home, skips, pipes)
     parts = announced(names)
     held, beside = f"data.validation_path={config.validation_path!r}", list[str]()
     if config.validation_path:
-        where, found = _listed(held, config.validation_path, home, skips, pipes)
+        where, found = listed(held, config.validation_path, home, skips, pipes)
         beside = [os.path.join(where, name) for name in found]
         parts = [OUT if part == VALIDATION else part for part in parts]
     paths, parts = [os.path.join(top, name) for name in names] + beside, parts + [1] * len(beside)
@@ -73,7 +61,7 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
     made = _read(cache.entry(home, f"scan-{key.hexdigest()[:32]}", scan))
     rows = made.rows
     for why, (count, some) in made.skips.items():
-        _note(skips, why, *some, count=count)
+        note(skips, why, *some, count=count)
     left = "; ".join(f"{n:,} {why} ({', '.join(some)})" for why, (n, some) in skips.items())
     for part, field in ((TRAIN, asked), (VALIDATION, held)):
         if not np.any(rows["part"] == part) and (part == TRAIN or config.validation_path):
@@ -85,18 +73,17 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
         try:
             for path, count in zip(paths, made.counts, strict=True):
                 documents = sources.documents(path, config.text_column, vocab) if count else ()
+                end = number + count
                 for document in (d for d in documents if not isinstance(d, str)):
                     row, number = rows[number], number + 1
                     pieces = _checked(document, path, row["digest"])
                     if number - 1 == made.cut[0]:
-                        unit = 4 * bool(vocab)
-                        yield from zip(
-                            ("train", "validation"),
-                            sources.head_and_tail(pieces, made.cut[1], unit),
-                            strict=True,
-                        )
+                        head, tail = sources.head_and_tail(pieces, made.cut[1], 4 * bool(vocab))
+                        yield from (("train", head), ("validation", tail))
                     elif row["part"] != OUT:
                         yield ("train", "validation")[row["part"]], pieces
+                if number != end:
+                    raise UserError(_changed(path))
         except UserError:
             raise
         except sources.faults() as error:
@@ -106,128 +93,6 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
     by = "by name, " if share == 0 and not beside else ""
     about = f"text: {_sizes(made)}, {by}fingerprint {made.fingerprint[:16]}"
     return Corpus(made.fingerprint, read, size, about + (f"; left out: {left}" if left else ""))
-
-
-def announced(names: Sequence[str]) -> list[int]:
-    """The part of each file: as folders and names say, where they say both; else all are TRAIN.
-
-    "test" is held out where no name says "validation", and is left out else.
-    """
-    told = [_split(name) for name in names]
-    held = "validation" if "validation" in told else "test"
-    if held not in told or set(told) == {held} or (held == "test" and "train" not in told):
-        return [TRAIN] * len(names)
-    parts = {"": TRAIN, "train": TRAIN, "validation": VALIDATION}
-    return [VALIDATION if split == held else parts.get(split, OUT) for split in told]
-
-
-def _split(name: str) -> str:
-    """The split that a name announces: "wiki.train.txt", "val/a.txt", "x-test-00000.parquet"."""
-    *folders, file = name.lower().split("/")
-    for folder in folders:
-        if folder in NAMES:
-            return NAMES[folder]
-    kind, packed = sources.suffixes(file)
-    stem = file.removesuffix(packed)
-    found = None
-    if kind in PLAIN or kind in ("." + word for word in NAMES):
-        found = next(filter(None, map(NUMBERED.fullmatch, stem.split("."))), None)
-    elif kind in sources.ROWS | sources.TABLES | {".bin"}:
-        found = WITHIN.search(stem.removesuffix(kind))
-    return NAMES[found[1]] if found else ""
-
-
-def _note(skips: Skips, why: str, *names: str, count: int = 1) -> None:
-    noted = skips.setdefault(why, [0, []])
-    noted[0] += count
-    spelt = [name.encode(errors="backslashreplace").decode() for name in names]
-    noted[1] = list(dict.fromkeys([*noted[1], *spelt]))[:3]
-
-
-def _listed(
-    asked: str, given: str, home: pathlib.Path, skips: Skips, pipes: list[Any]
-) -> tuple[str, list[str]]:
-    """The folder that a user names and its files, in order; of a file or pipe, that alone."""
-    path = files.expand(given)
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            return str(path), sorted(_walk(path, home, skips))
-        if stat.S_ISREG(mode):
-            return str(path.parent), [path.name]
-        if stat.S_ISFIFO(mode):
-            files.make_private(home)
-            pipe = tempfile.NamedTemporaryFile(prefix=".pipe-", dir=home)  # noqa: SIM115
-            print(f"{asked} is a pipe: reading it to its end", flush=True)
-            with open(path, "rb") as file:
-                shutil.copyfileobj(file, pipe)
-            pipe.flush()
-            pipes.append(pipe)  # until the corpus is dropped
-            return str(home), [os.path.basename(pipe.name)]
-    except FileNotFoundError as error:
-        none = f"{asked} does not exist: give a text file or a folder of them"
-        raise UserError(none) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in a path
-        raise UserError(f"{asked} cannot be read: {error}") from error
-    raise UserError(f"{asked} holds no text: give a file, a folder of files, or a pipe")
-
-
-def _walk(root: pathlib.Path, home: pathlib.Path, skips: Skips) -> Iterator[str]:
-    """The files below a folder, by their names in it; notes others. No link leads out of it."""
-    top, left = root.resolve(), [""]
-    while left:
-        folder = left.pop()
-        try:
-            items = list(os.scandir(os.path.join(root, folder)))
-        except OSError:
-            if not folder:
-                raise
-            _note(skips, "unreadable", folder)
-            continue
-        of_a_set = any(i.name.endswith(".arrow") or i.name == "dataset_dict.json" for i in items)
-        for item in items:
-            name = os.path.join(folder, item.name)
-            if item.name.startswith("."):
-                _note(skips, "hidden", name)
-            elif of_a_set and item.name in DESCRIPTIONS:
-                _note(skips, "descriptions of a set", name)
-            elif item.is_symlink():
-                if _leads_inside(item.path, top):
-                    yield name
-                else:
-                    _note(skips, "linked", name)
-            elif item.is_dir(follow_symlinks=False):
-                if _own(item.path, home):
-                    _note(skips, "made by a run", name)
-                else:
-                    left.append(name)
-            elif item.is_file(follow_symlinks=False):
-                yield name
-            else:
-                _note(skips, "neither files nor folders", name)
-
-
-def _leads_inside(path: str, top: pathlib.Path) -> bool:
-    """Whether a link leads to a file below `top`. A folder there is found without it."""
-    try:
-        to = pathlib.Path(path).resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links
-        return False
-    return to.is_relative_to(top) and to.is_file()
-
-
-def _own(folder: str, home: pathlib.Path) -> bool:
-    """Whether a folder is what a run, a study or a cache has written, which is never its text."""
-    if home.exists() and os.path.samefile(folder, home):
-        return True
-    there = {item.name for item in os.scandir(folder)}
-    if cache.SEAL in there or {"changes.json", "records"} <= there:
-        return True
-    try:
-        told = files.read_json(pathlib.Path(folder, "config.json"), 1 << 20)
-    except (OSError, ValueError):
-        return False
-    return isinstance(told, dict) and {"data", "model", "train", "checkpoint"} <= told.keys()
 
 
 def _state(path: str) -> list[int]:
@@ -249,7 +114,7 @@ def _scan(paths: list[str], parts: list[int], column: str, vocab: int, share: fl
         try:
             for document in sources.documents(path, column, vocab):
                 if isinstance(document, str):
-                    _note(noted, document, os.path.basename(path))
+                    note(noted, document, os.path.basename(path))
                     continue
                 own, size = hashlib.sha256(), 0
                 for piece in document:
@@ -275,7 +140,7 @@ def _scan(paths: list[str], parts: list[int], column: str, vocab: int, share: fl
             noted = {why: [1, [told]]}
         counts.append(number - before)
         for why, (count, some) in noted.items():
-            _note(skips, why, *some, count=count)
+            note(skips, why, *some, count=count)
     rows = made[:number].copy()
     # Of equal documents one stays: one that is held out, else the first.
     first_held = np.array([1, 0, 2])[rows["part"]]
@@ -285,7 +150,7 @@ def _scan(paths: list[str], parts: list[int], column: str, vocab: int, share: fl
     for which, why in ((other, "of another split"), (np.setdiff1d(twice, other), "duplicate")):
         if len(which):
             of = np.searchsorted(np.cumsum(counts), which[:3], side="right")
-            _note(skips, why, *(os.path.basename(paths[i]) for i in of), count=len(which))
+            note(skips, why, *(os.path.basename(paths[i]) for i in of), count=len(which))
     rows["part"][twice] = OUT
     cut = _hold_out(rows, share)
     digest.update(rows["part"].tobytes() + repr(cut).encode())

@@ -23,7 +23,8 @@ from ngc_jax.analysis import probes
 from ngc_jax.data.batches import Batch, Windows, filled, held_out_batches, segments_of
 from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokens import Data, Symbols, Tokenizer, given_in, load_data, load_tokenizer
+from ngc_jax.data.tokenizer import Symbols, Tokenizer, given_in, load_tokenizer
+from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params, generate

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.batches import batch_like
-from ngc_jax.data.tokens import Data, given_in, load_data
+from ngc_jax.data.tokenizer import given_in
+from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel

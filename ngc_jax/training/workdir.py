@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ngc_jax.config import SECTIONS, base, reset_unread, validate
-from ngc_jax.data.tokens import Tokenizer, load_tokenizer, save_tokenizer
+from ngc_jax.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.runtime import fields, multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path, in_bucket, read, read_json, sync, write_durably
