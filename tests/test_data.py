@@ -2,6 +2,7 @@
 function of the step.
 """
 
+import base64
 import itertools
 import json
 import multiprocessing
@@ -246,7 +247,7 @@ def test_a_set_that_was_saved_to_disk_is_read_by_its_splits(tmp_path):
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     train, held_out, said = split(tmp_path, tmp_path / "set")
     assert (train, held_out) == ([b"one text", b"two text"], [b"three text"])
-    assert "5 descriptions of a set" in said
+    assert "5 descriptions and caches of a set" in said
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
@@ -296,17 +297,21 @@ def test_a_pipe_is_read_to_its_end(tmp_path):
 @pytest.mark.parametrize("header", [[], [20240520, 1]])
 def test_shards_of_tokens_are_read(tmp_path, header):
     made = np.random.default_rng(0).integers(0, 300, 3000)
-    first = np.zeros(256 * bool(header), "<i4")
-    first[: len(header)] = header
-    top = folder(tmp_path, **{
-        f"x-{name}-000001_bin": first.tobytes() + tokens.astype("<u2").tobytes()
-        for name, tokens in {"train": made[:2000], "val": made[2000:]}.items()
-    })  # fmt: skip
+
+    def shard(tokens):
+        first = np.zeros(256 * bool(header), "<i4")
+        first[: 3 * bool(header)] = [*header, len(tokens)] if header else []
+        return first.tobytes() + tokens.astype("<u2").tobytes()
+
+    shards = {"train": made[:2000], "val": made[2000:]}
+    top = folder(tmp_path, **{f"x-{n}-000001_bin": shard(t) for n, t in shards.items()})
+    (top / "x-train-000002.bin").write_bytes(shard(made)[: -2 if header else -1])
     config = settings(tmp_path, path=str(top), tokenizer="tokens", vocab_size=300)
     data = load_data(config)
     np.testing.assert_array_equal(data.train.tokens, made[:2000])
     np.testing.assert_array_equal(data.validation.tokens, made[2000:])
     assert data.tokenizer.vocab == 300
+    assert "left out: 1 cut short (x-train-000002.bin)" in data.summary
     assert data.tokenizer.decode([15, 7]) == b"15 7"
     np.testing.assert_array_equal(data.tokenizer.encode(b"15 7"), [15, 7])
     with pytest.raises(UserError, match=r"data.vocab_size=290: must be more than 29\d, a token of"):
@@ -491,7 +496,7 @@ def test_a_cache_of_the_same_length_but_other_content_is_made_again(tmp_path, ca
         again = load_data(config)
         np.testing.assert_array_equal(again.train.tokens, before)
         assert again.fingerprint == first.fingerprint
-        assert re.search(r"tokens-bpe-300-\w+ is made again: .*\n", capsys.readouterr().out)
+        assert re.search(r"tokens-bpe-\w+-300-\w+ is made again: .*\n", capsys.readouterr().out)
     load_data(config)
     assert capsys.readouterr().out == ""
 
@@ -691,6 +696,65 @@ def test_symbols_that_are_not_the_tasks_are_refused(tmp_path, kept):
         load_tokenizer(tmp_path, settings(tmp_path, task="parity"))
 
 
+def test_a_set_is_found_by_name_in_the_cache_of_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "sets"))
+    texts = [f"row {i}: " + make_text(40, i) for i in range(20)]
+
+    def copy(of, config, version, texts):
+        home = tmp_path / "sets" / of / config / version / "0123"
+        home.mkdir(parents=True)
+        for part, own in (("train", texts[1:]), ("test", texts[:1])):
+            arrow(home / f"tiny_tests-{part}.arrow", own)
+        arrow(home / "cache-0123.arrow", ["made by a map"])
+        (home / "dataset_info.json").write_text("{}")
+        os.utime(home / "dataset_info.json", (int(version), int(version)))
+
+    with pytest.raises(UserError, match=r"data.path='hf:org/TinyTests': must be loaded once"):
+        split(tmp_path, "hf:org/TinyTests")
+    copy("org___tiny_tests", "default", "1", texts)
+    copy("org___tiny_tests", "default", "0", ["old", "texts"])
+    train, held_out, said = split(tmp_path, "hf:org/TinyTests")
+    assert train + held_out == [text.encode() for text in [*texts[1:], texts[0]]]
+    assert "by name" in said
+    assert "2 descriptions and caches of a set (" in said
+    copy("org___tiny_tests", "other", "2", texts)
+    with pytest.raises(UserError, match=r"one of \['org/tiny_tests/default', 'org/tiny_tests/oth"):
+        split(tmp_path, "hf:org/TinyTests")
+    assert split(tmp_path, "hf:org/TinyTests/other")[0] == train
+
+
+# ---- Tokenizers of others ------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_read_from_its_file_also_from_one_of_tiktoken(tmp_path):
+    text = make_text(20_000) + " na\u00efve  \n\n x" * 9
+    (tmp_path / "a.txt").write_text(text)
+    own = BPE(BPE.train([text], 400))
+    (tmp_path / "blob").write_text(own.serialised)
+    (tmp_path / "tokenizer.json").symlink_to("blob")  # as in a cache of published models
+    ranked = sorted(filter(None, own.spelling), key=lambda token: len(token) > 1)  # else as learned
+    lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranked))
+    (tmp_path / "r50k_base.tiktoken").write_text("".join(lines))
+    for name, vocab in (("tokenizer.json", 400), ("r50k_base.tiktoken", 50257)):
+        config = settings(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="given",
+                          tokenizer_path=str(tmp_path / name), vocab_size=vocab)  # fmt: skip
+        data = load_data(config)
+        made = [data.tokenizer.spelling[i] for i in data.tokenizer.encode(text.encode())]
+        assert made == [own.spelling[i] for i in own.encode(text.encode())]
+        assert data.train.tokens[0] == data.tokenizer.mark
+        assert b"".join(made).decode() == text
+    config.vocab_size = 399
+    with pytest.raises(
+        UserError,
+        match=r"data.tokenizer_path=.* cannot be read: .* must be fewer than .* data.vocab_size=399",
+    ):
+        load_data(config)
+    shutil.copy(tmp_path / "r50k_base.tiktoken", tmp_path / "other.tiktoken")
+    config.tokenizer_path = str(tmp_path / "other.tiktoken")
+    with pytest.raises(UserError, match=r"must be one of tiktoken's: r50k_base"):
+        load_data(config)
+
+
 # ---- Preparing much text -------------------------------------------------------------------------
 
 
@@ -801,6 +865,15 @@ def test_a_mixture_has_its_shares_in_every_step_and_is_a_function_of_the_step(tm
     seen = [b.inputs[real] for b, real in held_out_batches(data.validation, batch_size=4)]
     assert {chr(token) for token in np.unique(np.concatenate(seen)) if token < 256} == {*"abc"}
     assert re.match(r"0.7 of text: .*; 0.2 of text: .*; 0.1 of text: ", data.summary)
+
+
+def test_a_held_out_text_of_a_mixture_counts_once_and_is_trained_on_in_no_part(tmp_path):
+    (tmp_path / "held.txt").write_text("b" * 700)  # equal to one of the parts
+    with pytest.raises(UserError, match=r"data.path='.*b.txt' holds no text \(1 duplicate"):
+        mixture(tmp_path, validation_path=str(tmp_path / "held.txt"))
+    (tmp_path / "held.txt").write_text("d" * 300)
+    data = mixture(tmp_path, validation_path=str(tmp_path / "held.txt"))
+    assert data.validation.tokens.tolist() == [Bytes.mark, *b"d" * 300]
 
 
 def test_a_mixture_is_known_by_its_texts_and_shares(tmp_path):

@@ -17,10 +17,10 @@ from conftest import WHOLE, launch, python
 import ngc_jax
 from ngc_jax.analysis.probes import silenced
 from ngc_jax.commands import sample
-from ngc_jax.config import make_model
+from ngc_jax.config import base, make_model
 from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import Batch
-from ngc_jax.data.settings import OUTSIDE
+from ngc_jax.data.settings import OUTSIDE, withhold
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokenizer import Symbols
 from ngc_jax.runtime.errors import UserError
@@ -182,8 +182,22 @@ def test_what_a_directory_names_is_read_only_where_its_user_says_so(run, home, t
     assert not (tmp_path / "x").exists()
     assert ngc_jax.load(theirs, trust=True).data().fingerprint == run.data().fingerprint
     assert (tmp_path / "x").exists()
-    with pytest.raises(UserError, match="tfds_dir='/a': must not be given, since the run has"):
-        ngc_jax.load(theirs, tfds_dir="/a")
+    for place in ("tfds_dir", "validation_path"):
+        with pytest.raises(UserError, match=f"{place}='/a': must not be given, since the run has"):
+            ngc_jax.load(theirs, **{place: "/a"})
+
+
+def test_a_held_out_text_of_ones_own_is_where_its_user_says():
+    places = dict.fromkeys(OUTSIDE, "") | {"path": "a", "validation_path": "b"}
+    stored = base().data
+    stored.update(places)
+    for given, wants in (({}, ""), ({"path": "c"}, "and --validation_path=FILE")):
+        data = stored.copy_and_resolve_references()
+        assert wants in withhold(data, **given)
+        assert data.validation_path == ""
+    data = stored.copy_and_resolve_references()
+    assert withhold(data, path="c", validation_path="d") == ""
+    assert (data.path, data.validation_path) == ("c", "d")
 
 
 def copy_of(home, tmp_path, sections):

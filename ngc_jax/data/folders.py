@@ -22,7 +22,9 @@ NAMES = {"train": "train", "training": "train", "test": "test"}
 NAMES |= dict.fromkeys(("valid", "validation", "val", "dev"), "validation")
 WORD = rf"({'|'.join(NAMES)})"
 NUMBERED = re.compile(rf"{WORD}(?:[-_]?\d+(?:[-_]of[-_]\d+)?)?")  # a part of a name, between dots
-WITHIN = re.compile(rf"(?<![a-z0-9]){WORD}(?![a-z])")  # of a name whose kind is data alone
+# Of a name whose kind is data alone: the last such word.
+WITHIN = re.compile(rf".*(?<![a-z0-9]){WORD}(?![a-z])")
+HUB = "hf:"  # begins the name of a set in the cache of Hugging Face's `datasets`
 PLAIN = {"", ".txt", ".text", ".raw", ".tokens"}  # kinds of text whose names may announce a split
 DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "state.json"}  # beside Arrow files
 Skips = dict[str, list[Any]]  # why -> [how many, some of them by name]
@@ -53,7 +55,7 @@ def _split(name: str) -> str:
     if kind in PLAIN or kind in ("." + word for word in NAMES):
         found = next(filter(None, map(NUMBERED.fullmatch, stem.split("."))), None)
     elif kind in sources.ROWS | sources.TABLES | {".bin"}:
-        found = WITHIN.search(stem.removesuffix(kind))
+        found = WITHIN.match(stem.removesuffix(kind))
     return NAMES[found[1]] if found else ""
 
 
@@ -69,6 +71,8 @@ def listed(
 ) -> tuple[str, list[str]]:
     """The folder that a user names and its files, in order; of a file or pipe, that alone."""
     path = files.expand(given)
+    if given.startswith(HUB) and not os.path.lexists(path):
+        path = _set_of(asked, given.removeprefix(HUB))
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -92,6 +96,24 @@ def listed(
     raise UserError(f"{asked} holds no text: give a file, a folder of files, or a pipe")
 
 
+def _set_of(asked: str, name: str) -> pathlib.Path:
+    """The newest copy of a set, ORG/NAME or ORG/NAME/CONFIG, in the cache of `datasets`."""
+    given = os.environ.get("HF_DATASETS_CACHE"), os.environ.get("HF_HOME", "~/.cache/huggingface")
+    home = files.expand(given[0] or os.path.join(given[1], "datasets"))
+    found = dict[str, list[pathlib.Path]]()
+    for told in home.glob("*/*/*/*/dataset_info.json"):
+        of, config = told.relative_to(home).parts[:2]
+        found.setdefault(f"{of.replace('___', '/')}/{config}", []).append(told)
+    # `datasets` writes ORG/TinyStories as ORG___tiny_stories
+    plain = {full: full.lower().replace("_", "") for full in found}
+    asks = name.lower().replace("_", "")
+    own = [full for full, spelt in plain.items() if asks in (spelt, spelt.rpartition("/")[0])]
+    if len(own) != 1:
+        wants = f"must be one of {sorted(own or found)}" if found else "must be loaded once"
+        raise UserError(f"{asked}: {wants}, by Hugging Face's datasets.load_dataset into {home}")
+    return max(found[own[0]], key=lambda told: told.stat().st_mtime_ns).parent
+
+
 def _walk(root: pathlib.Path, home: pathlib.Path, skips: Skips) -> Iterator[str]:
     """The files below a folder, by their names in it; notes others. No link leads out of it."""
     top, left = root.resolve(), [""]
@@ -112,8 +134,8 @@ def _walk(root: pathlib.Path, home: pathlib.Path, skips: Skips) -> Iterator[str]
             name = os.path.join(folder, item.name)
             if item.name.startswith("."):
                 note(skips, "hidden", name)
-            elif of_a_set and item.name in DESCRIPTIONS:
-                note(skips, "descriptions of a set", name)
+            elif of_a_set and (item.name in DESCRIPTIONS or item.name.startswith("cache-")):
+                note(skips, "descriptions and caches of a set", name)
             elif item.is_symlink():
                 if _leads_inside(item.path, top):
                     yield name

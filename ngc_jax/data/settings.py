@@ -10,7 +10,7 @@ from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 
 # fields that lead out of a run
-OUTSIDE = ("path", "validation_path", "tfds_name", "tfds_data_dir", "cache_dir")
+OUTSIDE = ("path", "validation_path", "tokenizer_path", "tfds_name", "tfds_data_dir", "cache_dir")
 
 
 def _check(config: Any, need: Need) -> None:
@@ -18,6 +18,8 @@ def _check(config: Any, need: Need) -> None:
     enough = d.tokenizer != "bpe" or d.vocab_size >= 258
     need(enough, "data.vocab_size", "258 or more where data.tokenizer='bpe', for instance 4096")
     need(bool(d.path) or not d.validation_path, "data.validation_path", "'' without data.path")
+    unread = d.tokenizer_path and (d.task or d.tokenizer != "given")
+    need(not unread, "data.tokenizer_path", "'' where data.tokenizer is not 'given'")
     if d.tokenizer == "tokens":
         need(bool(d.path), "data.tokenizer", "'bytes' or 'bpe' where data.path names no tokens")
         need(not d.isolate_documents, "data.isolate_documents", "False for data.tokenizer='tokens'")
@@ -32,28 +34,40 @@ def _check(config: Any, need: Need) -> None:
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
 
 
-def withhold(data: Any, path: str = "", tfds_dir: str = "", trust: bool = False) -> str:
+def withhold(
+    data: Any, path: str = "", tfds_dir: str = "", trust: bool = False, validation_path: str = ""
+) -> str:
     """Leaves in a stored `config.data` only the places that a user types, or trusts it with.
 
     Returns why its text may not be read, or "". Raises UserError for a place that nothing reads.
     """
-    if (path and data.task) or (tfds_dir and not data.tfds_name):
-        given = f"data_path={path!r}" if path else f"tfds_dir={tfds_dir!r}"
-        what = f"data.task={data.task!r} and data.tfds_name={data.tfds_name!r}"
-        raise UserError(f"{given}: must not be given, since the run has {what}")
-    stored = [f"data.{name}={data[name]!r}" for name in ("path", "tfds_name") if data[name]]
+    for flag, given, unread in (
+        ("data_path", path, data.task),
+        ("validation_path", validation_path, not data.validation_path),
+        ("tfds_dir", tfds_dir, not data.tfds_name),
+    ):
+        if given and unread:
+            what = ("task", "validation_path", "tfds_name")
+            has = ", ".join(f"data.{name}={data[name]!r}" for name in what)
+            raise UserError(f"{flag}={given!r}: must not be given, since the run has {has}")
+    named = [name for name in ("path", "validation_path", "tfds_name") if data[name]]
+    stored = [f"data.{name}={data[name]!r}" for name in named]
     places = {name: data[name] if trust else "" for name in OUTSIDE}
     if path:
         places |= {"path": path, "tfds_name": ""}
     if tfds_dir:
         places |= {"tfds_name": data.tfds_name, "tfds_data_dir": tfds_dir}
+    if validation_path:
+        places["validation_path"] = validation_path
+    held = bool(places["validation_path"]) or "validation_path" not in named
     data.update(places)
-    if not stored or path or tfds_dir or trust:
+    if not stored or trust or ((path or tfds_dir) and held):
         return ""
     return (
         f"its config.json names the text {' and '.join(stored)}, which is not read unless you say "
-        "so: give --data_path=FILE or --tfds_dir=FOLDER, or --trust to read what the directory "
-        "names (ngc_jax.load: data_path, tfds_dir, trust=True)"
+        f"so: give --data_path=FILE{'' if held else ' and --validation_path=FILE'} or "
+        "--tfds_dir=FOLDER, or --trust to read what the directory names (ngc_jax.load: data_path, "
+        "validation_path, tfds_dir, trust=True)"
     )
 
 
@@ -78,6 +92,8 @@ DATA = Section("data",
           "number of problems", "(0, 0.5]"),
     Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text; 'given' = that of a "
           "pretrained model; 'tokens' = path holds tokens", ("bytes", "bpe", "given", "tokens")),
+    Field("tokenizer_path", "", "tokenizer.json, or .tiktoken file, of 'given'; '' = that of the "
+          "pretrained model"),
     Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, 'given' or 'tokens'; that of "
           "'bytes' is 257", "[1, 1e6]", "tokens"),
     Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),

@@ -30,7 +30,7 @@ ROWS, TABLES = {".jsonl", ".ndjson"}, {".parquet", ".arrow"}
 PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le"}
 MARKS[codecs.BOM_UTF16_BE] = "utf-16-be"
-# Headers of llm.c, 256 int32: magic and version -> the type of the tokens that follow.
+# Headers of llm.c, 256 int32: magic, version, number of tokens. -> The type of the tokens.
 SHARDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 
 Document = Iterator[bytes]  # its pieces, to be read before the next document is asked for
@@ -155,19 +155,21 @@ def _chain(first: bytes, file: BinaryIO) -> Iterator[bytes]:
 def _tokens(file: BinaryIO, path: str, vocab: int) -> Document:
     """The tokens of a shard of nanoGPT (no header) or llm.c, as bytes of uint32."""
     first = _first(file)
-    magic, version = np.frombuffer(first[:8].ljust(8, b"\0"), "<i4").tolist()
+    magic, version, told = np.frombuffer(first[:12].ljust(12, b"\0"), "<i4").tolist()
+    headed, seen = (magic, version) in SHARDS, 0
     kind = np.dtype(SHARDS.get((magic, version), "<u2" if vocab <= 1 << 16 else "<u4"))
-    left = first[1024 * ((magic, version) in SHARDS) :]
+    left = first[1024 * headed :]
     for piece in _chain(b"", file):
         left += piece
         whole = len(left) // kind.itemsize * kind.itemsize
         tokens, left = np.frombuffer(left[:whole], kind), left[whole:]
+        seen += len(tokens)
         if len(tokens) and tokens.max() >= vocab:
             wants = f"more than {tokens.max()}, a token of {path}"
             raise UserError(f"data.vocab_size={vocab}: must be {wants}")
         yield tokens.astype("<u4").tobytes()
-    if left:
-        raise Skipped("ends inside a token")
+    if left or (headed and seen != told):
+        raise Skipped("cut short")
 
 
 def _rows(file: BinaryIO, path: str, column: str) -> Iterator[Document | str]:

@@ -4,8 +4,11 @@ For: bytes, learned byte pairs, those of pretrained models, tokens of others, sy
 the file that keeps one. Not for: texts, or windows of tokens (`tokens.py`).
 """
 
+import base64
 import contextlib
+import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +37,9 @@ SPLITS = {
 }
 ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what lies between documents where nothing begins one
 MOST = 1 << 20  # tokens of a tokenizer that is given
+# Names of tiktoken: how they cut a text, and the number of ENDS[0].
+RANKED = {"r50k_base": ("gpt-2", 50256), "p50k_base": ("gpt-2", 50256)}
+RANKED |= {"gpt2": ("gpt-2", 50256), "cl100k_base": ("llama-bpe", 100257)}
 
 
 class Bytes:
@@ -232,6 +238,36 @@ def _cut(told: Any) -> Any:
     return pre_tokenizers.Sequence(made)
 
 
+def _of_ranks(name: str, text: str) -> str:
+    """The `tokenizer.json` of a file of tiktoken: on each line a token, in Base64, and its rank.
+
+    Raises ValueError for a name that is not in RANKED, and for what is no such file.
+    """
+    if name not in RANKED:
+        raise ValueError(f"its name must be one of tiktoken's: {', '.join(RANKED)}")
+    split, end = RANKED[name]
+    letters = {byte: letter for letter, byte in ALPHABET.items()}
+    lines = (line.split() for line in text.splitlines())
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    vocab = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # as the text of this token merges; the last merge makes it
+            pairs = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([vocab[part] for part in parts])
+    cut = {"type": "Split", "pattern": {"Regex": SPLITS[split]}, "behavior": "Isolated"}
+    spelt = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    numbered = {vocab[token]: rank for token, rank in ranks.items()}
+    model = {"type": "BPE", "vocab": numbered, "merges": merges, "ignore_merges": True}
+    ends = [{"id": end, "content": ENDS[0], "special": True}]
+    cuts = {"type": "Sequence", "pretokenizers": [cut, spelt]}
+    return json.dumps({"model": model, "pre_tokenizer": cuts, "added_tokens": ends})
+
+
 class Symbols:
     """The alphabet of a task: its problems are tokens, so nothing is encoded."""
 
@@ -264,9 +300,24 @@ def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
 
 
 def given_in(home: files.Path, config: Any) -> Given | None:
-    """The tokenizer of a pretrained model that a work directory keeps; None: of another kind."""
-    found = load_tokenizer(home, config.data) if config.data.tokenizer == "given" else None
+    """The tokenizer of a pretrained model that a work directory keeps.
+
+    None: of another kind, not there yet, or `data.tokenizer_path` names it, see `given_at`.
+    """
+    data = config.data
+    there = data.tokenizer == "given" and not data.tokenizer_path
+    there = there and (home / "tokenizer.json").exists()
+    found = load_tokenizer(home, data) if there else None
     return found if isinstance(found, Given) else None
+
+
+def given_at(config: Any) -> Given:
+    """The tokenizer in the file `data.tokenizer_path`. Raises UserError."""
+    with _refusing(f"data.tokenizer_path={config.tokenizer_path!r}", "given"):
+        file = files.expand(config.tokenizer_path).resolve()
+        text = files.read(file, LARGEST).decode()
+        text = _of_ranks(file.stem, text) if file.suffix == ".tiktoken" else text
+        return Given(text, config.vocab_size)
 
 
 def open_given(serialised: str, vocab: int, of: object) -> Given:

@@ -22,6 +22,7 @@ from ngc_jax.data.tokenizer import (
     Ids,
     Symbols,
     Tokenizer,
+    given_at,
     load_tokenizer,
     no_tokenizers,
     save_tokenizer,
@@ -75,8 +76,10 @@ def load_data(config: Any, mark: int | None = None, tokenizer: BPE | None = None
 
 
 def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
+    if config.tokenizer_path:
+        given = given_at(config)
     if config.tokenizer == "given" and given is None:
-        wants = "'bytes' or 'bpe' where no pretrained model gives a tokenizer"
+        wants = "'bytes' or 'bpe' where no pretrained model and no data.tokenizer_path gives one"
         raise UserError(f"data.tokenizer='given': must be {wants}")
     kept = cache.cache_directory(config)
     mixed = prepare.open_corpora(config, kept)
@@ -86,13 +89,13 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
     tokenizer: Tokenizer = given or Bytes()
     if config.tokenizer == "tokens":
         kind, tokenizer = f"tokens-{config.vocab_size}", Ids(config.vocab_size)
-    if given is not None:
-        kind = f"given-{_sha256(given.serialised)[:16]}-{given.vocab}"
     with _refused(config):
         if config.tokenizer == "bpe" and given is None:
-            kind = f"bpe-{config.vocab_size}"
             learn = lambda to: _learn(mixed, config, to)  # noqa: E731
-            tokenizer = load_tokenizer(cache.entry(kept, f"{kind}-{of}", learn), config)
+            entry = cache.entry(kept, f"bpe-{config.vocab_size}-{of}", learn)
+            tokenizer = load_tokenizer(entry, config)
+        if isinstance(tokenizer, BPE):
+            kind += f"-{_sha256(tokenizer.serialised)[:16]}-{tokenizer.vocab}"
         home = kept / f"tokens-{kind}-{of}"
 
         def write(to: pathlib.Path) -> None:

@@ -206,6 +206,7 @@ def load(
     step: int | None = None,
     *,
     data_path: str = "",
+    validation_path: str = "",
     tfds_dir: str = "",
     trust: bool = False,
     mesh: Mesh | None = None,
@@ -213,13 +214,14 @@ def load(
     """Opens the newest sound checkpoint, or that of `step`. Changes nothing. Raises UserError.
 
     The parameters are put on a device, or on a mesh, whose devices read their parts alone.
-    Its text, for `Trained.data`, is at `data_path`, or a TFDS set in `tfds_dir`. The places that
-    the directory itself names are read, and written, only with `trust` (docs/trust.md).
+    Its text, for `Trained.data`, is at `data_path`, and at `validation_path` where the run has one,
+    or a TFDS set in `tfds_dir`. The places that the directory itself names are read, and written,
+    only with `trust` (docs/trust.md).
     """
     home = files.place(workdir)
     config = read_config(home)
     stored, tokenizer = config.copy_and_resolve_references(), load_tokenizer(home, config.data)
-    withheld = withhold(config.data, data_path, tfds_dir, trust)
+    withheld = withhold(config.data, data_path, tfds_dir, trust, validation_path)
     read = _restored(home, stored, tokenizer.vocab, step, mesh)
     model = configs.make_model(config, tokenizer.vocab)
     model, params = rewiring.pruned(model, read.state.params, config, read.step)

@@ -35,7 +35,7 @@ HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
 # Where a text lies is free as well: a fingerprint says whether it is the same.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
-FREE |= {"data.path", "data.validation_path"}
+FREE |= {"data.path", "data.validation_path", "data.tokenizer_path"}
 FREE |= {f"train.{name}" for name in ("log_every", "profile", "hang_minutes", "hang_exit")}
 FREE |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
 
