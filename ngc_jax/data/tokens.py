@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.data import cache, prepare, problems
+from ngc_jax.data import cache, packing, prepare, problems
 from ngc_jax.data.batches import Examples, Mixture, Windows
+from ngc_jax.data.packing import Packed
 from ngc_jax.data.tasks import TASKS, boundary
 from ngc_jax.data.tokenizer import (
     BPE,
@@ -116,18 +117,29 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         tokens = np.memmap(home / f"{split}.bin", meta["dtype"], mode="r")
         return Windows(tokens, config.context, tokenizer.mark, ends)
 
-    sizes = ", ".join(f"{amount(n)} {split} tokens" for split, n in meta["tokens"].items())
+    def packed(of: Windows, name: str) -> Packed:
+        name = f"packed-{name}-{config.context}-{home.name}"
+        build = lambda to: packing.write(of.tokens, of.mark, of.context, to)  # noqa: E731
+        spans = cache.entry(kept, name, build)
+        return Packed(of.tokens, spans, of.context, of.mark, of.boundary is not None)
+
     if isinstance(tokenizer, BPE):
         fingerprint = _sha256(fingerprint + tokenizer.serialised)
-    splits: list[Examples] = []
+    splits, sizes = list[Examples](), list[str]()
     for split in ("train", "validation"):
         # A held-out text of the user's own is every part's: it counts once.
         own = split == "validation" and config.validation_path
-        made = [windows(prepare.name_of(split, i)) for i in range(1 if own else len(mixed.parts))]
+        names = [prepare.name_of(split, i) for i in range(1 if own else len(mixed.parts))]
+        made: list[Any] = [windows(name) for name in names]
+        sizes.append(f"{amount(sum(len(of.tokens) for of in made))} {split} tokens")
+        if split == "train" and config.packing == "best-fit":
+            made = [packed(of, name) for of, name in zip(made, names, strict=True)]
         splits.append(made[0] if len(made) == 1 else Mixture(made, mixed.shares))
     if len(mixed.parts) > 1:
         fingerprint = _sha256(" ".join([fingerprint, *map(str, mixed.shares)]))
-    return Data(tokenizer, splits[0], splits[1], fingerprint, f"{mixed.summary}; {sizes}")
+    return Data(
+        tokenizer, splits[0], splits[1], fingerprint, f"{mixed.summary}; {', '.join(sizes)}"
+    )
 
 
 def _sha256(text: str) -> str:
