@@ -3,6 +3,7 @@ function of the step.
 """
 
 import base64
+import concurrent.futures
 import itertools
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -781,6 +783,22 @@ def test_byte_pairs_of_one_long_word_are_learned_at_once(tmp_path):
     assert max(data.tokenizer.lengths) <= 128
     whole = [*data.train.tokens.tolist(), *data.validation.tokens.tolist()]
     assert data.tokenizer.decode(whole) == b"abcab" * 60_000
+
+
+def test_one_process_prepares_and_others_wait(tmp_path, capsys):
+    built = []
+
+    def build(home):
+        built.append(home)
+        time.sleep(0.2)
+        (home / "x").write_text("x")
+
+    make = lambda: cache.entry(tmp_path / "cache", "a", build)  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # a lock is of a file that is opened
+        homes = [future.result() for future in [pool.submit(make) for _ in range(4)]]
+    assert (len(built), set(homes)) == (1, {tmp_path / "cache" / "a"})
+    assert "waiting for the process that makes" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 @pytest.mark.parametrize("damage", [False, True])

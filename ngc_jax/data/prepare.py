@@ -5,7 +5,6 @@ tokenizers (`tokens.py`), or windows of tokens (`batches.py`).
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -73,28 +72,20 @@ def open_corpora(config: Any, home: pathlib.Path) -> Mixed:
     return Mixed(parts, [weight / sum(weights) for weight in weights])
 
 
-def write_tokens(mixed: Mixed, tokenizer: Any, home: pathlib.Path, to: pathlib.Path) -> None:
+def write_tokens(mixed: Mixed, tokenizer: Any, to: pathlib.Path) -> None:
     """Writes the tokens of all splits, TO/{train,validation}[1, ...].bin and TO/meta.json.
 
-    home: the entry that TO becomes; what a killed call has made lies
-    beside it, and the next call goes on with it. Raises UserError, UnicodeDecodeError.
+    Goes on where a killed call has written TO/journal.json. Raises UserError, UnicodeDecodeError.
     """
-    with _bench(home) as bench:
-        if bench:
-            _write(mixed, tokenizer, bench, to)
-            files.remove(bench)
-
-
-def _write(mixed: Mixed, tokenizer: Any, bench: pathlib.Path, to: pathlib.Path) -> None:
     dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
     mark = np.array([tokenizer.mark] if tokenizer.mark >= 0 else [], dtype).tobytes()
     parts = range(len(mixed.parts))
     splits = [name_of(split, i) for split in ("train", "validation") for i in parts]
-    done, sums = _begun(bench, splits)
+    done, sums = _begun(to, splits)
     with contextlib.ExitStack() as stack:
         opened = {}
         for split in splits:
-            opened[split] = stack.enter_context(open(bench / f"{split}.bin", "ab"))
+            opened[split] = stack.enter_context(open(to / f"{split}.bin", "ab"))
             opened[split].truncate(sums[split][0])
         advance = Advance("making tokens", sum(part.size for part in mixed.parts))
         saved = time.monotonic()
@@ -108,14 +99,11 @@ def _write(mixed: Mixed, tokenizer: Any, bench: pathlib.Path, to: pathlib.Path) 
                 opened[split].write(raw)
                 size, crc = sums[split]
                 sums[split] = [size + len(raw), zlib.crc32(raw, crc)]
+            done = number + 1
             if time.monotonic() - saved > SAVED:
-                for file in opened.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-                files.write_durably(bench / "journal.json", json.dumps([number + 1, sums]))
+                _save(to, done, sums, opened)
                 saved = time.monotonic()
-    for split in splits:
-        os.rename(bench / f"{split}.bin", to / f"{split}.bin")
+        _save(to, done, sums, opened)  # for who is killed before the seal is there
     counts = {split: size // dtype.itemsize for split, (size, _) in sums.items()}
     (to / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))
 
@@ -154,47 +142,25 @@ def _batches(mixed: Mixed, cuts: bool) -> Iterator[list[tuple[str, bool, bytes]]
         yield batch
 
 
-def _begun(bench: pathlib.Path, splits: list[str]) -> tuple[int, dict[str, list[int]]]:
+def _save(to: pathlib.Path, done: int, sums: dict[str, list[int]], opened: dict[str, Any]) -> None:
+    for file in opened.values():
+        file.flush()
+        os.fsync(file.fileno())
+    files.write_durably(to / "journal.json", json.dumps([done, sums]))
+
+
+def _begun(to: pathlib.Path, splits: list[str]) -> tuple[int, dict[str, list[int]]]:
     """Batches that a killed preparation has made, and the size and checksum of each file."""
     try:
-        done, sums = files.read_json(bench / "journal.json", 1 << 20)
+        done, sums = files.read_json(to / "journal.json", 1 << 20)
         for split in splits:
             left, crc = sums[split][0], 0
-            with open(bench / f"{split}.bin", "rb") as file:
+            with open(to / f"{split}.bin", "rb") as file:
                 while left and (piece := file.read(min(left, 1 << 20))):
                     left, crc = left - len(piece), zlib.crc32(piece, crc)
             if [left, crc] != [0, sums[split][1]]:
                 raise ValueError(f"{split}.bin is damaged")
-        print(f"going on with the tokens in {bench}", flush=True)
+        print(f"going on with the tokens in {to}", flush=True)
         return done, sums
     except (OSError, ValueError, TypeError, LookupError):
         return 0, {split: [0, 0] for split in splits}
-
-
-@contextlib.contextmanager
-def _bench(home: pathlib.Path) -> Iterator[pathlib.Path | None]:
-    """The folder in which the entry `home` is made, kept if killed; None: another has made it."""
-    bench = home.with_name(f".{home.name}.part")
-    while True:
-        files.make_private(bench)
-        handle = os.open(bench, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for the process that prepares {home}", flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if home.exists():
-                files.remove(bench)
-                yield None
-                return
-            if not bench.exists() or os.stat(bench).st_ino != os.fstat(handle).st_ino:
-                continue  # it was removed by the process that held it
-            try:
-                yield bench
-            except Exception:
-                files.remove(bench)
-                raise
-            return
-        finally:
-            os.close(handle)

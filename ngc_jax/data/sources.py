@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import lzma
-import pathlib
+import os
 import re
 import sys
 import zlib
@@ -48,9 +48,8 @@ def faults() -> tuple[type[BaseException], ...]:
 
 def suffixes(path: str) -> tuple[str, str]:
     """The kind of a file, and how it is packed: ("a.jsonl.gz") -> (".jsonl", ".gz")."""
-    kinds = ["", *(kind.lower() for kind in pathlib.PurePath(path).suffixes)]
-    packed = kinds.pop() if kinds[-1] in PACKED else ""
-    return kinds[-1], packed
+    stem, kind = os.path.splitext(path.lower())
+    return (os.path.splitext(stem)[1], kind) if kind in PACKED else (kind, "")
 
 
 def documents(path: str, column: str, vocab: int = 0) -> Iterator[Document | str]:

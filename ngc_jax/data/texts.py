@@ -106,7 +106,7 @@ def _scan(paths: list[str], parts: list[int], column: str, vocab: int, share: fl
     """Reads all documents once. Raises UserError for a column or a package that is missing."""
     digest, skips, counts = hashlib.sha256(), Skips(), list[int]()
     made, number = np.zeros(1024, ROW), 0
-    packed = any(sources.suffixes(path)[1] or path.endswith(".parquet") for path in paths)
+    packed = any({".parquet", *sources.PACKED} & {*sources.suffixes(path)} for path in paths)
     sizes = map(_state, [] if packed else paths)
     advance = Advance("reading text", sum(size[0] for size in sizes if size))
     for path, part in zip(paths, parts, strict=True):

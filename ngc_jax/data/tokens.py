@@ -97,13 +97,12 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
             tokenizer = load_tokenizer(entry, config)
         if isinstance(tokenizer, BPE):
             kind += f"-{_sha256(tokenizer.serialised)[:16]}-{tokenizer.vocab}"
-        home = kept / f"tokens-{kind}-{of}"
 
         def write(to: pathlib.Path) -> None:
             save_tokenizer(tokenizer, to)
-            prepare.write_tokens(mixed, tokenizer, home, to)
+            prepare.write_tokens(mixed, tokenizer, to)
 
-        cache.entry(kept, home.name, write)
+        home = cache.entry(kept, f"tokens-{kind}-{of}", write, continues=True)
     meta = json.loads((home / "meta.json").read_text("utf-8"))
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
