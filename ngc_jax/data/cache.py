@@ -78,10 +78,12 @@ def _alone(part: Path, home: Path) -> Iterator[Path | None]:
             except OSError:
                 yield None
                 return
-            if os.path.exists(part) and os.path.samestat(os.stat(part), os.fstat(handle)):
+            own = False  # where the process that held it has moved it
+            with contextlib.suppress(FileNotFoundError):
+                own = os.path.samestat(os.stat(part), os.fstat(handle))
+            if own:
                 yield part
                 return
-            # else the process that held it has moved it
         finally:
             os.close(handle)
 
