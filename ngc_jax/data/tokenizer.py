@@ -302,12 +302,11 @@ def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
 def given_in(home: files.Path, config: Any) -> Given | None:
     """The tokenizer of a pretrained model that a work directory keeps.
 
-    None: of another kind, not there yet, or `data.tokenizer_path` names it, see `given_at`.
+    None: of another kind, of a run that is to begin, or of `data.tokenizer_path` (`given_at`).
     """
-    data = config.data
-    there = data.tokenizer == "given" and not data.tokenizer_path
-    there = there and (home / "tokenizer.json").exists()
-    found = load_tokenizer(home, data) if there else None
+    kept = config.data.tokenizer == "given" and not config.data.tokenizer_path
+    kept = kept and (home / "config.json").exists()
+    found = load_tokenizer(home, config.data) if kept else None
     return found if isinstance(found, Given) else None
 
 
