@@ -105,7 +105,8 @@ def write_tokens(mixed: Mixed, tokenizer: Any, to: pathlib.Path) -> None:
                 saved = time.monotonic()
         _save(to, done, sums, opened)  # for who is killed before the seal is there
     counts = {split: size // dtype.itemsize for split, (size, _) in sums.items()}
-    (to / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": counts}))
+    told = json.dumps({"dtype": dtype.name, "tokens": counts})
+    (to / "meta.json").write_text(told, encoding="utf-8")
 
 
 def name_of(split: str, part: int) -> str:

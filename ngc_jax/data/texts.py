@@ -180,7 +180,7 @@ def _write(found: Scan, home: pathlib.Path) -> None:
     np.save(home / "documents.npy", found.rows)
     np.save(home / "counts.npy", found.counts)
     told = {"fingerprint": found.fingerprint, "cut": found.cut, "skips": found.skips}
-    (home / "scan.json").write_text(json.dumps(told))
+    (home / "scan.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def _read(home: pathlib.Path) -> Scan:
