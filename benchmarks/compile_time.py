@@ -16,7 +16,7 @@ import jax
 
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import token_batch
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.step import init_state, make_train_step
 

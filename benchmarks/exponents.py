@@ -17,7 +17,7 @@ from benchmarks.timing import paired
 from ngc_jax.analysis import rounds_step
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import Batch
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.dynamics.lyapunov import leading_exponent, lyapunov_spectrum
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.stability_metrics import make_watch

@@ -33,7 +33,7 @@ from experiments.text_measures import (
 )
 from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.data.batches import Batch, Windows
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.model import generate
 from ngc_jax.report.blocks import Block, paragraph
 from ngc_jax.training.load import Trained, load

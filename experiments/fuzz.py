@@ -41,7 +41,8 @@ from ngc_jax.commands.arguments import command
 from ngc_jax.config import base
 from ngc_jax.convert.config_json import fields_of
 from ngc_jax.convert.source import open_source, write_safetensors
-from ngc_jax.data.tokens import load_data, load_tokenizer, open_given
+from ngc_jax.data.tokenizer import load_tokenizer, open_given
+from ngc_jax.data.tokens import load_data
 from ngc_jax.runtime.errors import UserError, plain
 from ngc_jax.runtime.metrics import Metrics, read_rows
 from ngc_jax.training.workdir import claim, hold, read_config

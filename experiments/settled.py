@@ -23,7 +23,7 @@ from experiments.sums import keep, sums
 from experiments.sweeps import cases, seeds
 from ngc_jax.analysis import round_states
 from ngc_jax.data.batches import Batch
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.dynamics.measures import contraction, norm
 from ngc_jax.training.load import load
 

@@ -13,7 +13,7 @@ from conftest import ROOT, launch, python
 from ngc_jax.commands.config_flag import read_config
 from ngc_jax.config import named
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.workdir import claim
 

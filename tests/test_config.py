@@ -24,7 +24,7 @@ from ngc_jax.core import wiring
 from ngc_jax.core.rules import GATES, RULES, rules_between_groups
 from ngc_jax.data.batches import token_batch
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.settings import MODEL, MODELS, ModelKind
 from ngc_jax.nn.shape import ModelShape

@@ -18,7 +18,7 @@ from ngc_jax.commands import config_flag, sample
 from ngc_jax.config import base, make_model
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.data import NOTHING
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.params import drop_states
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import UserError

@@ -2,11 +2,14 @@
 function of the step.
 """
 
+import base64
+import concurrent.futures
 import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -14,17 +17,23 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from conftest import ROOT, make_text
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base
-from ngc_jax.data import cache
-from ngc_jax.data.batches import Windows, held_out_batches, train_batches
-from ngc_jax.data.corpus import SKIPPED, stdlib_documents, text_documents
-from ngc_jax.data.tokens import BPE, Bytes, load_data, load_tokenizer, segmented
+from ngc_jax.data import cache, packing, prepare, sources
+from ngc_jax.data.batches import Windows, filled, held_out_batches, train_batches, turn
+from ngc_jax.data.corpus import SKIPPED, stdlib_documents
+from ngc_jax.data.tokenizer import BPE, Bytes, load_tokenizer
+from ngc_jax.data.tokens import load_data, segmented
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
 
@@ -55,26 +64,123 @@ def test_library_source_is_split_by_path_without_tests_or_duplicates():
     assert 0.02 < share < 0.12
 
 
+def split(tmp_path: pathlib.Path, path: object, **fields: object) -> tuple[list[bytes], ...]:
+    """The documents trained on and held out, in order, and the summary of a text."""
+    data = load_data(settings(tmp_path, **{"path": str(path), "context": 1, **fields}))
+    assert isinstance(data.tokenizer, Bytes)
+    parts = data.train.tokens, data.validation.tokens
+    marks = [[*np.flatnonzero(tokens == Bytes.mark), len(tokens)] for tokens in parts]
+    documents = [
+        [Bytes().decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(at)]
+        for tokens, at in zip(parts, marks, strict=True)
+    ]
+    return documents[0], documents[1], data.summary
+
+
+def folder(tmp_path: pathlib.Path, **texts: str | bytes) -> pathlib.Path:
+    """A folder of these files; "__" in a name stands for "/"."""
+    top = tmp_path / "texts"
+    for name, text in texts.items():
+        path = top / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return top
+
+
 def test_a_files_tail_is_held_out(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("".join(map(str, range(500))))
-    documents = text_documents(path, 0.1)
-    (_, head), (_, tail) = documents["train"][0], documents["validation"][0]
+    path.write_text("".join(map(str, range(500))) + "\u00e9" * 100)
+    (head,), (tail,), said = split(tmp_path, path, validation_fraction=0.05)
     assert head + tail == path.read_bytes()
-    assert len(tail) == pytest.approx(0.1 * len(head + tail), abs=1)
+    assert len(tail) == pytest.approx(0.05 * len(head + tail), abs=1)
+    tail.decode()  # it was cut between characters
+    assert re.match(r"text: train 1 document 1\.5 kB, validation 1 document 80 B, finger", said)
 
 
-def test_a_folder_is_split_by_file_without_binaries_hidden_files_or_duplicates(tmp_path):
-    for i in range(20):
-        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 10)
-    (tmp_path / "copy.txt").write_text("text 3 " * 10)
-    (tmp_path / "image.bin").write_bytes(b"\0\1\2")
-    (tmp_path / ".hidden").write_text("secret")
-    documents = text_documents(tmp_path, 0.1)
-    names = [name for texts in documents.values() for name, _ in texts]
-    assert len(names) == 20
-    assert not {"image.bin", ".hidden"} & set(names)
-    assert len(documents["validation"]) == 2
+def test_a_folder_is_split_by_bytes_without_binaries_hidden_files_or_duplicates(tmp_path):
+    chapters = {f"{i}_txt": make_text(8_000, i) for i in range(9)}
+    others = {"copy_txt": chapters["3_txt"], "image_bin": b"\0\1\2", "_hidden": "secret"}
+    top = folder(tmp_path, README="a short readme, 25 bytes\n", empty="", **chapters, **others)
+    train, held_out, said = split(tmp_path, top)
+    texts = {text.encode() for text in chapters.values()} | {b"a short readme, 25 bytes\n"}
+    assert sum(map(len, train + held_out)) == sum(map(len, texts))
+    assert sum(map(len, held_out)) == pytest.approx(0.1 * sum(map(len, texts)), rel=0.02)
+    assert all(any(part in text for text in texts) for part in train + held_out)
+    left = said.partition("left out: ")[2]
+    for told in ("1 hidden (.hidden)", "1 binary (image.bin)", "1 empty (empty)", "1 duplicate ("):
+        assert told in left
+
+
+def test_many_documents_are_held_out_whole(tmp_path):
+    texts = [make_text(300, i) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    train, held_out, _ = split(tmp_path, tmp_path / "a.jsonl")
+    assert sorted(train + held_out) == sorted(text.encode() for text in texts)
+    assert 18 <= len(held_out) <= 20
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "held_out"),
+    [
+        (["a__train_txt", "a__valid_txt", "a__test_txt"], {0}, {1}),
+        (["wiki_train_tokens", "wiki_test_tokens"], {0}, {1}),
+        (["train__a", "train__b", "val__c", "test__d"], {0, 1}, {2}),
+        (["a_txt", "b_txt", "validation-00000-of-00001_txt"], {0, 1}, {2}),
+    ],
+)
+def test_a_split_that_names_announce_is_respected(tmp_path, names, train, held_out):
+    texts = [make_text(100, i) for i in range(len(names))]
+    top = folder(tmp_path, **dict(zip(names, texts, strict=True)))
+    trained, held, said = split(tmp_path, top)
+    assert set(trained) == {texts[i].encode() for i in train}
+    assert set(held) == {texts[i].encode() for i in held_out}
+    assert "by name" in said
+    assert ("of another split" in said) == (len(train | held_out) < len(names))
+
+
+def test_names_that_announce_no_split_do_not_make_one(tmp_path):
+    names = ["train_py", "test_py", "test__a_txt", "my-train-journey_txt"]
+    top = folder(tmp_path, **{name: make_text(1000, i) for i, name in enumerate(names)})
+    train, held_out, said = split(tmp_path, top)
+    assert len(b"".join(held_out)) < 0.12 * len(b"".join(train))
+    assert "by name" not in said
+
+
+def test_a_held_out_text_of_ones_own(tmp_path):
+    top = folder(tmp_path, a_txt=make_text(500, 1), val_txt=make_text(500, 2), b_txt=make_text(9))
+    (tmp_path / "held.txt").write_text(make_text(300, 3) + "\0")
+    where = {"validation_path": str(tmp_path / "held.txt")}
+    train, held_out, said = split(tmp_path, top, **where)
+    assert train == [make_text(500, 1).encode(), make_text(9).encode()]
+    assert held_out == [(tmp_path / "held.txt").read_bytes()]
+    assert "1 of another split (val.txt)" in said
+    with pytest.raises(UserError, match=r"data.validation_path=.* does not exist"):
+        split(tmp_path, top, validation_path="none")
+    with pytest.raises(UserError, match=r"data.path=.* holds no text \(1 duplicate"):
+        split(tmp_path, tmp_path / "held.txt", **where)
+
+
+def test_what_a_run_has_written_is_never_its_text(tmp_path):
+    top = folder(tmp_path, a_txt=make_text(500, 1), b_txt=make_text(500, 2))
+    config = settings(tmp_path, path=str(top), cache_dir=str(top / "kept"))
+    before = load_data(config).fingerprint
+    (top / "run" / "checkpoints").mkdir(parents=True)
+    (top / "run" / "config.json").write_text(base().to_json())
+    (top / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    again = load_data(config)
+    assert again.fingerprint == before
+    assert re.search(r"2 made by a run \((kept|run), (run|kept)\)", again.summary)
+
+
+def test_where_a_text_lies_is_free(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(make_text(500))
+    monkeypatch.chdir(tmp_path)
+    one, other = (
+        load_data(settings(tmp_path, path=path)) for path in ("a.txt", str(tmp_path / "a.txt"))
+    )
+    shutil.copytree(tmp_path, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("cache"))
+    third = load_data(settings(tmp_path, path=str(tmp_path / "elsewhere")))
+    assert one.fingerprint == other.fingerprint == third.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -82,14 +188,142 @@ def test_a_folder_is_split_by_file_without_binaries_hidden_files_or_duplicates(t
     [
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "holds no text"),
-        (lambda p: p.write_text(""), "holds no text"),
-        (lambda p: p.write_bytes(b"\0"), "holds no text"),
+        (lambda p: p.write_text(""), r"holds no text \(1 empty \(x\)\)"),
+        (lambda p: p.write_bytes(b"\0"), r"holds no text \(1 binary \(x\)\)"),
     ],
 )
 def test_no_text_is_a_clear_error(tmp_path, make, message):
     make(tmp_path / "x")
     with pytest.raises(UserError, match=f"data.path=.*{message}"):
-        text_documents(tmp_path / "x", 0.1)
+        split(tmp_path, tmp_path / "x")
+
+
+# ---- Kinds of files ------------------------------------------------------------------------------
+
+
+def parquet(path: pathlib.Path, texts: list[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": texts, "id": [*range(len(texts))]}), path)
+
+
+def arrow(path: pathlib.Path, texts: list[str]) -> None:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as file:
+        table = pa.table({"text": pa.array(texts)})
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=3)
+
+
+def lines(path: pathlib.Path, texts: list[str]) -> None:
+    rows = [json.dumps({"text": text, "n": 1}) for text in texts]
+    path.write_text("\n".join([rows[0], "", *rows[1:], "{", "[]", '{"text": ""}', '{"t": 1}']))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.jsonl", lines), ("b.ndjson", lines), ("a.parquet", parquet), ("a-train.arrow", arrow)],
+)
+def test_rows_are_documents(tmp_path, name, write):
+    texts = [f"row {i}: caf\u00e9 " + make_text(40, i) for i in range(20)]
+    write(tmp_path / name, texts)
+    train, held_out, said = split(tmp_path, tmp_path / name)
+    assert b"".join(sorted(train + held_out)).count(b"row ") == 20
+    if write is lines:
+        assert "1 rows that are no JSON" in said
+        assert "2 rows without data.text_column='text'" in said
+        assert "1 empty rows" in said
+    with pytest.raises(UserError, match=r"data.text_column='body'"):
+        split(tmp_path, tmp_path / name, text_column="body")
+
+
+def test_a_set_that_was_saved_to_disk_is_read_by_its_splits(tmp_path):
+    texts = {"train": ["one text", "two text"], "test": ["three text"]}
+    for split_name, rows in texts.items():
+        (tmp_path / "set" / split_name).mkdir(parents=True)
+        arrow(tmp_path / "set" / split_name / "data-00000-of-00001.arrow", rows)
+        for name in ("state.json", "dataset_info.json"):
+            (tmp_path / "set" / split_name / name).write_text('{"splits": {}}')
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    train, held_out, said = split(tmp_path, tmp_path / "set")
+    assert (train, held_out) == ([b"one text", b"two text"], [b"three text"])
+    assert "5 descriptions and caches of a set" in said
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_packed_files_are_read_as_what_is_packed(tmp_path, kind):
+    module = pytest.importorskip({"gz": "gzip", "xz": "lzma", "zst": "zstandard"}.get(kind, kind))
+    texts = [make_text(2000, i) for i in range(20)]
+    rows = "\n".join(json.dumps({"text": text}) for text in texts)
+    plain = {"a.jsonl": rows, "b.txt": "plain " + rows}
+    for where in ("plain", "packed"):
+        (tmp_path / where).mkdir()
+    for name, text in plain.items():
+        (tmp_path / "plain" / name).write_text(text)
+        packed = module.compress(text.encode())
+        (tmp_path / "packed" / f"{name}.{kind}").write_bytes(packed)
+    one, other = (split(tmp_path, tmp_path / where) for where in ("plain", "packed"))
+    assert one == other
+    (tmp_path / "packed" / f"a.jsonl.{kind}").write_bytes(
+        module.compress(rows.encode())[: len(rows) // 50]
+    )
+    _, _, said = split(tmp_path, tmp_path / "packed")
+    assert "left out: 1 unreadable (a.jsonl" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_a_marked_encoding_is_read_as_text(tmp_path, encoding):
+    text = make_text(300_000) + "na\u00efve \U0001f600"
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    (tmp_path / "a.txt").write_bytes(mark + text.encode(encoding))
+    train, held_out, _ = split(tmp_path, tmp_path / "a.txt")
+    assert b"".join(train + held_out).decode() == text
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    text = make_text(200_000).encode()
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', "/dev/stdin", tmp_path / "pipe"],
+                          stdin=subprocess.PIPE) as writer:  # fmt: skip
+        assert writer.stdin is not None
+        feed = threading.Thread(target=lambda: (writer.stdin.write(text), writer.stdin.close()))
+        feed.start()
+        train, held_out, _ = split(tmp_path, tmp_path / "pipe")
+        feed.join()
+    assert b"".join(train + held_out) == text
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.parametrize("header", [[], [20240520, 1]])
+def test_shards_of_tokens_are_read(tmp_path, header):
+    made = np.random.default_rng(0).integers(0, 300, 3000)
+
+    def shard(tokens):
+        first = np.zeros(256 * bool(header), "<i4")
+        first[: 3 * bool(header)] = [*header, len(tokens)] if header else []
+        return first.tobytes() + tokens.astype("<u2").tobytes()
+
+    shards = {"train": made[:2000], "val": made[2000:]}
+    top = folder(tmp_path, **{f"x-{n}-000001_bin": shard(t) for n, t in shards.items()})
+    (top / "x-train-000002.bin").write_bytes(shard(made)[: -2 if header else -1])
+    config = settings(tmp_path, path=str(top), tokenizer="tokens", vocab_size=300)
+    data = load_data(config)
+    np.testing.assert_array_equal(data.train.tokens, made[:2000])
+    np.testing.assert_array_equal(data.validation.tokens, made[2000:])
+    assert data.tokenizer.vocab == 300
+    assert "left out: 1 cut short (x-train-000002.bin)" in data.summary
+    assert data.tokenizer.decode([15, 7]) == b"15 7"
+    np.testing.assert_array_equal(data.tokenizer.encode(b"15 7"), [15, 7])
+    with pytest.raises(UserError, match=r"data.vocab_size=290: must be more than 29\d, a token of"):
+        load_data(settings(tmp_path, path=str(top), tokenizer="tokens", vocab_size=290))
+    alone = settings(tmp_path, path=str(top / "x-train-000001.bin"), tokenizer="tokens",
+                     vocab_size=300)  # fmt: skip
+    cut = load_data(alone)
+    whole = np.concatenate([cut.train.tokens, cut.validation.tokens])
+    np.testing.assert_array_equal(whole, made[:2000])
+    assert len(cut.validation.tokens) == 200
 
 
 def test_text_shorter_than_a_window_is_a_clear_error(tmp_path):
@@ -264,7 +498,7 @@ def test_a_cache_of_the_same_length_but_other_content_is_made_again(tmp_path, ca
         again = load_data(config)
         np.testing.assert_array_equal(again.train.tokens, before)
         assert again.fingerprint == first.fingerprint
-        assert re.search(r"tokens-bpe-300-\w+ is made again: .*\n", capsys.readouterr().out)
+        assert re.search(r"tokens-bpe-\w+-300-\w+ is made again: .*\n", capsys.readouterr().out)
     load_data(config)
     assert capsys.readouterr().out == ""
 
@@ -345,20 +579,18 @@ def test_a_deep_folder_is_read_and_a_link_out_of_it_is_refused_by_name(tmp_path)
         os.chdir("d")
     pathlib.Path("last").write_text("last text")
     os.chdir(here)
-    documents = text_documents(top, 0.5)
-    names = [name for texts in documents.values() for name, _ in texts]
-    assert sorted(names) == ["alias", "d/" * 1500 + "last"]
+    train, held_out, said = split(tmp_path, top)
+    assert sorted(b"".join(train + held_out).split(b" text")) == [b"", b"first", b"last"]
+    assert "1 linked (around); 1 duplicate" in said
     subprocess.run(["rm", "-r", top / "d"], check=True)  # shutil recurses
     (tmp_path / "secret").write_text("secret")
     (top / "out").symlink_to(tmp_path / "secret")
-    with pytest.raises(
-        UserError, match=r"data.path=.* cannot be read: .*/out is a link that leads"
-    ):
-        text_documents(top, 0.5)
-    (top / "out").unlink()
     (top / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match=r"data.path=.* cannot be read: .*/loop"):
-        text_documents(top, 0.5)
+    os.mkfifo(top / "pipe")
+    train, held_out, said = split(tmp_path, top)
+    assert b"".join(train + held_out) == b"first text"
+    assert re.search(r"3 linked \(\w+, \w+, \w+\)", said)
+    assert "1 neither files nor folders (pipe)" in said
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads all")
@@ -366,12 +598,11 @@ def test_a_file_or_folder_that_cannot_be_read_is_named(tmp_path):
     for name in ("file", "folder"):
         home = tmp_path / name
         home.mkdir()
-        (home / "a").write_text("a")
+        (home / "a").write_text("a text")
         locked = home / "locked"
         locked.mkdir() if name == "folder" else locked.write_text("b")
         locked.chmod(0)
-        with pytest.raises(UserError, match=r"data.path=.* cannot be read: .*/locked"):
-            text_documents(home, 0.5)
+        assert "1 unreadable (locked" in split(tmp_path, home)[2]
         locked.chmod(0o700)
 
 
@@ -440,7 +671,7 @@ def test_a_set_runs_no_code_and_leads_nowhere_else(poems, tmp_path, monkeypatch)
     ],
 )
 def test_a_tokenizer_that_is_none_is_refused_in_a_line(tmp_path, change):
-    made = BPE.train([make_text(2000).encode()], 300)
+    made = BPE.train([make_text(2000)], 300)
     (tmp_path / "tokenizer.json").write_text(made)
     config = settings(tmp_path, tokenizer="bpe")
     assert load_tokenizer(tmp_path, config).vocab == 300
@@ -451,7 +682,7 @@ def test_a_tokenizer_that_is_none_is_refused_in_a_line(tmp_path, change):
 
 
 def test_of_a_tokenizer_tokens_and_merges_are_taken_and_nothing_else(tmp_path):
-    made = json.loads(BPE.train([make_text(2000).encode()], 300))
+    made = json.loads(BPE.train([make_text(2000)], 300))
     theirs = {"type": "Prepend", "prepend": "stolen"}
     changed = BPE(json.dumps({**made, "normalizer": theirs, "post_processor": None}))
     sample = b"group signal <|document|>"
@@ -465,6 +696,219 @@ def test_symbols_that_are_not_the_tasks_are_refused(tmp_path, kept):
     (tmp_path / "tokenizer.json").write_text(kept)
     with pytest.raises(UserError, match=r"tokenizer.json cannot be read: "):
         load_tokenizer(tmp_path, settings(tmp_path, task="parity"))
+
+
+def test_a_set_is_found_by_name_in_the_cache_of_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "sets"))
+    texts = [f"row {i}: " + make_text(40, i) for i in range(20)]
+
+    def copy(of, config, version, texts):
+        home = tmp_path / "sets" / of / config / version / "0123"
+        home.mkdir(parents=True)
+        for part, own in (("train", texts[1:]), ("test", texts[:1])):
+            arrow(home / f"tiny_tests-{part}.arrow", own)
+        arrow(home / "cache-0123.arrow", ["made by a map"])
+        (home / "dataset_info.json").write_text("{}")
+        os.utime(home / "dataset_info.json", (int(version), int(version)))
+
+    with pytest.raises(UserError, match=r"data.path='hf:org/TinyTests': must be loaded once"):
+        split(tmp_path, "hf:org/TinyTests")
+    copy("org___tiny_tests", "default", "1", texts)
+    copy("org___tiny_tests", "default", "0", ["old", "texts"])
+    train, held_out, said = split(tmp_path, "hf:org/TinyTests")
+    assert train + held_out == [text.encode() for text in [*texts[1:], texts[0]]]
+    assert "by name" in said
+    assert "2 descriptions and caches of a set (" in said
+    copy("org___tiny_tests", "other", "2", texts)
+    with pytest.raises(UserError, match=r"one of \['org/tiny_tests/default', 'org/tiny_tests/oth"):
+        split(tmp_path, "hf:org/TinyTests")
+    assert split(tmp_path, "hf:org/TinyTests/other")[0] == train
+
+
+# ---- Tokenizers of others ------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_read_from_its_file_also_from_one_of_tiktoken(tmp_path):
+    text = make_text(20_000) + " na\u00efve  \n\n x" * 9
+    (tmp_path / "a.txt").write_text(text)
+    own = BPE(BPE.train([text], 400))
+    (tmp_path / "blob").write_text(own.serialised)
+    (tmp_path / "tokenizer.json").symlink_to("blob")  # as in a cache of published models
+    ranked = sorted(filter(None, own.spelling), key=lambda token: len(token) > 1)  # else as learned
+    lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranked))
+    (tmp_path / "r50k_base.tiktoken").write_text("".join(lines))
+    for name, vocab in (("tokenizer.json", 400), ("r50k_base.tiktoken", 50257)):
+        config = settings(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="given",
+                          tokenizer_path=str(tmp_path / name), vocab_size=vocab)  # fmt: skip
+        data = load_data(config)
+        made = [data.tokenizer.spelling[i] for i in data.tokenizer.encode(text.encode())]
+        assert made == [own.spelling[i] for i in own.encode(text.encode())]
+        assert data.train.tokens[0] == data.tokenizer.mark
+        assert b"".join(made).decode() == text
+    config.vocab_size = 399
+    with pytest.raises(UserError, match=r"data.tokenizer_path=.* must be .* data.vocab_size=399"):
+        load_data(config)
+    shutil.copy(tmp_path / "r50k_base.tiktoken", tmp_path / "other.tiktoken")
+    config.tokenizer_path = str(tmp_path / "other.tiktoken")
+    with pytest.raises(UserError, match=r"must be one of tiktoken's: r50k_base"):
+        load_data(config)
+
+
+# ---- Preparing much text -------------------------------------------------------------------------
+
+
+def test_a_text_is_cut_where_no_word_is_changed():
+    # runs of white space, also of other kinds, and characters of several bytes
+    bits = ["word", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", "\u2003 ", "na\u00efve"]
+    bits += ["12", "!?"]
+    draw = random.Random(0)
+    text = "".join(draw.choice(bits) for _ in range(20_000))
+    tokenizer = BPE(BPE.train([text[:5000]], 400))
+    pieces = [text.encode()[i : i + 700] for i in range(0, len(text.encode()), 700)]
+    cuts = [*sources.cut(pieces, 1000)]
+    assert b"".join(cuts).decode() == text
+    assert max(map(len, cuts)) <= 1000
+    together = np.concatenate(tokenizer.encode_all(cuts))
+    np.testing.assert_array_equal(together, tokenizer.encode(text.encode()))
+    for none in ("a" * 5000, "\u00e9" * 5000, "line\n" * 1000):  # no such place
+        cuts = [*sources.cut([none.encode()], 999)]
+        assert "".join(cut.decode() for cut in cuts) == none
+        assert max(map(len, cuts)) <= 999
+
+
+def test_byte_pairs_of_one_long_word_are_learned_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("abcab" * 60_000)
+    config = settings(tmp_path, path=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=300)
+    data = load_data(config)
+    assert max(data.tokenizer.lengths) <= 128
+    whole = [*data.train.tokens.tolist(), *data.validation.tokens.tolist()]
+    assert data.tokenizer.decode(whole) == b"abcab" * 60_000
+
+
+def test_one_process_prepares_and_others_wait(tmp_path, capsys):
+    built = []
+
+    def build(home):
+        built.append(home)
+        time.sleep(0.2)
+        (home / "x").write_text("x")
+
+    make = lambda: cache.entry(tmp_path / "cache", "a", build)  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # a lock is of a file that is opened
+        homes = [future.result() for future in [pool.submit(make) for _ in range(4)]]
+    assert (len(built), set(homes)) == (1, {tmp_path / "cache" / "a"})
+    assert "waiting for the process that makes" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_preparation_that_is_killed_goes_on(tmp_path, monkeypatch, damage, capsys):
+    monkeypatch.setattr(prepare, "BATCH", 1000)
+    monkeypatch.setattr(prepare, "SAVED", -1)
+    monkeypatch.setattr(sources, "PIECE", 500)
+    (tmp_path / "a.txt").write_text(make_text(20_000))
+    whole = settings(tmp_path, path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "whole"))
+    expected = np.array(load_data(whole).train.tokens)
+    encoded, encode = [], Bytes.encode_all
+
+    def killed(self, pieces):
+        if len(encoded) == 7:
+            raise KeyboardInterrupt
+        encoded.append(pieces)
+        return encode(self, pieces)
+
+    monkeypatch.setattr(Bytes, "encode_all", killed)
+    config = settings(tmp_path, path=str(tmp_path / "a.txt"))
+    with pytest.raises(KeyboardInterrupt):
+        load_data(config)
+    (bench,) = (tmp_path / "cache").glob(".tokens-*.part")
+    with open(bench / "train.bin", "ab") as file:
+        file.write(b"written after the journal was")
+    if damage:
+        os.truncate(bench / "train.bin", 100)
+    begun, encoded[:] = len(encoded), []
+    monkeypatch.setattr(Bytes, "encode_all", lambda *of: encoded.append(1) or encode(*of))
+    np.testing.assert_array_equal(load_data(config).train.tokens, expected)
+    batches = -(-20_000 // 1000)
+    assert 0 <= len(encoded) - (batches if damage else batches - begun) <= 2
+    assert ("going on with the tokens" in capsys.readouterr().out) != damage
+    assert not bench.exists()
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(make_text(2000))
+    write = prepare.write_tokens
+
+    def late(*given):
+        (tmp_path / "a.txt").write_text(make_text(2000, 1))
+        write(*given)
+
+    monkeypatch.setattr(prepare, "write_tokens", late)
+    with pytest.raises(UserError, match=r"a.txt has changed while it was read"):
+        load_data(settings(tmp_path, path=str(tmp_path / "a.txt")))
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+# ---- Mixtures ------------------------------------------------------------------------------------
+
+
+def mixture(tmp_path, weights="0.7,0.2,0.1", **fields):
+    names = "abc"
+    for i, name in enumerate(names):
+        (tmp_path / f"{name}.txt").write_text(name * (400 + 300 * i))
+    parts = zip(names, weights.split(","), strict=True)
+    path = ",".join(f"{tmp_path / name}.txt:{weight}" for name, weight in parts)
+    return load_data(settings(tmp_path, path=path, **fields))
+
+
+def test_a_mixture_has_its_shares_in_every_step_and_is_a_function_of_the_step(tmp_path):
+    data = mixture(tmp_path)
+    options = {"batch_size": 10, "seed": 3, "start": 0, "stop": 30}
+    whole = np.stack([b.inputs for b in train_batches(data.train, **options)])
+    kinds = whole[:, :, -1]
+    for step in range(1, 31):
+        counts = [np.sum(kinds[:step] == ord(name)) for name in "abc"]
+        np.testing.assert_allclose(counts, np.array([7, 2, 1]) * step, atol=2)
+    later = [b.inputs for b in train_batches(data.train, **{**options, "start": 13})]
+    np.testing.assert_array_equal(whole[13:], later)
+    halves = [
+        np.stack([b.inputs for b in train_batches(data.train, rows=rows, **options)])
+        for rows in np.split(np.arange(10), 2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
+    assert len(data.validation) == sum(map(len, data.validation.parts))
+    seen = [b.inputs[real] for b, real in held_out_batches(data.validation, batch_size=4)]
+    assert {chr(token) for token in np.unique(np.concatenate(seen)) if token < 256} == {*"abc"}
+    assert re.match(r"0.7 of text: .*; 0.2 of text: .*; 0.1 of text: ", data.summary)
+
+
+def test_a_held_out_text_of_a_mixture_counts_once_and_is_trained_on_in_no_part(tmp_path):
+    (tmp_path / "held.txt").write_text("b" * 700)  # equal to one of the parts
+    with pytest.raises(UserError, match=r"data.path='.*b.txt' holds no text \(1 duplicate"):
+        mixture(tmp_path, validation_path=str(tmp_path / "held.txt"))
+    (tmp_path / "held.txt").write_text("d" * 300)
+    data = mixture(tmp_path, validation_path=str(tmp_path / "held.txt"))
+    assert data.validation.tokens.tolist() == [Bytes.mark, *b"d" * 300]
+
+
+def test_a_mixture_is_known_by_its_texts_and_shares(tmp_path):
+    one, same, other = (
+        mixture(tmp_path, weights).fingerprint for weights in ("0.7,0.2,0.1", "7,2,1", "7,2,2")
+    )
+    assert one == same != other
+    with pytest.raises(UserError, match=r"data.path=.*: weights must be above 0"):
+        mixture(tmp_path, "1,1,0")
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(0, 10**12))
+def test_of_a_mixture_every_example_of_a_part_has_its_turn(weights, start):
+    shares = [Fraction(weight, sum(weights)) for weight in weights]
+    turns = [turn(n, shares) for n in range(start, start + 200)]
+    for part, share in enumerate(shares):
+        own = [index for of, index in turns if of == part]
+        assert own == [*range(own[0], own[0] + len(own))] if own else True
+        assert all(abs(i - share * (start + n)) < len(shares)
+                   for n, (of, i) in enumerate(turns) if of == part)  # fmt: skip
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -545,3 +989,50 @@ def test_held_out_windows_are_each_read_once(processes):
     few = held_out_batches(windows, batch_size=4, limit=3)
     few = [batch.inputs[real, 0] // 8 for batch, real in few]
     np.testing.assert_array_equal(np.concatenate(few), [0, 4, 9])
+
+
+@pytest.mark.parametrize("count", [17, 24, 25, 31])
+def test_every_held_out_token_is_a_target_once(count):
+    windows = Windows(np.arange(count), 8, boundary=3)
+    batches = [*held_out_batches(filled(windows), batch_size=2)]
+    targets = np.concatenate([batch.targets[real].ravel() for batch, real in batches])
+    assert sorted(targets[targets != -1]) == [*range(1, count)]
+    assert len(windows) == (count - 1) // 8  # where whole windows are wanted
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60))
+def test_documents_are_packed_as_one_after_another_where_the_least_room_is_left(lengths):
+    room = []
+    for length in sorted(lengths, reverse=True):
+        fits = [i for i, left in enumerate(room) if left >= length]
+        at = min(fits, key=room.__getitem__, default=len(room))
+        room += [12] * (at == len(room))
+        room[at] -= length
+    bins = packing.best_fit(np.array(lengths), 12)
+    assert sorted(12 - np.bincount(bins, lengths)) == sorted(room)
+
+
+def test_packed_windows_hold_each_token_once_and_cut_no_document_that_fits(tmp_path):
+    texts = [make_text(n, n) for n in (3, 5, 40, 31, 7, 12, 1, 22, 90, 26)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "b.txt").write_text(make_text(50))
+    fields = {"path": str(tmp_path / "a.jsonl"), "validation_path": str(tmp_path / "b.txt")}
+    config = settings(tmp_path, **fields, packing="best-fit", isolate_documents=True, context=32)
+    data = load_data(config)
+    documents, targets = [], []
+    for i in range(len(data.train)):
+        batch = data.train[i]
+        for number in range(batch.segments.max() + 1):
+            documents.append(batch.inputs[batch.segments == number].tolist())
+        asked = batch.targets != -1
+        targets += batch.targets[asked].tolist()
+        inside = asked[:-1] & (np.diff(batch.segments) == 0)
+        np.testing.assert_array_equal(batch.inputs[1:][inside], batch.targets[:-1][inside])
+    whole = [[Bytes.mark, *text.encode()] for text in texts]
+    cut = [text[i : i + 32] for text in whole for i in range(0, len(text), 32)]
+    assert sorted(documents) == sorted(cut)
+    assert sorted(targets) == sorted(b"".join(text.encode() for text in texts))
+    assert len(data.train) < len(cut)
+    assert isinstance(data.validation, Windows)
+    config.isolate_documents = False
+    assert load_data(config).train[0].segments is None

@@ -10,7 +10,8 @@ from conftest import QUICK, TINY, python, shaken
 from ngc_jax.config import base, make_model
 from ngc_jax.data.batches import Windows
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.data.tokens import Bytes, Data
+from ngc_jax.data.tokenizer import Bytes
+from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.training.evaluation import Settled, at_rounds, compile_watch, examine
 

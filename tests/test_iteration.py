@@ -15,7 +15,7 @@ from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.core.communicate import communicate_per_example, communicate_until_settled
 from ngc_jax.count import forward_flops
 from ngc_jax.data.batches import Batch, segments_of, token_batch
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.dynamics.measures import relative_change
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.errors import UserError

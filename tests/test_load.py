@@ -17,12 +17,12 @@ from conftest import WHOLE, launch, python
 import ngc_jax
 from ngc_jax.analysis.probes import silenced
 from ngc_jax.commands import sample
-from ngc_jax.config import make_model
+from ngc_jax.config import base, make_model
 from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import Batch
-from ngc_jax.data.settings import OUTSIDE
+from ngc_jax.data.settings import OUTSIDE, withhold
 from ngc_jax.data.tasks import TASKS
-from ngc_jax.data.tokens import Symbols
+from ngc_jax.data.tokenizer import Symbols
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training.load import Trained
@@ -83,8 +83,7 @@ def test_logits_are_of_a_text_or_of_tokens(run):
 
 
 def test_the_loss_of_the_held_out_text_is_that_of_training(run, home):
-    held_out = run.data().validation
-    stream = held_out.tokens[: len(held_out) * held_out.context + 1]
+    stream = run.data().validation.tokens  # all of it: also less than a window at its end
     assert stream[0] == run.tokenizer.mark
     loss, final = run.loss(bytes(stream[1:].tolist())), read_rows(home)[-1]
     assert loss.nats_per_token == pytest.approx(final["final/loss"], abs=1e-5)
@@ -167,7 +166,7 @@ def test_what_a_directory_names_is_read_only_where_its_user_says_so(run, home, t
     config = json.loads((home / "config.json").read_text())
     theirs = copy_of(home, tmp_path, {"data": {**config["data"], "cache_dir": str(tmp_path / "x")}})
     opened = ngc_jax.load(theirs)
-    assert [opened.config.data[name] for name in OUTSIDE] == [""] * 4
+    assert [opened.config.data[name] for name in OUTSIDE] == [""] * len(OUTSIDE)
     with pytest.raises(UserError) as refused:
         opened.data()
     for said in (f"data.path='{text}'", "--data_path=", "--tfds_dir=", "--trust"):
@@ -183,8 +182,22 @@ def test_what_a_directory_names_is_read_only_where_its_user_says_so(run, home, t
     assert not (tmp_path / "x").exists()
     assert ngc_jax.load(theirs, trust=True).data().fingerprint == run.data().fingerprint
     assert (tmp_path / "x").exists()
-    with pytest.raises(UserError, match="tfds_dir='/a': must not be given, since the run has"):
-        ngc_jax.load(theirs, tfds_dir="/a")
+    for place in ("tfds_dir", "validation_path"):
+        with pytest.raises(UserError, match=f"{place}='/a': must not be given, since the run has"):
+            ngc_jax.load(theirs, **{place: "/a"})
+
+
+def test_a_held_out_text_of_ones_own_is_where_its_user_says():
+    places = dict.fromkeys(OUTSIDE, "") | {"path": "a", "validation_path": "b"}
+    stored = base().data
+    stored.update(places)
+    for given, wants in (({}, ""), ({"path": "c"}, "and --validation_path=FILE")):
+        data = stored.copy_and_resolve_references()
+        assert wants in withhold(data, **given)
+        assert data.validation_path == ""
+    data = stored.copy_and_resolve_references()
+    assert withhold(data, path="c", validation_path="d") == ""
+    assert (data.path, data.validation_path) == ("c", "d")
 
 
 def copy_of(home, tmp_path, sections):

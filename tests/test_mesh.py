@@ -18,7 +18,7 @@ from ngc_jax.commands import collectives
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.core.rules.addressed import Addressed
 from ngc_jax.core.wiring import WIRINGS
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime.checkpoint import Checkpoints, digest
 from ngc_jax.runtime.errors import UserError

@@ -19,7 +19,7 @@ from ngc_jax.analysis import gain_bound, round_states
 from ngc_jax.config import base, model_shape, validate
 from ngc_jax.core import rewiring
 from ngc_jax.core.rules.addressed import Rewirable
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.layers import RMSNorm, Stage
 from ngc_jax.nn.stacks import stages_of

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from ngc_jax.config import base
 from ngc_jax.convert import config_json, gguf_file, names
 from ngc_jax.convert.source import Lazy, Source, open_source, write_safetensors
-from ngc_jax.data.tokens import ALPHABET, SPLITS, Given, load_data, load_tokenizer, save_tokenizer
+from ngc_jax.data.tokenizer import ALPHABET, SPLITS, Given, load_tokenizer, save_tokenizer
+from ngc_jax.data.tokens import load_data
 from ngc_jax.runtime.errors import UserError
 
 GOLDEN = ("llama", "llama3", "qwen2", "qwen3", "mistral")

@@ -19,7 +19,7 @@ from ngc_jax.commands.stability import main
 from ngc_jax.config import base, model_shape
 from ngc_jax.core.rules import weights
 from ngc_jax.data.batches import Batch
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.report.figures import figure
 from ngc_jax.training import loop as train

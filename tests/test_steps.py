@@ -12,7 +12,7 @@ from conftest import TINY, batch_of
 
 from ngc_jax.config import base, model_shape
 from ngc_jax.data import NOTHING
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.training.rounds import Iteration, make_iteration
 from ngc_jax.training.step import init_state, losses, make_eval_step, make_train_step

@@ -21,7 +21,8 @@ from ngc_jax.data import NOTHING, tasks
 from ngc_jax.data.batches import Batch, segments_of, train_batches
 from ngc_jax.data.problems import Problems, draw_set, part_of, problem_set
 from ngc_jax.data.tasks import TASKS, Problem, boundary, draw
-from ngc_jax.data.tokens import Symbols, load_data, load_tokenizer
+from ngc_jax.data.tokenizer import Symbols, load_tokenizer
+from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.model import generate
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows

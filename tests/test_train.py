@@ -3,6 +3,7 @@ any instant.
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,16 +189,22 @@ def test_how_often_a_run_is_saved_or_evaluated_may_change(unbroken, tiny):
 
 
 def test_changed_text_is_refused(unbroken, tiny, tmp_path):
-    config = json.loads((unbroken / "config.json").read_text())
-    path = tmp_path / "other.txt"
-    path.write_text("other words " * 1000)
-    config["data"]["path"] = str(path)
     original = (unbroken / "config.json").read_text()
-    (unbroken / "config.json").write_text(json.dumps(config))
-    tiny.data.path = str(path)
+    (tmp_path / "other.txt").write_text("other words " * 1000)
+    tiny.data.path = str(tmp_path / "other.txt")
+    with pytest.raises(UserError, match="text has changed since checkpoint 30"):
+        train.run(tiny, unbroken)
+    assert (unbroken / "config.json").read_text() == original
+
+
+def test_where_its_text_lies_may_change(unbroken, tiny, tmp_path, monkeypatch):
+    original = (unbroken / "config.json").read_text()
+    shutil.copy(tiny.data.path, tmp_path / "moved.txt")
+    monkeypatch.chdir(tmp_path)
+    tiny.data.path = "moved.txt"
     try:
-        with pytest.raises(UserError, match="text has changed since checkpoint 30"):
-            train.run(tiny, unbroken)
+        assert train.run(tiny, unbroken)
+        assert json.loads((unbroken / "config.json").read_text())["data"]["path"] == "moved.txt"
     finally:
         (unbroken / "config.json").write_text(original)
 

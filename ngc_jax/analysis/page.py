@@ -13,7 +13,7 @@ import numpy as np
 
 from ngc_jax.analysis import captions, figures
 from ngc_jax.analysis.stability import Headline, Measured, headlines
-from ngc_jax.data.tokens import Tokenizer
+from ngc_jax.data.tokenizer import Tokenizer
 from ngc_jax.report import page
 from ngc_jax.report.blocks import Block, heading, paragraph, table
 from ngc_jax.report.figures import figure

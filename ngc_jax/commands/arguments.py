@@ -33,7 +33,8 @@ ROUNDS = (
     Field("cap", Settled.cap, "of 'settled': rounds at most", "[1, inf)"),
 )
 PLACES = (
-    Field("data_path", "", "where the run's text is: a file or folder"),
+    Field("data_path", "", "where the run's text is: as data.path"),
+    Field("validation_path", "", "where its held-out text is, if it has data.validation_path"),
     Field("tfds_dir", "", "where the run's TFDS set is: the folder of its sets"),
     Field("trust", False, "use the places that the work directory names (docs/trust.md)"),
 )

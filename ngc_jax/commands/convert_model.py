@@ -93,7 +93,7 @@ def _text(trained: "Trained", path: str) -> "Examples":
     import numpy as np
 
     from ngc_jax.data.batches import Windows
-    from ngc_jax.data.tokens import Symbols
+    from ngc_jax.data.tokenizer import Symbols
 
     if isinstance(trained.tokenizer, Symbols):
         task = trained.config.data.task

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 
 from ngc_jax.convert.source import Lazy, few, read_at
-from ngc_jax.data.tokens import SPLITS
+from ngc_jax.data.tokenizer import SPLITS
 from ngc_jax.runtime.errors import UserError
 
 # The most that a header may hold, which bounds the memory that reading it takes.

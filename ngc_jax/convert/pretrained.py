@@ -19,7 +19,7 @@ from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.config_json import config_of, fields_of
 from ngc_jax.convert.names import read_params, tensors_of
 from ngc_jax.convert.source import Lazy, open_source, unwritten, write_safetensors
-from ngc_jax.data.tokens import Tokenizer, open_given, published
+from ngc_jax.data.tokenizer import Tokenizer, open_given, published
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import partition
 from ngc_jax.runtime import checkpoint, fields, files

@@ -18,7 +18,7 @@ from ngc_jax.convert.convert import formed_weights
 from ngc_jax.convert.source import write_safetensors
 from ngc_jax.core.attention import frequencies
 from ngc_jax.data.batches import Batch
-from ngc_jax.data.tokens import Bytes
+from ngc_jax.data.tokenizer import Bytes
 from ngc_jax.nn import stacks
 from ngc_jax.runtime.fields import refusals
 from ngc_jax.training.load import Trained

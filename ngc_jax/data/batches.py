@@ -3,7 +3,9 @@
 For: what a batch is, and a process's rows of it. Not for: where batches go (`nn/mesh.py`).
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, Protocol
 
 import flax.struct
@@ -40,7 +42,12 @@ class Examples(Protocol):
 
 
 class Windows:
-    """Windows of a token stream, [context]; no target is `mark`, none sees past `boundary`."""
+    """Windows of a token stream, [context]; no target is `mark`, none sees past `boundary`.
+
+    filled: the rest, shorter than a window, is one as well, in whose filling nothing is asked.
+    """
+
+    filled = False
 
     def __init__(
         self, tokens: np.ndarray, context: int, mark: int = NOTHING, boundary: int | None = None
@@ -48,13 +55,56 @@ class Windows:
         self.tokens, self.context, self.mark, self.boundary = tokens, context, mark, boundary
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.context
+        return (len(self.tokens) - 1 + self.filled * (self.context - 1)) // self.context
 
     def __getitem__(self, index: int) -> Batch:
         start = index * self.context
         tokens = self.tokens[start : start + self.context + 1].astype(np.int32)
-        segments = segments_of(tokens[:-1], self.boundary)
-        return Batch(tokens[:-1], next_token_targets(tokens, self.mark), segments)
+        targets, missing = next_token_targets(tokens, self.mark), self.context + 1 - len(tokens)
+        inputs = np.pad(tokens[:-1], (0, missing))
+        targets = np.pad(targets, (0, missing), constant_values=NOTHING)
+        return Batch(inputs, targets, segments_of(inputs, self.boundary))
+
+
+class Mixture:
+    """Examples of several parts: one part after another; when trained on, by shares."""
+
+    def __init__(self, parts: Sequence[Examples], shares: Sequence[Fraction]):
+        self.parts, self.shares = parts, shares
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Batch:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError
+
+
+def filled(examples: Examples) -> Examples:
+    """The same, but every token is a target once: also those of the rest, see `Windows`."""
+    if isinstance(examples, Mixture):
+        return Mixture([filled(part) for part in examples.parts], examples.shares)
+    if isinstance(examples, Windows):
+        examples = copy.copy(examples)
+        examples.filled = True
+    return examples
+
+
+def turn(index: int, shares: Sequence[Fraction]) -> tuple[int, int]:
+    """The part of a mixture that example `index` is of, and which of its examples it is.
+
+    Of the first n examples a part has its share of n, to less than one for each part. Exact.
+    """
+    for part, own in enumerate(shares[:-1]):
+        share = own / sum(shares[part:])
+        before = index * share.numerator // share.denominator
+        if (index + 1) * share.numerator // share.denominator > before:
+            return part, before
+        index -= before
+    return len(shares) - 1, index
 
 
 def next_token_targets(tokens: np.ndarray, mark: int = NOTHING) -> np.ndarray:
@@ -90,13 +140,22 @@ def train_batches(
     """These rows of the global batches of steps start .. stop - 1, read ahead on a thread.
 
     Row r of step s is example s * batch_size + r of endless epochs, each a permutation of all
-    examples drawn from (seed, epoch).
+    examples drawn from (seed, epoch). Of a mixture each part has epochs of its own, and its `turn`.
     """
-    epochs = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    parts, shares = [examples], [Fraction(1)]
+    if isinstance(examples, Mixture):
+        parts, shares = [*examples.parts], [*examples.shares]
+    seeds = [(seed + i) % 2**32 for i in range(len(parts))]
+    sources = map(grain.MapDataset.source, parts)
+    epochs = [of.seed(own).shuffle().repeat() for of, own in zip(sources, seeds, strict=True)]
     wanted = range(batch_size) if rows is None else rows
 
+    def example(index: int) -> Batch:
+        part, own = turn(index, shares)
+        return epochs[part][own]
+
     def batch(step: int) -> Batch:
-        return _stack(epochs[step * batch_size + int(row)] for row in wanted)
+        return _stack(example(step * batch_size + int(row)) for row in wanted)
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(ahead))

@@ -4,10 +4,11 @@ For: making an entry once; a seal finds damage (docs/trust.md). Not for: what an
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ def cache_directory(config: Any) -> Path:
     return files.expand(config.cache_dir or "~/.cache/ngc_jax")
 
 
-def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder CACHE/NAME, sound, or made by `build(folder)`. Raises UserError if neither."""
+def entry(cache: Path, name: str, build: Callable[[Path], None], continues: bool = False) -> Path:
+    """The folder CACHE/NAME, sound, or made by `build(folder)`. Raises UserError if neither.
+
+    One process builds; others of this machine wait. continues: whether `build` goes on with what is
+    in the folder, that of a process that was killed; else it is empty.
+    """
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{name!r} names an entry of data.cache_dir: must be letters and digits")
     try:
@@ -31,18 +36,56 @@ def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UserError(f"data.cache_dir={str(cache)!r} cannot be used: {error}") from error
     home = cache / name
-    if fault := _fault(home):
-        if os.path.lexists(home):
-            print(f"{home} is made again: {fault}")
-            files.remove(home)
-        with files.build_directory(home) as building:
-            build(building)
-            made = files.inside(building).items()
-            sealed = {name: [files.sha256(path), _state(path)] for name, path in made}
-            (building / SEAL).write_text(json.dumps(sealed), encoding="utf-8")
+    if _fault(home):
+        with _alone(home.with_name(f".{name}.part"), home) as part:
+            if fault := _fault(home):
+                if os.path.lexists(home):
+                    print(f"{home} is made again: {fault}")
+                    files.remove(home)
+                for path in [] if continues or not part else part.iterdir():
+                    files.remove(path)
+                with files.build_directory(home, part=part) as building:
+                    build(building)
+                    made = files.inside(building).items()
+                    sealed = {name: [files.sha256(path), state(path)] for name, path in made}
+                    (building / SEAL).write_text(json.dumps(sealed), encoding="utf-8")
+            elif part:
+                files.remove(part)
         if fault := _fault(home):
             raise UserError(f"{home} cannot be made again, but {fault}: give a data.cache_dir")
     return home
+
+
+@contextlib.contextmanager
+def _alone(part: Path, home: Path) -> Iterator[Path | None]:
+    """The folder `part`, to build `home` in, while no other process has it.
+
+    None where the file system has no locks. A process that is killed leaves what is in the folder.
+    """
+    while True:
+        try:
+            files.make_private(part)
+            handle = os.open(part, os.O_RDONLY)
+        except OSError as error:
+            wrong = f"data.cache_dir={str(part.parent)!r} cannot be written"
+            raise UserError(f"{wrong}: {error}") from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for the process that makes {home}", flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:
+                yield None
+                return
+            own = False  # where the process that held it has moved it
+            with contextlib.suppress(FileNotFoundError):
+                own = os.path.samestat(os.stat(part), os.fstat(handle))
+            if own:
+                yield part
+                return
+        finally:
+            os.close(handle)
 
 
 def _fault(home: Path) -> str:
@@ -55,11 +98,11 @@ def _fault(home: Path) -> str:
         sealed = files.read_json(home / SEAL, 1 << 26)
         if held.keys() != sealed.keys() | {SEAL}:
             return "its files are not those that were sealed"
-        new = {name: at for name in sealed if (at := _state(held[name])) != sealed[name][1]}
-        for name, state in new.items():
+        new = {name: at for name in sealed if (at := state(held[name])) != sealed[name][1]}
+        for name, at in new.items():
             if files.sha256(held[name]) != sealed[name][0]:
                 return f"{name} does not match its checksum"
-            sealed[name][1] = state
+            sealed[name][1] = at
     except FileNotFoundError:
         return "it is not sealed"
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -70,7 +113,7 @@ def _fault(home: Path) -> str:
     return ""
 
 
-def _state(path: Any) -> list[int]:
+def state(path: Any) -> list[int]:
     """What changes where a file does; nobody can set the time of its last change (ctime)."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

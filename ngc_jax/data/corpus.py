@@ -1,6 +1,7 @@
 """Where text comes from: this Python's library source, a user's files, or a prepared TFDS set.
 
-For: finding documents, splitting and keeping them (`stored.py`). Not for: tokens or batches.
+For: one corpus of documents by split, whatever it is from; the library's source and TFDS sets. Not
+for: a user's files (`texts.py`), tokens or batches.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from ngc_jax.data import stored
 from ngc_jax.data.cache import entry
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import expand
+from ngc_jax.runtime.metrics import amount
 
 # Tests and `encodings` (tables) are left out: they repeat themselves and would flatter the loss.
 SKIPPED = {"test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
@@ -29,20 +30,14 @@ class Corpus(NamedTuple):
     """Documents by split, read lazily, and what identifies them."""
 
     fingerprint: str  # sha256, hex: equal fingerprints are equal texts
-    splits: Mapping[str, Callable[[], Iterable[bytes]]]  # "train", "validation": reads its texts
-    summary: str  # one line for the log and the card
+    read: Callable[[], Iterator[tuple[str, Iterable[bytes]]]]  # ("train", a document's pieces), ...
+    size: int  # bytes; 0: not known
+    summary: str  # for the log and the card
 
 
-def open_corpus(config: Any, cache: pathlib.Path) -> Corpus:
-    """The corpus that `config.data` names. Raises UserError if it is missing or unreadable."""
-    if config.path and config.tfds_name:
-        both = f"data.path={config.path!r} and data.tfds_name={config.tfds_name!r}"
-        raise UserError(f"{both} are both set: give one of them")
-    if config.tfds_name:
-        return _prepared(config)
-    if not config.path:
-        return _keep("python_stdlib", stdlib_documents(), cache)
-    return _keep("text", text_documents(expand(config.path), config.validation_fraction), cache)
+def library(cache: pathlib.Path) -> Corpus:
+    """The source of this Python's library. Raises UserError where there is none."""
+    return _keep("python_stdlib", stdlib_documents(), cache)
 
 
 def stdlib_documents() -> Documents:
@@ -57,46 +52,6 @@ def stdlib_documents() -> Documents:
         none = f"this Python ships no library source under {root}"
         raise UserError(f"{none}: give a text of your own with data.path")
     return documents
-
-
-def text_documents(path: pathlib.Path, validation_fraction: float) -> Documents:
-    """A user's text without hidden, binary or double files, a share held out. Raises UserError."""
-    asked = f"data.path={str(path)!r}"
-    try:
-        if not path.exists():
-            raise UserError(f"{asked} does not exist: give a text file or a folder of them")
-        root = path if path.is_dir() else path.parent
-        paths = sorted(_files(path)) if path.is_dir() else [path] if path.is_file() else []
-        found = [(name, text) for name, text in _unique(root, paths) if text and b"\0" not in text]
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise UserError(f"{asked} cannot be read: {error}") from error
-    if not found:
-        raise UserError(f"{asked} holds no text: give a file, or a folder of files, with text")
-    if len(found) == 1:
-        name, text = found[0]
-        cut = round(len(text) * (1 - validation_fraction))
-        while cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
-            cut += 1
-        return {"train": [(name, text[:cut])], "validation": [(name + " (tail)", text[cut:])]}
-    # The files with the smallest hashes are held out: a fixed share of them, and at least one.
-    ordered = sorted(found, key=lambda document: _hash(document[0]))
-    held_out = max(1, round(len(ordered) * validation_fraction))
-    return {"train": ordered[held_out:], "validation": ordered[:held_out]}
-
-
-def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files below a folder that are not hidden. Raises OSError for a link that leads out."""
-    left, top = [root], root.resolve()
-    while left:
-        for path in left.pop().iterdir():
-            if path.name.startswith("."):
-                continue
-            if path.is_symlink() and not path.resolve(strict=True).is_relative_to(top):
-                raise OSError(f"{path} is a link that leads out of it: give what it leads to")
-            if path.is_file():
-                yield path
-            elif path.is_dir() and not path.is_symlink():
-                left.append(path)
 
 
 def _unique(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> Iterator[tuple[str, bytes]]:
@@ -115,11 +70,14 @@ def _hash(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)
 
 
-def _texts(examples: Callable[[], Iterable[Any]], key: str) -> Iterator[bytes]:
-    """The texts of one feature, in the order in which TFDS stored them."""
-    for example in examples():
-        text = example[key]
-        yield text.encode() if isinstance(text, str) else text
+def _read(
+    splits: Mapping[str, Callable[[], Iterable[Any]]], key: str
+) -> Iterator[tuple[str, Iterable[bytes]]]:
+    """The texts of one feature, by split, in the order in which TFDS stored them."""
+    for split, examples in splits.items():
+        for example in examples():
+            text = example[key]
+            yield split, [text.encode() if isinstance(text, str) else text]
 
 
 def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
@@ -132,22 +90,23 @@ def _keep(name: str, documents: Documents, cache: pathlib.Path) -> Corpus:
         }
         stored.write(name, lambda kind: {"name": kind.Text(), "text": kind.Text()}, kept, home)
 
-    digest, sizes = hashlib.sha256(), []
+    digest, sizes, total = hashlib.sha256(), [], 0
     for split, texts in documents.items():
-        size = sum(len(text) for _, text in texts) / 1e6
-        sizes.append(f"{split} {len(texts)} files {size:.2f} MB")
+        size = sum(len(text) for _, text in texts)
+        sizes.append(f"{split} {len(texts)} files {amount(size, 'B')}")
+        total += size
         for key, text in texts:
             digest.update(f"{split}\0{key}\0{hashlib.sha256(text).hexdigest()}\n".encode())
     fingerprint = digest.hexdigest()
     home = entry(cache, f"{name}-{fingerprint[:16]}", write)
-    version = f" {platform.python_version()}" if name == "python_stdlib" else ""
-    about = f"{name}{version}: {', '.join(sizes)}, fingerprint {fingerprint[:16]}"
+    told = f"{name} {platform.python_version()}: {', '.join(sizes)}"
     # opened when they are read: a run whose tokens are cached needs no TFDS
     opened = {split: partial(stored.read, home, split) for split in documents}
-    return Corpus(fingerprint, {s: partial(_texts, of, "text") for s, of in opened.items()}, about)
+    about = f"{told}, fingerprint {fingerprint[:16]}"
+    return Corpus(fingerprint, partial(_read, opened, "text"), total, about)
 
 
-def _prepared(config: Any) -> Corpus:
+def prepared(config: Any) -> Corpus:
     """A prepared TFDS set by name; splits and the text's key are fields of `config.data`."""
     splits = {split: config[f"{split}_split"] for split in ("train", "validation")}
     try:
@@ -177,5 +136,5 @@ def _prepared(config: Any) -> Corpus:
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     documents = ", ".join(f"{split} {count} documents" for split, count in counts.items())
     opened = {split: partial(builder.as_data_source, of) for split, of in splits.items()}
-    texts = {split: partial(_texts, of, key) for split, of in opened.items()}
-    return Corpus(fingerprint, texts, f"{name}: {documents}, fingerprint {fingerprint[:16]}")
+    about = f"{name}: {documents}, fingerprint {fingerprint[:16]}"
+    return Corpus(fingerprint, partial(_read, opened, key), 0, about)

@@ -9,13 +9,22 @@ from ngc_jax.data.tasks import TASKS
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 
-OUTSIDE = ("path", "tfds_name", "tfds_data_dir", "cache_dir")  # fields that lead out of a run
+# fields that lead out of a run
+OUTSIDE = ("path", "validation_path", "tokenizer_path", "tfds_name", "tfds_data_dir", "cache_dir")
 
 
 def _check(config: Any, need: Need) -> None:
     d = config.data
     enough = d.tokenizer != "bpe" or d.vocab_size >= 258
     need(enough, "data.vocab_size", "258 or more where data.tokenizer='bpe', for instance 4096")
+    need(bool(d.path) or not d.validation_path, "data.validation_path", "'' without data.path")
+    unread = d.tokenizer_path and (d.task or d.tokenizer != "given")
+    need(not unread, "data.tokenizer_path", "'' where data.tokenizer is not 'given'")
+    if d.tokenizer == "tokens":
+        need(bool(d.path), "data.tokenizer", "'bytes' or 'bpe' where data.path names no tokens")
+        need(not d.isolate_documents, "data.isolate_documents", "False for data.tokenizer='tokens'")
+    whole = d.tokenizer != "tokens" and config.iteration.rounds != "marked" and not d.task
+    need(d.packing == "stream" or whole, "data.packing", "'stream' where there are no documents")
     if not d.task:
         return
     task, where = TASKS[d.task], f"where data.task={d.task!r}"
@@ -27,28 +36,40 @@ def _check(config: Any, need: Need) -> None:
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
 
 
-def withhold(data: Any, path: str = "", tfds_dir: str = "", trust: bool = False) -> str:
+def withhold(
+    data: Any, path: str = "", tfds_dir: str = "", trust: bool = False, validation_path: str = ""
+) -> str:
     """Leaves in a stored `config.data` only the places that a user types, or trusts it with.
 
     Returns why its text may not be read, or "". Raises UserError for a place that nothing reads.
     """
-    if (path and data.task) or (tfds_dir and not data.tfds_name):
-        given = f"data_path={path!r}" if path else f"tfds_dir={tfds_dir!r}"
-        what = f"data.task={data.task!r} and data.tfds_name={data.tfds_name!r}"
-        raise UserError(f"{given}: must not be given, since the run has {what}")
-    stored = [f"data.{name}={data[name]!r}" for name in ("path", "tfds_name") if data[name]]
+    for flag, given, unread in (
+        ("data_path", path, data.task),
+        ("validation_path", validation_path, not data.validation_path),
+        ("tfds_dir", tfds_dir, not data.tfds_name),
+    ):
+        if given and unread:
+            what = ("task", "validation_path", "tfds_name")
+            has = ", ".join(f"data.{name}={data[name]!r}" for name in what)
+            raise UserError(f"{flag}={given!r}: must not be given, since the run has {has}")
+    named = [name for name in ("path", "validation_path", "tfds_name") if data[name]]
+    stored = [f"data.{name}={data[name]!r}" for name in named]
     places = {name: data[name] if trust else "" for name in OUTSIDE}
     if path:
         places |= {"path": path, "tfds_name": ""}
     if tfds_dir:
         places |= {"tfds_name": data.tfds_name, "tfds_data_dir": tfds_dir}
+    if validation_path:
+        places["validation_path"] = validation_path
+    held = bool(places["validation_path"]) or "validation_path" not in named
     data.update(places)
-    if not stored or path or tfds_dir or trust:
+    if not stored or trust or ((path or tfds_dir) and held):
         return ""
     return (
         f"its config.json names the text {' and '.join(stored)}, which is not read unless you say "
-        "so: give --data_path=FILE or --tfds_dir=FOLDER, or --trust to read what the directory "
-        "names (ngc_jax.load: data_path, tfds_dir, trust=True)"
+        f"so: give --data_path=FILE{'' if held else ' and --validation_path=FILE'} or "
+        "--tfds_dir=FOLDER, or --trust to read what the directory names (ngc_jax.load: data_path, "
+        "validation_path, tfds_dir, trust=True)"
     )
 
 
@@ -60,19 +81,26 @@ DATA = Section("data",
     Field("high", 10, "greatest difficulty; its longest problem must fit into context"),
     Field("problems", 100_000, "problems to train on", "[1, inf)", "problems"),
     Field("problem_seed", 0, "seed of the problems", SEEDS),
-    Field("path", "", "text file, or folder of them; '' = the source of Python's library"),
+    Field("path", "", "text, or folder of texts; a mixture: 'A:0.7,B:0.3'; '' = the source of "
+          "Python's library (docs/data.md)"),
+    Field("validation_path", "", "held-out text of your own; '' = a part of path"),
+    Field("text_column", "text", "column of JSONL, Parquet and Arrow files that holds the text"),
     Field("tfds_name", "", "prepared TFDS text set in place of path, such as 'lm1b'; '' = none"),
     Field("tfds_data_dir", "", "folder of TFDS sets; '' = the default of TFDS"),
     Field("train_split", "train", "split of the TFDS set; slices work: 'train[:95%]'"),
     Field("validation_split", "validation", "held-out split of the TFDS set"),
     Field("text_key", "text", "feature of the TFDS set that holds the text"),
-    Field("validation_fraction", 0.1, "part of path to hold out; of a task, of the number of "
-          "problems", "(0, 0.5]"),
+    Field("validation_fraction", 0.1, "part of path to hold out, by bytes; of a task, of the "
+          "number of problems", "(0, 0.5]"),
     Field("tokenizer", "bytes", "'bpe' = byte pairs, learned on the text; 'given' = that of a "
-          "pretrained model", ("bytes", "bpe", "given")),
-    Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, or 'given'; that of 'bytes' is "
-          "257", "[1, 1e6]", "tokens"),
+          "pretrained model; 'tokens' = path holds tokens", ("bytes", "bpe", "given", "tokens")),
+    Field("tokenizer_path", "", "tokenizer.json, or .tiktoken file, of 'given'; '' = that of the "
+          "pretrained model"),
+    Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, 'given' or 'tokens'; that of "
+          "'bytes' is 257", "[1, 1e6]", "tokens"),
     Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),
+    Field("packing", "stream", "what a window to train on is of: 'stream' = all text in a row; "
+          "'best-fit' = whole documents", ("stream", "best-fit")),
     Field("isolate_documents", False, "whether a token attends to its own document only"),
     Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),
 ], _check)

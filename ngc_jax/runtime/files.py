@@ -214,15 +214,18 @@ class Log:
 
 
 @contextlib.contextmanager
-def build_directory(home: pathlib.Path, of: str = "data.cache_dir") -> Iterator[pathlib.Path]:
+def build_directory(
+    home: pathlib.Path, of: str = "data.cache_dir", part: pathlib.Path | None = None
+) -> Iterator[pathlib.Path]:
     """A directory to build in, renamed to `home` in the end, or removed. Raises UserError.
 
-    of: what the user calls the directory that `home` is in.
+    of: what the user calls the directory that `home` is in. part: the directory to build in, which
+    stays where the process is killed or interrupted; None: a new one.
     """
     wrong, building = f"{of}={str(home.parent)!r} cannot be written", None
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        building = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+        building = part or pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
         wrong = f"building {home} failed"
         yield building
         for path in (building, *building.rglob("*")):
@@ -234,6 +237,9 @@ def build_directory(home: pathlib.Path, of: str = "data.cache_dir") -> Iterator[
             raise UserError(f"cannot move a finished build to {home}: is a file in its place?")
     except OSError as error:
         raise UserError(f"{wrong}: {error}") from error
+    except KeyboardInterrupt:
+        building = None if part else building
+        raise
     finally:
         if building:
             remove(building)

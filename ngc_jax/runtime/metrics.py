@@ -183,6 +183,38 @@ class Progress:
             sys.stdout = output.nobody()
 
 
+class Advance:
+    """How far work of a known amount has come, and when it will end: one line every two seconds.
+
+    Elsewhere than on a terminal a line every half minute. total: in `unit`; 0: not known.
+    """
+
+    def __init__(self, what: str, total: int, unit: str = "B"):
+        self.what, self.total, self.unit, self.done, self.skipped = what, total, unit, 0, 0
+        self.progress, self.since = Progress(0), time.monotonic()
+        self.told = self.since
+
+    def add(self, count: int, skipped: bool = False) -> None:
+        """Counts what was done; `skipped`: in an earlier start, so it says nothing of the speed."""
+        self.done, self.skipped = self.done + count, self.skipped + count * skipped
+        now, live = time.monotonic(), self.progress.live
+        if now - self.told < (2 if live else 30):
+            return
+        self.told, pace = now, max(1e-9, (self.done - self.skipped) / (now - self.since))
+        left = max(0, self.total - self.done) / pace
+        until = f"  ETA {duration(left)}" if left else ""
+        whole = f" of {amount(self.total, self.unit)}" if self.total else ""
+        come = f"{amount(self.done, self.unit)}{whole}  {amount(pace, self.unit)}/s{until}"
+        self.progress.say(f"{self.what}: {come}", "" if live else "\n")
+
+
+def amount(count: float, unit: str = "") -> str:
+    """25 -> "25 B"; 8100 -> "8.1 kB"; 9370000 -> "9.37 MB"."""
+    scales = {999.5: (1, 0, ""), 999_500.0: (1e3, 1, "k"), 999_500_000.0: (1e6, 2, "M")}
+    scale, digits, prefix = next((of for most, of in scales.items() if count < most), (1e9, 2, "G"))
+    return f"{count / scale:.{digits}f} {prefix}{unit}".rstrip()
+
+
 def duration(seconds: float) -> str:
     """125.0 -> "2:05"; 3725.0 -> "1:02:05"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax.core.params import ParamInfo
-from ngc_jax.data.tokens import BPE, Bytes, Symbols, Tokenizer, given_in
+from ngc_jax.data.tokenizer import BPE, Bytes, Ids, Symbols, Tokenizer, given_in
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
@@ -117,6 +117,8 @@ def _names(tokenizer: Tokenizer) -> list[Hashable]:
     """What each token is, however it is numbered: its spelling; a mark; or nothing but a number."""
     if isinstance(tokenizer, Symbols):
         return [*tokenizer.symbols]
+    if isinstance(tokenizer, Ids):
+        return [*range(tokenizer.vocab)]
     spelt = [*map(bytes, np.arange(256, dtype=np.uint8)[:, None]), b""]
     spelt = spelt if isinstance(tokenizer, Bytes) else tokenizer.spelling
     return [word or ("mark" if i == tokenizer.mark else i) for i, word in enumerate(spelt)]

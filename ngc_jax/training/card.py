@@ -78,7 +78,8 @@ Held-out loss on the way: {", ".join(curve)}.
 
 def _places(data: Any) -> str:
     """The flags that say where the text is: no command takes that from the directory."""
-    flags = {"data_path": data.path, "tfds_dir": data.tfds_name and (data.tfds_data_dir or TFDS)}
+    flags = {"data_path": data.path, "validation_path": data.validation_path}
+    flags["tfds_dir"] = data.tfds_name and (data.tfds_data_dir or TFDS)
     return "".join(f" --{name}={shlex.quote(at)}" for name, at in flags.items() if at)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ngc_jax.data import cache, tasks
-from ngc_jax.data.batches import Examples, held_out_batches
+from ngc_jax.data.batches import Examples, filled, held_out_batches
 from ngc_jax.data.problems import Problems, problem_set
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
@@ -59,19 +59,20 @@ def compile_eval(
 def held_out(
     step: Step, params: Any, mesh: Mesh, examples: Examples, batch_size: int, limit: int = 0
 ) -> dict[str, float]:
-    """Means over `limit` examples (0: all), by the sums of `step`.
+    """Means over `limit` examples (0: all, and every token of a text once), by the sums of `step`.
 
     "loss": nats per target. "bits_per_byte": of text, comparable over tokenizers. "exact": share of
     problems with every answer right. "rounds" per target: of a loop that runs until it settles.
     """
     rows, total = meshes.local_batch_rows(mesh, batch_size), Counter[str]()
+    examples = examples if limit else filled(examples)
     for placed in held_out_batches(examples, batch_size=batch_size, limit=limit, rows=rows):
         sums = step(params, *(meshes.put_batch(mesh, part) for part in placed))
         total.update(jax.tree.map(float, jax.device_get(sums)))
     means = {"loss": total["nats"] / total["targets"]}
     if "problems" in total:
         means["exact"] = total["solved"] / total["problems"]
-    else:
+    elif total["bytes"]:  # none are known of tokens of others
         means["bits_per_byte"] = total["nats"] / math.log(2) / total["bytes"]
     if "rounds" in total:
         means["rounds"] = total["rounds"] / total["targets"]

@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from ngc_jax import config as configs
 from ngc_jax.analysis import probes
-from ngc_jax.data.batches import Batch, Windows, held_out_batches, segments_of
+from ngc_jax.data.batches import Batch, Windows, filled, held_out_batches, segments_of
 from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokens import BPE, Data, Symbols, Tokenizer, given_in, load_data, load_tokenizer
+from ngc_jax.data.tokenizer import BPE, Symbols, Tokenizer, given_in, load_tokenizer
+from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params, generate
@@ -138,11 +139,10 @@ class Trained:
 
     def loss(self, text: str | bytes) -> Loss:
         """The loss of a text, in windows like the run's. Raises UserError for an empty one."""
-        tokens, context, mark = self.encode(text), self.config.data.context, self.tokenizer.mark
+        tokens, context = self.encode(text), self.config.data.context
         if len(tokens) < 2:
             raise UserError(f"text={text!r}: must have a token or more")
-        padded = np.append(tokens, np.full(-(len(tokens) - 1) % context, mark, np.int32))
-        windows = Windows(padded, context, mark, self.boundary)
+        windows = filled(Windows(tokens, context, self.tokenizer.mark, self.boundary))
         size, found = min(len(windows), self.config.eval.batch_size), []
         for batch, real in held_out_batches(windows, batch_size=size):
             dtype = self.config.train.compute_dtype
@@ -152,7 +152,8 @@ class Trained:
             length = np.asarray(self.tokenizer.lengths)[batch.targets[counts]]  # bytes
             found.append(np.stack([nats[counts].astype(np.float64), length]))
         nats, length = np.concatenate(found, axis=1)
-        return Loss(float(np.mean(nats)), float(np.sum(nats) / np.sum(length) / math.log(2)))
+        of_bytes = np.sum(nats) / (np.sum(length) or math.nan) / math.log(2)
+        return Loss(float(np.mean(nats)), float(of_bytes))
 
     def activations(self, text: Text) -> dict[str, Array]:
         """The stream [T, D], or [B, T, D], after the embedding, each stage and round, by name."""
@@ -194,7 +195,7 @@ class Trained:
             task = self.config.data.task
             raise UserError(f"a model of data.task={task!r} reads no text: ask ngc_jax.solve")
         raw = text.encode() if isinstance(text, str) else text
-        return np.array([self.tokenizer.mark, *self.tokenizer.encode(raw)], np.int32)
+        return np.array([max(self.tokenizer.mark, 0), *self.tokenizer.encode(raw)], np.int32)
 
 
 def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
@@ -216,6 +217,7 @@ def load(
     step: int | None = None,
     *,
     data_path: str = "",
+    validation_path: str = "",
     tfds_dir: str = "",
     trust: bool = False,
     mesh: Mesh | None = None,
@@ -224,13 +226,14 @@ def load(
 
     Under `checkpoint.best` that of the least held-out loss comes first. The parameters, under
     `train.ema` their average, are put on a device, or on a mesh, whose devices read their parts.
-    Its text, for `Trained.data`, is at `data_path`, or a TFDS set in `tfds_dir`. The places that
-    the directory itself names are read, and written, only with `trust` (docs/trust.md).
+    Its text, for `Trained.data`, is at `data_path`, and at `validation_path` where the run has one,
+    or a TFDS set in `tfds_dir`. The places that the directory itself names are read, and written,
+    only with `trust` (docs/trust.md).
     """
     home = files.place(workdir)
     config = read_config(home)
     stored, tokenizer = config.copy_and_resolve_references(), load_tokenizer(home, config.data)
-    withheld = withhold(config.data, data_path, tfds_dir, trust)
+    withheld = withhold(config.data, data_path, tfds_dir, trust, validation_path)
     read = _restored(home, stored, tokenizer.vocab, step, mesh)
     model = configs.make_model(config, tokenizer.vocab)
     model, params = rewiring.pruned(model, evaluated(read.state), config, read.step)

@@ -26,7 +26,7 @@ from ngc_jax.training.rounds import make_iteration, mark_of, marked
 from ngc_jax.training.run import Programs, Run
 from ngc_jax.training.stability_metrics import make_penalty
 from ngc_jax.training.step import SELDOM, abstract_state, init_state, make_train_step
-from ngc_jax.training.workdir import claim, versions
+from ngc_jax.training.workdir import claim, versions, write_config
 
 if TYPE_CHECKING:
     from ngc_jax.training.load import Trained
@@ -67,6 +67,8 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     this = Run(config, workdir, data, mesh, programs)
     if begins and not this.step:
         print(begins)
+    if multihost.first():
+        write_config(workdir, config)
     changes = rewiring.changes(config) if programs.rewire else None
 
     # ---- Train -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ngc_jax.config import SECTIONS, base, reset_unread, validate
-from ngc_jax.data.tokens import Tokenizer, save_tokenizer
+from ngc_jax.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.runtime import fields, multihost
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import Path, in_bucket, place, read, read_json, sync, write_durably
@@ -33,7 +33,9 @@ NUMERIC = ("jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefr
 LARGEST = 1 << 20  # bytes of a config
 HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
+# Where a text lies is free as well: a fingerprint says whether it is the same.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
+FREE |= {"data.path", "data.validation_path", "data.tokenizer_path"}
 LOGGED = ("log_every", "patience", "trackers", "profile", "hang_minutes", "hang_exit")
 FREE |= {f"train.{name}" for name in LOGGED}
 FREE |= {f"stability.{name}" for name in ("every", "measures", "tokens", "rounds")}
@@ -88,6 +90,10 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
             unlike = f"{here} holds a run of another config ({'; '.join(changed)})"
             wants = "give another --workdir, or the config it was made with"
             raise UserError(f"{unlike}: {wants}" + ", or more updates" * more)
+        own = getattr(load_tokenizer(workdir, config.data), "serialised", "")
+        if own != getattr(tokenizer, "serialised", ""):
+            unlike = f"{here} holds a run of another tokenizer, so the text has changed"
+            raise UserError(f"{unlike}: give the same text, or another --workdir")
     elif workdir.is_file() or left != inside:
         raise UserError(f"{here} exists and holds no run: give another, or empty it")
     else:
@@ -95,7 +101,11 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
         if not in_bucket(workdir):
             sync(workdir.parent)
         save_tokenizer(tokenizer, workdir)
-    # Last, since it is what makes the directory a run's.
+        write_config(workdir, config)  # last, since it is what makes the directory a run's
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Keeps the config of a run, also with other values of FREE, once its data are known."""
     text = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
     write_durably(workdir / "config.json", text)
 
@@ -164,9 +174,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """What a checkpoint keeps of its config, as JSON: not FREE, nor where the data lies."""
+    """What a checkpoint keeps of its config, as JSON: what is not FREE."""
     values = json.loads(json.dumps(flatten_dict(config.to_dict(), sep=".")))
-    return {name: values[name] for name in values if not _free(name) and name != "data.path"}
+    return {name: values[name] for name in values if not _free(name)}
 
 
 def comparable(config: ConfigDict) -> dict[str, Any]:
