@@ -6,6 +6,7 @@ importable without the harness. Not for: tasks, or our own held-out loss (`evalu
 
 import dataclasses
 import runpy
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -129,6 +130,9 @@ def _size(given: Any) -> int:
 
 def main() -> None:
     """The command line of the harness, which knows --model ngc_jax."""
+    if LM is object and {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        sys.exit(0)
     try:
         import lm_eval.models  # noqa: F401 (else it would not add its own to ours)
         from lm_eval.__main__ import cli_evaluate
