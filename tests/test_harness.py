@@ -25,7 +25,7 @@ def request(*args):
 @pytest.fixture(scope="module")
 def opened():
     """A harness of a tiny model, and what `load` gives."""
-    tokenizer, config = BPE(BPE.train([TEXT.encode()], 280)), base()
+    tokenizer, config = BPE(BPE.train([TEXT], 280)), base()
     config.update_from_flattened_dict(TINY | {"data.tokenizer": "bpe", "eval.batch_size": 3})
     model = make_model(config, tokenizer.vocab)
     run = Trained(pathlib.Path("run"), config, model, drawn(model), tokenizer, 7, {})

@@ -172,7 +172,7 @@ def test_the_compiled_form_has_the_same_logits_for_any_batch(tmp_path):
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_a_dense_run_is_published_and_read_again_with_its_tokenizer(tmp_path, kind):
     text = make_text(2000).encode() + "é <|document|> \n".encode()
-    tokenizer = Bytes() if kind == "bytes" else BPE(BPE.train([text], 300))
+    tokenizer = Bytes() if kind == "bytes" else BPE(BPE.train([text.decode()], 300))
     fields = TINY | {"model.rule": "dense", "model.core": 0, "model.prelude": 2}
     config = base()
     config.update_from_flattened_dict(fields | {"data.tokenizer": kind})
