@@ -97,6 +97,16 @@ def test_a_longer_run_under_wsd_goes_on_to_the_bit_as_one_so_long_from_the_start
         ngc_jax.train(longer, run)
 
 
+def test_a_run_on_another_text_is_not_made_longer(regular, make, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other.txt"
+    shutil.copytree(regular.workdir, run)
+    other.write_text(make_text(60_000)[::-1])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="the text has changed since checkpoint 12"):
+        ngc_jax.train(make(**{"train.steps": 16, "data.path": str(other)}), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_what_becomes_of_the_learning_rate_is_said(regular, make, capsys):
     def said(home, **fields):
         old, new = make(**fields), make(**fields, **{"train.steps": 24})

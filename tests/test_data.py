@@ -801,6 +801,23 @@ def test_one_process_prepares_and_others_wait(tmp_path, capsys):
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+def test_a_folder_that_another_process_removes_before_it_is_opened_is_made_again(
+    tmp_path, monkeypatch
+):
+    made, make = [], cache.files.make_private
+
+    def gone(folder):
+        make(folder)
+        made.append(folder)
+        if made.count(folder) == 1 and folder.name == ".a.part":
+            folder.rmdir()
+
+    monkeypatch.setattr(cache.files, "make_private", gone)
+    home = cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").write_text("x"))
+    assert (home / "x").read_text() == "x"
+    assert made.count(tmp_path / "cache" / ".a.part") == 2
+
+
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_preparation_that_is_killed_goes_on(tmp_path, monkeypatch, damage, capsys):
     monkeypatch.setattr(prepare, "BATCH", 1000)

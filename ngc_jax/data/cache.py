@@ -67,6 +67,8 @@ def _alone(part: Path, home: Path) -> Iterator[Path | None]:
             files.make_private(part)
             handle = os.open(part, os.O_RDONLY)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not part.is_symlink():
+                continue  # it was there, and whoever held it has moved or removed it
             wrong = f"data.cache_dir={str(part.parent)!r} cannot be written"
             raise UserError(f"{wrong}: {error}") from error
         try:

@@ -1,7 +1,7 @@
 """From corpora to files of tokens: streamed, on all cores, shown, and continued after a kill.
 
 For: which corpora `config.data` names, mixed or alone; the tokens of each of their splits. Not for:
-tokenizers (`tokens.py`), or windows of tokens (`batches.py`).
+tokenizers (`tokenizer.py`), or windows of tokens (`batches.py`).
 """
 
 import contextlib

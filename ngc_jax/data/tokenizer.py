@@ -344,12 +344,9 @@ def published(tokenizer: Tokenizer, task: str) -> tuple[str, dict[str, bytes]]:
     if isinstance(tokenizer, Given):
         return tokenizer.serialised, {}
     if isinstance(tokenizer, Symbols | Ids):
-        told = (
-            f"data.task={task!r}: must be ''"
-            if task
-            else "data.tokenizer='tokens': must be another"
-        )
-        raise UserError(f"{told} in a model that is written as a published one")
+        other = "data.tokenizer='tokens': must be another"
+        other = f"data.task={task!r}: must be ''" if task else other
+        raise UserError(f"{other} in a model that is written as a published one")
     import tokenizers
 
     if isinstance(tokenizer, BPE):

@@ -28,7 +28,6 @@ from ngc_jax.data.tokenizer import (
     no_tokenizers,
     save_tokenizer,
 )
-from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import amount
 
@@ -84,15 +83,17 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         raise UserError(f"data.tokenizer='given': must be {wants}")
     kept = cache.cache_directory(config)
     mixed = prepare.open_corpora(config, kept)
-    fingerprint = mixed.fingerprint
-    of = fingerprint[:16]
+    of = (fingerprint := mixed.fingerprint)[:16]
     kind: str = config.tokenizer
     tokenizer: Tokenizer = given or Bytes()
     if config.tokenizer == "tokens":
         kind, tokenizer = f"tokens-{config.vocab_size}", Ids(config.vocab_size)
     with _refused(config):
         if config.tokenizer == "bpe" and given is None:
-            learn = lambda to: _learn(mixed, config, to)  # noqa: E731
+
+            def learn(to: pathlib.Path) -> None:
+                save_tokenizer(BPE(BPE.train(prepare.sample(mixed), config.vocab_size)), to)
+
             entry = cache.entry(kept, f"bpe-{config.vocab_size}-{of}", learn)
             tokenizer = load_tokenizer(entry, config)
         if isinstance(tokenizer, BPE):
@@ -136,17 +137,12 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         splits.append(made[0] if len(made) == 1 else Mixture(made, mixed.shares))
     if len(mixed.parts) > 1:
         fingerprint = _sha256(" ".join([fingerprint, *map(str, mixed.shares)]))
-    return Data(
-        tokenizer, splits[0], splits[1], fingerprint, f"{mixed.summary}; {', '.join(sizes)}"
-    )
+    told = f"{mixed.summary}; {', '.join(sizes)}"
+    return Data(tokenizer, splits[0], splits[1], fingerprint, told)
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _learn(mixed: prepare.Mixed, config: Any, to: files.Path) -> None:
-    save_tokenizer(BPE(BPE.train(prepare.sample(mixed), config.vocab_size)), to)
 
 
 @contextlib.contextmanager

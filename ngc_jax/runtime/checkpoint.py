@@ -121,6 +121,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             return f"it cannot be read: {error}"
         return None
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was told of a step. Raises OSError and ValueError where it cannot be read."""
+        return dict(_manifest(self.directory / str(step))["meta"])
+
     def newest_sound(self) -> int | None:
         """The newest step whose seal holds, if any."""
         return next((step for step in reversed(self.steps()) if not self.fault(step)), None)

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 
-LARGEST = 1 << 20  # bytes of a config
-
 
 class Tracker(Protocol):
     """A view of rows. One that is opened shows none: it gets the rows so far, then each new one."""
@@ -166,7 +164,7 @@ def _local(home: files.Path) -> None:
 
 
 def _config(home: files.Path) -> Any:
-    return files.read_json(home / "config.json", LARGEST)
+    return files.read_json(home / "config.json", 1 << 20)
 
 
 def _id(home: files.Path) -> str:

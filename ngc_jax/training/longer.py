@@ -17,12 +17,13 @@ from ngc_jax.training.optimizer import schedule, stable_updates
 KEPT = ("config.json", "tokenizer.json", "metrics.jsonl", "card.md")
 
 
-def lengthen(home: files.Path, old: ConfigDict, new: ConfigDict) -> None:
+def lengthen(home: files.Path, old: ConfigDict, new: ConfigDict, text: str = "") -> None:
     """Makes ready for more updates, and says what follows. Raises UserError where it cannot be.
 
     Under 'wsd' a run goes on from before its decay, where there is a checkpoint, as if it had been
     as long from the start; the end that it had becomes a work directory inside. A kill does no
-    harm: the same command does it again. Else it goes on from its newest checkpoint.
+    harm: the same command does it again. Else it goes on from its newest checkpoint. Nothing moves
+    where the run was on a text of another fingerprint than `text`: `Run` will refuse it.
     """
     was, now, kind = old.train.steps, new.train.steps, old.model.wiring
     if kind in DYNAMIC:
@@ -33,6 +34,8 @@ def lengthen(home: files.Path, old: ConfigDict, new: ConfigDict) -> None:
         steps = checkpoints.steps()
         early = [step for step in steps if wsd and step <= stable_updates(old.train)]
         stable = [step for step in early if not checkpoints.fault(step)]
+        if stable and text not in ("", checkpoints.meta(stable[-1])["data"]):
+            return
     if not steps or (wsd and steps[-1:] == stable[-1:]):
         print(f"{longer}: nothing has decayed, so it is as if it had been {now} from the start")
     elif stable:

@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
         begin.check_teacher(teacher, data.tokenizer, config, begun)
     trackers.listed(config.train.trackers)
     profile = profiler.Profile(config.train.profile, workdir / "profile")
-    claim(workdir, config, data.tokenizer)
+    claim(workdir, config, data.tokenizer, data.fingerprint)
     print(f"data: {data.summary}")
 
     # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------

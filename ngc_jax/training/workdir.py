@@ -54,13 +54,13 @@ def at_step(given: str) -> tuple[Path, int | None]:
     return place(given), None
 
 
-def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, text: str = "") -> None:
     """Makes the work directory this run's own; UserError if it is another's, or unwritable."""
     here = f"--workdir={workdir}"
     with multihost.agreed():
         try:
             if multihost.first():
-                _claim(workdir, config, tokenizer)
+                _claim(workdir, config, tokenizer, text)
         except (OSError, ImportError) as error:  # ImportError: a bucket's package is missing
             raise UserError(f"{here} cannot be written ({error}): give one that can") from error
     with multihost.agreed():
@@ -69,7 +69,7 @@ def claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
             raise UserError(f"{here}: made by process 0, but not seen by this one: {shared}")
 
 
-def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, text: str) -> None:
     here = f"--workdir={workdir}"
     inside = list(workdir.iterdir()) if workdir.is_dir() else []
     for path in () if in_bucket(workdir) else inside:
@@ -82,11 +82,8 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
         stored = read_config(workdir)
         changed = differences(stored.to_dict(), config.to_dict())
         more = [one.partition(":")[0] for one in changed] == ["train.steps"]
-        if more and config.train.steps > stored.train.steps:
-            from ngc_jax.training.longer import lengthen  # which opens checkpoints
-
-            lengthen(workdir, stored, config)
-        elif changed:
+        longer = more and config.train.steps > stored.train.steps
+        if changed and not longer:
             unlike = f"{here} holds a run of another config ({'; '.join(changed)})"
             wants = "give another --workdir, or the config it was made with"
             raise UserError(f"{unlike}: {wants}" + ", or more updates" * more)
@@ -94,6 +91,10 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
         if own != getattr(tokenizer, "serialised", ""):
             unlike = f"{here} holds a run of another tokenizer, so the text has changed"
             raise UserError(f"{unlike}: give the same text, or another --workdir")
+        if longer:
+            from ngc_jax.training.longer import lengthen  # which opens checkpoints
+
+            lengthen(workdir, stored, config, text)
     elif workdir.is_file() or left != inside:
         raise UserError(f"{here} exists and holds no run: give another, or empty it")
     else:
