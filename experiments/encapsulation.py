@@ -34,7 +34,7 @@ from experiments.text_measures import (
 from ngc_jax.analysis import attention_weights_by_stage
 from ngc_jax.data.batches import Batch, Windows
 from ngc_jax.data.tokenizer import Bytes
-from ngc_jax.nn.model import generate
+from ngc_jax.nn.sampling import Sampling, generate
 from ngc_jax.report.blocks import Block, paragraph
 from ngc_jax.training.load import Trained, load
 
@@ -83,9 +83,9 @@ def spoken(trained: Trained) -> dict[str, float]:
     the prompts.
     """
     prompts, _ = passages(trained)
-    key, temperature, top_p = jax.random.key(0), jnp.float32(0.8), jnp.float32(0.95)
+    key = jax.random.key(0)
     said = generate(
-        trained.model, trained.state.params, jnp.asarray(prompts), LENGTH, key, temperature, top_p
+        trained.model, trained.state.params, jnp.asarray(prompts), LENGTH, key, Sampling()
     )
     look = jax.jit(attention_weights_by_stage, static_argnums=0)(
         trained.decoder, trained.state.params, Batch(jnp.asarray(prompts))

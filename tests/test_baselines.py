@@ -19,7 +19,7 @@ from ngc_jax.config import base, model_shape, validate
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn.bdh import BDH, BDHShape
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.model import generate
+from ngc_jax.nn.sampling import Sampling, generate
 from ngc_jax.training import optimizer as optim
 from ngc_jax.training.step import init_state, make_train_step
 
@@ -140,7 +140,7 @@ def test_bdh_decoding_is_the_full_forward(std):
 def test_bdh_continues_a_text_with_its_likeliest_tokens():
     model, params = bdh(0.3)
     text = jnp.asarray(make.tokens(SHAPE.vocab, 1, 4)[0])
-    found = generate(model, params, text, 3, jax.random.key(0), jnp.float32(0), jnp.float32(1))
+    found = generate(model, params, text, 3, jax.random.key(0), Sampling(0.0))
     text, apply = np.pad(text, ((0, 0), (0, 3))), jax.jit(model.apply)
     for t in range(4, 7):  # what stands after a token does not change its logits
         text[:, t] = apply(params, Batch(text))[0][:, t - 1].argmax(-1)

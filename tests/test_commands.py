@@ -1,5 +1,6 @@
 """What a person does with a finished run: sample, evaluate, inspect, plot."""
 
+import io
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from ngc_jax.commands import evaluate, sample, stability
 from ngc_jax.commands.inspect import parameter_table
 from ngc_jax.count import Parameters
 from ngc_jax.data.batches import Batch
-from ngc_jax.nn.model import choose, generate
+from ngc_jax.nn.sampling import Sampling, choose, generate
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
@@ -37,7 +38,9 @@ def run(home, tiny):
 def test_greedy_sampling_is_the_likeliest_token_of_the_full_forward(run):
     trained = load(run)
     prompt = jnp.array([[256, 103, 114], [256, 115, 105]])
-    new = generate(trained.model, trained.state.params, prompt, 20, jax.random.key(0), 0.0, 1.0)
+    new = generate(
+        trained.model, trained.state.params, prompt, 20, jax.random.key(0), Sampling(0.0)
+    )
     logits = jax.jit(trained.model.apply)(
         trained.state.params, Batch(jnp.concatenate([prompt, new], axis=1))
     )[0]
@@ -48,7 +51,7 @@ def test_sampling_follows_its_seed(run):
     trained = load(run)
     prompt = jnp.array([[256, 103]])
     draw = [
-        generate(trained.model, trained.state.params, prompt, 30, jax.random.key(k), 1.0, 0.95)
+        generate(trained.model, trained.state.params, prompt, 30, jax.random.key(k), Sampling(1.0))
         for k in (0, 0, 1)
     ]
     np.testing.assert_array_equal(draw[0], draw[1])
@@ -60,7 +63,7 @@ def test_top_p_keeps_the_smallest_likely_set_and_temperature_sharpens():
     keys = jax.random.split(jax.random.key(0), 4000)
 
     def shares(temperature, top_p):
-        drawn = jax.vmap(lambda key: choose(logits, key, temperature, top_p)[0])(keys)
+        drawn = jax.vmap(lambda key: choose(logits, key, Sampling(temperature, top_p))[0])(keys)
         return np.bincount(drawn, minlength=4) / len(keys)
 
     np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
@@ -69,6 +72,43 @@ def test_top_p_keeps_the_smallest_likely_set_and_temperature_sharpens():
     squared = np.square([0.5, 0.3, 0.15, 0.05])
     np.testing.assert_allclose(shares(0.5, 1.0), squared / squared.sum(), atol=0.03)
     np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
+
+
+def test_what_may_be_drawn_is_that_of_a_plain_reference():
+    draw = np.random.default_rng(0)
+    for case in range(40):
+        logits, seen = draw.normal(0, 2, 9).astype(np.float32), draw.random(9) < 0.3
+        how = Sampling(0.5, *draw.choice([0.3, 0.7, 1.0], 1), int(draw.integers(0, 5)))
+        how = how._replace(min_p=float(draw.choice([0, 0.1])), repetition_penalty=1.3)
+        less = np.where(seen, np.where(logits > 0, logits / 1.3, logits * 1.3), logits) / 0.5
+        order = np.argsort(-less)[: how.top_k or None]
+        share = np.exp(less[order] - less[order[0]])
+        share /= share.sum()
+        kept = (np.cumsum(share) - share < how.top_p) & (share >= how.min_p * share[0])
+        keys = jax.random.split(jax.random.key(case), 400)
+        row = logits[None], how, seen[None]
+        pick = jax.vmap(lambda key, row=row: choose(row[0], key, *row[1:])[0])
+        drawn = np.bincount(pick(keys), minlength=9)
+        assert {*np.flatnonzero(drawn)} <= {*order[kept].tolist()}
+        likely = order[kept][share[kept] / share[kept].sum() > 0.05]
+        assert (drawn[likely] > 0).all()
+        best = choose(logits[None], keys[0], how._replace(temperature=0.0), seen[None])
+        assert best[0] == np.argmax(less)
+
+
+def test_a_line_that_is_typed_is_continued_and_samples_differ(run, monkeypatch, capsys):
+    flags = ["--prompt=group ", "--tokens=8", "--samples=2"]
+    monkeypatch.setattr("sys.argv", ["sample", f"--workdir={run}", *flags])
+    sample.main()
+    said = capsys.readouterr().out
+    trained = load(run)
+    for seed in (0, 1):
+        assert f"seed {seed}:\ngroup {trained.generate('group ', tokens=8, seed=seed)}\n" in said
+    monkeypatch.setattr("sys.argv", ["sample", f"--workdir={run}", "--interactive", "--tokens=5"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("a group\n\n"))
+    sample.main()
+    first = trained.generate("a group\n", tokens=5)
+    assert capsys.readouterr().out.startswith(first + "\n")
 
 
 def test_the_parameter_table_adds_up(run):

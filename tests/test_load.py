@@ -23,9 +23,11 @@ from ngc_jax.data.batches import Batch
 from ngc_jax.data.settings import OUTSIDE, withhold
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokenizer import Symbols
+from ngc_jax.nn.sampling import Sampling
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training.load import Trained
+from ngc_jax.training.writer import Writer
 
 TEXT = "group state signal\nround port weight\n"
 
@@ -71,6 +73,39 @@ def test_a_run_writes_on(run):
     raw = ("group " + said).encode()
     likeliest = jnp.argmax(run.logits(raw), axis=-1)
     assert bytes(np.asarray(likeliest[6:-1], np.uint8)) == raw[6:]
+
+
+def test_a_text_longer_than_the_window_goes_on_from_its_end(run):
+    """When the window is full, its last half is read again, and no more is known."""
+    context = run.config.data.context
+    whole = run.generate("group ", tokens=context + 9, temperature=0)
+    full = context - len("group ") - 1  # tokens until the window is full
+    end = np.frombuffer(("group " + whole[:full]).encode(), np.uint8)[-context // 2 :]
+    writer = Writer(run)
+    writer.read(end)
+    assert whole[full:] == "".join(writer.write(len(whole) - full, Sampling(0.0)))
+
+
+def test_a_text_is_read_in_any_pieces_and_its_end_where_it_is_too_long(run):
+    text, told = run.encode("a group of groups " * 9), []
+    for parts, whole in (([text], True), ([text], False), ([text[:100], text[100:]], False)):
+        writer = Writer(run)
+        for part in parts:
+            writer.read(part, ahead=5, whole=whole)
+        assert len(writer.text) + 5 <= run.config.data.context
+        told.append("".join(writer.write(5, Sampling(0.0))))
+    assert len({*told[:2]}) == 1
+    assert all(told)
+
+
+def test_a_text_ends_before_a_stop_string_and_no_part_of_it_is_said(run):
+    whole = run.generate("group ", tokens=40, temperature=0)
+    for stop in (whole[9:12], whole[20:21], whole[:3]):
+        pieces = [*run.stream("group ", tokens=40, temperature=0, stop=["QQ", stop])]
+        assert "".join(pieces) == whole[: whole.index(stop)]
+    # What only begins like one is said.
+    unlike = whole[5:8] + "Q"
+    assert run.generate("group ", tokens=40, temperature=0, stop=[unlike]) == whole
 
 
 def test_logits_are_of_a_text_or_of_tokens(run):
@@ -137,6 +172,11 @@ def test_silencing_a_group_is_silencing_its_channels(run):
         ({"temperature": -1.0}, "temperature=-1.0: must be 0 or more"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"seed": -1}, "seed=-1: must be from 0"),
+        ({"top_k": -1}, "top_k=-1: must be 0, for all, or more"),
+        ({"min_p": 1.5}, "min_p=1.5: must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be above 0"),
+        ({"temperature": float("nan")}, "temperature=nan: must be 0 or more"),
+        ({"stop": ["a", ""]}, "must be strings that are not empty"),
         ({"rounds": 0}, "rounds=0: must be 1 or more"),
     ],
 )

@@ -23,7 +23,7 @@ from ngc_jax.data.problems import Problems, draw_set, part_of, problem_set
 from ngc_jax.data.tasks import TASKS, Problem, boundary, draw
 from ngc_jax.data.tokenizer import Symbols, load_tokenizer
 from ngc_jax.data.tokens import load_data
-from ngc_jax.nn.model import generate
+from ngc_jax.nn.sampling import Sampling, generate
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import read_rows
 from ngc_jax.training import loop as train
@@ -480,7 +480,7 @@ def test_exact_is_what_greedy_decoding_writes(kept):
     )
     prompts = jnp.array([problem.inputs[: length - answers + 1] for problem in problems])
     said = generate(
-        trained.model, trained.params, prompts, int(answers), jax.random.key(0), 0.0, 1.0
+        trained.model, trained.params, prompts, int(answers), jax.random.key(0), Sampling(0.0)
     )
     right = np.all(np.array([problem.targets[-answers:] for problem in problems]) == said, axis=1)
     assert 0 < right.sum() < len(problems)

@@ -77,7 +77,9 @@ class BDH(LanguageModel):
         s = self.shape
         return jnp.zeros((s.layers, batch, s.heads, s.hidden // s.heads, s.width), dtype)
 
-    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
+    def forward(
+        self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any, last: bool = False
+    ) -> Pair:
         s = self.shape
         # A token does not hear itself: it sees what the token before it would.
         mask = attention.attention_mask(at - 1, at, x.shape[1], segments)
@@ -98,7 +100,7 @@ class BDH(LanguageModel):
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
         x, cache = jax.lax.scan(layer, normalise(x), cache, length=s.layers)
-        return unembed(constrain(x, *s.stream_axes), params), cache
+        return unembed(constrain(x[:, -1:] if last else x, *s.stream_axes), params), cache
 
 
 def normalise(x: Array) -> Array:

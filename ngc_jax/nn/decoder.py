@@ -130,14 +130,18 @@ class Decoder(LanguageModel):
         x, rounds = loops.communicate_until_settled(turn, x, tolerance, cap)
         return self._read_out(params, x, batch.segments), rounds
 
-    def decode(self, params: Params, tokens: Array, cache: Params, position: Array) -> Pair:
+    def decode(
+        self, params: Params, tokens: Array, cache: Params, position: Array, last: bool = False
+    ) -> Pair:
         # For a few tokens reading takes longest, and states are less than weights.
         sparing = self.reshaped(form="weights" if self.shape.rule == "dense" else "signals")
-        return LanguageModel.decode(sparing, params, tokens, cache, position)
+        return LanguageModel.decode(sparing, params, tokens, cache, position, last)
 
-    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
+    def forward(
+        self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any, last: bool = False
+    ) -> Pair:
         x, cache, _ = self.stream(params, x, segments, past=(at, cache or {}))
-        return self.unembed(params, x), cache
+        return self.unembed(params, x[:, -1:] if last else x), cache
 
     def unstack(self, params: Params) -> Params:
         # A loop over a stack would copy each stage before it is read.

@@ -1,7 +1,7 @@
 """What training, evaluation and sampling need of a model, whatever it is made of.
 
-For: the one interface of our decoder and every baseline, the two ends of a language model, and
-sampling tokens. Not for: what only some have (stages, rounds), or text (`training/load.py`).
+For: the one interface of our decoder and every baseline, and the two ends of a language model. Not
+for: what only some have (stages, rounds), or drawing tokens (`sampling.py`).
 """
 
 from functools import partial
@@ -49,13 +49,23 @@ class LanguageModel(Protocol):
         """The parameters of an update: what they drop, if anything, follows from the key."""
         return params
 
-    def decode(self, params: Params, tokens: Array, cache: Any, position: Array) -> Pair:
-        """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`."""
-        x, at = self.embed(params, Batch(tokens)), position + jnp.arange(tokens.shape[1])
-        return self.forward(params, x, at, None, cache)
+    def decode(
+        self, params: Params, tokens: Array, cache: Any, position: Array, last: bool = False
+    ) -> Pair:
+        """Logits [B, T, V] for tokens at `position` and after, with what came before in `cache`.
 
-    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
-        """Logits of the stream [B, T, D] at positions [T], and the cache after them if any."""
+        last: of the last token alone, [B, 1, V].
+        """
+        x, at = self.embed(params, Batch(tokens)), position + jnp.arange(tokens.shape[1])
+        return self.forward(params, x, at, None, cache, last)
+
+    def forward(
+        self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any, last: bool = False
+    ) -> Pair:
+        """Logits of the stream [B, T, D] at positions [T], and the cache after them if any.
+
+        last: of the last position alone.
+        """
 
     def unstack(self, params: Params) -> Params:
         """The same parameters laid out so that `decode` reads them soonest."""
@@ -102,38 +112,3 @@ def unembed(x: Array, params: Params) -> Array:
     rows = constrain(x.reshape(-1, x.shape[-1]), tokens, None)
     logits = constrain(rows @ constrain(matrix, None, vocab), tokens, vocab)
     return logits.reshape(*x.shape[:-1], -1).astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnames=("model", "count"))
-def generate(
-    model: LanguageModel, params: Params, prompt: Array, count: int, key: Array, *sampling: Array
-) -> Array:
-    """`count` tokens [B, count] after the prompts [B, T], T >= 1, by `sampling` as in `choose`."""
-    batch, length = prompt.shape
-    dtype, params = jax.tree.leaves(params)[0].dtype, model.unstack(params)
-    cache = model.init_cache(batch, length + count, dtype)
-    logits, cache = model.decode(params, prompt, cache, jnp.zeros((), jnp.int32))
-
-    def step(carry: Pair, i: Array) -> tuple[Pair, Array]:
-        logits, cache = carry
-        token = choose(logits, jax.random.fold_in(key, i), *sampling)
-        after, cache = model.decode(params, token[:, None], cache, length + i)
-        return (after[:, -1], cache), token
-
-    _, tokens = jax.lax.scan(step, (logits[:, -1], cache), jnp.arange(count))
-    return tokens.T
-
-
-def choose(logits: Array, key: Array, temperature: Array, top_p: Array) -> Array:
-    """Draw one token for each row of logits [B, V].
-
-    temperature >= 0 divides them, 0 takes the likeliest; top_p in (0, 1] keeps the fewest tokens
-    that together have that probability (nucleus sampling, arXiv 1904.09751).
-    """
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    share = jax.nn.softmax(scaled, axis=-1)
-    ranked = jnp.sort(share, axis=-1)[:, ::-1]
-    before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all likelier tokens
-    least = jnp.min(jnp.where(before < top_p, ranked, 1.0), axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, jnp.where(share >= least, scaled, -jnp.inf))
-    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn)

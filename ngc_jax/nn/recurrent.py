@@ -114,7 +114,9 @@ class Recurrent(LanguageModel):
         square, tall = s.core * s.width * s.width, s.core * s.width * s.hidden
         return {"cells": {"token": 2 * tall, "gate_up": 2 * tall, "down": tall, "out": square}}
 
-    def forward(self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any) -> Pair:
+    def forward(
+        self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any, last: bool = False
+    ) -> Pair:
         """Each document begins with a state of 0; gradients stay in chunks of `shape.chunk`."""
         cell, first = Cell(self.shape), None
         if segments is not None:
@@ -137,4 +139,4 @@ class Recurrent(LanguageModel):
 
         heard = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, first))  # chunks are cut along axis 0
         states, logits = in_chunks(run, states, heard, self.shape.chunk)
-        return logits.swapaxes(0, 1), states
+        return logits.swapaxes(0, 1)[:, -1:] if last else logits.swapaxes(0, 1), states

@@ -5,6 +5,7 @@ importable without the harness. Not for: tasks, or our own held-out loss (`evalu
 """
 
 import dataclasses
+import functools
 import runpy
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.data import NOTHING
-from ngc_jax.nn.model import choose
+from ngc_jax.nn.sampling import Sampling
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError, fail
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.load import load
 from ngc_jax.training.step import nats_of
+from ngc_jax.training.writer import Writer
 
 try:
     from lm_eval.api.model import LM
@@ -82,27 +84,23 @@ class Harness(LM):
 
         return [total for total, _ in self._scores(parts(), len(requests))]
 
+    @functools.cached_property
+    def writer(self) -> Writer:
+        """What writes the answers, one after another."""
+        return Writer(self.run)
+
     def generate_until(self, requests: list[Any], **how: Any) -> list[str]:
         """What follows each context, up to a stop string, a document's end or max_gen_toks."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, how: dict[str, Any]) -> str:
-        row, made, text = [*self.run.encode(context)], list[int](), ""
-        until = how.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
+        until, count = how.get("until") or [], int(how.get("max_gen_toks", 256))
         warm = float(how.get("temperature", 1.0)) if how.get("do_sample") else 0.0
-        sampling = jnp.float32(warm), jnp.float32(how.get("top_p", 1.0))
-        for number in range(int(how.get("max_gen_toks", 256))):
-            own = (row + made)[-self.context :]
-            tokens = np.full((1, self.context), self.run.tokenizer.mark, np.int32)
-            tokens[0, : len(own)] = own
-            logits = self.run.logits(tokens)[:, len(own) - 1]
-            made.append(int(choose(logits, jax.random.key(number), *sampling)[0]))
-            text = self.run.tokenizer.decode(made).decode(errors="replace")
-            found = [text.index(stop) for stop in stops if stop in text]
-            if found or made[-1] == self.run.tokenizer.mark:
-                return text[: min(found, default=None)]
-        return text
+        drawn = Sampling(warm, how.get("top_p", 1.0), how.get("top_k", 0), how.get("min_p", 0.0))
+        self.writer.clear()
+        self.writer.read(self.run.encode(context), count, whole=False)
+        stop = [until] if isinstance(until, str) else [one for one in until if one]
+        return "".join(self.writer.write(count, drawn, stop=stop, whole=True))
 
     def _scores(self, parts: Iterable[Part], count: int) -> list[tuple[float, bool]]:
         """The logs of probability, by request, and whether all its tokens are the likeliest."""

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,14 +27,15 @@ from ngc_jax.data.tokenizer import BPE, Symbols, Tokenizer, given_in, load_token
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.model import LanguageModel, Params, generate
-from ngc_jax.runtime import checkpoint, fields, files, metrics
+from ngc_jax.nn.model import LanguageModel, Params
+from ngc_jax.runtime import checkpoint, files, metrics
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rounds import Apply, mark_of
-from ngc_jax.training.step import abstract_state, cast, evaluated, nats_of, predict
+from ngc_jax.training.step import abstract_state, evaluated, nats_of, predict
 from ngc_jax.training.workdir import comparable, hold, read_config
+from ngc_jax.training.writer import Writer, sampled
 
 Array = jax.Array
 LEAN = "optimizer"  # what is left out of a state: twice what its parameters are
@@ -103,34 +104,30 @@ class Trained:
             )
         return data
 
-    def generate(
+    def generate(self, prompt: str | bytes = "", **how: Any) -> str:
+        """The text that follows a prompt, without it, as `stream` writes it."""
+        return "".join(self.stream(prompt, **how))
+
+    def stream(
         self,
         prompt: str | bytes = "",
         *,
         tokens: int = 200,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
         seed: int = 0,
         rounds: int | None = None,
-    ) -> str:
-        """The text that follows a prompt, `tokens` tokens long, without the prompt.
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The text that follows a prompt, `tokens` tokens long, in pieces as they are made.
 
-        `temperature` divides the logits; 0 takes the likeliest token. `top_p` keeps the likeliest
-        tokens of so much probability together. `rounds`: of the loop; None: `model.rounds`. Raises
-        UserError for a value out of range, and for the model of a task, which reads no text.
+        It ends before one of the strings `stop`. `rounds`: of the loop; None: `model.rounds`.
+        `sampling`: fields of `nn.sampling.Sampling`. Raises UserError for a value out of range, and
+        for the model of a task, which reads no text.
         """
-        given = {"tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        need = fields.refusals(given)
-        need(tokens >= 1, "tokens", "1 or more")
-        need(temperature >= 0, "temperature", "0 or more, for instance 0.8")
-        need(0 < top_p <= 1, "top_p", "above 0 and at most 1, for instance 0.95")
-        need(0 <= seed < 2**32, "seed", "from 0 to 4,294,967,295")
-        model, _ = at_rounds(self.model, self.config, rounds)
-        start, key = jnp.asarray(self.encode(prompt)[None]), jax.random.key(seed)
-        sampling = jnp.float32(temperature), jnp.float32(top_p)
-        params = cast(self.params, self.config.train.compute_dtype)
-        (made,) = generate(model, params, start, tokens, key, *sampling)
-        return self.tokenizer.decode(made.tolist()).decode(errors="replace")
+        drawn = sampled(tokens=tokens, seed=seed, stop=stop, **sampling)
+        start, writer = self.encode(prompt), Writer(self, rounds)
+        writer.read(start, tokens)
+        return writer.write(tokens, drawn, seed, stop)
 
     def logits(self, text: Text) -> Array:
         """Logits [T, V], or [B, T, V], in float32; those at t predict token t + 1."""
