@@ -59,7 +59,7 @@ def programs(config: ConfigDict) -> tuple[Callable[[], jax.Array], Callable[[], 
     given = (params, tokens, model.init_cache(1, PROMPT))
 
     def read(params: Any, tokens: jax.Array, cache: Any) -> jax.Array:
-        return model.decode(params, tokens, cache, jnp.int32(0))[0][:, -1]
+        return model.decode(params, tokens, cache, jnp.int32(0), last=True)[0]
 
     def decode(params: Any, tokens: jax.Array, cache: Any) -> jax.Array:
         def step(carry: tuple[jax.Array, Any], at: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
