@@ -120,7 +120,7 @@ def one(
     calibrated = home / "calibration"
     calibrated.mkdir(parents=True, exist_ok=True)
     texts = [part.rpartition(":")[0] or part for part in args.path.split(",")] if args.path else []
-    for share in args.kept:
+    for share in filter(None, args.kept):
         small = home / f"ngc-{share}"
         if not (small / "checkpoints").exists():
             batch = examples(teacher, texts, args.tokens)
@@ -130,7 +130,7 @@ def one(
             convert(teacher, found, small, f"{teacher.workdir}, kept {share}")
         heal(f"ngc {share}", load(small))
     heal("copy", teacher)
-    for share in args.kept if args.scratch else []:
+    for share in filter(None, args.kept) if args.scratch else []:
         config = named(args.scratch)
         config.update_from_flattened_dict({"seed": seed, "model.match": f"{args.teacher}:{share}"})
         config.train.steps = teacher.step + args.updates

@@ -31,8 +31,9 @@ from ml_collections import ConfigDict
 from ngc_jax.config import base
 from ngc_jax.data import cache, packing, prepare, sources
 from ngc_jax.data.batches import Windows, filled, held_out_batches, train_batches, turn
+from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents
-from ngc_jax.data.tokenizer import BPE, Bytes, load_tokenizer
+from ngc_jax.data.tokenizer import Bytes, load_tokenizer, save_tokenizer
 from ngc_jax.data.tokens import load_data, segmented
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
@@ -752,6 +753,36 @@ def test_a_tokenizer_is_read_from_its_file_also_from_one_of_tiktoken(tmp_path):
     config.tokenizer_path = str(tmp_path / "other.tiktoken")
     with pytest.raises(UserError, match=r"must be one of tiktoken's: r50k_base"):
         load_data(config)
+
+
+def test_special_tokens_are_one_token_where_they_are_spelt_out(tmp_path):
+    turn = "<|user|>a group<|end|>"
+    (tmp_path / "a.txt").write_text((make_text(2000) + turn) * 9)
+    path, named = str(tmp_path / "a.txt"), "<|user|>,<|end|>"
+    config = settings(tmp_path, path=path, tokenizer="bpe", vocab_size=300)
+    plain = load_data(config)
+    config.special_tokens = named
+    learned = load_data(config)
+    (tmp_path / "tokenizer.json").write_text(plain.tokenizer.serialised)
+    file = str(tmp_path / "tokenizer.json")
+    given = settings(tmp_path, path=path, tokenizer="given", tokenizer_path=file, vocab_size=301)
+    given.special_tokens = "<a>,<b>,<c>"
+    with pytest.raises(UserError, match=r"special_tokens=.<a>,<b>,<c>.* data.vocab_size=301"):
+        load_data(given)
+    given.vocab_size, given.special_tokens = 302, named
+    taken = load_data(given)
+    assert len({data.fingerprint for data in (plain, learned, taken)}) == 3
+    (tmp_path / "kept").mkdir()
+    for tokenizer in (learned.tokenizer, taken.tokenizer):
+        save_tokenizer(tokenizer, tmp_path / "kept")
+        again = load_tokenizer(tmp_path / "kept", config if tokenizer.vocab == 300 else given)
+        for one in (tokenizer, again):
+            tokens = one.encode(turn.encode()).tolist()
+            assert [one.spelling[tokens[i]] for i in (0, -1)] == [b"<|user|>", b"<|end|>"]
+            assert one.decode(tokens).decode() == turn
+            assert one.lengths[tokens].sum() == len(turn)
+    assert taken.tokenizer.encode(turn.encode())[0] >= 300
+    assert load_data(given, tokenizer=taken.tokenizer).fingerprint == taken.fingerprint
 
 
 # ---- Preparing much text -------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 from conftest import TINY, drawn, make_text
 
 from ngc_jax.config import base, make_model
-from ngc_jax.data.tokenizer import BPE, Symbols
+from ngc_jax.data.byte_pairs import BPE
+from ngc_jax.data.tokenizer import Symbols
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import harness
 from ngc_jax.training.load import Trained

@@ -16,7 +16,8 @@ from ngc_jax.commands import ngc as commands
 from ngc_jax.config import base, make_model, validate
 from ngc_jax.convert.pretrained import begin, export, import_pretrained
 from ngc_jax.convert.standalone import CALLED, export_stablehlo, export_torch
-from ngc_jax.data.tokenizer import BPE, Bytes, Symbols, open_given
+from ngc_jax.data.byte_pairs import BPE
+from ngc_jax.data.tokenizer import Bytes, Symbols, open_given
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training.load import Trained
 

@@ -19,11 +19,15 @@ def main() -> None:
     arguments.add_argument("--context", type=int, default=0, help=told)
     told = "of activations, wherever the run is used: float32 or bfloat16"
     arguments.add_argument("--compute_dtype", default="float32", help=told)
+    told = "names that are one token each in a text or prompt, such as '<|im_start|>,<|im_end|>'"
+    arguments.add_argument("--special_tokens", default="", help=told)
     args = arguments.parse_args()
     from ngc_jax.convert.pretrained import import_pretrained
     from ngc_jax.training.load import load
 
-    import_pretrained(args.source, args.workdir, args.context, args.compute_dtype)
+    import_pretrained(
+        args.source, args.workdir, args.context, args.compute_dtype, args.special_tokens
+    )
     made = load(args.workdir)
     m = made.config.model
     print(f"{args.workdir}: {m.prelude} layers of width {m.width}, from {made.meta['origin']}")

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 
 from ngc_jax.convert.source import Lazy, few, read_at
-from ngc_jax.data.tokenizer import SPLITS
+from ngc_jax.data.given import SPLITS
 from ngc_jax.runtime.errors import UserError
 
 # The most that a header may hold, which bounds the memory that reading it takes.
@@ -68,6 +68,7 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _LETTERS | {"use_regex": True}]},
     "qwen2": _split("qwen2"),
     "llama-bpe": _split("llama-bpe"),
+    "gpt-4o": _split("gpt-4o"),
 }
 
 

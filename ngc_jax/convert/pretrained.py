@@ -19,7 +19,7 @@ from ngc_jax.config import base, make_model, reset_unread, validate
 from ngc_jax.convert.config_json import config_of, fields_of
 from ngc_jax.convert.names import read_params, tensors_of
 from ngc_jax.convert.source import Lazy, open_source, unwritten, write_safetensors
-from ngc_jax.data.tokenizer import Tokenizer, open_given, published
+from ngc_jax.data.tokenizer import Tokenizer, open_given, published, specially
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.params import partition
 from ngc_jax.runtime import checkpoint, fields, files
@@ -33,13 +33,18 @@ CONTEXT = 512  # tokens of a window, where the model was made for more
 
 
 def import_pretrained(
-    source: str, workdir: files.Path, context: int = 0, compute_dtype: str = "float32"
+    source: str,
+    workdir: files.Path,
+    context: int = 0,
+    compute_dtype: str = "float32",
+    special_tokens: str = "",
 ) -> None:
     """Makes a work directory of a folder of safetensors, or a GGUF file, as its step 0.
 
     context: of `data.context`; 0: 512, or what the model was made for if that is less.
-    compute_dtype: of `train.compute_dtype`; the parameters are in float32, as read. Raises
-    UserError for what is not read exactly, and for a directory that is not empty.
+    compute_dtype: of `train.compute_dtype`; the parameters are in float32, as read.
+    special_tokens: of `data.special_tokens`. Raises UserError for what is not read exactly, and for
+    a directory that is not empty.
     """
     found = open_source(source)
     told = fields_of(found.config)
@@ -49,11 +54,12 @@ def import_pretrained(
     need(0 <= context <= longest, "context", wants)
     config = base()
     told |= {"data.context": context or min(longest, CONTEXT)}
-    told |= {"train.compute_dtype": compute_dtype}
+    told |= {"train.compute_dtype": compute_dtype, "data.special_tokens": special_tokens}
     config.update_from_flattened_dict(told)
     tokenizer = open_given(found.tokenizer, config.data.vocab_size, found.path)
     reset_unread(config)
     validate(config)
+    tokenizer = specially(tokenizer, config.data)
     model = make_model(config, tokenizer.vocab)
     params = read_params(found, jax.eval_shape(model.init, jax.random.key(0)))
     begin(workdir, config, tokenizer, params, f"{found.path.name}, SHA-256 {found.sha256}")

@@ -20,6 +20,14 @@ def _check(config: Any, need: Need) -> None:
     need(bool(d.path) or not d.validation_path, "data.validation_path", "'' without data.path")
     unread = d.tokenizer_path and (d.task or d.tokenizer != "given")
     need(not unread, "data.tokenizer_path", "'' where data.tokenizer is not 'given'")
+    names = special_names(d)
+    need(
+        not names or (d.tokenizer in ("bpe", "given") and not d.task),
+        "data.special_tokens",
+        "'' where data.tokenizer is not 'bpe' or 'given'",
+    )
+    fit = all(names) and len({*names}) == len(names) and not any(map(str.isspace, "".join(names)))
+    need(fit, "data.special_tokens", "different names without spaces, such as '<|user|>,<|end|>'")
     if d.tokenizer == "tokens":
         need(bool(d.path), "data.tokenizer", "'bytes' or 'bpe' where data.path names no tokens")
         need(not d.isolate_documents, "data.isolate_documents", "False for data.tokenizer='tokens'")
@@ -34,6 +42,11 @@ def _check(config: Any, need: Need) -> None:
     need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) {where}")
     need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) {where}")
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
+
+
+def special_names(data: Any) -> list[str]:
+    """The names in `data.special_tokens`."""
+    return data.special_tokens.split(",") if data.special_tokens else []
 
 
 def withhold(
@@ -96,6 +109,8 @@ DATA = Section("data",
           "pretrained model; 'tokens' = path holds tokens", ("bytes", "bpe", "given", "tokens")),
     Field("tokenizer_path", "", "tokenizer.json, or .tiktoken file, of 'given'; '' = that of the "
           "pretrained model"),
+    Field("special_tokens", "", "names that are one token each where they are spelt out in a text "
+          "or prompt, with commas: '<|user|>,<|end|>'; of 'bpe' and 'given'"),
     Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, 'given' or 'tokens'; that of "
           "'bytes' is 257", "[1, 1e6]", "tokens"),
     Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),

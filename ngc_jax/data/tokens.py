@@ -15,10 +15,12 @@ import numpy as np
 
 from ngc_jax.data import cache, packing, prepare, problems
 from ngc_jax.data.batches import Examples, Mixture, Windows
+from ngc_jax.data.byte_pairs import BPE
+from ngc_jax.data.given import Given
 from ngc_jax.data.packing import Packed
+from ngc_jax.data.settings import special_names
 from ngc_jax.data.tasks import TASKS, boundary
 from ngc_jax.data.tokenizer import (
-    BPE,
     Bytes,
     Ids,
     Symbols,
@@ -27,6 +29,7 @@ from ngc_jax.data.tokenizer import (
     load_tokenizer,
     no_tokenizers,
     save_tokenizer,
+    specially,
 )
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import amount
@@ -85,6 +88,7 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
     mixed = prepare.open_corpora(config, kept)
     of = (fingerprint := mixed.fingerprint)[:16]
     kind: str = config.tokenizer
+    given = specially(given, config) if isinstance(given, Given) else given
     tokenizer: Tokenizer = given or Bytes()
     if config.tokenizer == "tokens":
         kind, tokenizer = f"tokens-{config.vocab_size}", Ids(config.vocab_size)
@@ -92,9 +96,11 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         if config.tokenizer == "bpe" and given is None:
 
             def learn(to: pathlib.Path) -> None:
-                save_tokenizer(BPE(BPE.train(prepare.sample(mixed), config.vocab_size)), to)
+                made = BPE.train(prepare.sample(mixed), config.vocab_size, special_names(config))
+                save_tokenizer(BPE(made), to)
 
-            entry = cache.entry(kept, f"bpe-{config.vocab_size}-{of}", learn)
+            named = f"-{_sha256(config.special_tokens)[:8]}" if config.special_tokens else ""
+            entry = cache.entry(kept, f"bpe-{config.vocab_size}-{of}{named}", learn)
             tokenizer = load_tokenizer(entry, config)
         if isinstance(tokenizer, BPE):
             kind += f"-{_sha256(tokenizer.serialised)[:16]}-{tokenizer.vocab}"

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax.core.params import ParamInfo
-from ngc_jax.data.tokenizer import BPE, Bytes, Ids, Symbols, Tokenizer, given_in
+from ngc_jax.data.byte_pairs import BPE
+from ngc_jax.data.tokenizer import Bytes, Ids, Symbols, Tokenizer, given_in
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from ngc_jax import config as configs
 from ngc_jax.analysis import probes
 from ngc_jax.data.batches import Batch, Windows, filled, held_out_batches, segments_of
+from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.settings import withhold
 from ngc_jax.data.tasks import boundary
-from ngc_jax.data.tokenizer import BPE, Symbols, Tokenizer, given_in, load_tokenizer
+from ngc_jax.data.tokenizer import Symbols, Tokenizer, given_in, load_tokenizer
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
