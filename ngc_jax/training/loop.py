@@ -112,7 +112,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     this.metrics.close()
     if not this.last or not measured:
         kept = f"step {this.step} is saved" if this.step else "before the first update"
-        this.progress.say(f"asked to stop: {kept}; the same command continues from there")
+        this.say(f"asked to stop: {kept}; the same command continues from there")
         return False
     if multihost.first():
         # Without the slots that a changing wiring has left empty.
@@ -123,7 +123,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     took = metrics.duration(this.clock.seconds())
     early = f"; train.patience={config.train.patience} is at its end" if this.early else ""
     done = f"done: {this.step} steps in {took} of training{early}"
-    this.progress.say(f"{done}; see {workdir / 'card.md'}")
+    this.say(f"{done}; see {workdir / 'card.md'}")
     return True
 
 

@@ -78,7 +78,9 @@ class Run:
         self._stand_at(step, state, meta)
         self.clock, self.last_save = metrics.Clock(float(meta["seconds"])), time.monotonic()
         of = f"checkpoint {step} of {train.steps}"
-        print(f"continuing from {of} in {home}" if step else f"starting from step 0 in {home}")
+        begins = f"continuing from {of}" if step else "starting from step 0"
+        print(f"{begins} in {home}")
+        metrics.note(home, step, begins, flops=do.flops)
         if train.ema:
             print(f"evaluated, and used later: the average of parameters (train.ema={train.ema})")
         here = workdir.surroundings()
@@ -109,8 +111,13 @@ class Run:
         found, faults = self.checkpoints.newest(self.do.state, wanted, among)
         for bad, fault in faults.items() if multihost.first() else ():
             aside = self.checkpoints.set_aside(bad)
-            self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
+            self.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
         return found
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays, and notes it for who watches the run."""
+        self.progress.say(text)
+        metrics.note(self.home, getattr(self, "step", 0), text)
 
     @property
     def last(self) -> bool:
@@ -238,7 +245,7 @@ class Run:
             every = self.config.checkpoint
             later = (self.step // every.every_steps + 1) * every.every_steps
             soon = f"next try after step {later}, or in {every.every_minutes:g} minutes"
-            self.progress.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
+            self.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
 
     def rewind(self) -> None:
         """Back to a checkpoint, and past the batches since, as PaLM (2204.02311); or Diverged."""
@@ -254,7 +261,7 @@ class Run:
             warned = (
                 f"a warning stood from step {self.warned}" if self.warned else "no warning came"
             )
-            raise Diverged(
+            told = (
                 f"stopped at step {logged}: {self.broken} updates in a row were skipped, not "
                 f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: "
                 f"{found and found.step}; {warned}; try a smaller "
@@ -262,6 +269,8 @@ class Run:
                 f"{train.state_learning_rate:g}, or more train.warmup_steps={train.warmup_steps}, "
                 "in a new --workdir"
             )
+            metrics.note(self.home, logged, told)
+            raise Diverged(told)
         sound, state, meta = found
         rewinds, left_out = self.rewinds + 1, logged - sound
         self.progress.say(
