@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax import count
+from ngc_jax.config import make_model
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import checkpoint, files, metrics, multihost, preemption, watchdog
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.output import doing
+from ngc_jax.runtime.output import doing, now
 from ngc_jax.training import evaluation, workdir
 from ngc_jax.training.optimizer import stable_updates
 from ngc_jax.training.step import TrainState, evaluated
@@ -193,9 +194,10 @@ class Run:
 
         step, c = partial(unless_asked, self.do.evaluate), self.config
         parts = {"eval": ("held-out", c.eval.windows), "final": ("all held-out", 0)}
-        with self.clock, doing("evaluating"), contextlib.suppress(preemption.Asked):
+        with self.clock, doing("measuring"), contextlib.suppress(preemption.Asked):
             while kinds := self.due():  # an evaluation may be the last one
                 kind, params = kinds[0], evaluated(self.state)
+                now("measuring stability" if kind == "stability" else "evaluating")
                 if kind == "stability":
                     row = unless_asked(self.do.watch, params)
                 else:
@@ -207,8 +209,23 @@ class Run:
                     row = {f"{kind}/{name}": value for name, value in found}
                 self.metrics.write({"step": self.step, **row})
                 self.unmeasured = {*self.unmeasured} - {kind}
+                if kind == "eval" and c.eval.sample:
+                    self.sample(params)
             return True
         return False
+
+    def sample(self, params: Any) -> None:
+        """Shows how these parameters continue `eval.prompt`, by the same draws each time."""
+        from ngc_jax.training.load import Trained  # which trains by these files
+
+        now("sampling")
+        asked, model = self.config.eval, make_model(self.config, self.data.tokenizer.vocab)
+        given: Any = (self.home, self.config, model, params, self.data.tokenizer, self.step, {})
+        made = Trained(*given).generate(asked.prompt, tokens=asked.sample, seed=self.config.seed)
+        signs = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in asked.prompt + made)
+        shown = "".join(signs).replace("\n", "\n  | ")
+        self.progress.say(f"step {self.step}: sample\n  | {shown}")
+        metrics.note(self.home, self.step, "sample", prompt=asked.prompt, sample=made)
 
     def save(self, ending: bool) -> None:
         """Saves this state in the background; before the run ends, waits until it is on disk."""
