@@ -141,7 +141,9 @@ def test_nothing_is_written_and_links_and_what_others_wrote_do_no_harm(folder, a
         "junk": ("[" * 10_000, "%$?\n\0\0"),
         "types": (
             '{"train": [], "data": {"context": 1e999}}',
-            '{"step": 1, "train/loss": 1e999}\n',
+            '{"step": 1, "mfu": 1e999}\n{"step": 1, "train/rewinds": 1}\n'
+            '{"step": 1, "train/rewinds": 1, "train/rewound_from": null}\n'
+            '{"step": 2, "tokens_per_second": 1e-300, "train/loss": null}\n',
         ),
     }
     for name, texts in wrong.items():

@@ -40,7 +40,7 @@ class Followed:
         self.home, self._anew, self._config = home, 0, (0.0, dict[str, Any]())
         self._rows = metrics.Growing(home / "metrics.jsonl")
         self._notes = metrics.Growing(home / "events.jsonl", texts=True)
-        self.notes = list[metrics.Row]()
+        self.notes, self.whole = list[metrics.Row](), False  # whether all is read that is there
         self._begin()
 
     def _begin(self) -> None:
@@ -66,12 +66,14 @@ class Followed:
         told = [note for note in self.notes if "sample" not in note][-KEPT:]
         self.notes, self.events = told + samples, self.events[-KEPT:]
         self.count += len(rows) + len(notes)
+        self.whole = self.whole or not (rows or notes)
         return bool(rows or notes)
 
     def _note(self, row: metrics.Row) -> None:
         """Keeps what a row says of trouble; the same in consecutive rows is one event."""
         if "train/rewinds" in row:
-            told = f"rewound from update {row.get('train/rewound_from', 0):g}; other batches follow"
+            last = row.get("train/rewound_from") or 0
+            told = f"rewound from update {last:g}; other batches follow"
             self.events.append({"step": row["step"], "text": told, "kind": "bad"})
         if "train/loss" not in row:
             return
@@ -115,6 +117,8 @@ class Followed:
                     return f"running on {found[2]}"[:60]
                 if pathlib.Path(f"/proc/{found[1]}").exists():
                     return "running"
+        if not self.whole:
+            return "being read"
         return "finished" if done and done == steps else "stopped" if steps else "not begun"
 
     def last(self, name: str) -> float:
@@ -125,10 +129,9 @@ class Followed:
 
     def summary(self) -> dict[str, Any]:
         """The run in a line of a table."""
-        steps, step, pace = self.setting("train", "steps"), self.last("step"), 0.0
-        state, changed = self.state(), max(self._rows.changed, self._notes.changed)
-        if state.startswith("running"):
-            pace = self.last("tokens_per_second")
+        steps, step, state = self.setting("train", "steps"), self.last("step"), self.state()
+        pace = self.last("tokens_per_second") if state.startswith("running") else 0
+        pace = pace if 1e-3 < pace < 1e15 else 0
         held_out = self.curves.get("eval/loss", ((), ()))[1]
         return {
             "version": f"{self._anew}.{self.count}",
@@ -140,7 +143,7 @@ class Followed:
             "best": min(held_out, default=None),
             "pace": pace,
             "left": self.tokens() * max(0, steps - step) / pace if pace else None,
-            "changed": changed,
+            "changed": max(self._rows.changed, self._notes.changed),
         }
 
     def tokens(self) -> float:

@@ -5,6 +5,7 @@ compiled.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -59,6 +60,7 @@ def machine() -> str:
     return "cpu-" + hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:16]
 
 
+@functools.cache  # once
 def _mend(home: Path) -> None:
     """Removes a program that cannot be read, or was written in part, so that it is kept anew."""
     shown = warnings.showwarning
