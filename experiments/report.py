@@ -24,6 +24,7 @@ from ngc_jax.commands.arguments import command
 from ngc_jax.report import page
 from ngc_jax.report.blocks import Block, heading, listing, paragraph, table
 from ngc_jax.runtime.files import ROOT, expand
+from ngc_jax.runtime.output import doing
 
 RATE = "learning rate"
 LEGEND = {
@@ -194,7 +195,8 @@ def report(results: Results, about: str) -> pathlib.Path:
     about: the study's docstring, whose first line is the title. Returns the path of the page.
     """
     title, _, rest = about.strip().partition("\n")
-    page.write(results.home, "report", title, [*introduction(rest), *blocks(results)])
+    with doing("drawing the report"):
+        page.write(results.home, "report", title, [*introduction(rest), *blocks(results)])
     (results.home / "rows.csv").write_text(rows(results), encoding="utf-8")
     return results.home / "report.html"
 

@@ -176,6 +176,7 @@ def execute(
                         progress(home, wanted, [*running], records, began, before), refresh=True
                     )
         finally:
+            now("waiting for runs at work to be saved")
             stopping.set()
             for process in [*running.values()]:
                 process.terminate()

@@ -113,6 +113,8 @@ def test_flops_count_loops_as_often_as_they_run():
             "one of 'addressed', 'broadcast', 'leaders', 'metric', .*'distance', 'none', 'dense'",
         ),
         ("model.heads", 3, "a divisor or multiple of model.groups=8 .* for instance 2"),
+        ("eval.sample", -1, "eval.sample=-1: must be 0 or more"),
+        ("eval.prompt", "def ", "eval.prompt='def ': must be '' where eval.sample=0"),
         ("model.hidden", 100, "a multiple of model.groups=8, for instance 96"),
         ("model.rounds", 0, "1 or more"),
         (
@@ -176,6 +178,20 @@ def test_one_group_has_nothing_to_share():
         validate(config)
     config.model.update({"gates": True, "groups": 2})
     validate(config)
+
+
+def test_samples_are_of_text_and_of_one_process(monkeypatch):
+    config = base()
+    config.eval.sample, config.eval.prompt = 8, "def "
+    validate(config)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="eval.sample=8: must be 0 where 2 processes train together"
+    ):
+        validate(config)
+    config.data.task = "parity"
+    with pytest.raises(UserError, match="eval.sample=8: must be 0 where data.task='parity'"):
+        validate(config, here=False)
 
 
 @pytest.mark.parametrize("rule", rules_between_groups())

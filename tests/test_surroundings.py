@@ -164,9 +164,13 @@ def test_ctrl_c_ends_what_is_not_python():
     assert process.returncode == 130
 
 
-def test_a_terminal_is_told_what_a_wait_is_for():
-    script = BEGIN.format(goes_on=True).replace("output.begin", "output.SILENT = 0.3; output.begin")
-    script += "import time\nwith output.doing('compiling'): time.sleep(1.5)\nprint('done')"
+def test_a_terminal_is_told_what_a_wait_is_for_and_the_log_of_a_run_once():
+    command = BEGIN.format(goes_on=False).replace(
+        "output.begin", "output.SILENT = 0.3; output.begin"
+    )
+    command += "import time\nwith output.doing('compiling'):\n    time.sleep(0.7)\n"
+    command += "    output.come(1, 4)\n    time.sleep(0.7)\nprint('done')"
+    script = command.replace("begin(False)", "begin(True)")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=theirs, stderr=theirs
@@ -174,9 +178,11 @@ def test_a_terminal_is_told_what_a_wait_is_for():
     assert process.wait(timeout=60) == 0
     shown = os.read(ours, 10_000).decode()
     assert re.search(r"\r\x1b\[Kcompiling \.\.\. [01] s", shown)
+    assert re.search(r"\r\x1b\[Kcompiling \[#####-{15}\] 25% \.\.\. 1 s, [2-6] s left", shown)
     assert shown.endswith("\r\x1b[Kdone\r\n"), "what was shown is taken away"
-    quiet = python("-c", script)
-    assert (quiet.stdout, quiet.stderr) == ("done\n", ""), "files are told nothing"
+    for one, told in ((script, "compiling ...\ndone\n"), (command, "done\n")):
+        found = python("-c", one)
+        assert (found.stdout, found.stderr) == (told, "")
 
 
 def test_names_of_runs_are_no_mathematics(tmp_path):

@@ -95,16 +95,30 @@ def test_a_finished_run_is_left_as_it_is(unbroken, tiny, capsys):
     assert (rows_but_for_times(unbroken), final_digest(unbroken)) == (before, state)
 
 
-def test_asked_to_stop_saves_and_goes_on_to_the_bit(unbroken, tiny, tmp_path, monkeypatch):
+def test_asked_to_stop_saves_and_goes_on_to_the_bit_and_samples_change_none(
+    unbroken, tiny, tmp_path, monkeypatch, capsys
+):
     stop_when_shown(monkeypatch, 12)
     assert train.run(tiny, tmp_path / "run") is False
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
     assert checkpoints.steps() == [5, 10, 13]
     checkpoints.close()
     monkeypatch.undo()
+    tiny.eval.sample, tiny.eval.prompt = 6, "group "
     assert train.run(tiny, tmp_path / "run") is True
     assert rows_but_for_times(tmp_path / "run") == rows_but_for_times(unbroken)
     assert final_digest(tmp_path / "run") == final_digest(unbroken)
+    text = (tmp_path / "run" / "events.jsonl").read_text()
+    told = {note["text"].partition(":")[0]: note for note in map(json.loads, text.splitlines())}
+    assert [*told][:4] == [
+        "starting from step 0",
+        "asked to stop",
+        "continuing from checkpoint 13 of 30",
+        "sample",
+    ]
+    sample = load(tmp_path / "run").generate("group ", tokens=6)
+    assert (told["sample"]["step"], told["sample"]["sample"]) == (30, sample)
+    assert "step 30: sample\n  | group " in capsys.readouterr().out
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(

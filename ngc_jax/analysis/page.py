@@ -18,6 +18,7 @@ from ngc_jax.report import page
 from ngc_jax.report.blocks import Block, heading, paragraph, table
 from ngc_jax.report.figures import figure
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.output import come, doing
 
 SHOWN = 6  # tokens whose paths are drawn
 BEFORE = 8  # tokens of text before each of them in its label
@@ -31,7 +32,8 @@ def write(
 ) -> list[Headline]:
     """Writes OUT/index.html and OUT/*.png; returns the headline numbers. Raises UserError."""
     numbers = headlines(measured)
-    blocks = [paragraph(about), *_numbers(numbers), *_figures(measured, tokenizer)]
+    with doing("drawing"):
+        blocks = [paragraph(about), *_numbers(numbers), *_figures(measured, tokenizer)]
     try:
         page.write(out, "index", title, [*blocks, *_bounds(measured)], markdown=False)
     except OSError as error:
@@ -65,7 +67,8 @@ def _figures(measured: Measured, tokenizer: Tokenizer) -> Iterator[Block]:
         ("traffic", "Traffic between groups", between, figures.traffic, no_messages),
         ("paths", "Paths of states over rounds", 6.0, paths, no_rounds),
     ]
-    for name, title, height, draw, missing in parts:
+    for number, (name, title, height, draw, missing) in enumerate(parts):
+        come(number, len(parts))
         yield heading(title, name)
         if missing:
             yield paragraph(f"Left out: {missing}")

@@ -19,6 +19,7 @@ from ngc_jax.dynamics import lyapunov, measures
 from ngc_jax.nn import sharing, stacks
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.runtime.output import doing
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -142,7 +143,9 @@ def _each(one: Callable[[Params, Batch], Any], params: Params, batch: Batch) -> 
         single = lambda row: jax.tree.map(lambda a: a[None], row)  # noqa: E731
         return jax.lax.map(lambda row: one(params, single(row)), batch)
 
-    return jax.tree.map(np.asarray, jax.jit(rows)(params, jax.tree.map(jnp.asarray, batch)))
+    what = getattr(one, "func", one).__name__.strip("_").replace("_", " ")
+    with doing(f"measuring {what}"):
+        return jax.tree.map(np.asarray, jax.jit(rows)(params, jax.tree.map(jnp.asarray, batch)))
 
 
 def _streams(model: Decoder, params: Params, row: Batch) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
     later = partial(exponents, rounds=followed - dropped, transient=dropped)
     spectrum = _each(later, params, batch)[:, 0]
 
-    def one(params: Params, row: Batch) -> dict[str, Array]:
+    def contraction(params: Params, row: Batch) -> dict[str, Array]:
         states = probes.round_states(model, params, row, followed)[:, 0]
         _, drive = model.scales(params)
         core = model.update(model.expand_shared(params), states[:1], row.segments)
@@ -190,7 +193,7 @@ def _loop(model: Decoder, params: Params, batch: Batch, rounds: int) -> Loop:
         dimension=np.asarray(jax.jit(jax.vmap(lyapunov.kaplan_yorke_dimension))(spectrum)),
         entropy=np.asarray(jax.jit(jax.vmap(lyapunov.entropy_rate))(spectrum)),
         path=np.asarray(path(params, first)),
-        **_each(one, params, batch),
+        **_each(contraction, params, batch),
     )
 
 

@@ -79,8 +79,10 @@ def extend(files: Iterable[str]) -> None:
 
 def opened(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "Trained":
     """The run of a command line with the options PLACES, on a mesh. Raises UserError."""
+    from ngc_jax.runtime.compilation_cache import keep_compiled
     from ngc_jax.training.load import load
 
+    keep_compiled()
     places = {option.name: getattr(args, option.name) for option in PLACES}
     return load(args.workdir, args.step, **places, mesh=mesh)
 

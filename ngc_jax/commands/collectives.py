@@ -12,7 +12,7 @@ from absl import flags
 from ngc_jax.commands.arguments import command, read_mesh
 from ngc_jax.commands.config_flag import read_config
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.output import doing
+from ngc_jax.runtime.output import doing, now
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
     config = config.copy_and_resolve_references()
     config.mesh.update(sizes)
+    now("checking the config" if not config.model.match else "matching sizes")
     match_size.prepare(config)
     dense = traffic.dense_of(config, own.dense_width)
     try:

@@ -11,7 +11,7 @@ from ngc_jax.convert.methods import FORMS, METHODS
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
-from ngc_jax.runtime.output import doing
+from ngc_jax.runtime.output import doing, now
 
 if TYPE_CHECKING:
     from ngc_jax.data.batches import Batch, Examples
@@ -62,6 +62,7 @@ def main() -> None:
     )
     print(f"predicted by {how}: {found.predicted:.4f}; numbers kept: {kept}")
     origin = f"{args.workdir}, {how}, kept {args.kept}, on {batch.inputs.size} tokens"
+    now("writing")
     convert(teacher, found, files.place(args.to), origin)
     print(f"{args.to}: {origin}")
 

@@ -8,6 +8,7 @@ weights are formed, or its factors written (docs/pretrained.md). Any other for P
 from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
+from ngc_jax.runtime.output import now
 
 FORMS = ("formed", "factored", "torch", "stablehlo")
 OPTIONS = (
@@ -31,6 +32,7 @@ def main() -> None:
     trained, standalone = load(args.workdir, args.step), args.form in ("torch", "stablehlo")
     if standalone and args.dtype != "float32":
         raise UserError(f"--dtype={args.dtype}: must be 'float32' where --form={args.form!r}")
+    now("writing")
     converted, factored = standalone or bool(trained.decoder.shape.apart), args.form == "factored"
     if factored and not converted:
         raise UserError("--form=factored: must be 'formed' for a model that is not converted")

@@ -8,6 +8,7 @@ import argparse
 
 from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.files import place
+from ngc_jax.runtime.output import now
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     from ngc_jax.convert.pretrained import import_pretrained
     from ngc_jax.training.load import load
 
+    now("importing")
     import_pretrained(
         args.source, args.workdir, args.context, args.compute_dtype, args.special_tokens
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ngc_jax.commands.arguments import command, parser, read
 from ngc_jax.report.blocks import aligned
 from ngc_jax.runtime.errors import plain
+from ngc_jax.runtime.output import now
 
 if TYPE_CHECKING:
     from ngc_jax.nn.model import LanguageModel
@@ -40,10 +41,12 @@ def main() -> None:
     from ngc_jax.training.load import load
 
     trained = load(args.workdir, args.step)
+    now("checking the checkpoints")
     with Checkpoints(args.workdir / "checkpoints", read_only=True) as checkpoints:
         for step in checkpoints.steps():
             print(f"checkpoint {step}: {plain(checkpoints.fault(step) or 'sound')}")
     print(parameter_table(trained.params, trained.model))
+    now("reading the state")
     print(f"state at {trained.told}, sha256 {digest(trained.state)}")
 
 

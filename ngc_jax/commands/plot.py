@@ -10,6 +10,7 @@ from ngc_jax.commands.arguments import command
 from ngc_jax.report.figures import look, matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import expand
+from ngc_jax.runtime.output import doing
 
 
 def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
@@ -56,7 +57,8 @@ def main() -> None:
     arguments.add_argument("--out", type=expand, default=pathlib.Path("curve.png"), help=where)
     arguments.add_argument("workdirs", nargs="+", type=expand, help="of runs, one curve each")
     args = arguments.parse_args()
-    draw(args.workdirs, args.out)
+    with doing("drawing"):
+        draw(args.workdirs, args.out)
     print(f"wrote {args.out}")
 
 

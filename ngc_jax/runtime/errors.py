@@ -10,6 +10,8 @@ import threading
 import traceback
 from typing import NoReturn
 
+from ngc_jax.runtime import output
+
 
 class UserError(ValueError):
     """What the user gave is wrong; the message names it, its value, and a value that works."""
@@ -23,6 +25,7 @@ def plain(error: object) -> str:
 
 def say(error: object) -> None:
     """Prints an error as a single line."""
+    output.now("")  # nothing is waited for any more
     with contextlib.suppress(OSError):  # the terminal is gone
         print(f"error: {plain(error)}", file=sys.stderr, flush=True)
 

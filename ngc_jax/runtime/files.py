@@ -26,6 +26,8 @@ _HOME = pathlib.Path(__file__).parents[1]
 # What has configs/, experiments/ and launch.py: the repository, or their copy in a wheel.
 ROOT = _HOME / "shipped" if (_HOME / "shipped").is_dir() else _HOME.parent
 
+HOLDER = ".lock"  # in a work directory, names the process that has locked it
+
 
 def expand(path: str) -> pathlib.Path:
     """A user's path, with ~ expanded. Raises UserError for the ~name of no user."""

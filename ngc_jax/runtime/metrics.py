@@ -4,9 +4,12 @@ For: rows {"step": s, name: value, ...}, whose values belong to update s. Not fo
 or what shows them (`trackers.py`).
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
+import stat
 import sys
 import time
 from collections.abc import Iterable
@@ -18,6 +21,7 @@ from ngc_jax.runtime.trackers import Trackers
 
 Row = dict[str, Any]
 LARGEST = 1 << 32  # bytes of metrics.jsonl that are read
+BITE = 1 << 23  # of which as many at once, where it is followed
 TIMES = ("seconds", "tokens_per_second", "mfu")  # the only values that repeating a run changes
 
 
@@ -35,18 +39,64 @@ def _lines(workdir: files.Path) -> dict[int, Row | None]:
         return {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    return _whole(lines)
+
+
+def _whole(lines: list[bytes], texts: bool = False) -> dict[int, Row | None]:
     stripped = enumerate((line.strip(b"\0 \t\r") for line in lines), 1)
-    return {at: _row(line) for at, line in stripped if line}
+    return {at: _row(line, texts) for at, line in stripped if line}
 
 
-def _row(line: bytes) -> Row | None:
+def _row(line: bytes, texts: bool = False) -> Row | None:
     try:
         row = json.loads(line.decode())
         step, most = row["step"], sys.float_info.max
-        numbers = (abs(value) <= most for value in row.values() if value is not None)
+        values = (value for value in row.values() if not texts or not isinstance(value, str))
+        numbers = (abs(value) <= most for value in values if value is not None)
         return row if type(step) is int and 0 <= step < 2**53 and all(numbers) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+class Growing:
+    """The rows of a metrics.jsonl that grows, each read once; `step` and strings of events.jsonl.
+
+    A file that is another one than before, since a run went on from a checkpoint, is read anew.
+    """
+
+    def __init__(self, path: files.Path, texts: bool = False):
+        self._path, self._texts = path, texts
+        self._at, self._tail, self.changed = 0, b"", 0.0
+
+    def new(self) -> tuple[bool, list[Row]]:
+        """Whether all rows so far are void, and whole lines since, of BITE bytes at most."""
+        try:
+            with open(self._path, "rb", opener=files.no_follow) as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise OSError(f"{self._path} is no file")
+                file.seek(self._at - len(self._tail))
+                anew = file.read(len(self._tail)) != self._tail
+                if anew:
+                    self._at = file.seek(0)
+                raw, self.changed = file.read(BITE), found.st_mtime
+        except OSError:
+            anew, raw, self._at = self._at > 0, b"", 0
+        end = raw.rfind(b"\n") + 1 or len(raw) * (len(raw) == BITE)  # a line that long is no row
+        self._tail = (raw[:end] if anew else self._tail + raw[:end])[-256:]
+        self._at += end
+        return anew, [row for row in _whole(raw[:end].split(b"\n"), self._texts).values() if row]
+
+
+def note(workdir: files.Path, step: int, text: str, **more: Any) -> None:
+    """Adds to DIR/events.jsonl, which no run reads, what rows do not say. Not in a bucket."""
+    if multihost.first() and not files.in_bucket(workdir):
+        line = json.dumps({"step": step, "time": time.time(), "text": text, **more}) + "\n"
+        with (
+            contextlib.suppress(OSError),
+            open(workdir / "events.jsonl", "ab", 0, opener=files.no_follow) as file,
+        ):
+            file.write(line.encode())
 
 
 def latest(rows: Iterable[Row]) -> Row:

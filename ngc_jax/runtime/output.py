@@ -1,7 +1,7 @@
 """What a command prints: to pipes that break, to closed streams, in letters that a terminal lacks.
 
-For: `begin`, first in every command; `doing`, which says on a terminal what a wait is for. Not for:
-what is printed, or for programs that import this package.
+For: `begin`, first in every command; `doing`, which says what a wait is for: on a terminal how long
+and how far, in the log of a run once. Not for: what is printed, or programs that import this.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-SILENT = 2.0  # seconds after which a terminal is told that the command is at work
+SILENT = 1.5  # seconds after which it is said that the command is at work
 ERASE = "\r\x1b[K"
-_doing = "at work"
+BAR = 20  # characters
+_doing = "loading"  # the libraries
+_come = 0.0  # how much of it is done, of 1
 _since = _written = time.monotonic()  # when that began, and when something was last printed
 _shown = False  # whether the terminal shows it now
 
@@ -56,8 +58,9 @@ def begin(goes_on: bool = False) -> None:
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, **how))
     os.environ.pop("JAX_ENABLE_X64", None)
     os.environ.pop("JAX_DEFAULT_DTYPE_BITS", None)
-    if os.isatty(2):
-        threading.Thread(target=_watch, name="waiting", daemon=True).start()
+    terminal = next((number for number in (2, 1) if os.isatty(number)), None)
+    if terminal or goes_on:
+        threading.Thread(target=_watch, args=[terminal], name="waiting", daemon=True).start()
 
 
 def discard() -> None:
@@ -74,7 +77,7 @@ def nobody() -> TextIO:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Within this block a terminal that is silent for SILENT seconds is told `what`, and so on."""
+    """Within this block whoever is told nothing for SILENT seconds is told `what`, and so on."""
     before = _doing
     now(what)
     try:
@@ -83,10 +86,16 @@ def doing(what: str) -> Iterator[None]:
         now(before)
 
 
+def come(done: float, total: float) -> None:
+    """How far this has come, for a terminal to show as a bar, with the time that is left."""
+    global _come
+    _come = min(1.0, done / max(1, total))
+
+
 def now(what: str) -> None:
     """What is done from now on, for `doing`; "": what tells of itself."""
-    global _doing, _since
-    _doing, _since = what, time.monotonic()
+    global _doing, _since, _come
+    _doing, _since, _come = what, time.monotonic(), 0.0
 
 
 def erase() -> None:
@@ -99,14 +108,27 @@ def erase() -> None:
             os.write(2, ERASE.encode())
 
 
-def _watch() -> None:
+def _watch(terminal: int | None) -> None:
     global _shown
+    told = 0.0  # when that began of which the log has a line
     while True:
         time.sleep(0.25)
         silent = time.monotonic() - max(_since, _written)
-        if _doing and (silent > SILENT or _shown):
-            told = f"{_doing} ... {time.monotonic() - _since:.0f} s"
-            _shown = True
-            with contextlib.suppress(OSError):
-                width = os.get_terminal_size(2).columns or 80
-                os.write(2, ERASE.encode() + told[-width + 1 :].encode(errors="replace"))
+        if not _doing or (silent <= SILENT and not _shown):
+            continue
+        with contextlib.suppress(OSError):
+            if terminal:
+                _shown = True
+                width = os.get_terminal_size(terminal).columns or 80
+                os.write(terminal, ERASE.encode() + _said()[-width + 1 :].encode(errors="replace"))
+            elif told != _since:
+                told = _since
+                os.write(1, f"{_doing} ...\n".encode())
+
+
+def _said() -> str:
+    took, bar, left = time.monotonic() - _since, "", ""
+    if _come:
+        bar = f" [{'#' * round(BAR * _come):-<{BAR}}] {_come:.0%}"
+        left = f", {took * (1 / _come - 1):.0f} s left"
+    return f"{_doing}{bar} ... {took:.0f} s{left}"

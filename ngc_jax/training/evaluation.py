@@ -22,6 +22,7 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.output import come
 from ngc_jax.training.rounds import Apply, mark_of, marked
 from ngc_jax.training.settled import Settled
 from ngc_jax.training.stability_metrics import make_watch
@@ -66,9 +67,12 @@ def held_out(
     """
     rows, total = meshes.local_batch_rows(mesh, batch_size), Counter[str]()
     examples = examples if limit else filled(examples)
-    for placed in held_out_batches(examples, batch_size=batch_size, limit=limit, rows=rows):
+    count = -(-min(limit or len(examples), len(examples)) // batch_size)
+    batches = held_out_batches(examples, batch_size=batch_size, limit=limit, rows=rows)
+    for number, placed in enumerate(batches, 1):
         sums = step(params, *(meshes.put_batch(mesh, part) for part in placed))
         total.update(jax.tree.map(float, jax.device_get(sums)))
+        come(number, count)
     means = {"loss": total["nats"] / total["targets"]}
     if "problems" in total:
         means["exact"] = total["solved"] / total["problems"]

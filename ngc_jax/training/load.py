@@ -31,6 +31,7 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params
 from ngc_jax.runtime import checkpoint, files, metrics
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.output import doing
 from ngc_jax.training import loop, rewiring
 from ngc_jax.training.evaluation import at_rounds
 from ngc_jax.training.rounds import Apply, mark_of
@@ -96,7 +97,8 @@ class Trained:
         # Of a run that begins with another, or has a teacher, it may be theirs.
         others = config.train.init_from or config.train.teacher
         given = own if others and isinstance(own, BPE) else given_in(self.workdir, config)
-        data = load_data(config.data, mark_of(config), given)
+        with doing("preparing the text or the problems"):
+            data = load_data(config.data, mark_of(config), given)
         trained_on = self.meta["data"]
         if trained_on not in ("", data.fingerprint):  # "": a pretrained model, on what is not known
             raise UserError(
@@ -232,7 +234,8 @@ def load(
     config = read_config(home)
     stored, tokenizer = config.copy_and_resolve_references(), load_tokenizer(home, config.data)
     withheld = withhold(config.data, data_path, tfds_dir, trust, validation_path)
-    read = _restored(home, stored, tokenizer.vocab, step, mesh)
+    with doing(f"opening {home}"):
+        read = _restored(home, stored, tokenizer.vocab, step, mesh)
     model = configs.make_model(config, tokenizer.vocab)
     model, params = rewiring.pruned(model, evaluated(read.state), config, read.step)
     return Trained(home, config, model, params, tokenizer, read.step, read.meta, withheld)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.batches import batch_like
+from ngc_jax.data.tokenizer import Symbols
 from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
@@ -39,9 +40,10 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     user can mend, before anything is written, and Diverged.
     """
     # ---- What is asked for -----------------------------------------------------------------------
-    now("preparing the text or the problems")
     with multihost.agreed():
+        now("checking the config" if not config.model.match else "matching sizes")
         match_size.prepare(config)
+        now("preparing the text or the problems")
         mesh = meshes.make_mesh(config.mesh)
         begun, teacher = (begin.opened(config, field, mesh) for field in ("init_from", "teacher"))
         tokenizer = begin.tokenizer_of(config, begun or teacher, workdir)
@@ -55,12 +57,13 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     if teacher:
         begin.check_teacher(teacher, data.tokenizer, config, begun)
     trackers.listed(config.train.trackers)
+    if config.eval.sample and not isinstance(data.tokenizer, Symbols):
+        data.tokenizer.encode(config.eval.prompt.encode())  # or it raises UserError
     profile = profiler.Profile(config.train.profile, workdir / "profile")
     claim(workdir, config, data.tokenizer, data.fingerprint)
     print(f"data: {data.summary}")
 
     # ---- Compile, before anything is allocated; then begin at the newest sound checkpoint --------
-    now("compiling")
     programs = compile_programs(model, config, mesh, data, begun, teacher)
     del begun, teacher  # the programs hold what they need of them
     now("opening the newest checkpoint, or beginning")
@@ -109,10 +112,11 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
                 this.checkpoints.check()
 
     # ---- End -------------------------------------------------------------------------------------
+    now("ending")
     this.metrics.close()
     if not this.last or not measured:
         kept = f"step {this.step} is saved" if this.step else "before the first update"
-        this.progress.say(f"asked to stop: {kept}; the same command continues from there")
+        this.say(f"asked to stop: {kept}; the same command continues from there")
         return False
     if multihost.first():
         # Without the slots that a changing wiring has left empty.
@@ -123,7 +127,7 @@ def run(config: ConfigDict, workdir: files.Path) -> bool:
     took = metrics.duration(this.clock.seconds())
     early = f"; train.patience={config.train.patience} is at its end" if this.early else ""
     done = f"done: {this.step} steps in {took} of training{early}"
-    this.progress.say(f"{done}; see {workdir / 'card.md'}")
+    this.say(f"{done}; see {workdir / 'card.md'}")
     return True
 
 
@@ -155,6 +159,7 @@ def compile_programs(
 
     placed, program = (shardings, meshes.replicated(mesh)), meshes.with_mesh(mesh, voting)
     update = jax.jit(program, out_shardings=placed, donate_argnums=0)
+    now("compiling the update")
     compiled = update.lower(state, batch, multihost.ballots(mesh, False, False), *known).compile()
     rewire = rewiring.compile_rewire(model, config, mesh, state, batch)
     evaluate = compile_eval(model, config, mesh, data, marked(model, config))
@@ -162,6 +167,7 @@ def compile_programs(
     start = () if begun is None else (begin.put_params(mesh, begun),)
     given = {"donate_argnums": range(len(start)), "out_shardings": shardings}
     init = jax.jit(draw, compiler_options=SELDOM, **given)
+    now("counting FLOPs")
     forward = count.forward_flops(model.apply, state.params, batch)  # the backward pass is twice it
     flops = iteration.flops(state.params, batch) if iteration else 3.0 * forward
     if taught:

@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ngc_jax import count
+from ngc_jax.config import make_model
 from ngc_jax.data.batches import train_batches
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import checkpoint, files, metrics, multihost, preemption, watchdog
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.output import doing
+from ngc_jax.runtime.output import doing, now
 from ngc_jax.training import evaluation, workdir
 from ngc_jax.training.optimizer import stable_updates
 from ngc_jax.training.step import TrainState, evaluated
@@ -78,7 +79,9 @@ class Run:
         self._stand_at(step, state, meta)
         self.clock, self.last_save = metrics.Clock(float(meta["seconds"])), time.monotonic()
         of = f"checkpoint {step} of {train.steps}"
-        print(f"continuing from {of} in {home}" if step else f"starting from step 0 in {home}")
+        begins = f"continuing from {of}" if step else "starting from step 0"
+        print(f"{begins} in {home}")
+        metrics.note(home, step, begins, flops=do.flops)
         if train.ema:
             print(f"evaluated, and used later: the average of parameters (train.ema={train.ema})")
         here = workdir.surroundings()
@@ -109,8 +112,13 @@ class Run:
         found, faults = self.checkpoints.newest(self.do.state, wanted, among)
         for bad, fault in faults.items() if multihost.first() else ():
             aside = self.checkpoints.set_aside(bad)
-            self.progress.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
+            self.say(f"checkpoint {bad} is skipped: {fault}; moved to {aside}")
         return found
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays, and notes it for who watches the run."""
+        self.progress.say(text)
+        metrics.note(self.home, getattr(self, "step", 0), text)
 
     @property
     def last(self) -> bool:
@@ -186,9 +194,10 @@ class Run:
 
         step, c = partial(unless_asked, self.do.evaluate), self.config
         parts = {"eval": ("held-out", c.eval.windows), "final": ("all held-out", 0)}
-        with self.clock, doing("evaluating"), contextlib.suppress(preemption.Asked):
+        with self.clock, doing("measuring"), contextlib.suppress(preemption.Asked):
             while kinds := self.due():  # an evaluation may be the last one
                 kind, params = kinds[0], evaluated(self.state)
+                now("measuring stability" if kind == "stability" else "evaluating")
                 if kind == "stability":
                     row = unless_asked(self.do.watch, params)
                 else:
@@ -200,8 +209,23 @@ class Run:
                     row = {f"{kind}/{name}": value for name, value in found}
                 self.metrics.write({"step": self.step, **row})
                 self.unmeasured = {*self.unmeasured} - {kind}
+                if kind == "eval" and c.eval.sample:
+                    self.sample(params)
             return True
         return False
+
+    def sample(self, params: Any) -> None:
+        """Shows how these parameters continue `eval.prompt`, by the same draws each time."""
+        from ngc_jax.training.load import Trained  # which trains by these files
+
+        now("sampling")
+        asked, model = self.config.eval, make_model(self.config, self.data.tokenizer.vocab)
+        given: Any = (self.home, self.config, model, params, self.data.tokenizer, self.step, {})
+        made = Trained(*given).generate(asked.prompt, tokens=asked.sample, seed=self.config.seed)
+        signs = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in asked.prompt + made)
+        shown = "".join(signs).replace("\n", "\n  | ")
+        self.progress.say(f"step {self.step}: sample\n  | {shown}")
+        metrics.note(self.home, self.step, "sample", prompt=asked.prompt, sample=made)
 
     def save(self, ending: bool) -> None:
         """Saves this state in the background; before the run ends, waits until it is on disk."""
@@ -238,7 +262,7 @@ class Run:
             every = self.config.checkpoint
             later = (self.step // every.every_steps + 1) * every.every_steps
             soon = f"next try after step {later}, or in {every.every_minutes:g} minutes"
-            self.progress.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
+            self.say(f"NOT SAVED: {error}; training continues; {kept}; {soon}")
 
     def rewind(self) -> None:
         """Back to a checkpoint, and past the batches since, as PaLM (2204.02311); or Diverged."""
@@ -254,7 +278,7 @@ class Run:
             warned = (
                 f"a warning stood from step {self.warned}" if self.warned else "no warning came"
             )
-            raise Diverged(
+            told = (
                 f"stopped at step {logged}: {self.broken} updates in a row were skipped, not "
                 f"finite or spikes; rewound {self.rewinds} times; last sound checkpoint: "
                 f"{found and found.step}; {warned}; try a smaller "
@@ -262,6 +286,8 @@ class Run:
                 f"{train.state_learning_rate:g}, or more train.warmup_steps={train.warmup_steps}, "
                 "in a new --workdir"
             )
+            metrics.note(self.home, logged, told)
+            raise Diverged(told)
         sound, state, meta = found
         rewinds, left_out = self.rewinds + 1, logged - sound
         self.progress.say(

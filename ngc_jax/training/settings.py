@@ -94,6 +94,16 @@ def _unread_train(config: Any) -> dict[str, str]:
     return found | ({"temperature": "train.imitate='stages'"} if t.imitate == "stages" else {})
 
 
+def _check_eval(config: Any, need: Need) -> None:
+    task = config.data.task
+    wants = f"0 where data.task={task!r}, whose models read no text"
+    need(not config.eval.sample or not task, "eval.sample", wants)
+
+
+def _unread_eval(config: Any) -> dict[str, str]:
+    return {} if config.eval.sample else {"prompt": "eval.sample=0"}
+
+
 def _check_mesh(config: Any, need: Need) -> None:
     mesh, heads, t = config.mesh, config.model.heads, config.train
     devices, here = jax.device_count(), jax.local_device_count()
@@ -112,6 +122,8 @@ def _check_mesh(config: Any, need: Need) -> None:
     unit, times = t.accumulation * parts, f"train.accumulation={t.accumulation} x {split}"
     near = f"for instance {-(-t.batch_size // unit) * unit}"
     need(t.batch_size % unit == 0, "train.batch_size", f"a multiple of {times}, {near}")
+    several = f"0 where {jax.process_count()} processes train together"
+    need(not config.eval.sample or jax.process_count() == 1, "eval.sample", several)
 
 
 def _unread_stability(config: Any) -> dict[str, str]:
@@ -197,11 +209,13 @@ TRAIN = Section("train", "Updates: batches, optimizer, learning rates, what to d
           "your own; '' = none"),
     Field("profile", "", "updates to trace into DIR/profile: '10:20', from 1 on; '' = none"),
 ], _check_train, _unread_train)
-EVAL = Section("eval", "The loss on held-out data.", [
+EVAL = Section("eval", "The loss on held-out data, and samples.", [
     Field("every", 200, "updates between evaluations; the last has one", "[1, inf)", "updates"),
     Field("windows", 512, "windows or problems, evenly spread; 0 = all", "[0, inf)", "windows"),
     Field("batch_size", 32, "at a time, a multiple of data x fsdp of mesh", "[1, inf)", "windows"),
-])
+    Field("sample", 0, "of text, drawn at each evaluation; 0 = none", "[0, inf)", "tokens"),
+    Field("prompt", "", "text that samples continue; '' = the start of a document"),
+], _check_eval, _unread_eval)
 CHECKPOINT = Section("checkpoint", "Saved states of a run.", [
     Field("every_steps", 200, "updates between checkpoints", "[1, inf)", "updates"),
     Field("every_minutes", 10.0, "a checkpoint at least this often", "(0, inf)", "minutes"),

@@ -26,12 +26,20 @@ from ngc_jax.config import SECTIONS, base, reset_unread, validate
 from ngc_jax.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from ngc_jax.runtime import fields, multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import Path, in_bucket, place, read, read_json, sync, write_durably
+from ngc_jax.runtime.files import (
+    HOLDER,
+    Path,
+    in_bucket,
+    place,
+    read,
+    read_json,
+    sync,
+    write_durably,
+)
 
 # Settings of jax that change numbers, and that a user's environment may set.
 NUMERIC = ("jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 LARGEST = 1 << 20  # bytes of a config
-HOLDER = ".lock"  # names the process that has locked the directory
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
 # Where a text lies is free as well: a fingerprint says whether it is the same.
 FREE = {"eval", "checkpoint", "mesh", "data.cache_dir", "data.tfds_data_dir"}
