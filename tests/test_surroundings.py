@@ -33,7 +33,7 @@ def shell(line, **environment):
     return subprocess.run(["bash", "-c", line], **how)
 
 
-@pytest.mark.parametrize("name", ["run[1]", "a*b?", "$x {1}", os.fsdecode(b"\xfc")])
+@pytest.mark.parametrize("name", ["run[1]", "a*b?", "$x {1}", "a\\b", os.fsdecode(b"\xfc")])
 def test_any_name_will_do(name, tmp_path):
     with Checkpoints(tmp_path / name / "checkpoints", keep=2) as checkpoints:
         for step in (1, 2, 3):
@@ -63,6 +63,13 @@ def test_output_that_fails_ends_no_work(to, tmp_path):
     assert (tmp_path / "made").read_text() == "done"
 
 
+@pytest.mark.parametrize("to", ["2> /dev/full", "2>&-"])
+def test_what_is_told_beside_a_result_may_fail(to):
+    script = BEGIN.format(goes_on=False) + "print('told', file=sys.stderr); print('result')"
+    done = shell(f'$py -c "{script}" {to}')
+    assert (done.returncode, done.stdout) == (0, b"result\n")
+
+
 def test_a_closed_stream_is_not_the_next_file_that_is_opened():
     script = BEGIN.format(goes_on=False) + "sys.exit(os.open('setup.cfg', os.O_RDONLY) < 3)"
     assert shell(f'$py -c "{script}" <&- >&- 2>&-').returncode == 0
@@ -90,16 +97,22 @@ def test_letters_that_a_terminal_lacks_are_escaped(environment, printed):
     assert shell(f'$py -c "{script}"', **environment).stdout == printed + b"\n"
 
 
-def test_files_are_text_in_utf_8_wherever_they_are_written():
-    for path in (ROOT / "ngc_jax").rglob("*.py"):
+def test_files_are_text_in_utf_8_and_paths_are_expanded_wherever_they_are():
+    for path in [*(ROOT / "ngc_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
         for call in (n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)):
-            name = getattr(call.func, "attr", "") or getattr(call.func, "id", "")
-            told = " ".join(map(ast.unparse, [*call.args[1:], *call.keywords]))
-            bare = name in ("write_text", "open") and "encoding" not in told
-            if name == "open" and (isinstance(call.func, ast.Attribute) or "b'" in told):
-                bare = False  # of bytes, or no file
-            bare |= name == "read_text" and not (call.args or call.keywords)
-            assert not bare, f"{path}, line {call.lineno}"
+            method = isinstance(call.func, ast.Attribute)
+            name = call.func.attr if method else getattr(call.func, "id", "")
+            if (name, method) in {("write_text", True), ("read_text", True), ("open", False)}:
+                told = ast.unparse(call)  # of text, or of bytes
+                assert "utf-8" in told or "b'" in told, f"{path}, line {call.lineno}"
+            if name == "add_argument":  # a path is as `files.expand` makes it
+                told = ast.unparse(call).partition("type=")[2]
+                assert not re.match(r"(pathlib\.|lambda \w+: )?Path\b(?!.*expand)", told), path
+
+
+def test_what_is_not_utf_8_in_a_name_is_escaped_in_a_text(tmp_path):
+    files.write_durably(tmp_path / "card.md", os.fsdecode(b"# run\xfc"))
+    assert (tmp_path / "card.md").read_bytes() == rb"# run\udcfc"
 
 
 def test_a_users_path_is_expanded(monkeypatch, tmp_path):
@@ -120,8 +133,12 @@ def test_numbers_that_are_none_are_refused(monkeypatch):
 
 
 def test_the_environment_changes_no_dtypes():
-    script = BEGIN.format(goes_on=True) + "import jax.numpy as n; print(n.arange(2.0).dtype)"
-    done = python("-c", script, JAX_ENABLE_X64="1", JAX_DEFAULT_DTYPE_BITS="64")
+    environment = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_DTYPE_BITS": "64", "JAX_DISABLE_JIT": "1"}
+    environment |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    script = BEGIN.format(goes_on=True) + "import jax, jax.numpy as n; "
+    script += "jax.config.update('jax_enable_x64', True); output.begin(); "  # as imported before
+    script += "print((n.ones((1, 2)) * n.arange(2) + n.arange(2.0)).dtype)"
+    done = python("-c", script, **environment)
     assert done.stdout == "float32\n", done.stderr
 
 

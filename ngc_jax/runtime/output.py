@@ -15,6 +15,9 @@ from typing import Any, TextIO
 
 SILENT = 2.0  # seconds after which a terminal is told that the command is at work
 ERASE = "\r\x1b[K"
+# Settings of jax that change a program's dtypes, or refuse it; those of a user's environment.
+STEADY = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
+STEADY |= {"jax_numpy_rank_promotion": "allow", "jax_disable_jit": False}
 _doing = "at work"
 _since = _written = time.monotonic()  # when that began, and when something was last printed
 _shown = False  # whether the terminal shows it now
@@ -50,12 +53,15 @@ def begin(goes_on: bool = False) -> None:
         if before is not getattr(sys, f"__{name}__"):
             continue  # a caller's own
         raw = _Stream(number, "wb", closefd=False)
-        raw.goes_on = goes_on
+        raw.goes_on = goes_on or number == 2  # what a command is for is on stdout
         encoding = before.encoding if before else "utf-8"
         how: dict[str, Any] = {"errors": "backslashreplace", "line_buffering": True}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, **how))
-    os.environ.pop("JAX_ENABLE_X64", None)
     os.environ.pop("JAX_DEFAULT_DTYPE_BITS", None)
+    for setting, value in STEADY.items():
+        os.environ.pop(setting.upper(), None)
+        if "jax" in sys.modules:  # which has read it
+            sys.modules["jax"].config.update(setting, value)
     if os.isatty(2):
         threading.Thread(target=_watch, name="waiting", daemon=True).start()
 
