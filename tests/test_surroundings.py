@@ -4,6 +4,7 @@ patterns, settings of the environment, a Ctrl-C while something long is compiled
 
 import ast
 import configparser
+import io
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ import pytest
 from conftest import ROOT, python
 
 from ngc_jax.commands import plot, sample
-from ngc_jax.runtime import errors, files
+from ngc_jax.runtime import errors, files, output
 from ngc_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import load, workdir
@@ -61,6 +62,21 @@ def test_output_that_fails_ends_no_work(to, tmp_path):
     done = shell(f'set -o pipefail; $py -c "{script}" {to}')
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "made").read_text() == "done"
+
+
+def test_what_a_program_of_ones_own_cannot_print_ends_no_training(monkeypatch):
+    kept = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), "utf-8")
+    closed = io.StringIO()
+    closed.close()
+    for stream in (kept, full, closed, None):
+        monkeypatch.setattr("sys.stdout", stream)
+        with output.tolerated():
+            print("\xfc \u20ac", flush=True)
+        assert sys.stdout is stream
+    assert kept.buffer.getvalue() == b"\xfc " + rb"\u20ac" + b"\n"
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 @pytest.mark.parametrize("to", ["2> /dev/full", "2>&-"])
@@ -197,7 +213,7 @@ def test_a_terminal_is_told_what_a_wait_is_for():
 
 
 def test_names_of_runs_are_no_mathematics(tmp_path):
-    homes = [tmp_path / name for name in ("a$b$c", r"$\frac{$", "_hidden")]
+    homes = [tmp_path / name for name in ("a$b$c", r"$\frac{$", "_hidden", os.fsdecode(b"\xfc"))]
     for home in homes:
         home.mkdir()
         rows = '{"step": 1, "train/loss": 2.0, "eval/loss": 2.0}\n'
@@ -205,7 +221,8 @@ def test_names_of_runs_are_no_mathematics(tmp_path):
     plot.draw(homes, tmp_path / "curve.svg")
     drawn = (tmp_path / "curve.svg").read_text("utf-8")
     for home in homes:
-        assert f"<!-- held out 2.000: {home.name} -->" in drawn
+        name = home.name.replace("\udcfc", r"\xfc")
+        assert f"<!-- held out 2.000: {name} -->" in drawn
 
 
 HELPED = """

@@ -1,7 +1,7 @@
 """What a command prints: to pipes that break, to closed streams, in letters that a terminal lacks.
 
-For: `begin`, first in every command; `doing`, which says on a terminal what a wait is for. Not for:
-what is printed, or for programs that import this package.
+For: `begin`, first in every command; `doing`, which says on a terminal what a wait is for;
+`tolerated`, for programs that import this package. Not for: what is printed.
 """
 
 import contextlib
@@ -64,6 +64,32 @@ def begin(goes_on: bool = False) -> None:
             sys.modules["jax"].config.update(setting, value)
     if os.isatty(2):
         threading.Thread(target=_watch, name="waiting", daemon=True).start()
+
+
+class _Tolerant:
+    """A program's own stream, as `begin` makes those of a command that goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        letters = getattr(self._stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text.encode(letters, "backslashreplace").decode(letters))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def tolerated() -> contextlib.AbstractContextManager[Any]:
+    """A block in which what a program that imports this package cannot print ends nothing."""
+    own: Any = sys.stdout and _Tolerant(sys.stdout)
+    return contextlib.redirect_stdout(own)
 
 
 def discard() -> None:

@@ -31,7 +31,7 @@ from ngc_jax.runtime.files import Path, in_bucket, place, read, read_json, sync,
 # Settings of jax that change numbers, and that a user's environment may set.
 NUMERIC = ["default_matmul_precision", "default_prng_impl", "threefry_partitionable"]
 NUMERIC += ["random_seed_offset", "debug_nans", "optimization_level", "softmax_custom_jvp"]
-NUMERIC += ["disable_most_optimizations", "exec_time_optimization_effort"]
+NUMERIC += ["exec_time_optimization_effort", "memory_fitting_effort"]
 NUMERIC += ["allow_f16_reductions", "high_dynamic_range_gumbel", "compiler_enable_remat_pass"]
 # That is, of the compilers and libraries beneath it.
 BENEATH = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC")
