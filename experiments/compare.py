@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from experiments.arguments import arguments
+from experiments.arguments import arguments, at_least
 from experiments.overhead import overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, sized
 from experiments.run import carry_out
@@ -89,7 +89,8 @@ def against_largest_dense(results: Results) -> list[Block]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--protocol", choices=PROTOCOLS, default="small")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of the final runs")
+    told = "number of seeds of the final runs"
+    parser.add_argument("--seeds", type=at_least(1), default=3, help=told)
     parser.add_argument(
         "--models", default="", help="models of the protocol, separated by semicolons; default: all"
     )

@@ -2,6 +2,7 @@
 patterns, settings of the environment, a Ctrl-C while something long is compiled.
 """
 
+import argparse
 import ast
 import configparser
 import io
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, python
 
-from ngc_jax.commands import plot, sample
+from ngc_jax.commands import arguments, plot, sample
 from ngc_jax.runtime import errors, files, output
 from ngc_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from ngc_jax.runtime.errors import UserError
@@ -142,10 +143,27 @@ def test_a_users_path_is_expanded(monkeypatch, tmp_path):
         sample.main()
 
 
-def test_numbers_that_are_none_are_refused(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample", "--workdir=x", "--temperature=nan"])
-    with pytest.raises(UserError, match="--temperature=nan: must be a finite number, 0 or more"):
-        sample.main()
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "--temperature=nan",
+            "--temperature=nan: must be a finite number, 0 or more, for instance",
+        ),
+        (
+            "--tokens=1e5",
+            "argument --tokens: '1e5': must be a whole number, 1 or more, for instanc",
+        ),
+        (f"--tokens={10**20}", "--tokens=1.*: must be below 4,294,967,296, for instance 200"),
+        ("--workdir", "argument --workdir: expected one argument"),
+    ],
+)
+def test_numbers_that_are_none_are_one_line(given, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample", "--workdir=x", given])
+    monkeypatch.setattr("argparse.ArgumentParser.error", argparse.ArgumentParser.error)
+    with pytest.raises(SystemExit):
+        arguments.command(sample.main)
+    assert re.fullmatch(f"error: {told}.*\n", capsys.readouterr().err)
 
 
 def test_the_environment_changes_no_dtypes():

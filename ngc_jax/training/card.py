@@ -3,6 +3,7 @@
 For: writing card.md from the config and the rows of a run. Not for: measuring anything.
 """
 
+import os
 import shlex
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 from ngc_jax.analysis.page import describe
 from ngc_jax.count import Parameters
 from ngc_jax.report.blocks import heading, listing, table, to_markdown
+from ngc_jax.runtime.errors import plain
 from ngc_jax.runtime.files import Path, write_durably
 from ngc_jax.runtime.metrics import best_first, duration, latest, read_rows
 
@@ -44,7 +46,8 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
         "",
         f"run = ngc_jax.load({str(workdir)!r})",
     ]
-    text = f"""{heading(workdir.name, level=1).markdown}
+    name = plain(os.path.basename(os.path.abspath(workdir)))  # "." is a name, too
+    text = f"""{heading(name, level=1).markdown}
 
 **What.** {to_markdown(describe(config))}
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
