@@ -154,7 +154,7 @@ def test_a_users_path_is_expanded(monkeypatch, tmp_path):
             "--tokens=1e5",
             "argument --tokens: '1e5': must be a whole number, 1 or more, for instanc",
         ),
-        (f"--tokens={10**20}", "--tokens=1.*: must be below 4,294,967,296, for instance 200"),
+        (f"--tokens={10**20}", "--tokens=1.*: must be below 2,147,483,648, for instance 200"),
         ("--workdir", "argument --workdir: expected one argument"),
     ],
 )
@@ -199,7 +199,19 @@ def test_devices_that_are_not_here_are_one_line():
     done = python("-c", script, JAX_PLATFORMS="cuda")
     assert done.returncode == 2
     assert re.fullmatch(r"error: JAX_PLATFORMS=cuda: must name devices .*cpu.*\n", done.stderr)
-    assert errors.no_backend(RuntimeError("another")) == ""
+    assert errors.of_machine(RuntimeError("another")) == ""
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError])
+def test_memory_that_is_not_here_is_one_line(kind, capsys):
+    def work():
+        raise kind("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand a table")
+
+    with pytest.raises(SystemExit):
+        arguments.command(work)
+    assert re.fullmatch(
+        r"error: out of memory: ask for less.* 9 bytes\.\)\n", capsys.readouterr().err
+    )
 
 
 def test_ctrl_c_ends_what_is_not_python():

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import logging
 
 from ngc_jax.runtime import output
-from ngc_jax.runtime.errors import UserError, fail, no_backend
-from ngc_jax.runtime.fields import Field
+from ngc_jax.runtime.errors import UserError, fail, of_machine
+from ngc_jax.runtime.fields import LARGEST, Field
 from ngc_jax.runtime.files import place
 from ngc_jax.runtime.preemption import INTERRUPTED
 from ngc_jax.training.settled import Settled
@@ -128,7 +128,7 @@ def rounds_of(args: argparse.Namespace) -> "Rounds":
     """The rounds that the options ROUNDS ask for. Raises UserError."""
     if args.rounds == "settled":
         return Settled(args.tolerance, args.cap)
-    if args.rounds and not (args.rounds.isdecimal() and int(args.rounds)):
+    if args.rounds and not (args.rounds.isdecimal() and 0 < int(args.rounds) < LARGEST):
         raise UserError(f"--rounds={args.rounds}: must be 1 or more, for instance 8")
     return int(args.rounds) if args.rounds else None
 
@@ -151,7 +151,7 @@ def command(main: Callable[[], None], goes_on: bool = False) -> None:
     except OSError as error:  # a full disk, say
         output.discard()
         fail(1, error)
-    except (AssertionError, RuntimeError) as error:
-        if told := no_backend(error):
+    except (AssertionError, MemoryError, RuntimeError) as error:
+        if told := of_machine(error):
             fail(2, told)
         raise
