@@ -5,8 +5,24 @@ For: `run.py`, `compare.py` and `ngc study --help`. Not for: their meaning (`run
 
 import argparse
 import os
+from collections.abc import Callable
 
 from ngc_jax.runtime.files import expand
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number."""
+
+    def number(text: str) -> int:
+        try:
+            if (value := int(text)) >= least:
+                return value
+        except ValueError:
+            pass
+        wants = f"must be a whole number, {least} or more, for instance {least}"
+        raise argparse.ArgumentTypeError(f"{text!r}: {wants}")
+
+    return number
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
@@ -15,12 +31,15 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=expand, help="default: runs/STUDY")
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=at_least(1),
         default=len(os.sched_getaffinity(0)),
         help="runs at a time; default: number of cores",
     )
-    parser.add_argument("--index", type=int, help="run only groups index, index + count, ...")
-    parser.add_argument("--count", type=int, default=1, help="of parts, see --index; default: 1")
+    parser.add_argument(
+        "--index", type=at_least(0), help="run only groups index, index + count, ..."
+    )
+    told = "of parts, see --index; default: 1"
+    parser.add_argument("--count", type=at_least(1), default=1, help=told)
     parser.add_argument("--dry", action="store_true", help="print the runs, and run nothing")
     parser.add_argument(
         "--report", action="store_true", help="report the results so far, and run nothing"

@@ -46,6 +46,7 @@ from experiments.faults import (
 from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.checkpoint import digest
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import expand
 from ngc_jax.runtime.metrics import TIMES, read_rows
 from ngc_jax.runtime.preemption import EXIT_CODE, INTERRUPTED
 from ngc_jax.training.load import load
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--faults", default=",".join(every), help="used in turn; default: all")
     parser.add_argument("--processes", type=int, default=1, help="that train together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/chaos"), help="emptied first")
+    parser.add_argument("--workdir", type=expand, default=Path("runs/chaos"), help="emptied first")
     parser.add_argument("flags", nargs="*", default=SHORT.split(), help="of launch.py, after --")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had them ignored
@@ -190,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

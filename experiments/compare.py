@@ -10,12 +10,11 @@ dense model of its size, and NGC also with the largest. Not for: the models (`pr
 ablations of one model.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from experiments.arguments import arguments
+from experiments.arguments import arguments, at_least
 from experiments.overhead import overhead
 from experiments.protocols import MODELS, PROTOCOLS, Protocol, sized
 from experiments.run import carry_out
@@ -24,6 +23,7 @@ from experiments.study import LOSS, Results, Study
 from experiments.sweeps import Sweep, Variant, seeds
 from ngc_jax.commands.arguments import command
 from ngc_jax.report.blocks import Block, paragraph, table
+from ngc_jax.runtime.files import expand
 
 
 def study(protocol: Protocol, chosen: list[str], count: int, path: str = "") -> Study:
@@ -89,7 +89,8 @@ def against_largest_dense(results: Results) -> list[Block]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--protocol", choices=PROTOCOLS, default="small")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of the final runs")
+    told = "number of seeds of the final runs"
+    parser.add_argument("--seeds", type=at_least(1), default=3, help=told)
     parser.add_argument(
         "--models", default="", help="models of the protocol, separated by semicolons; default: all"
     )
@@ -106,7 +107,7 @@ def main() -> None:
         parser.error(
             f"--protocol={args.protocol} needs --path=FILE: tiny Shakespeare, 1,115,394 bytes"
         )
-    path = args.path and str(pathlib.Path(args.path).absolute())
+    path = args.path and str(expand(args.path).absolute())
     about = f"Is NGC better at the same size, or at the same cost? Protocol {args.protocol}"
     compared = study(protocol, chosen, args.seeds, path)
     carry_out(compared, "compare", f"compare-{args.protocol}", about, args, changes)

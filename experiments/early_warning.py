@@ -23,11 +23,13 @@ import numpy as np
 import optax
 
 from experiments.stats import auroc
+from ngc_jax.commands.arguments import command
 from ngc_jax.config import base, model_shape
 from ngc_jax.data.batches import Batch, train_batches
 from ngc_jax.data.tokens import load_data
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.report.figures import BLUE, RED, figure
+from ngc_jax.runtime.files import expand
 from ngc_jax.training.monitors import HORIZON, THRESHOLD
 from ngc_jax.training.stability_metrics import make_watch
 from ngc_jax.training.step import init_state, make_train_step
@@ -259,7 +261,7 @@ def draw(home: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/early_warning"))
+    parser.add_argument("--workdir", type=expand, default=pathlib.Path("runs/early_warning"))
     parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
     parser.add_argument(
         "--cache_dir", default="", help="for prepared text; default: config.data.cache_dir"
@@ -283,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, goes_on=True)

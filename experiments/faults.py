@@ -309,14 +309,14 @@ def reseal(fault: Fault, run: Running) -> str:
     newest, text = steps[-1], fault.chance.choice(["{}", "null", "[" * 100_000, "\0", "[1e999]"])
     files = [path for path in newest.rglob("*") if path.is_file() and b"{" in path.read_bytes()[:1]]
     file = fault.chance.choice(sorted(files))
-    file.write_text(text)
+    file.write_text(text, "utf-8")
     manifest = newest / MANIFEST
     if file != manifest and manifest.exists():  # a kill may have come before the seal
-        seal = json.loads(manifest.read_text())
+        seal = json.loads(manifest.read_text("utf-8"))
         del seal["sha256"]
         name = str(file.relative_to(newest))
         seal["files"][name] = sha256(file)
-        manifest.write_text(json.dumps(seal))
+        manifest.write_text(json.dumps(seal), "utf-8")
     return f"killed, and {file.relative_to(run.workdir)} became {text[:8]!r}, sealed"
 
 

@@ -44,6 +44,7 @@ from ngc_jax.convert.source import open_source, write_safetensors
 from ngc_jax.data.tokenizer import load_tokenizer, open_given
 from ngc_jax.data.tokens import load_data
 from ngc_jax.runtime.errors import UserError, plain
+from ngc_jax.runtime.files import expand
 from ngc_jax.runtime.metrics import Metrics, read_rows
 from ngc_jax.training.workdir import claim, hold, read_config
 
@@ -189,7 +190,9 @@ def make(home: Path) -> dict[str, Target]:
     text = home / "text"
     text.mkdir(parents=True)
     for i in range(40):
-        (text / f"{i}.txt").write_text(f"group {i} sends signals to group {i * 7 % 40}. " * 40)
+        (text / f"{i}.txt").write_text(
+            f"group {i} sends signals to group {i * 7 % 40}. " * 40, "utf-8"
+        )
     runs = {}
     for name, fields in {
         "bytes": {},
@@ -206,7 +209,7 @@ def make(home: Path) -> dict[str, Target]:
     plain, bpe = runs["bytes"], runs["bpe"]
     stored = {name: read_config(run) for name, run in runs.items()}
     checkpoint = max((plain / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    rows = json.loads((checkpoint / "MANIFEST.json").read_text())["meta"]
+    rows = json.loads((checkpoint / "MANIFEST.json").read_text("utf-8"))["meta"]
 
     def go_on() -> None:
         copied = home / "copied"
@@ -249,7 +252,7 @@ def make(home: Path) -> dict[str, Target]:
     for name, content in {"records/a.json": record, "changes.json": {"model.width": 16}}.items():
         path = home / "study" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), "utf-8")
     _, studied, _ = study.find("which_rule")
     folder = home / "study"
     targets["records of a study"] = (
@@ -258,7 +261,7 @@ def make(home: Path) -> dict[str, Target]:
         6,
     )
     targets["changes.json"] = (folder / "changes.json", lambda: study.prepared(studied, folder), 6)
-    return targets | pretrained(home, (bpe / "tokenizer.json").read_text())
+    return targets | pretrained(home, (bpe / "tokenizer.json").read_text("utf-8"))
 
 
 PRETRAINED = {"block_count": 1, "context_length": 64, "embedding_length": 4, "vocab_size": 300}
@@ -374,7 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/fuzz"), help="emptied first")
+    parser.add_argument("--workdir", type=expand, default=Path("runs/fuzz"), help="emptied first")
     args = parser.parse_args()
     home = args.workdir.absolute()
     shutil.rmtree(home, ignore_errors=True)
@@ -387,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

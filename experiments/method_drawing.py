@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ngc_jax.commands.arguments import command
 from ngc_jax.report.figures import BLUE, GREEN, ORANGE, RED, matplotlib
+from ngc_jax.runtime.files import expand
 
 COLOURS = (BLUE, ORANGE, GREEN, RED)  # one a group
 INK, SOFT, PALE = "#222222", "#606060", "#f4f5f7"
@@ -203,11 +205,11 @@ def draw(out: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/method.png"))
+    parser.add_argument("--out", type=expand, default=pathlib.Path("docs/method.png"))
     args = parser.parse_args()
     draw(args.out)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main, goes_on=True)

@@ -30,7 +30,7 @@ from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch
 from ngc_jax.report.blocks import table
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.files import expand, write_durably
 from ngc_jax.training.load import Trained, load
 from ngc_jax.training.step import nats_of
 
@@ -103,7 +103,7 @@ def fitted(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of the teacher")
+    parser.add_argument("--workdir", required=True, type=expand, help="of the teacher")
     parser.add_argument("--calibrate", required=True, help="files, with commas")
     parser.add_argument("--test", required=True, help="NAME:FILE, with commas")
     more = "also ngc+share, ngc:synapses, ngc:ports:3, ngc:blocks:3"
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--kept", default="0.8,0.6")
     parser.add_argument("--tokens", type=int, default=12_288, help="to calibrate on")
     parser.add_argument("--windows", type=int, default=24, help="of each test")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/posthoc"))
+    parser.add_argument("--out", type=expand, default=pathlib.Path("runs/posthoc"))
     args = parser.parse_args()
     methods, shares = args.methods.split(","), args.kept.split(",")
     for method in methods:
@@ -124,7 +124,7 @@ def main() -> None:
     tests = {name: examples(teacher, [file], args.windows * context) for name, file in given}
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "records.json"
-    records = json.loads(kept.read_text()) if kept.exists() else {}
+    records = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
     if "teacher" not in records:
         records["teacher"] = {"losses": losses(teacher, teacher.params, tests)}
     began = time.monotonic()
@@ -143,10 +143,10 @@ def main() -> None:
     rows = rows_of(records)
     head = [*rows[-1]]
     made = table(head, [[row.get(name, "") for name in head] for row in rows])
-    (args.out / "report.md").write_text(made.markdown + "\n")
+    (args.out / "report.md").write_text(made.markdown + "\n", "utf-8")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{args.out / 'report.md'}; at most {most:.1f} GB of memory")
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

@@ -51,7 +51,7 @@ from ngc_jax.dynamics import measures
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.files import expand, write_durably
 from ngc_jax.runtime.metrics import duration
 from ngc_jax.training.evaluation import held_out
 from ngc_jax.training.load import Trained, load
@@ -163,7 +163,7 @@ def make_watch(model: Decoder) -> Callable[[Any, Batch], dict[str, float]]:
 
 def trained_in(config: ConfigDict, workdir: pathlib.Path, log: pathlib.Path) -> Trained:
     """What `launch.py` would do, said to a log; a run that was stopped goes on."""
-    with open(log, "a") as file, contextlib.redirect_stdout(file):
+    with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         return ngc_jax.train(config, workdir)
 
 
@@ -203,7 +203,9 @@ def opened(home: pathlib.Path, settings: dict[str, int]) -> Records:
     for name in FOLDERS:
         (home / name).mkdir(parents=True, exist_ok=True)
     kept = home / "records.json"
-    records: Records = json.loads(kept.read_text()) if kept.exists() else {"settings": settings}
+    records: Records = (
+        json.loads(kept.read_text("utf-8")) if kept.exists() else {"settings": settings}
+    )
     if records["settings"] != settings:
         raise UserError(f"--out={home} was made with {records['settings']}, not {settings}")
     return records
@@ -277,7 +279,7 @@ def commas(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/reasoning_kept"))
+    parser.add_argument("--out", type=expand, default=pathlib.Path("runs/reasoning_kept"))
     parser.add_argument("--tasks", type=commas(), default=[*TASKS])
     parser.add_argument("--seeds", type=commas(int), default=[0, 1, 2])
     parser.add_argument(
@@ -314,7 +316,7 @@ def main() -> None:
 
     for seed, task in itertools.product(args.seeds, args.tasks):
         one(home, records, [name for name in names if name.startswith(f"{task} {seed} ")], keep)
-        (home / "report.md").write_text(report(records, names))  # of what there is so far
+        (home / "report.md").write_text(report(records, names), "utf-8")  # of what there is so far
         jax.clear_caches()
     for folder in ("converted", "healed"):  # what a kill has left
         shutil.rmtree(home / folder)
@@ -322,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

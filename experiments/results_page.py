@@ -104,5 +104,5 @@ def renewed(page: str, report: str) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    PAGE.write_text(renewed(PAGE.read_text(), REPORT.read_text()))
-    PICTURE.write_bytes(drawing(REPORT.read_text()))
+    PAGE.write_text(renewed(PAGE.read_text("utf-8"), REPORT.read_text("utf-8")), "utf-8")
+    PICTURE.write_bytes(drawing(REPORT.read_text("utf-8")))

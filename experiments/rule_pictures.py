@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from ngc_jax import RULES, weights
+from ngc_jax.commands.arguments import command
 from ngc_jax.report.figures import BLUE, RED, matplotlib
+from ngc_jax.runtime.files import expand
 
 # DIM: as p_inter in configs; a block has one number for each member of its group instead
 GROUPS, NEURONS, DIM = 8, 64, 3
@@ -73,7 +75,7 @@ def draw(rule: str, out: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("docs/rules"), help="a folder for the PNGs"
+        "--out", type=expand, default=pathlib.Path("docs/rules"), help="a folder for the PNGs"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, goes_on=True)

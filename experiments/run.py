@@ -287,6 +287,8 @@ def carry_out(
     about: as in `report`. Exits as `launch.py` does, with 1 if runs failed.
     """
     home = (args.workdir or pathlib.Path("runs") / name).absolute()
+    if args.index is not None and args.index >= args.count:
+        raise UserError(f"--index={args.index}: must be below --count={args.count}")
     study = prepared(study, home, changes)
     everything = groups(study)
     mine = everything if args.index is None else everything[args.index :: args.count]
@@ -298,7 +300,7 @@ def carry_out(
             )
             print(
                 f"{state}\n    python launch.py {shlex.join(flags(study, run))} "
-                f"--workdir={home / run.name}"
+                f"--workdir={shlex.quote(str(home / run.name))}"
             )
         return
     if args.report:

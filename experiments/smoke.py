@@ -24,9 +24,11 @@ from absl import logging
 
 from experiments.chaos import outcome
 from experiments.protocols import MODELS, PROTOCOLS, sized
+from ngc_jax.commands.arguments import command
 from ngc_jax.config import base, reset_unread
 from ngc_jax.core.rules import rules_between_groups
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
+from ngc_jax.runtime.files import expand
 from ngc_jax.training import loop as train
 
 SHARINGS = ("depth3", "depth2,readers", "qkv,gate_up,depth3", "query+value,1+3")
@@ -129,7 +131,7 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/smoke"))
+    parser.add_argument("--workdir", type=expand, default=pathlib.Path("runs/smoke"))
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time; default: cores"
     )
@@ -150,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, goes_on=True)

@@ -21,6 +21,7 @@ import numpy as np
 
 from ngc_jax.commands.arguments import command
 from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.files import expand
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """model.width=8 model.hidden=8 model.groups=2 model.heads=2 model.prelude=1 model.core=0
@@ -45,7 +46,9 @@ def sample(process: int, workdir: pathlib.Path) -> Sample | None:
         with open(workdir / "metrics.jsonl", "rb") as rows:
             rows.seek(-min(rows.seek(0, 2), 4000), 2)
             step = json.loads(rows.read().decode().splitlines()[-1])["step"]
-        status = dict(line.split(":\t", 1) for line in (home / "status").read_text().splitlines())
+        status = dict(
+            line.split(":\t", 1) for line in (home / "status").read_text("utf-8").splitlines()
+        )
         resident = int(status["RssAnon"].removesuffix(" kB"))
         return Sample(step, resident, len([*(home / "fd").iterdir()]), int(status["Threads"]))
     except (OSError, ValueError, KeyError, IndexError):
@@ -73,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--updates", type=int, default=50_000)
     parser.add_argument("--saves", type=int, default=100)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/soak"))
+    parser.add_argument("--workdir", type=expand, default=pathlib.Path("runs/soak"))
     parser.add_argument("flags", nargs="*", help="of launch.py, after --")
     args = parser.parse_args()
     workdir = args.workdir.absolute()
@@ -97,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

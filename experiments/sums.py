@@ -28,7 +28,9 @@ def sums(count: int, terms: Sequence[int], seed: int, held_out: bool) -> list[st
 
 def keep(home: pathlib.Path, terms: Sequence[int]) -> None:
     """Write the sums for training to HOME/sums.txt; a study's `prepare`."""
-    (home / "sums.txt").write_text("\n".join(sums(300_000, terms, seed=0, held_out=False)) + "\n")
+    (home / "sums.txt").write_text(
+        "\n".join(sums(300_000, terms, seed=0, held_out=False)) + "\n", "utf-8"
+    )
 
 
 def reordered(lines: Sequence[str]) -> list[list[str]]:

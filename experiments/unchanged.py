@@ -234,7 +234,7 @@ def outcome(workdir: Path) -> Record:
     from absl import logging
 
     log, saved = workdir / "metrics.jsonl", checkpoints(workdir)
-    rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    rows = map(json.loads, log.read_text("utf-8").splitlines() if log.exists() else ())
     found: Record = {"rows": [{k: row[k] for k in row if not TIMES.search(k)} for row in rows]}
     found |= {"arrays": {}, "beside": {}}
     if saved:
@@ -248,8 +248,8 @@ def outcome(workdir: Path) -> Record:
             at = jax.tree_util.keystr(path, simple=True, separator="/")
             found["arrays"][at] = [str(array.dtype), list(array.shape), digest]
         old = last / "meta" / "metadata"  # where 0.1 had it
-        manifest = json.loads((last / "MANIFEST.json").read_text())
-        beside = json.loads(old.read_text()) if old.exists() else manifest["meta"]
+        manifest = json.loads((last / "MANIFEST.json").read_text("utf-8"))
+        beside = json.loads(old.read_text("utf-8")) if old.exists() else manifest["meta"]
         found["beside"] = {k: beside[k] for k in ("data", "rewinds", "passed") if k in beside}
     return found
 
@@ -290,7 +290,8 @@ def circumstances(checkout: Path) -> Record:
     if not used.startswith(f"{checkout}/"):
         raise RuntimeError(f"in {checkout} ngc_jax is imported from {used or 'nowhere'}")
     commit = ask(["git", "describe", "--always", "--dirty"]).stdout.strip()
-    cpu = re.findall("^(?:model name|flags).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    told = Path("/proc/cpuinfo").read_text("utf-8")
+    cpu = re.findall("^(?:model name|flags).*", told, re.MULTILINE)
     machine = {"cpu": hashlib.sha256("".join(sorted({*cpu})).encode()).hexdigest()[:16]}
     machine |= {"python": sys.version.split()[0]} | {it: version(it) for it in ("jax", "numpy")}
     return {"commit": commit, "machine": machine, "runs": {}}
@@ -302,13 +303,13 @@ def write_text(home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     for i in range(40):
         document = draw.choices("etaoin shrdlu\n", k=draw.randint(100, 2000))
-        (home / f"{i:02}.txt").write_text("".join(document))
+        (home / f"{i:02}.txt").write_text("".join(document), "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("record", "out", "compare", "checkout", "workdir", "begin", "programs"):
-        parser.add_argument(f"--{name}", type=lambda path: Path(path).absolute())
+        parser.add_argument(f"--{name}", type=lambda path: Path(path).expanduser().absolute())
     parser.add_argument("--runs", default="*")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
@@ -317,7 +318,9 @@ def main() -> None:
     args.checkout, kept = args.record or args.checkout or Path.cwd(), args.workdir
     args.workdir = kept or Path(tempfile.mkdtemp(prefix="unchanged-"))
     new: Record = circumstances(args.checkout)
-    old: Record = json.loads(args.compare.read_text()) if args.compare else new | {"runs": {}}
+    old: Record = (
+        json.loads(args.compare.read_text("utf-8")) if args.compare else new | {"runs": {}}
+    )
     if old["machine"] != new["machine"]:
         print(f"NOT as it was recorded: {old['machine']}, here {new['machine']}")
     write_text(args.workdir / "text")
@@ -344,7 +347,7 @@ def main() -> None:
             fine = "equal to the bit" if args.compare else "recorded"
             print(f"{name}: {'; '.join(words) or fine} ({how['seconds']} s)", flush=True)
             if args.out:
-                args.out.write_text(json.dumps(new))
+                args.out.write_text(json.dumps(new), "utf-8")
     if not kept:
         shutil.rmtree(args.workdir)
     print(f"{len(runs) - len(ill)} of {len(runs)} runs {fine}, {time.monotonic() - began:.0f} s")

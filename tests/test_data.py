@@ -35,6 +35,7 @@ from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents
 from ngc_jax.data.tokenizer import Bytes, load_tokenizer, save_tokenizer
 from ngc_jax.data.tokens import load_data, segmented
+from ngc_jax.report import page
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.files import build_directory
 
@@ -171,6 +172,16 @@ def test_what_a_run_has_written_is_never_its_text(tmp_path):
     again = load_data(config)
     assert again.fingerprint == before
     assert re.search(r"2 made by a run \((kept|run), (run|kept)\)", again.summary)
+    (top / "page").mkdir()
+    page.write(top / "page", "index", "a page", [])
+    (top / "study" / "records").mkdir(parents=True)
+    (top / "study" / "changes.json").write_text("{}")
+    (top / "export").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (top / "export" / name).write_text("{}")
+    again = load_data(config)
+    assert again.fingerprint == before
+    assert "5 made by a run" in again.summary
 
 
 def test_where_a_text_lies_is_free(tmp_path, monkeypatch):

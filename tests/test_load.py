@@ -20,6 +20,7 @@ from ngc_jax.commands import sample
 from ngc_jax.config import base, make_model
 from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import Batch
+from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.settings import OUTSIDE, withhold
 from ngc_jax.data.tasks import TASKS
 from ngc_jax.data.tokenizer import Symbols
@@ -188,6 +189,13 @@ def test_values_out_of_range_are_refused(run, given, message):
 def test_an_empty_text_has_no_loss(run):
     with pytest.raises(UserError, match="text='': must have a token or more"):
         run.loss("")
+
+
+@pytest.mark.parametrize("given", [b"\xff", "\udcff"])
+def test_byte_pairs_are_of_utf_8(run, given):
+    pairs = dataclasses.replace(run, tokenizer=BPE(BPE.train(["a"], 258)))
+    with pytest.raises(UserError, match=r"text=.* must be UTF-8, as data.tokenizer='bytes'"):
+        pairs.encode(given)
 
 
 def test_a_model_of_a_task_reads_tokens_and_no_text(tiny, tmp_path):

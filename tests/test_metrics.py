@@ -12,7 +12,7 @@ import pytest
 
 from ngc_jax.count import peak
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.metrics import Clock, Metrics, Progress, duration, read_rows
+from ngc_jax.runtime.metrics import Clock, Metrics, Progress, amount, duration, read_rows
 from ngc_jax.runtime.trackers import TRACKERS, listed
 
 
@@ -353,3 +353,11 @@ def test_a_peak_is_that_of_the_kind_of_device_and_of_bfloat16():
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (125, "2:05"), (3725, "1:02:05")])
 def test_durations(seconds, shown):
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 B"), (768, "768 B"), (999.6, "1.0 kB"), (9.37e6, "9.37 MB"), (2.5e12, "2.50 TB")],
+)
+def test_sizes_are_in_a_unit_that_says_something(count, said):
+    assert amount(count, "B") == said

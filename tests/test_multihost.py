@@ -2,6 +2,7 @@
 ended.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -178,6 +179,8 @@ def test_one_who_waits_in_vain_says_for_whom():
         (("host:1", None, 0), "--processes must be given too"),
         (("host:1", 2, 2), "--process=2: must be from 0 to --processes - 1 = 1"),
         (("host", 2, 1), "--coordinator='host': must be HOST:PORT of process 0"),
+        (("host:1", 2, 1, math.nan), "--join_minutes=nan: must be at most 1,000,000"),
+        (("host:1", 2, 1, math.inf), "--join_minutes=inf: must be at most 1,000,000"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message):

@@ -2,8 +2,10 @@
 patterns, settings of the environment, a Ctrl-C while something long is compiled.
 """
 
+import argparse
 import ast
 import configparser
+import io
 import os
 import pty
 import re
@@ -16,8 +18,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, python
 
-from ngc_jax.commands import plot, sample
-from ngc_jax.runtime import errors, files
+from ngc_jax.commands import arguments, plot, sample
+from ngc_jax.runtime import errors, files, output
 from ngc_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.training import load, workdir
@@ -33,7 +35,7 @@ def shell(line, **environment):
     return subprocess.run(["bash", "-c", line], **how)
 
 
-@pytest.mark.parametrize("name", ["run[1]", "a*b?", "$x {1}", os.fsdecode(b"\xfc")])
+@pytest.mark.parametrize("name", ["run[1]", "a*b?", "$x {1}", "a\\b", os.fsdecode(b"\xfc")])
 def test_any_name_will_do(name, tmp_path):
     with Checkpoints(tmp_path / name / "checkpoints", keep=2) as checkpoints:
         for step in (1, 2, 3):
@@ -63,6 +65,28 @@ def test_output_that_fails_ends_no_work(to, tmp_path):
     assert (tmp_path / "made").read_text() == "done"
 
 
+def test_what_a_program_of_ones_own_cannot_print_ends_no_training(monkeypatch):
+    kept = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), "utf-8")
+    closed = io.StringIO()
+    closed.close()
+    for stream in (kept, full, closed, None):
+        monkeypatch.setattr("sys.stdout", stream)
+        with output.tolerated():
+            print("\xfc \u20ac", flush=True)
+        assert sys.stdout is stream
+    assert kept.buffer.getvalue() == b"\xfc " + rb"\u20ac" + b"\n"
+    with pytest.raises(OSError, match="No space left"):
+        print("else", file=full, flush=True)
+
+
+@pytest.mark.parametrize("to", ["2> /dev/full", "2>&-"])
+def test_what_is_told_beside_a_result_may_fail(to):
+    script = BEGIN.format(goes_on=False) + "print('told', file=sys.stderr); print('result')"
+    done = shell(f'$py -c "{script}" {to}')
+    assert (done.returncode, done.stdout) == (0, b"result\n")
+
+
 def test_a_closed_stream_is_not_the_next_file_that_is_opened():
     script = BEGIN.format(goes_on=False) + "sys.exit(os.open('setup.cfg', os.O_RDONLY) < 3)"
     assert shell(f'$py -c "{script}" <&- >&- 2>&-').returncode == 0
@@ -90,16 +114,22 @@ def test_letters_that_a_terminal_lacks_are_escaped(environment, printed):
     assert shell(f'$py -c "{script}"', **environment).stdout == printed + b"\n"
 
 
-def test_files_are_text_in_utf_8_wherever_they_are_written():
-    for path in (ROOT / "ngc_jax").rglob("*.py"):
+def test_files_are_text_in_utf_8_and_paths_are_expanded_wherever_they_are():
+    for path in [*(ROOT / "ngc_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
         for call in (n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)):
-            name = getattr(call.func, "attr", "") or getattr(call.func, "id", "")
-            told = " ".join(map(ast.unparse, [*call.args[1:], *call.keywords]))
-            bare = name in ("write_text", "open") and "encoding" not in told
-            if name == "open" and (isinstance(call.func, ast.Attribute) or "b'" in told):
-                bare = False  # of bytes, or no file
-            bare |= name == "read_text" and not (call.args or call.keywords)
-            assert not bare, f"{path}, line {call.lineno}"
+            method = isinstance(call.func, ast.Attribute)
+            name = call.func.attr if method else getattr(call.func, "id", "")
+            if (name, method) in {("write_text", True), ("read_text", True), ("open", False)}:
+                told = ast.unparse(call)  # of text, or of bytes
+                assert "utf-8" in told or "b'" in told, f"{path}, line {call.lineno}"
+            if name == "add_argument":  # a path is as `files.expand` makes it
+                told = ast.unparse(call).partition("type=")[2]
+                assert not re.match(r"(pathlib\.|lambda \w+: )?Path\b(?!.*expand)", told), path
+
+
+def test_what_is_not_utf_8_in_a_name_is_escaped_in_a_text(tmp_path):
+    files.write_durably(tmp_path / "card.md", os.fsdecode(b"# run\xfc"))
+    assert (tmp_path / "card.md").read_bytes() == rb"# run\udcfc"
 
 
 def test_a_users_path_is_expanded(monkeypatch, tmp_path):
@@ -113,15 +143,36 @@ def test_a_users_path_is_expanded(monkeypatch, tmp_path):
         sample.main()
 
 
-def test_numbers_that_are_none_are_refused(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample", "--workdir=x", "--temperature=nan"])
-    with pytest.raises(UserError, match="--temperature=nan: must be a finite number, 0 or more"):
-        sample.main()
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "--temperature=nan",
+            "--temperature=nan: must be a finite number, 0 or more, for instance",
+        ),
+        (
+            "--tokens=1e5",
+            "argument --tokens: '1e5': must be a whole number, 1 or more, for instanc",
+        ),
+        (f"--tokens={10**20}", "--tokens=1.*: must be below 2,147,483,648, for instance 200"),
+        ("--workdir", "argument --workdir: expected one argument"),
+    ],
+)
+def test_numbers_that_are_none_are_one_line(given, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample", "--workdir=x", given])
+    monkeypatch.setattr("argparse.ArgumentParser.error", argparse.ArgumentParser.error)
+    with pytest.raises(SystemExit):
+        arguments.command(sample.main)
+    assert re.fullmatch(f"error: {told}.*\n", capsys.readouterr().err)
 
 
 def test_the_environment_changes_no_dtypes():
-    script = BEGIN.format(goes_on=True) + "import jax.numpy as n; print(n.arange(2.0).dtype)"
-    done = python("-c", script, JAX_ENABLE_X64="1", JAX_DEFAULT_DTYPE_BITS="64")
+    environment = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_DTYPE_BITS": "64", "JAX_DISABLE_JIT": "1"}
+    environment |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    script = BEGIN.format(goes_on=True) + "import jax, jax.numpy as n; "
+    script += "jax.config.update('jax_enable_x64', True); output.begin(); "  # as imported before
+    script += "print((n.ones((1, 2)) * n.arange(2) + n.arange(2.0)).dtype)"
+    done = python("-c", script, **environment)
     assert done.stdout == "float32\n", done.stderr
 
 
@@ -148,7 +199,19 @@ def test_devices_that_are_not_here_are_one_line():
     done = python("-c", script, JAX_PLATFORMS="cuda")
     assert done.returncode == 2
     assert re.fullmatch(r"error: JAX_PLATFORMS=cuda: must name devices .*cpu.*\n", done.stderr)
-    assert errors.no_backend(RuntimeError("another")) == ""
+    assert errors.of_machine(RuntimeError("another")) == ""
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError])
+def test_memory_that_is_not_here_is_one_line(kind, capsys):
+    def work():
+        raise kind("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand a table")
+
+    with pytest.raises(SystemExit):
+        arguments.command(work)
+    assert re.fullmatch(
+        r"error: out of memory: ask for less.* 9 bytes\.\)\n", capsys.readouterr().err
+    )
 
 
 def test_ctrl_c_ends_what_is_not_python():
@@ -186,7 +249,7 @@ def test_a_terminal_is_told_what_a_wait_is_for_and_the_log_of_a_run_once():
 
 
 def test_names_of_runs_are_no_mathematics(tmp_path):
-    homes = [tmp_path / name for name in ("a$b$c", r"$\frac{$", "_hidden")]
+    homes = [tmp_path / name for name in ("a$b$c", r"$\frac{$", "_hidden", os.fsdecode(b"\xfc"))]
     for home in homes:
         home.mkdir()
         rows = '{"step": 1, "train/loss": 2.0, "eval/loss": 2.0}\n'
@@ -194,7 +257,8 @@ def test_names_of_runs_are_no_mathematics(tmp_path):
     plot.draw(homes, tmp_path / "curve.svg")
     drawn = (tmp_path / "curve.svg").read_text("utf-8")
     for home in homes:
-        assert f"<!-- held out 2.000: {home.name} -->" in drawn
+        name = home.name.replace("\udcfc", r"\xfc")
+        assert f"<!-- held out 2.000: {name} -->" in drawn
 
 
 HELPED = """

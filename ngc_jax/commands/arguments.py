@@ -8,13 +8,14 @@ import math
 import runpy
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import logging
 
 from ngc_jax.runtime import output
-from ngc_jax.runtime.errors import UserError, fail, no_backend
-from ngc_jax.runtime.fields import Field
+from ngc_jax.runtime.errors import UserError, fail, of_machine
+from ngc_jax.runtime.fields import LARGEST, Field
 from ngc_jax.runtime.files import place
 from ngc_jax.runtime.preemption import INTERRUPTED
 from ngc_jax.training.settled import Settled
@@ -50,11 +51,23 @@ def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     for option in options:
         told, default = ", ".join(filter(None, [option.help, option.range()])), option.default
         told += f"; default: {default}" if default not in ("", False) else ""
-        how: dict[str, Any] = {"type": type(default), "default": default}
+        how: dict[str, Any] = {"type": partial(_typed, option), "default": default}
         how = {"action": "store_true"} if default is False else how
         arguments.add_argument(f"--{option.name}", help=told, **how)
     arguments.set_defaults(options=options)
     return arguments
+
+
+def _typed(option: Field, text: str) -> Any:
+    try:
+        return type(option.default)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {option.fault(text)}") from error
+
+
+def _refuse(arguments: argparse.ArgumentParser, told: str) -> NoReturn:
+    """In the place of argparse's own, which prints the usage first."""
+    fail(2, f"{told} (--help says more)")
 
 
 def read(arguments: argparse.ArgumentParser) -> argparse.Namespace:
@@ -117,7 +130,7 @@ def rounds_of(args: argparse.Namespace) -> "Rounds":
     """The rounds that the options ROUNDS ask for. Raises UserError."""
     if args.rounds == "settled":
         return Settled(args.tolerance, args.cap)
-    if args.rounds and not (args.rounds.isdecimal() and int(args.rounds)):
+    if args.rounds and not (args.rounds.isdecimal() and 0 < int(args.rounds) < LARGEST):
         raise UserError(f"--rounds={args.rounds}: must be 1 or more, for instance 8")
     return int(args.rounds) if args.rounds else None
 
@@ -125,6 +138,7 @@ def rounds_of(args: argparse.Namespace) -> "Rounds":
 def command(main: Callable[[], None], goes_on: bool = False) -> None:
     """Runs a command; a UserError becomes one line and exit code 2. goes_on: see `output.begin`."""
     output.begin(goes_on)
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     logging.set_verbosity(logging.ERROR)
     try:
         main()
@@ -139,7 +153,7 @@ def command(main: Callable[[], None], goes_on: bool = False) -> None:
     except OSError as error:  # a full disk, say
         output.discard()
         fail(1, error)
-    except (AssertionError, RuntimeError) as error:
-        if told := no_backend(error):
+    except (AssertionError, MemoryError, RuntimeError) as error:
+        if told := of_machine(error):
             fail(2, told)
         raise

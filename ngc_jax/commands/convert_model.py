@@ -110,4 +110,4 @@ def _text(trained: "Trained", path: str) -> "Examples":
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

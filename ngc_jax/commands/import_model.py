@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

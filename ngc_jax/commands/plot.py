@@ -4,11 +4,12 @@ For: drawing metrics.jsonl of runs. Not for: reports of studies (`experiments/`)
 """
 
 import argparse
+import os
 import pathlib
 
 from ngc_jax.commands.arguments import command
 from ngc_jax.report.figures import look, matplotlib
-from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.errors import UserError, plain
 from ngc_jax.runtime.files import expand
 from ngc_jax.runtime.output import doing
 
@@ -33,7 +34,8 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
         axes.plot(*zip(*train, strict=True), color=style["color"], linewidth=0.7, alpha=0.45)
         if held_out:
             # No "$", which begins mathematics, nor "_" at the start, which hides a label.
-            name = workdir.absolute().name.replace("$", r"\$")
+            name = os.fsencode(workdir.absolute().name).decode(errors="backslashreplace")
+            name = plain(name).replace("$", r"\$")
             label = f"held out {held_out[-1][1]:.3f}: {name}"
             axes.plot(*zip(*held_out, strict=True), markersize=4, label=label, **style)
         losses = sorted(loss for _, loss in train)
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, goes_on=True)

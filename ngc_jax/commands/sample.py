@@ -3,6 +3,7 @@
 For: the command line. Not for: the sampling itself (`training/writer.py`, `nn/sampling.py`).
 """
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -85,6 +86,8 @@ def talk(trained: "Trained", prompt: bytes, rounds: int | None, asked: dict) -> 
     print(
         "a line is read and continued; empty: go on; Ctrl-C: enough; Ctrl-D: end", file=sys.stderr
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8, as in --prompt
     turn = 0
     while True:
         try:

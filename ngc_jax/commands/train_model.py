@@ -22,7 +22,7 @@ def main(about: str | None = __doc__) -> None:
 
     from ngc_jax.commands.config_flag import read_config
     from ngc_jax.runtime import multihost
-    from ngc_jax.runtime.errors import UserError, end_soon, fail, no_backend
+    from ngc_jax.runtime.errors import UserError, end_soon, fail, of_machine
 
     logging.set_verbosity(logging.FATAL)  # an error is raised, and printed as one line
     given = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/CONFIG.")
@@ -53,7 +53,7 @@ def main(about: str | None = __doc__) -> None:
     except BaseException as error:
         multihost.leave(error)
         end_soon(1)
-        if told := no_backend(error):
+        if told := of_machine(error):
             fail(2, told)
         if isinstance(error, OSError):  # a full disk, say; what was saved before is sound
             fail(1, error)

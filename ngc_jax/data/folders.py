@@ -159,13 +159,22 @@ def _leads_inside(path: str, top: pathlib.Path) -> bool:
 
 
 def _own(folder: str, there: set[str], home: pathlib.Path) -> bool:
-    """Whether a folder is what a run, a study or a cache has written, which is never its text."""
+    """Whether a folder is what a run, a command or a cache has written, which is never its text."""
     if home.exists() and os.path.samefile(folder, home):
         return True
     if cache.SEAL in there or {"changes.json", "records"} <= there:
         return True
+    if "config.json" in there and any(name.endswith(".safetensors") for name in there):
+        return True  # an exported model
     try:
+        if "index.html" in there and b'content="ngc_jax"' in _begins(folder, "index.html"):
+            return True  # a page
         told = files.read_json(pathlib.Path(folder, "config.json"), 1 << 20)
     except (OSError, ValueError):
         return False
     return isinstance(told, dict) and {"data", "model", "train", "checkpoint"} <= told.keys()
+
+
+def _begins(folder: str, name: str) -> bytes:
+    with open(os.path.join(folder, name), "rb", opener=files.no_follow) as file:
+        return file.read(300)

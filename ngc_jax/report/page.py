@@ -14,6 +14,7 @@ HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="ngc_jax">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 """
 # A wide table has a shadow at each end that can be scrolled to: two gradients of the page's colour

@@ -312,9 +312,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 files.remove(begun)
 
     def _plainly(self) -> epath.Path:
-        """The directory by a name that Orbax takes for no pattern, "run[1]", and that is UTF-8."""
+        """The directory by a name that is no pattern, "run[1]", has no backslash, and is UTF-8."""
         name = str(self.directory)
-        if files.in_bucket(self.directory) or not re.search(r"[*?[\ud800-\udfff]", name):
+        if files.in_bucket(self.directory) or not re.search(r"[*?[\\\ud800-\udfff]", name):
             return self.directory
         if self._opened < 0:
             self._opened = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -30,8 +30,11 @@ def say(error: object) -> None:
         print(f"error: {plain(error)}", file=sys.stderr, flush=True)
 
 
-def no_backend(error: BaseException) -> str:
-    """What to say where jax has no such devices as JAX_PLATFORMS asks for; "" of another error."""
+def of_machine(error: BaseException) -> str:
+    """What to say of devices that are not here, or have no room; "" of another error."""
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        why = (str(error).splitlines() or ["of the process"])[0]
+        return f"out of memory: ask for less, such as a smaller batch, context or width ({why})"
     at = traceback.extract_tb(error.__traceback__)[-1:]
     silent = isinstance(error, AssertionError) and at and at[0].name == "backends"  # of jax
     if not silent and not str(error).startswith("Unable to initialize backend"):

@@ -20,6 +20,7 @@ from ngc_jax.runtime.errors import UserError
 Need = Callable[[bool, str, str], None]
 TYPES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
 SEEDS = "[0, 4294967295]"  # the values of a seed
+LARGEST = 1 << 31  # above any whole number that is meant, where a field has no end
 # Columns of a table, and their characters in `--help`, where two spaces stand between them.
 COLUMNS = {"field": 19, "default": 12, "unit": 10, "values": 26, "help": 25}
 
@@ -62,6 +63,9 @@ class Field:
         typed = isinstance(value, (int, float) if kind is float else kind)
         typed = typed and isinstance(value, bool) == (kind is bool)
         typed = typed and (kind is not float or math.isfinite(value))
+        bounded = str(self.values).endswith("]")
+        if kind is int and typed and not bounded and not abs(value) < LARGEST:
+            return f"below {LARGEST:,}, for instance {self.default!r}"
         if typed and (value in options if options else self._within(value)):
             return ""
         if options:

@@ -148,8 +148,9 @@ def write_durably(path: Path, content: str | bytes | Callable[[Any], Any]) -> No
     """Writes a file whole or not at all; it and its name are on disk when this returns.
 
     content: also a function that writes to the open file, for what should not be in memory twice.
+    What a text has that is not UTF-8, part of a file's name say, is escaped.
     """
-    content = content.encode() if isinstance(content, str) else content
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     fill = content if callable(content) else lambda file: file.write(content)
     if in_bucket(path):
         with path.open("wb") as file:

@@ -259,9 +259,10 @@ class Advance:
 
 
 def amount(count: float, unit: str = "") -> str:
-    """25 -> "25 B"; 8100 -> "8.1 kB"; 9370000 -> "9.37 MB"."""
-    scales = {999.5: (1, 0, ""), 999_500.0: (1e3, 1, "k"), 999_500_000.0: (1e6, 2, "M")}
-    scale, digits, prefix = next((of for most, of in scales.items() if count < most), (1e9, 2, "G"))
+    """25 -> "25 B"; 8100 -> "8.1 kB"; 9370000 -> "9.37 MB"; 1.5e15 -> "1.50 PB"."""
+    scales = [(1, 0, ""), (1e3, 1, "k"), (1e6, 2, "M"), (1e9, 2, "G"), (1e12, 2, "T")]
+    fits = (of for of in scales if count < 999.5 * of[0])
+    scale, digits, prefix = next(fits, (1e15, 2, "P"))
     return f"{count / scale:.{digits}f} {prefix}{unit}".rstrip()
 
 

@@ -46,7 +46,7 @@ def define_flags() -> Callable[[], None]:
         integer("processes", None, "How many there are; 1: alone, also in a cluster."),
         integer("process", None, "Which of them this one is, from 0."),
         flags.DEFINE_float("join_minutes", 5.0, "How long to wait for others.", lower_bound=0.01),
-        integer("lost_seconds", 100, lost, lower_bound=5),
+        integer("lost_seconds", 100, lost, lower_bound=5, upper_bound=10**6),
     ]
     return lambda: join(*(flag.value for flag in given))
 
@@ -75,6 +75,8 @@ def join(
         raise UserError(f"{', '.join(missing)} {wants}")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process={process}: must be from 0 to --processes - 1 = {processes - 1}")
+    if not minutes <= 10**6:  # nor NaN
+        raise UserError(f"--join_minutes={minutes:g}: must be at most 1,000,000, for instance 5")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         wants = "HOST:PORT of process 0, for instance host0:1234"
         raise UserError(f"--coordinator={coordinator!r}: must be {wants}")

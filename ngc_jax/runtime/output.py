@@ -1,7 +1,8 @@
 """What a command prints: to pipes that break, to closed streams, in letters that a terminal lacks.
 
 For: `begin`, first in every command; `doing`, which says what a wait is for: on a terminal how long
-and how far, in the log of a run once. Not for: what is printed, or programs that import this.
+and how far, in the log of a run once; `tolerated`, for programs that import this package. Not for:
+what is printed.
 """
 
 import contextlib
@@ -16,6 +17,9 @@ from typing import Any, TextIO
 SILENT = 1.5  # seconds after which it is said that the command is at work
 ERASE = "\r\x1b[K"
 BAR = 20  # characters
+# Settings of jax that change a program's dtypes, or refuse it; those of a user's environment.
+STEADY = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
+STEADY |= {"jax_numpy_rank_promotion": "allow", "jax_disable_jit": False}
 _doing = "loading"  # the libraries
 _come = 0.0  # how much of it is done, of 1
 _since = _written = time.monotonic()  # when that began, and when something was last printed
@@ -52,15 +56,44 @@ def begin(goes_on: bool = False) -> None:
         if before is not getattr(sys, f"__{name}__"):
             continue  # a caller's own
         raw = _Stream(number, "wb", closefd=False)
-        raw.goes_on = goes_on
+        raw.goes_on = goes_on or number == 2  # what a command is for is on stdout
         encoding = before.encoding if before else "utf-8"
         how: dict[str, Any] = {"errors": "backslashreplace", "line_buffering": True}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, **how))
-    os.environ.pop("JAX_ENABLE_X64", None)
     os.environ.pop("JAX_DEFAULT_DTYPE_BITS", None)
+    for setting, value in STEADY.items():
+        os.environ.pop(setting.upper(), None)
+        if "jax" in sys.modules:  # which has read it
+            sys.modules["jax"].config.update(setting, value)
     terminal = next((number for number in (2, 1) if os.isatty(number)), None)
     if terminal or goes_on:
         threading.Thread(target=_watch, args=[terminal], name="waiting", daemon=True).start()
+
+
+class _Tolerant:
+    """A program's own stream, as `begin` makes those of a command that goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        letters = getattr(self._stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text.encode(letters, "backslashreplace").decode(letters))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def tolerated() -> contextlib.AbstractContextManager[Any]:
+    """A block in which what a program that imports this package cannot print ends nothing."""
+    own: Any = sys.stdout and _Tolerant(sys.stdout)
+    return contextlib.redirect_stdout(own)
 
 
 def discard() -> None:

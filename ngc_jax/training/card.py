@@ -3,6 +3,7 @@
 For: writing card.md from the config and the rows of a run. Not for: measuring anything.
 """
 
+import os
 import shlex
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 from ngc_jax.analysis.page import describe
 from ngc_jax.count import Parameters
 from ngc_jax.report.blocks import heading, listing, table, to_markdown
+from ngc_jax.runtime.errors import plain
 from ngc_jax.runtime.files import Path, write_durably
-from ngc_jax.runtime.metrics import best_first, duration, latest, read_rows
+from ngc_jax.runtime.metrics import amount, best_first, duration, latest, read_rows
 
 TFDS = "~/tensorflow_datasets"  # where TFDS keeps sets by default
 HELD_OUT = {
@@ -26,7 +28,7 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     """Writes DIR/card.md; `data` says what they are, `generated` counts weights of a forward."""
     rows = read_rows(workdir)
     last, t, task = latest(rows), config.train, config.data.task
-    seen = last["step"] * t.batch_size * config.data.context / 1e6
+    seen = last["step"] * t.batch_size * config.data.context
     measures = HELD_OUT | {name: name for name in sorted(last) if name.startswith("stability/")}
     shown = [[said, _number(last[name])] for name, said in measures.items() if name in last]
     curve = [f"{_number(r['eval/loss'])} at {r['step']}" for r in rows if "eval/loss" in r]
@@ -44,7 +46,8 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
         "",
         f"run = ngc_jax.load({str(workdir)!r})",
     ]
-    text = f"""{heading(workdir.name, level=1).markdown}
+    name = plain(os.path.basename(os.path.abspath(workdir)))  # "." is a name, too
+    text = f"""{heading(name, level=1).markdown}
 
 **What.** {to_markdown(describe(config))}
 Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
@@ -53,7 +56,7 @@ Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
 **Data.** {to_markdown(data)}.
 Tokens: {to_markdown(task or config.data.tokenizer)}.
 
-**How.** {seen:.2f} M tokens, {t.optimizer}, peak learning rate {t.learning_rate:g} (neuron states
+**How.** {amount(seen)} tokens, {t.optimizer}, peak learning rate {t.learning_rate:g} (neuron states
 {t.state_learning_rate:g}), {t.schedule}, weight decay {t.weight_decay:g}, {t.compute_dtype}, seed
 {config.seed}.
 {duration(last["seconds"])} of training on {jax.device_count()} x {jax.devices()[0].device_kind}

@@ -29,7 +29,7 @@ from ngc_jax.data.tokens import Data, load_data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel, Params
-from ngc_jax.runtime import checkpoint, files, metrics
+from ngc_jax.runtime import checkpoint, files, metrics, output
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.output import doing
 from ngc_jax.training import loop, rewiring
@@ -194,8 +194,12 @@ class Trained:
         if isinstance(self.tokenizer, Symbols):
             task = self.config.data.task
             raise UserError(f"a model of data.task={task!r} reads no text: ask ngc_jax.solve")
-        raw = text.encode() if isinstance(text, str) else text
-        return np.array([max(self.tokenizer.mark, 0), *self.tokenizer.encode(raw)], np.int32)
+        try:
+            raw = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+            return np.array([max(self.tokenizer.mark, 0), *self.tokenizer.encode(raw)], np.int32)
+        except UnicodeError as error:
+            kind = f"data.tokenizer={self.config.data.tokenizer!r}"
+            raise UserError(f"text={text!r:.80}: must be UTF-8, as {kind} wants it") from error
 
 
 def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
@@ -205,7 +209,7 @@ def train(config: ConfigDict | str, workdir: str | os.PathLike[str]) -> Trained:
     to stop (Ctrl-C, SIGTERM), once saved; UserError for what the user can mend; and Diverged.
     """
     home = files.place(workdir)
-    with hold(home), jax.enable_x64(False):
+    with output.tolerated(), hold(home), jax.enable_x64(False):
         config = configs.named(config) if isinstance(config, str) else config
         if not loop.run(config.copy_and_resolve_references(), home):
             raise KeyboardInterrupt(f"asked to stop: {home} is saved, and the same call continues")

@@ -20,6 +20,7 @@ from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.runtime import files, metrics, multihost, profiler, trackers
+from ngc_jax.runtime.metrics import amount
 from ngc_jax.runtime.output import now
 from ngc_jax.training import begin, card, match_size, rewiring
 from ngc_jax.training.evaluation import compile_eval, compile_watch
@@ -178,7 +179,7 @@ def compile_programs(
     print(
         f"model: {stored.total:,} parameters, {stored.matrices:,} in matrices, "
         f"{stored.embeddings:,} in embeddings; {count.generated_weights(model):,} weights "
-        f"generated per forward; {flops / 1e9:.2f} GFLOPs per step; {memory / 2**20:.0f} MiB peak "
+        f"generated per forward; {amount(flops, 'FLOPs')} per step; {amount(memory, 'B')} peak "
         f"per device; compiled in {time.monotonic() - began:.1f} s on {here}"
     )
     run = lambda *given: compiled(*given, *known)  # noqa: E731

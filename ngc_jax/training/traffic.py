@@ -25,6 +25,7 @@ from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
 from ngc_jax.nn.settings import head_counts, kind_of
 from ngc_jax.report.blocks import aligned
+from ngc_jax.runtime.metrics import amount
 from ngc_jax.training import rounds, stability_metrics, step
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
@@ -144,8 +145,10 @@ def table(model: Costs, dense: Costs) -> str:
         if name not in KINDS or any(map(any, both)):
             cells = [(f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}" if a else "") for a, b in both]
             rows.append([name, *itertools.chain(*cells)])
-    sizes = {what: (size / 2**20, dense[1][what] / 2**20) for what, size in model[1].items()}
-    held = [f"{what}: {a:,.1f} MiB; dense {b:,.1f} MiB" for what, (a, b) in sizes.items()]
+    sizes = {
+        what: (amount(size, "B"), amount(dense[1][what], "B")) for what, size in model[1].items()
+    }
+    held = [f"{what}: {here}; dense {there}" for what, (here, there) in sizes.items()]
     return "\n".join([aligned(rows), *(f"memory per device, {line}" for line in held)])
 
 

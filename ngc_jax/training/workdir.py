@@ -38,7 +38,12 @@ from ngc_jax.runtime.files import (
 )
 
 # Settings of jax that change numbers, and that a user's environment may set.
-NUMERIC = ("jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+NUMERIC = ["default_matmul_precision", "default_prng_impl", "threefry_partitionable"]
+NUMERIC += ["random_seed_offset", "debug_nans", "optimization_level", "softmax_custom_jvp"]
+NUMERIC += ["exec_time_optimization_effort", "memory_fitting_effort"]
+NUMERIC += ["allow_f16_reductions", "high_dynamic_range_gumbel", "compiler_enable_remat_pass"]
+# That is, of the compilers and libraries beneath it.
+BENEATH = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC")
 LARGEST = 1 << 20  # bytes of a config
 # Fields that may change while a run continues: of logging, evaluation, saving, and devices.
 # Where a text lies is free as well: a fingerprint says whether it is the same.
@@ -203,8 +208,9 @@ def surroundings() -> dict[str, Any]:
     """What can change the last bits of a run that goes on elsewhere, for a checkpoint to keep."""
     cores = {"cores": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    asked = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    asked |= {name: str(getattr(jax.config, name)) for name in NUMERIC}
+    asked = {name: os.environ.get(name, "") for name in BENEATH}
+    # "": another version of jax, which has no such setting
+    asked |= {f"jax_{name}": str(getattr(jax.config, f"jax_{name}", "")) for name in NUMERIC}
     return {**versions(), "devices": devices, **cores, **asked}
 
 

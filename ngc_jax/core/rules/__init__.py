@@ -23,7 +23,7 @@ Array = jax.Array
 # An activation is z -> z gate(z): y = W(x) x, *transient* weights; as a layer, CoLA (2502.10940).
 GATES: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.sigmoid,
-    "gelu": jax.scipy.stats.norm.cdf,
+    "gelu": lambda drive: jax.scipy.stats.norm.cdf(drive),  # imported when it is used
     "relu": lambda z: (z > 0).astype(z.dtype),
 }
 
