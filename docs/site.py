@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("*.md", "LICENSE", "CITATION.cff", "docs/**/*.*", "experiments/**/*.md")
@@ -25,6 +26,11 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)}):
         name = path.relative_to(ROOT).as_posix()
         found.append(File.generated(config, name, abs_src_path=str(path)))
+    for notebook in ROOT.glob("docs/*.ipynb"):
+        text, more = MarkdownExporter().from_filename(str(notebook))
+        pictures = {f"docs/{name}": raw for name, raw in more["outputs"].items()}
+        for name, content in {f"docs/{notebook.stem}.md": text, **pictures}.items():
+            found.append(File.generated(config, name, content=content))
     for name, (title, modules) in API.items():
         text = "\n\n".join([f"# {title}", *(f"::: {module}" for module in modules)])
         found.append(File.generated(config, f"api/{name}.md", content=text))

@@ -123,3 +123,21 @@ def test_the_first_code_of_a_page_runs(page, shapes):
     found = {}
     exec(code, found)
     assert {name: found[name].shape for name in shapes} == shapes
+
+
+@pytest.mark.slow
+def test_the_notebook_is_executed_and_its_code_runs(tmp_path):
+    cells = json.loads((ROOT / "docs" / "first_look.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in code)
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert kinds == {"stream", "display_data"}  # no error
+    begin = 'from ngc_jax.config import named\nshort = named("ngc_tiny")\nshort.train.steps = 4\n'
+    begin += "short.train.warmup_steps = short.eval.windows = 1\n"
+    begin += "short.model.prelude = short.model.coda = 0\n"
+    whole = "\n".join(["".join(cell["source"]) for cell in code])
+    assert whole.count('"ngc_tiny"') == 1
+    (tmp_path / "notebook.py").write_text(begin + whole.replace('"ngc_tiny"', "short"))
+    said = done(tmp_path, "notebook.py")
+    assert "a closed channel adds" in said
+    assert said.count("without group") == 4
