@@ -1095,3 +1095,84 @@ def test_packed_windows_hold_each_token_once_and_cut_no_document_that_fits(tmp_p
     assert isinstance(data.validation, Windows)
     config.isolate_documents = False
     assert load_data(config).train[0].segments is None
+
+
+# ---- Tokens that are made when they are read -----------------------------------------------------
+
+
+def written(tmp_path, **fields):
+    """The data of a folder of three files, one of them with the mark of its encoding."""
+    home = tmp_path / "texts"
+    if not home.exists():
+        home.mkdir()
+        for i, size in enumerate((3000, 40, 9000)):
+            text = make_text(size, i) + " na\u00efve \u2603\U0001f600" * 9
+            mark = b"\xef\xbb\xbf" * (i == 2)
+            (home / f"{i}.txt").write_bytes(mark + text.encode())
+    return settings(tmp_path, path=str(home), **fields)
+
+
+def test_unprepared_bytes_are_the_windows_of_the_prepared_text(tmp_path):
+    config = written(tmp_path, isolate_documents=True)
+    prepared = load_data(config)
+    config.prepare = False
+    made = load_data(config)
+    assert len(made.train) == len(prepared.train) > 100
+    for i in range(len(made.train)):
+        for name in ("inputs", "targets", "segments"):
+            both = [getattr(data.train[i], name) for data in (made, prepared)]
+            np.testing.assert_array_equal(*both)
+    assert made.fingerprint == prepared.fingerprint
+    np.testing.assert_array_equal(made.validation.tokens, prepared.validation.tokens)
+    assert not [*(tmp_path / "cache").glob("held-*/train.bin")]
+    batches = [
+        [*train_batches(made.train, batch_size=8, seed=3, start=0, stop=9, rows=rows)]
+        for rows in (None, range(4), range(4, 8))
+    ]  # of one process, and of two
+    for whole, *parts in zip(*batches, strict=True):
+        halves = np.concatenate([part.inputs for part in parts])
+        np.testing.assert_array_equal(whole.inputs, halves)
+
+
+def test_unprepared_byte_pairs_are_those_of_each_part_of_the_text(tmp_path):
+    config = written(tmp_path, tokenizer="bpe", vocab_size=300)
+    prepared, config.prepare = load_data(config), False
+    made, own = load_data(config), prepared.tokenizer
+    assert made.fingerprint != prepared.fingerprint
+    # A plain reference: all bytes in a row, a document's mark as one of them.
+    tokens = prepared.train.tokens
+    starts = [*np.flatnonzero(tokens == own.mark), len(tokens)]
+    row = []
+    for a, b in itertools.pairwise(starts):
+        row += [own.mark + 256, *own.decode(tokens[a + 1 : b].tolist())]
+    step, kept = made.train.step, 0
+    for i in range(len(made.train)):
+        wanted, piece = [], []
+        for one in [*row[i * step : (i + 1) * step], -1]:
+            if one < 0 or one >= 256:
+                text = bytes(piece).decode(errors="ignore")  # of characters, whole ones
+                wanted += own.encode(text.encode()).tolist() + [own.mark] * (one >= 256)
+                piece = []
+            else:
+                piece.append(one)
+        batch, wanted = made.train[i], wanted[: config.context + 1]
+        np.testing.assert_array_equal(batch.inputs[: len(wanted) - 1], wanted[:-1])
+        asked = np.where(np.array(wanted[1:]) == own.mark, -1, wanted[1:])
+        np.testing.assert_array_equal(batch.targets[: len(asked)], asked)
+        assert (batch.targets[len(asked) :] == -1).all()
+        kept += len(wanted) - 1
+    assert kept > 0.85 * len(tokens)
+
+
+def test_unprepared_text_that_cannot_be_read_in_places_is_refused(tmp_path):
+    config = written(tmp_path, prepare=False)
+    data = load_data(config)
+    file = tmp_path / "texts" / "2.txt"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"2.txt has changed: must stay as it is"):
+        [data.train[i] for i in range(len(data.train))]
+    for name, raw in (("a.txt", "more text".encode("utf-16")), ("a.jsonl", b'{"text": "a"}\n' * 3)):
+        (tmp_path / "texts" / name).write_bytes(raw)
+        with pytest.raises(UserError, match=r"data.prepare=False: .*must be"):
+            load_data(config)
+        (tmp_path / "texts" / name).unlink()

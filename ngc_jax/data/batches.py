@@ -60,10 +60,15 @@ class Windows:
     def __getitem__(self, index: int) -> Batch:
         start = index * self.context
         tokens = self.tokens[start : start + self.context + 1].astype(np.int32)
-        targets, missing = next_token_targets(tokens, self.mark), self.context + 1 - len(tokens)
-        inputs = np.pad(tokens[:-1], (0, missing))
-        targets = np.pad(targets, (0, missing), constant_values=NOTHING)
-        return Batch(inputs, targets, segments_of(inputs, self.boundary))
+        return window(tokens, self.context, self.mark, self.boundary)
+
+
+def window(tokens: np.ndarray, context: int, mark: int, boundary: int | None) -> Batch:
+    """The example [context] of context + 1 tokens, or fewer, and then filled at its end."""
+    targets, missing = next_token_targets(tokens, mark), context + 1 - len(tokens)
+    inputs = np.pad(tokens[:-1], (0, missing))
+    targets = np.pad(targets, (0, missing), constant_values=NOTHING)
+    return Batch(inputs, targets, segments_of(inputs, boundary))
 
 
 class Mixture:

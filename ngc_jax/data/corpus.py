@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ngc_jax.data import stored
 from ngc_jax.data.cache import entry
+from ngc_jax.data.unprepared import Span
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import amount
 
@@ -33,6 +34,7 @@ class Corpus(NamedTuple):
     read: Callable[[], Iterator[tuple[str, Iterable[bytes]]]]  # ("train", a document's pieces), ...
     size: int  # bytes; 0: not known
     summary: str  # for the log and the card
+    spans: Callable[[], list[Span]] | None = None  # to train on, where files are read in places
 
 
 def library(cache: pathlib.Path) -> Corpus:

@@ -72,24 +72,30 @@ def open_corpora(config: Any, home: pathlib.Path) -> Mixed:
     return Mixed(parts, [weight / sum(weights) for weight in weights])
 
 
-def write_tokens(mixed: Mixed, tokenizer: Any, to: pathlib.Path) -> None:
-    """Writes the tokens of all splits, TO/{train,validation}[1, ...].bin and TO/meta.json.
+SPLITS = ("train", "validation")
+
+
+def write_tokens(
+    mixed: Mixed, tokenizer: Any, to: pathlib.Path, wanted: tuple[str, ...] = SPLITS
+) -> None:
+    """Writes the tokens of these splits, TO/{train,validation}[1, ...].bin and TO/meta.json.
 
     Goes on where a killed call has written TO/journal.json. Raises UserError, UnicodeDecodeError.
     """
     dtype = np.dtype("uint16" if tokenizer.vocab <= 1 << 16 else "uint32")
     mark = np.array([tokenizer.mark] if tokenizer.mark >= 0 else [], dtype).tobytes()
     parts = range(len(mixed.parts))
-    splits = [name_of(split, i) for split in ("train", "validation") for i in parts]
+    splits = [name_of(split, i) for split in wanted for i in parts]
     done, sums = _begun(to, splits)
     with contextlib.ExitStack() as stack:
         opened = {}
         for split in splits:
             opened[split] = stack.enter_context(open(to / f"{split}.bin", "ab"))
             opened[split].truncate(sums[split][0])
-        advance = Advance("making tokens", sum(part.size for part in mixed.parts))
+        whole = sum(part.size for part in mixed.parts) if wanted == SPLITS else 0
+        advance = Advance("making tokens", whole)
         saved = time.monotonic()
-        for number, batch in enumerate(_batches(mixed, tokenizer.cuts)):
+        for number, batch in enumerate(_batches(mixed, tokenizer.cuts, wanted)):
             advance.add(sum(len(piece) for _, _, piece in batch), number < done)
             if number < done:
                 continue
@@ -127,11 +133,15 @@ def sample(mixed: Mixed) -> Iterator[str]:
                     yield from (line.decode() for line in sources.cut([piece], LINE))
 
 
-def _batches(mixed: Mixed, cuts: bool) -> Iterator[list[tuple[str, bool, bytes]]]:
-    """Pieces of all documents in order: (file, whether a document begins, bytes)."""
+def _batches(
+    mixed: Mixed, cuts: bool, wanted: tuple[str, ...]
+) -> Iterator[list[tuple[str, bool, bytes]]]:
+    """Pieces of the documents in order: (file, whether a document begins, bytes)."""
     batch, size = list[tuple[str, bool, bytes]](), 0
     for i, part in enumerate(mixed.parts):
         for split, pieces in part.read():
+            if split not in wanted:
+                continue
             begins = True
             for piece in sources.cut(pieces) if cuts else pieces:
                 batch.append((name_of(split, i), begins, piece))

@@ -33,6 +33,9 @@ def _check(config: Any, need: Need) -> None:
         need(not d.isolate_documents, "data.isolate_documents", "False for data.tokenizer='tokens'")
     whole = d.tokenizer != "tokens" and config.iteration.rounds != "marked" and not d.task
     need(d.packing == "stream" or whole, "data.packing", "'stream' where there are no documents")
+    plain = d.path and not d.task and d.tokenizer != "tokens" and d.packing == "stream"
+    wants = "True where data.path names no plain text, or data.packing is 'best-fit'"
+    need(d.prepare or bool(plain), "data.prepare", wants)
     if not d.task:
         return
     task, where = TASKS[d.task], f"where data.task={d.task!r}"
@@ -114,6 +117,8 @@ DATA = Section("data",
     Field("vocab_size", 4096, "vocabulary of 'bpe', 258 or more, 'given' or 'tokens'; that of "
           "'bytes' is 257", "[1, 1e6]", "tokens"),
     Field("context", 128, "length of a window, or of the longest problem", "[1, 1e9]", "tokens"),
+    Field("prepare", True, "whether tokens are made and kept before training; False: when they are "
+          "read, from plain files"),
     Field("packing", "stream", "what a window to train on is of: 'stream' = all text in a row; "
           "'best-fit' = whole documents", ("stream", "best-fit")),
     Field("isolate_documents", False, "whether a token attends to its own document only"),

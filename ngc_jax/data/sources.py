@@ -259,7 +259,7 @@ def character(text: bytes, at: int) -> int:
 def head_and_tail(pieces: Iterable[bytes], at: int, unit: int = 0) -> tuple[Document, Document]:
     """A document cut in two near byte `at`: not inside a UTF-8 character, or token of `unit` bytes.
 
-    The first is to be read before the second.
+    The first is to be read before the second, which passes over what is left of it.
     """
     rest: list[bytes] = []
     source = iter(pieces)
@@ -276,8 +276,10 @@ def head_and_tail(pieces: Iterable[bytes], at: int, unit: int = 0) -> tuple[Docu
                 rest.append(piece[here:])
                 return
 
-    def tail() -> Document:
+    def tail(first: Document) -> Document:
+        for _ in first:
+            pass
         yield from rest
         yield from source
 
-    return head(), tail()
+    return (first := head()), tail(first)

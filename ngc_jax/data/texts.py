@@ -16,6 +16,7 @@ import numpy as np
 from ngc_jax.data import cache, sources
 from ngc_jax.data.corpus import Corpus
 from ngc_jax.data.folders import OUT, TRAIN, VALIDATION, Skips, announced, listed, note
+from ngc_jax.data.unprepared import Span, head_of, plain
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import Advance, amount
@@ -89,10 +90,27 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
         except sources.faults() as error:
             raise UserError(_changed(path)) from error
 
+    def spans() -> list[Span]:
+        if max(made.counts) > 1 or vocab:
+            raise UserError(f"data.prepare=False: must be True where {asked} has rows or tokens")
+        whole = ((path, row) for path, row in zip(_of(paths, made.counts), rows, strict=True))
+        found = [
+            plain(path, int(row["size"])) if row["part"] == TRAIN else None for path, row in whole
+        ]
+        if made.cut[0] >= 0 and (cut := found[made.cut[0]]):
+            found[made.cut[0]] = head_of(cut, made.cut[1])
+        return [span for span in found if span]
+
     size = int(rows["size"][rows["part"] != OUT].sum())
     by = "by name, " if share == 0 and not beside else ""
     about = f"text: {_sizes(made)}, {by}fingerprint {made.fingerprint[:16]}"
-    return Corpus(made.fingerprint, read, size, about + (f"; left out: {left}" if left else ""))
+    about += f"; left out: {left}" if left else ""
+    return Corpus(made.fingerprint, read, size, about, spans)
+
+
+def _of(paths: list[str], counts: np.ndarray) -> list[str]:
+    """The file of each document."""
+    return [path for path, count in zip(paths, counts, strict=True) for _ in range(count)]
 
 
 def _state(path: str) -> list[int]:

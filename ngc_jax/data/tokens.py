@@ -16,6 +16,7 @@ import numpy as np
 from ngc_jax.data import cache, packing, prepare, problems
 from ngc_jax.data.batches import Examples, Mixture, Windows
 from ngc_jax.data.byte_pairs import BPE
+from ngc_jax.data.corpus import Corpus
 from ngc_jax.data.given import Given
 from ngc_jax.data.packing import Packed
 from ngc_jax.data.settings import special_names
@@ -31,6 +32,7 @@ from ngc_jax.data.tokenizer import (
     save_tokenizer,
     specially,
 )
+from ngc_jax.data.unprepared import Unprepared
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import amount
 
@@ -105,11 +107,14 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         if isinstance(tokenizer, BPE):
             kind += f"-{_sha256(tokenizer.serialised)[:16]}-{tokenizer.vocab}"
 
+        wanted = prepare.SPLITS if config.prepare else prepare.SPLITS[1:]
+
         def write(to: pathlib.Path) -> None:
             save_tokenizer(tokenizer, to)
-            prepare.write_tokens(mixed, tokenizer, to)
+            prepare.write_tokens(mixed, tokenizer, to, wanted)
 
-        home = cache.entry(kept, f"tokens-{kind}-{of}", write, continues=True)
+        name = "tokens" if config.prepare else "held"
+        home = cache.entry(kept, f"{name}-{kind}-{of}", write, continues=True)
     meta = json.loads((home / "meta.json").read_text("utf-8"))
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
@@ -129,13 +134,29 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         spans = cache.entry(kept, name, build)
         return Packed(of.tokens, spans, of.context, of.mark, of.boundary is not None)
 
+    def unprepared(part: Corpus) -> Unprepared:
+        if part.spans is None:
+            wants = "must be True where data.path names no files of plain text"
+            raise UserError(f"data.prepare=False: {wants}")
+        made = Unprepared(part.spans(), tokenizer, config.context, ends)
+        if not len(made):
+            wants = f"give more text than data.context={config.context}"
+            raise UserError(f"the train text is shorter than a window: {wants}")
+        return made
+
     if isinstance(tokenizer, BPE):
-        fingerprint = _sha256(fingerprint + tokenizer.serialised)
+        steps = "" if config.prepare else " unprepared"
+        fingerprint = _sha256(fingerprint + tokenizer.serialised + steps)
     splits, sizes = list[Examples](), list[str]()
     for split in ("train", "validation"):
         # A held-out text of the user's own is every part's: it counts once.
         own = split == "validation" and config.validation_path
         names = [prepare.name_of(split, i) for i in range(1 if own else len(mixed.parts))]
+        if split not in wanted:
+            found = [unprepared(part) for part in mixed.parts]
+            splits.append(found[0] if len(found) == 1 else Mixture(found, mixed.shares))
+            sizes.append(f"{amount(sum(map(len, found)))} {split} windows, made when they are read")
+            continue
         made: list[Any] = [windows(name) for name in names]
         sizes.append(f"{amount(sum(len(of.tokens) for of in made))} {split} tokens")
         if split == "train" and config.packing == "best-fit":
