@@ -154,11 +154,13 @@ def test_nothing_is_written_and_links_and_what_others_wrote_do_no_harm(folder, a
         for file, text in zip(("config.json", "metrics.jsonl"), texts, strict=True):
             (folder / name / file).write_text(text)
     (folder / "junk" / "events.jsonl").symlink_to("/dev/zero")
+    (folder / "\udcff").mkdir()  # no UTF-8
+    (folder / "\udcff" / "config.json").write_text("{}")
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     found = json.loads(ask("/runs")[2])["runs"]
-    assert [*found] == ["junk", "live", "study/done", "types"]
+    assert [*found] == ["junk", "live", "study/done", "types", "?"]
     for name in found:
-        assert ask(f"/run?id={name}")[0] == 200
+        assert ask(f"/run?id={name.replace('?', '%3F')}")[0] == 200
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

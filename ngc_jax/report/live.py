@@ -186,7 +186,8 @@ class Runs:
         if began - self._looked > 10:
             found = sorted(_runs_in(self.home, DEPTH), key=_changed)
             self.left_out = max(0, len(found) - MOST)
-            homes = {os.path.relpath(run, self.home): run for run in sorted(found[-MOST:])}
+            names = {run: os.path.relpath(run, self.home) for run in sorted(found[-MOST:])}
+            homes = {name.encode(errors="replace").decode(): run for run, name in names.items()}
             self._runs = {name: self._runs.get(name) or Followed(homes[name]) for name in homes}
             self._looked = time.monotonic()
         waiting = [*self._runs.values()]

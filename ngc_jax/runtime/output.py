@@ -111,7 +111,7 @@ def nobody() -> TextIO:
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Within this block whoever is told nothing for SILENT seconds is told `what`, and so on."""
-    before = _doing
+    before = "at work" if _doing == "loading" else _doing
     now(what)
     try:
         yield

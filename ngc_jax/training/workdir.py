@@ -24,18 +24,9 @@ from ml_collections import ConfigDict
 
 from ngc_jax.config import SECTIONS, base, reset_unread, validate
 from ngc_jax.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from ngc_jax.runtime import fields, multihost
+from ngc_jax.runtime import fields, files, multihost
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import (
-    HOLDER,
-    Path,
-    in_bucket,
-    place,
-    read,
-    read_json,
-    sync,
-    write_durably,
-)
+from ngc_jax.runtime.files import Path, in_bucket, place, read, read_json, sync, write_durably
 
 # Settings of jax that change numbers, and that a user's environment may set.
 NUMERIC = ["default_matmul_precision", "default_prng_impl", "threefry_partitionable"]
@@ -89,7 +80,7 @@ def _claim(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, text: str) -
         if os.path.islink(path):
             raise UserError(f"{path} is a link, which a run does not follow: remove it")
     # What a claim that was killed may have left.
-    begun = (".config.json", ".tokenizer.json", HOLDER, f".{HOLDER}")
+    begun = (".config.json", ".tokenizer.json", files.HOLDER, f".{files.HOLDER}")
     left = [path for path in inside if path.name == "tokenizer.json" or path.name.startswith(begun)]
     if (workdir / "config.json").exists():
         stored = read_config(workdir)
@@ -137,13 +128,13 @@ def hold(workdir: Path) -> Iterator[None]:
             since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
             with contextlib.suppress(OSError):  # `claim` says what is wrong with it
-                write_durably(workdir / HOLDER, who)
+                write_durably(workdir / files.HOLDER, who)
     try:
         yield
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
-                (workdir / HOLDER).unlink(missing_ok=True)
+                (workdir / files.HOLDER).unlink(missing_ok=True)
                 os.rmdir(workdir)
             os.close(handle)
 
@@ -170,7 +161,7 @@ def _lock(workdir: Path) -> int | None:
     except OSError as error:
         here, holder = f"--workdir={workdir}", "a process that is not named"
         with contextlib.suppress(OSError, ValueError):
-            holder = read(workdir / HOLDER, 1000).decode()
+            holder = read(workdir / files.HOLDER, 1000).decode()
         if isinstance(error, BlockingIOError):
             os.close(handle)
             told = f"{here} is in use by {holder}: wait for it, or give another"
