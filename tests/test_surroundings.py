@@ -273,6 +273,10 @@ def test_help_shows_defaults_and_waits_for_no_library():
     assert done.stdout == "[]\n", done.stderr + done.stdout
 
 
+def test_a_command_without_docstrings_has_its_help():  # as under python -OO
+    assert "--tokens" in arguments.parser(None, *sample.OPTIONS).format_help()
+
+
 def test_a_wheel_has_every_package_configs_and_studies():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")

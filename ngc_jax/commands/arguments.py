@@ -43,7 +43,7 @@ PLACES = (
 
 def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     """The arguments of every command on a work directory, and `options`, for `read`."""
-    arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    arguments = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     arguments.add_argument("--workdir", type=place, required=True, help="of a run")
     told = "checkpoint; default: the newest sound one, or the best (checkpoint.best)"
     arguments.add_argument("--step", type=int, help=told)
