@@ -90,6 +90,15 @@ def test_what_is_told_beside_a_result_may_fail(to):
 def test_a_closed_stream_is_not_the_next_file_that_is_opened():
     script = BEGIN.format(goes_on=False) + "sys.exit(os.open('setup.cfg', os.O_RDONLY) < 3)"
     assert shell(f'$py -c "{script}" <&- >&- 2>&-').returncode == 0
+    caught = "from ngc_jax.runtime.preemption import end_at_ctrl_c; end_at_ctrl_c(); "  # its pipe
+    script = BEGIN.format(goes_on=False) + "print(1)"
+    assert shell(f'$py -c "{caught}{script}" >&-').returncode == 0
+
+
+@pytest.mark.parametrize(("to", "said"), [("> /dev/full", 1), ("| true", 0), (">&-", 0)])
+def test_help_that_nobody_reads_is_one_line_at_most(to, said):
+    done = shell(f"$py -m ngc_jax.sample --help {to}")
+    assert done.stderr.count(b"\n") == said
 
 
 def test_a_command_whose_output_is_all_ends_with_its_reader():
@@ -200,6 +209,13 @@ def test_devices_that_are_not_here_are_one_line():
     assert done.returncode == 2
     assert re.fullmatch(r"error: JAX_PLATFORMS=cuda: must name devices .*cpu.*\n", done.stderr)
     assert errors.of_machine(RuntimeError("another")) == ""
+
+
+def test_a_setting_that_jax_refuses_is_one_line():
+    told = r'error: the environment: Invalid value "x" for JAX flag jax_default_matmul_precision\n'
+    done = python("-m", "ngc_jax.commands.ngc", "train", JAX_DEFAULT_MATMUL_PRECISION="x")
+    assert done.returncode == 2
+    assert re.fullmatch(told, done.stderr)
 
 
 @pytest.mark.parametrize("kind", [MemoryError, RuntimeError])

@@ -139,7 +139,11 @@ def command(main: Callable[[], None], goes_on: bool = False) -> None:
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     logging.set_verbosity(logging.ERROR)
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # of --help, which has printed
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except UserError as error:
         fail(2, error)
@@ -151,7 +155,7 @@ def command(main: Callable[[], None], goes_on: bool = False) -> None:
     except OSError as error:  # a full disk, say
         output.discard()
         fail(1, error)
-    except (AssertionError, MemoryError, RuntimeError) as error:
+    except (AssertionError, MemoryError, RuntimeError, ValueError) as error:
         if told := of_machine(error):
             fail(2, told)
         raise
