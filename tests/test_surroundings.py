@@ -22,7 +22,7 @@ from ngc_jax.commands import arguments, plot, sample
 from ngc_jax.runtime import errors, files, output
 from ngc_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training import load, workdir
+from ngc_jax.training import card, load, workdir
 
 STATE = {"x": jnp.arange(4), "step": jnp.int32(3)}
 BEGIN = "import os, sys; from ngc_jax.runtime import output; output.begin({goes_on}); "
@@ -134,6 +134,13 @@ def test_files_are_text_in_utf_8_and_paths_are_expanded_wherever_they_are():
             if name == "add_argument":  # a path is as `files.expand` makes it
                 told = ast.unparse(call).partition("type=")[2]
                 assert not re.match(r"(pathlib\.|lambda \w+: )?Path\b(?!.*expand)", told), path
+
+
+@pytest.mark.parametrize("name", [b"a b", b"it's", b"a\n\\'\xfc\xc3\xbc", b"$x `y`", b"\x1b[1m"])
+def test_the_commands_of_a_card_name_any_path_on_one_line(name):
+    told = card.quoted(os.fsdecode(name))
+    assert told.isprintable()
+    assert shell(f"printf %s {told}").stdout == name
 
 
 def test_what_is_not_utf_8_in_a_name_is_escaped_in_a_text(tmp_path):
