@@ -35,7 +35,7 @@ def seconds(**fields: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     seconds()  # the first compilation of a process costs more

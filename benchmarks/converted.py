@@ -75,7 +75,7 @@ def programs(config: ConfigDict) -> tuple[Callable[[], jax.Array], Callable[[], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kept", default="0.8,0.6,0.4", help="shares, with commas")
     parser.add_argument("--stages", type=int, default=SMOLLM2["prelude"])
     parser.add_argument("--pairs", type=int, default=9)

@@ -69,7 +69,7 @@ def watching() -> float:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}; times as multiples of {STEPS} forward steps")
     for name, (step, x) in systems().items():

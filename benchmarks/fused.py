@@ -67,7 +67,7 @@ def product(
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     on_cpu = jax.default_backend() == "cpu"
     n, counts = (128, (64,)) if on_cpu else (1024, (64, 1024, 16384))
     init = jax.jit(partial(RULES["distance"].init, groups=1, n_in=n, n_out=n, dim=4))

@@ -146,7 +146,7 @@ def of_a_save(config: ConfigDict, home: pathlib.Path, saves: int = 5) -> tuple[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--updates", type=int, default=50, help="of a run, at least 30")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--width", type=int, default=128)

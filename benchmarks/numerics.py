@@ -103,7 +103,7 @@ def one_kernel() -> float | None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__}, {device}: relative errors of float32 against float64\n")
     heads = " | ".join(f"{precision}, at most {limit:g}" for precision, limit in LIMITS.items())

@@ -104,7 +104,7 @@ def used(flops: float, seconds: float, dtype: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--widths", default="256,512,1024", help="separated by commas")
     parser.add_argument("--groups", type=int, default=8, help="groups, and heads, of every model")
     parser.add_argument("--stages", type=int, default=2)

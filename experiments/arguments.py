@@ -27,7 +27,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
     """The arguments of all commands that run a study."""
-    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(about or "").partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--workdir", type=expand, help="default: runs/STUDY")
     parser.add_argument(
         "--jobs",

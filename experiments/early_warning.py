@@ -260,7 +260,7 @@ def draw(home: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workdir", type=expand, default=pathlib.Path("runs/early_warning"))
     parser.add_argument("--jobs", type=int, default=2, help="sets at a time")
     parser.add_argument(

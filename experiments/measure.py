@@ -15,7 +15,7 @@ from ngc_jax.runtime.files import write_durably
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name in ("study", "run_folder", "out"):
         parser.add_argument(name)
     args = parser.parse_args()

@@ -204,7 +204,7 @@ def draw(out: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=expand, default=pathlib.Path("docs/method.png"))
     args = parser.parse_args()
     draw(args.out)

@@ -102,7 +102,7 @@ def fitted(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workdir", required=True, type=expand, help="of the teacher")
     parser.add_argument("--calibrate", required=True, help="files, with commas")
     parser.add_argument("--test", required=True, help="NAME:FILE, with commas")

@@ -278,7 +278,7 @@ def commas(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=expand, default=pathlib.Path("runs/reasoning_kept"))
     parser.add_argument("--tasks", type=commas(), default=[*TASKS])
     parser.add_argument("--seeds", type=commas(int), default=[0, 1, 2])

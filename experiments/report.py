@@ -202,7 +202,7 @@ def report(results: Results, about: str) -> pathlib.Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("study", help="name of a file of experiments/, or path of your file")
     parser.add_argument("--workdir", type=expand, help="default: runs/STUDY")
     args = parser.parse_args()

@@ -103,6 +103,6 @@ def renewed(page: str, report: str) -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     PAGE.write_text(renewed(PAGE.read_text("utf-8"), REPORT.read_text("utf-8")), "utf-8")
     PICTURE.write_bytes(drawing(REPORT.read_text("utf-8")))

@@ -73,7 +73,7 @@ def draw(rule: str, out: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--out", type=expand, default=pathlib.Path("docs/rules"), help="a folder for the PNGs"
     )

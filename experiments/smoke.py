@@ -130,7 +130,7 @@ def resumes(home: pathlib.Path, fields: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workdir", type=expand, default=pathlib.Path("runs/smoke"))
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time; default: cores"

@@ -73,7 +73,7 @@ def soak(workdir: pathlib.Path, updates: int, saves: int, more: list[str]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--updates", type=int, default=50_000)
     parser.add_argument("--saves", type=int, default=100)
     parser.add_argument("--workdir", type=expand, default=pathlib.Path("runs/soak"))

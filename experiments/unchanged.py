@@ -307,7 +307,7 @@ def write_text(home: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name in ("record", "out", "compare", "checkout", "workdir", "begin", "programs"):
         parser.add_argument(f"--{name}", type=lambda path: Path(path).expanduser().absolute())
     parser.add_argument("--runs", default="*")

@@ -5,6 +5,7 @@ For: `base()`, which config files start from, `validate`, `make_model`, and the 
 """
 
 import difflib
+import os
 import pathlib
 import runpy
 from typing import TYPE_CHECKING, Any
@@ -76,8 +77,9 @@ def config_path(given: str) -> pathlib.Path:
     Raises UserError, with the names that there are.
     """
     path, name, known = expand(given), given.removesuffix(".py"), config_names()
-    if path.is_file() or name in known:
-        return path if path.is_file() else CONFIGS / f"{name}.py"
+    there = os.path.isfile(path)  # which does not raise, as of a name that is too long
+    if there or name in known:
+        return path if there else CONFIGS / f"{name}.py"
     near = difflib.get_close_matches(path.stem, known, 1)
     hint = f". Did you mean {near[0]!r}?" if near else ""
     wants = f"give a file, or one of {', '.join(known)}{hint}"

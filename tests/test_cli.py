@@ -101,6 +101,7 @@ def test_fields_need_no_prefix_and_the_config_no_flag(read, monkeypatch, tmp_pat
     for given, message in (
         (["ngc_tiny", "--modle.width=3"], "there is no field 'modle.width'. Did you mean"),
         (["ngc_tyni"], "there is no config 'ngc_tyni'"),
+        (["y" * 300], "there is no config 'yyyy"),
         (["ngc_tiny", "train.steps=3"], "unexpected argument 'train.steps=3'"),
     ):
         with pytest.raises(UserError, match=message):

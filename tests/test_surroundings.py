@@ -22,7 +22,7 @@ from ngc_jax.commands import arguments, plot, sample
 from ngc_jax.runtime import errors, files, output
 from ngc_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.training import load, workdir
+from ngc_jax.training import card, load, workdir
 
 STATE = {"x": jnp.arange(4), "step": jnp.int32(3)}
 BEGIN = "import os, sys; from ngc_jax.runtime import output; output.begin({goes_on}); "
@@ -90,6 +90,15 @@ def test_what_is_told_beside_a_result_may_fail(to):
 def test_a_closed_stream_is_not_the_next_file_that_is_opened():
     script = BEGIN.format(goes_on=False) + "sys.exit(os.open('setup.cfg', os.O_RDONLY) < 3)"
     assert shell(f'$py -c "{script}" <&- >&- 2>&-').returncode == 0
+    caught = "from ngc_jax.runtime.preemption import end_at_ctrl_c; end_at_ctrl_c(); "  # its pipe
+    script = BEGIN.format(goes_on=False) + "print(1)"
+    assert shell(f'$py -c "{caught}{script}" >&-').returncode == 0
+
+
+@pytest.mark.parametrize(("to", "said"), [("> /dev/full", 1), ("| true", 0), (">&-", 0)])
+def test_help_that_nobody_reads_is_one_line_at_most(to, said):
+    done = shell(f"$py -m ngc_jax.sample --help {to}")
+    assert done.stderr.count(b"\n") == said
 
 
 def test_a_command_whose_output_is_all_ends_with_its_reader():
@@ -125,6 +134,13 @@ def test_files_are_text_in_utf_8_and_paths_are_expanded_wherever_they_are():
             if name == "add_argument":  # a path is as `files.expand` makes it
                 told = ast.unparse(call).partition("type=")[2]
                 assert not re.match(r"(pathlib\.|lambda \w+: )?Path\b(?!.*expand)", told), path
+
+
+@pytest.mark.parametrize("name", [b"a b", b"it's", b"a\n\\'\xfc\xc3\xbc", b"$x `y`", b"\x1b[1m"])
+def test_the_commands_of_a_card_name_any_path_on_one_line(name):
+    told = card.quoted(os.fsdecode(name))
+    assert told.isprintable()
+    assert shell(f"printf %s {told}").stdout == name
 
 
 def test_what_is_not_utf_8_in_a_name_is_escaped_in_a_text(tmp_path):
@@ -202,6 +218,13 @@ def test_devices_that_are_not_here_are_one_line():
     assert errors.of_machine(RuntimeError("another")) == ""
 
 
+def test_a_setting_that_jax_refuses_is_one_line():
+    told = r'error: the environment: Invalid value "x" for JAX flag jax_default_matmul_precision\n'
+    done = python("-m", "ngc_jax.commands.ngc", "train", JAX_DEFAULT_MATMUL_PRECISION="x")
+    assert done.returncode == 2
+    assert re.fullmatch(told, done.stderr)
+
+
 @pytest.mark.parametrize("kind", [MemoryError, RuntimeError])
 def test_memory_that_is_not_here_is_one_line(kind, capsys):
     def work():
@@ -277,6 +300,10 @@ print(sorted({"jax", "orbax", "flax", "scipy.stats", "matplotlib.figure"} & sys.
 def test_help_shows_defaults_and_waits_for_no_library():
     done = python("-c", HELPED)
     assert done.stdout == "[]\n", done.stderr + done.stdout
+
+
+def test_a_command_without_docstrings_has_its_help():  # as under python -OO
+    assert "--tokens" in arguments.parser(None, *sample.OPTIONS).format_help()
 
 
 def test_a_wheel_has_every_package_configs_and_studies():

@@ -43,7 +43,7 @@ PLACES = (
 
 def parser(description: str | None, *options: Field) -> argparse.ArgumentParser:
     """The arguments of every command on a work directory, and `options`, for `read`."""
-    arguments = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    arguments = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     arguments.add_argument("--workdir", type=place, required=True, help="of a run")
     told = "checkpoint; default: the newest sound one, or the best (checkpoint.best)"
     arguments.add_argument("--step", type=int, help=told)
@@ -141,7 +141,11 @@ def command(main: Callable[[], None], goes_on: bool = False) -> None:
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     logging.set_verbosity(logging.ERROR)
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # of --help, which has printed
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except UserError as error:
         fail(2, error)
@@ -153,7 +157,7 @@ def command(main: Callable[[], None], goes_on: bool = False) -> None:
     except OSError as error:  # a full disk, say
         output.discard()
         fail(1, error)
-    except (AssertionError, MemoryError, RuntimeError) as error:
+    except (AssertionError, MemoryError, RuntimeError, ValueError) as error:
         if told := of_machine(error):
             fail(2, told)
         raise

@@ -13,7 +13,7 @@ from ngc_jax.runtime.output import now
 
 def main() -> None:
     """Prints what was imported."""
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("--from", dest="source", required=True, help="folder, or .gguf file")
     arguments.add_argument("--workdir", type=place, required=True, help="a new directory")
     told = "tokens of a window; default: 512, or as many as the model takes"

@@ -54,7 +54,7 @@ def draw(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
 
 def main() -> None:
     """Draws the runs of a command line."""
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     where = "PNG, SVG or PDF; default: curve.png"
     arguments.add_argument("--out", type=expand, default=pathlib.Path("curve.png"), help=where)
     arguments.add_argument("workdirs", nargs="+", type=expand, help="of runs, one curve each")

@@ -5,6 +5,7 @@ For: writing docs/settings.md anew. Not for: the tables (`settings.py` of the ro
 
 import argparse
 
+from ngc_jax.commands.arguments import command
 from ngc_jax.config import SECTIONS
 from ngc_jax.nn.settings import MODELS
 from ngc_jax.report.blocks import heading, paragraph, table
@@ -34,6 +35,11 @@ def page() -> str:
     return "\n\n".join(block.markdown for block in blocks) + "\n"
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+def main() -> None:
+    """Prints the page."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     print(page(), end="")
+
+
+if __name__ == "__main__":
+    command(main)

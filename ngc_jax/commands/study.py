@@ -9,11 +9,13 @@ import re
 import runpy
 import sys
 
+from ngc_jax.runtime import output
 from ngc_jax.runtime.files import ROOT
 
 
 def main() -> None:
     """Runs the program of `experiments/` that the first word names, else the study that it is."""
+    output.begin(goes_on=True)
     sys.path.insert(0, str(ROOT))
     name, *rest = sys.argv[1:] or ["--help"]
     file = ROOT / "experiments" / f"{name}.py"

@@ -20,9 +20,13 @@ def main(about: str | None = __doc__) -> None:
     # Only now, since these imports take seconds.
     from absl import flags, logging
 
-    from ngc_jax.commands.config_flag import read_config
-    from ngc_jax.runtime import multihost
     from ngc_jax.runtime.errors import UserError, end_soon, fail, of_machine
+
+    try:
+        from ngc_jax.commands.config_flag import read_config
+        from ngc_jax.runtime import multihost
+    except ValueError as error:
+        fail(2, of_machine(error) or error)
 
     logging.set_verbosity(logging.FATAL)  # an error is raised, and printed as one line
     given = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/CONFIG.")

@@ -31,7 +31,12 @@ def say(error: object) -> None:
 
 
 def of_machine(error: BaseException) -> str:
-    """What to say of devices that are not here, or have no room; "" of another error."""
+    """What to say of devices that are not here, or have no room; "" of another error.
+
+    Also of a value in the environment that jax refuses when it is imported.
+    """
+    if isinstance(error, ValueError):
+        return f"the environment: {error}" * ("for JAX flag" in str(error))
     if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
         why = (str(error).splitlines() or ["of the process"])[0]
         return f"out of memory: ask for less, such as a smaller batch, context or width ({why})"

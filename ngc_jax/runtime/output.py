@@ -41,16 +41,23 @@ class _Stream(io.FileIO):
             raise
 
 
-def begin(goes_on: bool = False) -> None:
-    """Readies stdout and stderr. goes_on: the work matters, and not whether anyone reads of it.
+def occupy() -> None:
+    """Makes a standard stream that is closed one that nobody reads.
 
-    Letters that a stream has not are escaped, and a line is written when it is printed. Of the
-    environment, what would change the dtypes of a run is left out. A stream that is closed is one
-    that nobody reads: else the next file that is opened would take its number, and be printed to.
+    Else the next file that is opened would take its number, and be printed to.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
+
+
+def begin(goes_on: bool = False) -> None:
+    """Readies stdout and stderr. goes_on: the work matters, and not whether anyone reads of it.
+
+    Letters that a stream has not are escaped, and a line is written when it is printed. Of the
+    environment, what would change the dtypes of a run is left out.
+    """
+    occupy()
     for name, number in (("stdout", 1), ("stderr", 2)):
         before = getattr(sys, name)
         if before is not getattr(sys, f"__{name}__"):

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from ngc_jax.runtime.output import erase
+from ngc_jax.runtime.output import erase, occupy
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of Ctrl-C, as shells count
 EXIT_CODE = 75  # "try again later" (sysexits.h): neither success (0) nor failure
@@ -36,6 +36,7 @@ def end_at_ctrl_c(told: str = "interrupted") -> None:
                 end(signal.SIGINT, None)
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        occupy()  # what the pipe must not be
         once, (ours, theirs) = threading.Lock(), os.pipe()
         os.set_blocking(theirs, False)
         signal.signal(signal.SIGINT, end)

@@ -34,7 +34,7 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     curve = [f"{_number(r['eval/loss'])} at {r['step']}" for r in rows if "eval/loss" in r]
     best = best_first(rows)[:1] if config.checkpoint.best else []
     curve += [f"that of step {step} is kept and opened (checkpoint.best)" for step in best]
-    home = shlex.quote(str(workdir))
+    home = quoted(str(workdir))
     use = f"sample --workdir={home} --prompt='def ' --tokens=200"
     limits = "Trained on this unfiltered text alone: it continues text, and states no facts."
     if task:
@@ -83,7 +83,19 @@ def _places(data: Any) -> str:
     """The flags that say where the text is: no command takes that from the directory."""
     flags = {"data_path": data.path, "validation_path": data.validation_path}
     flags["tfds_dir"] = data.tfds_name and (data.tfds_data_dir or TFDS)
-    return "".join(f" --{name}={shlex.quote(at)}" for name, at in flags.items() if at)
+    return "".join(f" --{name}={quoted(at)}" for name, at in flags.items() if at)
+
+
+def quoted(path: str) -> str:
+    """A path as a shell takes it; on one line, and in letters, whatever it holds."""
+    if path.isprintable():
+        return shlex.quote(path)
+    safe = (c if c.isprintable() and c not in "'\\" else _bytes(c) for c in path)
+    return f"$'{''.join(safe)}'"
+
+
+def _bytes(letter: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
 
 
 def _number(value: float | None) -> str:
