@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import SEEDS, Field
-from ngc_jax.runtime.output import doing
+from ngc_jax.runtime.output import doing, now
 from ngc_jax.training.settled import Settled
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def main() -> None:
     told = "text to end before, such as $'\\n\\n'; may be given several times"
     given.add_argument("--stop", action="append", default=[], metavar="TEXT", help=told)
     args = read(given)
+    from ngc_jax.runtime.compilation_cache import keep_compiled
     from ngc_jax.training.load import load
 
     if args.rounds == "settled":
@@ -52,8 +53,8 @@ def main() -> None:
     asked |= {field.name: getattr(args, field.name) for field in DRAWN}
     prompt, rounds = os.fsencode(args.prompt), rounds_of(args)
     assert not isinstance(rounds, Settled)
-    with doing("opening the checkpoint"):
-        trained = load(args.workdir, args.step)
+    keep_compiled()
+    trained = load(args.workdir, args.step)
     print(f"{args.workdir}, {trained.told}", file=sys.stderr)
     if args.interactive:
         talk(trained, prompt, rounds, asked)
@@ -70,6 +71,7 @@ def say(made: "Iterator[str]", first: str = "") -> None:
     """Prints pieces of a text as they come, and ends its line."""
     print(first, end="", flush=True)
     for piece in made:
+        now("")  # or a wait would be told in the middle of a line
         print(piece, end="", flush=True)
     print()
 
