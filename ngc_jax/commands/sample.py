@@ -90,6 +90,7 @@ def talk(trained: "Trained", prompt: bytes, rounds: int | None, asked: dict) -> 
     )
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8, as in --prompt
+    now("")  # who types is not told of waits
     turn = 0
     while True:
         try:
@@ -100,8 +101,9 @@ def talk(trained: "Trained", prompt: bytes, rounds: int | None, asked: dict) -> 
             own = trained.encode(os.fsencode(line) + b"\n")[1:]  # without a document's mark
             writer.read(own, asked["tokens"], whole=False)
         try:
-            seed = (asked["seed"] + turn) % 2**32
-            say(writer.write(asked["tokens"], drawn, seed, asked["stop"]))
+            with doing("sampling"):
+                seed = (asked["seed"] + turn) % 2**32
+                say(writer.write(asked["tokens"], drawn, seed, asked["stop"]))
         except KeyboardInterrupt:
             print()
         turn += 1
