@@ -39,7 +39,7 @@ from ngc_jax.convert.convert import convert, formed, reconstructed
 from ngc_jax.data.batches import Batch, held_out_batches
 from ngc_jax.report.blocks import table
 from ngc_jax.runtime.errors import UserError
-from ngc_jax.runtime.files import write_durably
+from ngc_jax.runtime.files import expand, write_durably
 from ngc_jax.training.load import Trained, load
 from ngc_jax.training.workdir import read_config
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24_576, help="to calibrate on")
     parser.add_argument("--windows", type=int, default=24, help="of each test")
     parser.add_argument("--scratch", default="", help="config of a model from nothing; '': none")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/healing"))
+    parser.add_argument("--out", type=expand, default=pathlib.Path("runs/healing"))
     args = parser.parse_args()
     if not set(args.aims) <= set(AIMS):
         raise UserError(f"--aims={','.join(args.aims)}: must be some of {','.join(AIMS)}")
@@ -197,7 +197,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", kept_programs())
     kept, began = args.out / "records.json", time.monotonic()
-    records: Records = json.loads(kept.read_text()) if kept.exists() else {}
+    records: Records = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
 
     def keep(name: str, found: Losses) -> None:
         records[name] = found
@@ -206,7 +206,7 @@ def main() -> None:
         print(f"{name}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
 
     for seed in args.seeds:
-        if pathlib.Path(args.teacher).is_dir():
+        if expand(args.teacher).is_dir():
             teacher = load(args.teacher)
         else:
             config = named(args.teacher)
@@ -216,7 +216,7 @@ def main() -> None:
                 config, args.out / str(seed) / "teacher", args.out / str(seed) / "log.txt"
             )
         one(seed, teacher, records, keep, args)
-        (args.out / "report.md").write_text(report(records, args) + "\n")
+        (args.out / "report.md").write_text(report(records, args) + "\n", encoding="utf-8")
     print(args.out / "report.md")
 
 

@@ -134,7 +134,7 @@ def test_the_notebook_is_executed_and_its_code_runs(tmp_path):
     assert kinds == {"stream", "display_data"}  # no error
     begin = 'from ngc_jax.config import named\nshort = named("ngc_tiny")\nshort.train.steps = 4\n'
     begin += "short.train.warmup_steps = short.eval.windows = 1\n"
-    begin += "short.model.prelude = short.model.coda = 0\n"
+    begin += "short.model.prelude = short.model.coda = 0\nshort.model.rounds = 1\n"
     whole = "\n".join(["".join(cell["source"]) for cell in code])
     assert whole.count('"ngc_tiny"') == 1
     (tmp_path / "notebook.py").write_text(begin + whole.replace('"ngc_tiny"', "short"))

@@ -347,6 +347,7 @@ def test_a_disk_without_room_is_one_line_and_the_process_ends(options, mounted, 
     assert "No space left on device" in lines[-1]
     usual = (
         r"data: |model: |starting from |step |NOT SAVED: |error: |train.trackers: tensorboard is "
+        r"|\w.* \.\.\.$"  # what is waited for
     )
     assert not [line for line in lines if not re.match(usual, line)]
 

@@ -1,4 +1,4 @@
-"""The study of healing: what its report says of records, and that it goes on after a kill."""
+"""The study of healing: what its report says of records, and that it makes them."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def test_the_report_says_what_is_above_the_copy_with_the_same_aim():
 
 
 @pytest.mark.slow
-def test_a_study_of_healing_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
+def test_a_study_of_healing_has_all_records_and_a_report(tiny, tmp_path, monkeypatch):
     tiny.model.update({"rule": "dense", "prelude": 1, "core": 0, "coda": 0, "groups": 1})
     tiny.train.update({"steps": 4, "warmup_steps": 1})
     tiny.eval.every = tiny.checkpoint.every_steps = 4
@@ -44,15 +44,8 @@ def test_a_study_of_healing_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
         study.main()
         return (tmp_path / name / "report.md").read_text()
 
-    def killed(*given):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(study, "formed", killed)  # healed, and not yet measured
-        with pytest.raises(KeyboardInterrupt):
-            run("killed")
-    report = run("killed")
-    records = json.loads((tmp_path / "killed" / "records.json").read_text())
+    report = run("study")
+    records = json.loads((tmp_path / "study" / "records.json").read_text())
     assert {"0 teacher", "0 ngc 0.5", "0 ngc 0.5 text 1e-3", "0 copy text 1e-3"} == {*records}
     assert "ngc 0.5 text 1e-3" in report
     assert np.mean(records["0 ngc 0.5"]["held out"]) > np.mean(records["0 teacher"]["held out"])
