@@ -61,7 +61,7 @@ class Writer:
         dtype = jnp.dtype(config.train.compute_dtype)
         self.params = _laid(self.model, cast(trained.params, dtype))
         bounded = isinstance(self.model, Decoder)  # others keep as much of any length
-        self.room = int(config.data.context) if bounded else 0
+        self.room = max(2, int(config.data.context)) if bounded else 0
         self.begin = partial(_begun, self.model, 1, self.room or 1, dtype)
         self.clear()
 
@@ -76,7 +76,7 @@ class Writer:
         """
         left = [int(token) for token in tokens]
         if self.room and len(self.text) + len(left) >= self.room:
-            kept = max(self.room // 2, self.room - ahead)
+            kept = max(1, self.room // 2, self.room - ahead)
             left = [*self.text, *left][-kept:]
             self.clear()
         self.text += left
