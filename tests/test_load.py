@@ -38,11 +38,18 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("runs") / "run"
 
 
+@pytest.fixture(scope="module")
+def made():
+    return list[Trained]()
+
+
 @pytest.fixture
-def run(home, tiny):
-    """A trained run with a prelude, a loop and a coda; made once, then found finished."""
+def run(home, tiny, made):
+    """A trained run with a prelude, a loop and a coda, made once."""
     tiny.update_from_flattened_dict({**WHOLE, "stability.every": 0})
-    return ngc_jax.train(tiny, str(home))
+    if not made:
+        made.append(ngc_jax.train(tiny, str(home)))
+    return made[0]
 
 
 def test_a_run_is_trained_and_opened_by_strings(run, home, tiny):

@@ -53,7 +53,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def unbroken(whole, tiny):
-    assert train.run(tiny, whole)
+    if not (whole / "card.md").exists():
+        assert train.run(tiny, whole)
     return whole
 
 
