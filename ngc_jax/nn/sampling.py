@@ -87,14 +87,10 @@ def choose(logits: Array, key: Array, sampling: Sampling, seen: Array | None = N
         logits = jnp.where(seen, less, logits)
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
     ranked = jnp.sort(scaled, axis=-1)[:, ::-1]
-    last = jnp.where(sampling.top_k == 0, logits.shape[-1], sampling.top_k) - 1
-    scaled = jnp.where(
-        scaled >= ranked[:, jnp.minimum(last, logits.shape[-1] - 1), None], scaled, -jnp.inf
-    )
-    share = jax.nn.softmax(scaled, axis=-1)
-    ranked = jnp.sort(share, axis=-1)[:, ::-1]
-    before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all likelier tokens
-    least = jnp.min(jnp.where(before < sampling.top_p, ranked, 1.0), axis=-1, keepdims=True)
-    least = jnp.maximum(least, sampling.min_p * ranked[:, :1])
-    drawn = jax.random.categorical(key, jnp.where(share >= least, scaled, -jnp.inf))
+    among = (sampling.top_k == 0) | (jnp.arange(logits.shape[-1]) < sampling.top_k)
+    share = jax.nn.softmax(jnp.where(among, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share  # probability of all likelier tokens
+    kept = among & (before < sampling.top_p) & (share >= sampling.min_p * share[:, :1])
+    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    drawn = jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
     return jnp.where(sampling.temperature == 0, jnp.argmax(logits, axis=-1), drawn)
