@@ -22,20 +22,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.posthoc import Losses, fitted, losses
-from experiments.reasoning_kept import commas, trained_in
-from experiments.run import kept_programs
+from experiments.reasoning_kept import commas, share_programs, trained_in, write_whole
 from experiments.stats import interval
 from ngc_jax.commands.arguments import command
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import named, reset_unread
 from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import convert, formed, reconstructed
+from ngc_jax.convert.convert import formed, reconstructed
 from ngc_jax.data.batches import Batch, held_out_batches
 from ngc_jax.report.blocks import table
 from ngc_jax.runtime.errors import UserError
@@ -122,12 +120,12 @@ def one(
     texts = [part.rpartition(":")[0] or part for part in args.path.split(",")] if args.path else []
     for share in filter(None, args.kept):
         small = home / f"ngc-{share}"
-        if not (small / "checkpoints").exists():
+        if not small.exists():
             batch = examples(teacher, texts, args.tokens)
             means = calibrate(teacher, batch, calibrated, say=lambda *said, **how: None)
             ((_, _, found, _),) = fitted(teacher, means, batch, "ngc", [share])
             keep(f"{seed} ngc {share}", losses(teacher, reconstructed(teacher, found), tests))
-            convert(teacher, found, small, f"{teacher.workdir}, kept {share}")
+            write_whole(teacher, found, small, f"{teacher.workdir}, kept {share}")
         heal(f"ngc {share}", load(small))
     heal("copy", teacher)
     for share in filter(None, args.kept) if args.scratch else []:
@@ -195,7 +193,7 @@ def main() -> None:
         raise UserError(f"--aims={','.join(args.aims)}: must be some of {','.join(AIMS)}")
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", kept_programs())
+    share_programs()
     kept, began = args.out / "records.json", time.monotonic()
     records: Records = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
 

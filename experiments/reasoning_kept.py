@@ -41,7 +41,7 @@ from ngc_jax.commands.arguments import command
 from ngc_jax.commands.convert_model import examples
 from ngc_jax.config import named, reset_unread
 from ngc_jax.convert.calibrate import calibrate
-from ngc_jax.convert.convert import convert, formed, reconstructed
+from ngc_jax.convert.convert import Fit, convert, formed, reconstructed
 from ngc_jax.convert.methods import METHODS
 from ngc_jax.data.batches import Batch
 from ngc_jax.data.cache import cache_directory
@@ -167,6 +167,20 @@ def trained_in(config: ConfigDict, workdir: pathlib.Path, log: pathlib.Path) -> 
         return ngc_jax.train(config, workdir)
 
 
+def write_whole(teacher: Trained, found: Fit, home: pathlib.Path, origin: str) -> None:
+    """Converts into a new folder, whole or not at all: what a kill leaves has another name."""
+    part = home.with_name(f"{home.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    convert(teacher, found, part, origin)
+    part.rename(home)
+
+
+def share_programs() -> None:
+    """Keeps compiled programs for all seeds, where the user has named no folder for them."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", kept_programs())
+
+
 def healing(start: pathlib.Path, teacher: pathlib.Path, taught: bool, steps: int) -> ConfigDict:
     """The config that heals the run in `start` on the problems of its task."""
     config = read_config(epath.Path(start))
@@ -251,11 +265,7 @@ def one(
             told = {"predicted": found.predicted, "numbers": found.numbers, "seconds": took}
             keep(name, measure(reconstructed(teacher, found)) | told)
         if settings["heal"] and not start.exists():
-            # Under another name, so that what a kill leaves is not taken for it.
-            part = start.with_name(f"{start.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            convert(teacher, found, part, name)
-            part.rename(start)
+            write_whole(teacher, found, start, name)
         heal(name, start)
     for copy, taught in COPIES.items():
         heal(f"{about} {copy}", workdir, taught)
@@ -298,8 +308,7 @@ def main() -> None:
         raise UserError(f"--kept={','.join(args.kept)}: must be above 0 and below 1, such as 0.8")
     home, names = args.out.absolute(), wanted(args)
     records = opened(home, {name: getattr(args, name) for name in ("heal", "problems", "tokens")})
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # seeds share programs
-        jax.config.update("jax_compilation_cache_dir", kept_programs())
+    share_programs()
     began, before = time.monotonic(), len(missing(records, names))
 
     def keep(name: str, part: dict[str, Any]) -> None:
