@@ -6,7 +6,7 @@ For: the command line. Not for: the sampling itself (`training/writer.py`, `nn/s
 import io
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ngc_jax.commands.arguments import ROUNDS, command, parser, read, rounds_of
 from ngc_jax.runtime.errors import UserError
@@ -60,8 +60,10 @@ def main() -> None:
         talk(trained, prompt, rounds, asked)
         return
     for number in range(args.samples):
+        if number:
+            print()
         if args.samples > 1:
-            print(f"{(number and chr(10)) or ''}sample {number + 1}, seed {args.seed + number}:")
+            print(f"sample {number + 1}, seed {args.seed + number}:")
         with doing("sampling"):
             made = trained.stream(prompt, rounds=rounds, **asked | {"seed": args.seed + number})
             say(made, prompt.decode(errors="replace"))
@@ -76,7 +78,7 @@ def say(made: "Iterator[str]", first: str = "") -> None:
     print()
 
 
-def talk(trained: "Trained", prompt: bytes, rounds: int | None, asked: dict) -> None:
+def talk(trained: "Trained", prompt: bytes, rounds: int | None, asked: dict[str, Any]) -> None:
     """Continues a text that two write in turn: each line that is typed, then the model.
 
     An empty line lets the model write on. Ctrl-C ends its turn, the end of the input all.

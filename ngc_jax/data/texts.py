@@ -5,6 +5,7 @@ it, else a share of the bytes. Not for: finding files (`folders.py`), their form
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -93,9 +94,10 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
     def spans() -> list[Span]:
         if max(made.counts) > 1 or vocab:
             raise UserError(f"data.prepare=False: must be True where {asked} has rows or tokens")
-        whole = ((path, row) for path, row in zip(_of(paths, made.counts), rows, strict=True))
+        read = itertools.compress(paths, made.counts)  # a document each
         found = [
-            plain(path, int(row["size"])) if row["part"] == TRAIN else None for path, row in whole
+            plain(path, int(row["size"])) if row["part"] == TRAIN else None
+            for path, row in zip(read, rows, strict=True)
         ]
         if made.cut[0] >= 0 and (cut := found[made.cut[0]]):
             found[made.cut[0]] = head_of(cut, made.cut[1])
@@ -106,11 +108,6 @@ def text_corpus(config: Any, given: str, home: pathlib.Path) -> Corpus:
     about = f"text: {_sizes(made)}, {by}fingerprint {made.fingerprint[:16]}"
     about += f"; left out: {left}" if left else ""
     return Corpus(made.fingerprint, read, size, about, spans)
-
-
-def _of(paths: list[str], counts: np.ndarray) -> list[str]:
-    """The file of each document."""
-    return [path for path, count in zip(paths, counts, strict=True) for _ in range(count)]
 
 
 def _state(path: str) -> list[int]:

@@ -100,7 +100,7 @@ class Harness(LM):
         self.writer.clear()
         self.writer.read(self.run.encode(context), count, whole=False)
         stop = [until] if isinstance(until, str) else [one for one in until if one]
-        return "".join(self.writer.write(count, drawn, stop=stop, whole=True))
+        return "".join(self.writer.write(count, drawn, stop=stop, one_document=True))
 
     def _scores(self, parts: Iterable[Part], count: int) -> list[tuple[float, bool]]:
         """The logs of probability, by request, and whether all its tokens are the likeliest."""

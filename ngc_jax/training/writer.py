@@ -91,11 +91,11 @@ class Writer:
         sampling: Sampling,
         seed: int = 0,
         stop: Sequence[str] = (),
-        whole: bool = False,
+        one_document: bool = False,
     ) -> Iterator[str]:
         """Text of at most `count` tokens more, in pieces, as soon as each is known.
 
-        It ends before the first of the strings `stop`, and where `whole` at a document's end.
+        It ends before the first of the strings `stop`, and of `one_document` at its end.
         Undecodable bytes are U+FFFD.
         """
         made, text = list[int](), ""
@@ -108,7 +108,7 @@ class Writer:
             token, self.heard = _write(*given)
             made.append(int(np.asarray(token)[0]))
             self.text.append(made[-1])
-            if whole and made[-1] == self.tokenizer.mark:
+            if one_document and made[-1] == self.tokenizer.mark:
                 break
             before, both = (self.tokenizer.decode(made[-2:end]) for end in (-1, None))
             text += decoder.decode(both[len(before) :])
