@@ -10,7 +10,7 @@ from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy  # scipy.stats is imported where it is used
 
 from experiments.stats import interval
 from ngc_jax.report.blocks import Block, heading, paragraph, table

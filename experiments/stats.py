@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy  # scipy.stats is imported where it is used
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:

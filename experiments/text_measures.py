@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
-import scipy.special
+import scipy  # scipy.special is imported where it is used
 
 
 def words(text: str) -> list[str]:

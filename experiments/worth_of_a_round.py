@@ -10,7 +10,7 @@ bootstrap over runs.
 """
 
 import numpy as np
-import scipy.optimize
+import scipy  # scipy.optimize is imported where it is used
 
 from experiments.setting import COMMON, LONGER
 from experiments.study import LOSS, Results, Study

@@ -5,7 +5,7 @@ map (`methods.py`).
 """
 
 import numpy as np
-import scipy.linalg
+import scipy  # scipy.linalg is imported where it is used
 
 from ngc_jax.convert.methods import checked
 

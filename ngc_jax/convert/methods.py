@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy  # scipy.linalg is imported where it is used
 
 Array = np.ndarray
 Root = tuple[Array, Array]  # L and its inverse: square, or vectors that are diagonals

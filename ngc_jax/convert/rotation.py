@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy  # scipy.linalg is imported where it is used
 
 from ngc_jax.config import make_model
 from ngc_jax.convert.calibrate import Sums

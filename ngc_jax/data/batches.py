@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 import flax.struct
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +146,8 @@ def train_batches(
     Row r of step s is example s * batch_size + r of endless epochs, each a permutation of all
     examples drawn from (seed, epoch). Of a mixture each part has epochs of its own, and its `turn`.
     """
+    import grain  # a third of a second, which only batches need
+
     parts, shares = [examples], [Fraction(1)]
     if isinstance(examples, Mixture):
         parts, shares = [*examples.parts], [*examples.shares]
