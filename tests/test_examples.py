@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -61,16 +60,12 @@ def blocks():
 def test_a_rule_and_a_task_of_ones_own(tmp_path):
     example("own_rule.py", tmp_path, lines=20)
     example("own_task.py", tmp_path, lines=20)
-    rule = ["--extend=own_rule.py", "--config.model.rule=mine", "--config.stability.every=0"]
-    assert "done: 4 steps" in done(tmp_path, ROOT / "launch.py", *RUN, *rule)
-    # Others read the run with the rule.
-    sample = ["-m", "ngc_jax.sample", "--workdir=run", "--prompt=def", "--tokens=3"]
-    assert "def" in done(tmp_path, *sample, "--extend=own_rule.py")
-    shutil.rmtree(tmp_path / "run")
-    task = ["--extend=own_task.py", *TASK, "--config.stability.every=0"]
-    assert "exact" in done(tmp_path, ROOT / "launch.py", *RUN, *task)
+    own = ["--extend=own_rule.py", "--extend=own_task.py"]
+    flags = [*TASK, *own, "--config.model.rule=mine", "--config.stability.every=0"]
+    assert "exact" in done(tmp_path, ROOT / "launch.py", *RUN, *flags)
+    # Others read the run with both.
     solve = ["-m", "ngc_jax.solve", "--workdir=run", "--difficulties=2", "--examples=20", "--trust"]
-    assert "digits of each number" in done(tmp_path, *solve, "--extend=own_task.py")
+    assert "digits of each number" in done(tmp_path, *solve, *own)
 
 
 @pytest.mark.slow

@@ -112,8 +112,10 @@ def test_distances_are_those_of_numpy():
 def test_gradients_of_stages_are_those_of_each_stage_alone():
     _, grads, after = updated("stages")
     for number, (_, _, wanted) in enumerate(alone(*before())[0]):
-        close = partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-7)
-        jax.tree.map(close, grads["prelude"][str(number)], wanted)
+        both = map(jax.tree.leaves, (grads["prelude"][str(number)], wanted))
+        for got, leaf in zip(*both, strict=True):
+            # rounding is of the largest terms of a sum, whatever comes of it
+            np.testing.assert_allclose(got, leaf, rtol=2e-4, atol=1e-5 * np.abs(leaf).max())
     for name in ("embed", "norm", "unembed"):
         jax.tree.map(np.testing.assert_array_equal, before()[0][name], after.params[name])
 

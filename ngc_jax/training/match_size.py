@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.config import SECTIONS, config_names, make_model, named, validate
+from ngc_jax.core.rules import RULES
 from ngc_jax.data.batches import token_batch
 from ngc_jax.nn.settings import MATCHED, kind_of
 from ngc_jax.runtime.errors import UserError
@@ -90,15 +91,33 @@ def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict,
 
 def cost(config: ConfigDict, what: str = "parameters") -> int:
     """Parameters in matrices, or FLOPs of a forward pass over one window in its cheaper form."""
-    model = make_model(config, VOCAB)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    model: Any = make_model(config, VOCAB)
+    rules = tuple(RULES.values())
     if what == "parameters":
-        return count.parameters(params, model.param_info()).matrices
-    window, formed = token_batch(1, config.data.context), config.copy_and_resolve_references()
-    found, forms = [], ["weights"] + ["signals"] * ("form" in kind_of(config).reads)
+        return _matrices(model, rules)
+    found, formed = [], config.copy_and_resolve_references()
+    forms = ["weights"] + ["signals"] * ("form" in kind_of(config).reads)
     for formed.model.form in forms:
-        found.append(count.forward_flops(make_model(formed, VOCAB).apply, params, window))
+        model = make_model(formed, VOCAB)
+        found.append(_flops(model, rules, config.data.context))
     return min(found)
+
+
+# Both are traced, which takes some tenths of a second, and studies ask again and again. `rules`: a
+# user may replace one, and with it the sizes of a model that looks the same.
+@functools.cache
+def _matrices(model: Any, rules: tuple[Any, ...]) -> int:
+    return count.parameters(_traced(model, rules), model.param_info()).matrices
+
+
+@functools.cache
+def _flops(model: Any, rules: tuple[Any, ...], context: int) -> int:
+    return count.forward_flops(model.apply, _traced(model, rules), token_batch(1, context))
+
+
+@functools.cache
+def _traced(model: Any, rules: tuple[Any, ...]) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def _read(match: str) -> tuple[Any, float, str]:
