@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from ngc_jax.config import base
-from ngc_jax.data import cache, packing, prepare, sources
+from ngc_jax.data import cache, corpora, packing, sources, token_files
 from ngc_jax.data.batches import Windows, filled, held_out_batches, train_batches, turn
 from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.corpus import SKIPPED, stdlib_documents
@@ -862,8 +862,8 @@ def test_a_folder_that_another_process_removes_before_it_is_opened_is_made_again
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_preparation_that_is_killed_goes_on(tmp_path, monkeypatch, damage, capsys):
-    monkeypatch.setattr(prepare, "BATCH", 1000)
-    monkeypatch.setattr(prepare, "SAVED", -1)
+    monkeypatch.setattr(token_files, "BATCH", 1000)
+    monkeypatch.setattr(token_files, "SAVED", -1)
     monkeypatch.setattr(sources, "PIECE", 500)
     (tmp_path / "a.txt").write_text(make_text(20_000))
     whole = settings(tmp_path, path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "whole"))
@@ -880,7 +880,8 @@ def test_a_preparation_that_is_killed_goes_on(tmp_path, monkeypatch, damage, cap
     config = settings(tmp_path, path=str(tmp_path / "a.txt"))
     with pytest.raises(KeyboardInterrupt):
         load_data(config)
-    (bench,) = (tmp_path / "cache").glob(".tokens-*.part")
+    (parts,) = (tmp_path / "cache").glob(".tokens-*.parts")
+    bench = parts / "0"
     with open(bench / "train.bin", "ab") as file:
         file.write(b"written after the journal was")
     if damage:
@@ -891,18 +892,64 @@ def test_a_preparation_that_is_killed_goes_on(tmp_path, monkeypatch, damage, cap
     batches = -(-20_000 // 1000)
     assert 0 <= len(encoded) - (batches if damage else batches - begun) <= 2
     assert ("going on with the tokens" in capsys.readouterr().out) != damage
-    assert not bench.exists()
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_share_a_preparation_and_its_tokens_are_those_of_one(
+    tmp_path, monkeypatch, killed
+):
+    monkeypatch.setattr(token_files, "BATCH", 1000)
+    monkeypatch.setattr(token_files, "PART", 2)
+    monkeypatch.setattr(sources, "PIECE", 500)
+    (tmp_path / "a.txt").write_text(make_text(20_000))
+    one = settings(tmp_path, path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "one"))
+    expected, encode, who = np.array(load_data(one).train.tokens), Bytes.encode_all, list[int]()
+    given = corpora.open_corpora(one, tmp_path), False, token_files.SPLITS
+    batches, dead = len(list(token_files._batches(*given))), list[int]()
+
+    def slowly(self, pieces):
+        # The lock of a part is an open file's: threads stand for processes.
+        who.append(threading.get_ident())
+        if killed and not dead and len({*who}) == 3:
+            dead.append(who[-1])
+            raise KeyboardInterrupt  # in the middle of a part
+        time.sleep(0.05)
+        return encode(self, pieces)
+
+    monkeypatch.setattr(Bytes, "encode_all", slowly)
+    config = settings(tmp_path, path=str(tmp_path / "a.txt"))
+    found = []
+
+    def process():
+        try:
+            found.append(np.array(load_data(config).train.tokens))
+        except KeyboardInterrupt:
+            found.append(None)
+
+    threads = [threading.Thread(target=process) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = [tokens for tokens in found if tokens is not None]
+    assert len(whole) == 3 - killed
+    for tokens in whole:
+        np.testing.assert_array_equal(tokens, expected)
+    assert len({*who}) == 3
+    assert 0 <= len(who) - batches <= 2 * killed  # nobody makes what another one makes
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(make_text(2000))
-    write = prepare.write_tokens
+    write = token_files.TokenFiles.write
 
     def late(*given):
         (tmp_path / "a.txt").write_text(make_text(2000, 1))
         write(*given)
 
-    monkeypatch.setattr(prepare, "write_tokens", late)
+    monkeypatch.setattr(token_files.TokenFiles, "write", late)
     with pytest.raises(UserError, match=r"a.txt has changed while it was read"):
         load_data(settings(tmp_path, path=str(tmp_path / "a.txt")))
     assert not list((tmp_path / "cache").glob(".*"))

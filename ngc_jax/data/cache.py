@@ -15,6 +15,7 @@ from typing import Any
 from ngc_jax.runtime import files
 from ngc_jax.runtime.errors import UserError
 
+Build = Callable[[Path], None]
 SEAL = "SEAL.json"  # {file: [SHA-256, its state when that was last found to hold]}
 
 
@@ -23,11 +24,10 @@ def cache_directory(config: Any) -> Path:
     return files.expand(config.cache_dir or "~/.cache/ngc_jax")
 
 
-def entry(cache: Path, name: str, build: Callable[[Path], None], continues: bool = False) -> Path:
+def entry(cache: Path, name: str, build: Build, assist: Build = lambda building: None) -> Path:
     """The folder CACHE/NAME, sound, or made by `build(folder)`. Raises UserError if neither.
 
-    One process builds; others of this machine wait. continues: whether `build` goes on with what is
-    in the folder, that of a process that was killed; else it is empty.
+    One process builds, in an empty folder; others that share the disk wait, after assist(folder).
     """
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{name!r} names an entry of data.cache_dir: must be letters and digits")
@@ -37,12 +37,12 @@ def entry(cache: Path, name: str, build: Callable[[Path], None], continues: bool
         raise UserError(f"data.cache_dir={str(cache)!r} cannot be used: {error}") from error
     home = cache / name
     if _fault(home):
-        with _alone(home.with_name(f".{name}.part"), home) as part:
+        with _alone(home.with_name(f".{name}.part"), home, assist) as part:
             if fault := _fault(home):
                 if os.path.lexists(home):
                     print(f"{home} is made again: {fault}")
                     files.remove(home)
-                for path in [] if continues or not part else part.iterdir():
+                for path in part.iterdir() if part else ():
                     files.remove(path)
                 with files.build_directory(home, part=part) as building:
                     build(building)
@@ -57,7 +57,7 @@ def entry(cache: Path, name: str, build: Callable[[Path], None], continues: bool
 
 
 @contextlib.contextmanager
-def _alone(part: Path, home: Path) -> Iterator[Path | None]:
+def _alone(part: Path, home: Path, assist: Build) -> Iterator[Path | None]:
     """The folder `part`, to build `home` in, while no other process has it.
 
     None where the file system has no locks. A process that is killed leaves what is in the folder.
@@ -76,6 +76,7 @@ def _alone(part: Path, home: Path) -> Iterator[Path | None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for the process that makes {home}", flush=True)
+                assist(part)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError:
                 yield None

@@ -1,7 +1,7 @@
 """`load_data`, which gives a run what it learns from: windows of tokens, or problems.
 
 For: which corpora and tokenizer `config.data` asks for. Not for: tokenizers (`tokenizer.py`), how
-tokens are made (`prepare.py`), batches (`batches.py`).
+tokens are made (`token_files.py`), batches (`batches.py`).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngc_jax.data import cache, packing, prepare, problems
+from ngc_jax.data import cache, corpora, packing, problems
 from ngc_jax.data.batches import Examples, Mixture, Windows
 from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.corpus import Corpus
@@ -21,6 +21,7 @@ from ngc_jax.data.given import Given
 from ngc_jax.data.packing import Packed
 from ngc_jax.data.settings import special_names
 from ngc_jax.data.tasks import TASKS, boundary
+from ngc_jax.data.token_files import SPLITS, TokenFiles, name_of
 from ngc_jax.data.tokenizer import (
     Bytes,
     Ids,
@@ -87,7 +88,7 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         wants = "'bytes' or 'bpe' where no pretrained model and no data.tokenizer_path gives one"
         raise UserError(f"data.tokenizer='given': must be {wants}")
     kept = cache.cache_directory(config)
-    mixed = prepare.open_corpora(config, kept)
+    mixed = corpora.open_corpora(config, kept)
     of = (fingerprint := mixed.fingerprint)[:16]
     kind: str = config.tokenizer
     given = specially(given, config) if isinstance(given, Given) else given
@@ -98,7 +99,7 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         if config.tokenizer == "bpe" and given is None:
 
             def learn(to: pathlib.Path) -> None:
-                made = BPE.train(prepare.sample(mixed), config.vocab_size, special_names(config))
+                made = BPE.train(corpora.sample(mixed), config.vocab_size, special_names(config))
                 save_tokenizer(BPE(made), to)
 
             named = f"-{_sha256(config.special_tokens)[:8]}" if config.special_tokens else ""
@@ -107,14 +108,17 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
         if isinstance(tokenizer, BPE):
             kind += f"-{_sha256(tokenizer.serialised)[:16]}-{tokenizer.vocab}"
 
-        wanted = prepare.SPLITS if config.prepare else prepare.SPLITS[1:]
+        wanted = SPLITS if config.prepare else SPLITS[1:]
 
         def write(to: pathlib.Path) -> None:
             save_tokenizer(tokenizer, to)
-            prepare.write_tokens(mixed, tokenizer, to, wanted)
+            TokenFiles(mixed, tokenizer, to, wanted).write()
+
+        def help_with(to: pathlib.Path) -> None:
+            TokenFiles(mixed, tokenizer, to, wanted).help()
 
         name = "tokens" if config.prepare else "held"
-        home = cache.entry(kept, f"{name}-{kind}-{of}", write, continues=True)
+        home = cache.entry(kept, f"{name}-{kind}-{of}", write, help_with)
     meta = json.loads((home / "meta.json").read_text("utf-8"))
     ends = mark if mark is not None else (tokenizer.mark if config.isolate_documents else None)
 
@@ -151,7 +155,7 @@ def _text(config: Any, mark: int | None, given: BPE | None) -> Data:
     for split in ("train", "validation"):
         # A held-out text of the user's own is every part's: it counts once.
         own = split == "validation" and config.validation_path
-        names = [prepare.name_of(split, i) for i in range(1 if own else len(mixed.parts))]
+        names = [name_of(split, i) for i in range(1 if own else len(mixed.parts))]
         if split not in wanted:
             found = [unprepared(part) for part in mixed.parts]
             splits.append(found[0] if len(found) == 1 else Mixture(found, mixed.shares))

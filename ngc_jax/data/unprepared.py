@@ -2,7 +2,7 @@
 
 For: windows of plain files at random places; one is a function of its number alone, so batches are
 the same at any number of processes, and nothing is written. Not for: held-out text, which is always
-prepared (`prepare.py`).
+prepared (`token_files.py`).
 """
 
 import codecs
