@@ -185,6 +185,7 @@ def test_numbers_that_are_none_are_one_line(given, told, monkeypatch, capsys):
 def test_the_environment_changes_no_dtypes():
     environment = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_DTYPE_BITS": "64", "JAX_DISABLE_JIT": "1"}
     environment |= {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    environment |= {"JAX_TRANSFER_GUARD": "disallow"}
     script = BEGIN.format(goes_on=True) + "import jax, jax.numpy as n; "
     script += "jax.config.update('jax_enable_x64', True); output.begin(); "  # as imported before
     script += "print((n.ones((1, 2)) * n.arange(2) + n.arange(2.0)).dtype)"

@@ -20,6 +20,8 @@ BAR = 20  # characters
 # Settings of jax that change a program's dtypes, or refuse it; those of a user's environment.
 STEADY = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
 STEADY |= {"jax_numpy_rank_promotion": "allow", "jax_disable_jit": False}
+GUARDS = ("", "_host_to_device", "_device_to_device", "_device_to_host")
+STEADY |= {f"jax_transfer_guard{which}": "allow" for which in GUARDS}
 _doing = "loading"  # the libraries
 _come = 0.0  # how much of it is done, of 1
 _since = _written = time.monotonic()  # when that began, and when something was last printed
