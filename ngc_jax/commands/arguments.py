@@ -5,6 +5,7 @@ For: every file of `commands/`. Not for: what a command does.
 
 import argparse
 import math
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from absl import logging
 from ngc_jax.runtime import output
 from ngc_jax.runtime.errors import UserError, fail, of_machine
 from ngc_jax.runtime.fields import LARGEST, Field
-from ngc_jax.runtime.files import place
+from ngc_jax.runtime.files import Path, place
 from ngc_jax.runtime.preemption import INTERRUPTED
 from ngc_jax.training.settled import Settled
 
@@ -24,6 +25,7 @@ from ngc_jax.training.settled import Settled
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from ngc_jax.data.batches import Batch
     from ngc_jax.training.evaluation import Rounds
     from ngc_jax.training.load import Trained
 
@@ -133,6 +135,32 @@ def rounds_of(args: argparse.Namespace) -> "Rounds":
     if args.rounds and not (args.rounds.isdecimal() and 0 < int(args.rounds) < LARGEST):
         raise UserError(f"--rounds={args.rounds}: must be 1 or more, for instance 8")
     return int(args.rounds) if args.rounds else None
+
+
+def page_folder(args: argparse.Namespace, name: str) -> Path:
+    """The folder of a command's page, --out or DIR/NAME, made where it is missing. UserError."""
+    from ngc_jax.analysis.page import unwritable
+
+    out: Path = args.out or args.workdir / name
+    if not args.out and os.path.islink(out):
+        raise UserError(f"{out} is a link, which is not followed: give --out=FOLDER")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    return out
+
+
+def held_out(trained: "Trained", most: int) -> "Batch":
+    """Up to so many held-out windows, evenly spread. UserError for one, which has no interval."""
+    from ngc_jax.data.batches import held_out_batches
+
+    examples = trained.data().validation
+    count = min(most, len(examples))
+    if count < 2:
+        given = f"data.context={trained.config.data.context}"
+        raise UserError(f"the held-out data have {count} window of {given}: an interval needs 2")
+    return next(held_out_batches(examples, batch_size=count, limit=count))[0]
 
 
 def command(main: Callable[[], None], goes_on: bool = False) -> None:

@@ -3,9 +3,7 @@
 For: writing OUT/index.html. Not for: what is measured or said (`ngc_jax/analysis/`).
 """
 
-import os
-
-from ngc_jax.commands.arguments import PLACES, command, opened, parser, read
+from ngc_jax.commands.arguments import PLACES, command, held_out, opened, page_folder, parser, read
 from ngc_jax.report.figures import matplotlib
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import Field
@@ -26,27 +24,18 @@ def main() -> None:
     args = read(arguments)
     from ngc_jax.analysis import page
     from ngc_jax.analysis.stability import measure
-    from ngc_jax.data.batches import held_out_batches
 
     matplotlib()
     trained = opened(args)
-    config, decoder = trained.config, trained.decoder
-    examples, context = trained.data().validation, config.data.context
-    count, given = min(args.sequences, len(examples)), f"data.context={context}"
-    if count < 2:
-        raise UserError(f"the held-out data have {count} window of {given}: an interval needs 2")
+    config, decoder, context = trained.config, trained.decoder, trained.config.data.context
+    batch = held_out(trained, args.sequences)
     if context < LEAST_TOKENS:
-        raise UserError(f"{given}: measures along tokens need a run with {LEAST_TOKENS} or more")
-    batch, _ = next(held_out_batches(examples, batch_size=count, limit=count))
-    out = args.out or args.workdir / "stability"
-    if not args.out and os.path.islink(out):
-        raise UserError(f"{out} is a link, which is not followed: give --out=FOLDER")
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on measuring
-    except OSError as error:
-        raise page.unwritable(out, error) from error
+        more = f"measures along tokens need a run with {LEAST_TOKENS} or more"
+        raise UserError(f"data.context={context}: {more}")
+    out = page_folder(args, "stability")  # before minutes are spent on measuring
     with doing("measuring"):
         measured = measure(decoder, trained.params, batch, args.rounds)
+    count = len(batch.inputs)
     tokens = f"{batch.inputs.size:,} tokens of held-out text: {count} windows of {context}"
     about = f"Checkpoint of update {trained.step:,}, measured on {tokens}, evenly spread."
     about = f"{page.describe(config)} {about}"

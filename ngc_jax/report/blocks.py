@@ -71,6 +71,34 @@ def table(
     return Block(text, html)
 
 
+class Shade(NamedTuple):
+    """A cell of a `grid`: its text, how strong its colour is in [-1, 1], and what hover says."""
+
+    text: str
+    strength: float
+    title: str
+
+
+def grid(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Shade]]], caption: str) -> Block:
+    """A map of shades: names of rows and columns, and cells, red above 0 and blue below."""
+    made = table(head, [[name, *(shade.text for shade in of)] for name, of in rows], caption)
+    cells = "".join(f"<th>{to_html(name)}</th>" for name in head)
+    body = "".join(
+        f'<tr><td class="number">{to_html(name)}</td>{"".join(map(_shaded, of))}</tr>\n'
+        for name, of in rows
+    )
+    html = '<div class="wide" tabindex="0" role="region" aria-label="map"><table class="grid">'
+    html += f"<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+    return Block(made.markdown, f'{html}\n<p class="caption">{to_html(caption)}</p>')
+
+
+def _shaded(shade: Shade) -> str:
+    colour = "213, 94, 0" if shade.strength > 0 else "0, 114, 178"
+    alpha = min(1.0, abs(shade.strength)) * 0.8
+    style = f"background: rgba({colour}, {alpha:.2f})"
+    return f'<td style="{style}" title="{escape(shade.title)}">{escape(shade.text)}</td>'
+
+
 def _cell(text: str) -> str:
     number = NUMBER.fullmatch(text.partition("\n")[0])  # which is not broken over lines
     return f'<td class="number">{to_html(text)}</td>' if number else f"<td>{to_html(text)}</td>"

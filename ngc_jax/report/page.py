@@ -30,6 +30,9 @@ figcaption, .caption, .cue, pre { font-size: 0.9rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: 0.3rem 0.5rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
+.grid { width: auto; } .grid td { padding: 0.1rem 0.3rem; text-align: center;
+  white-space: pre; font-variant-numeric: tabular-nums; }
+.grid td:first-child { text-align: left; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; background:
   linear-gradient(to right, Canvas 2rem, transparent) left / 3rem 100% no-repeat local,

@@ -1,0 +1,245 @@
+"""The lens: what is said at each place of a decoder, by which neurons, and what they are for.
+
+For: the logit lens, a logit as a sum of what neurons write, and units silenced or changed. Not for:
+which texts excite a unit (`excitation.py`), or pages (`lens_page.py`). docs/lens.md has formulas.
+A place is a stage or a round, by the names of `probes.activations`; a site is one of the two
+synapses by which a stage writes to the stream. Axes: B sequences, T tokens, D width, V vocabulary,
+N neurons that write at a site (channels of heads, or hidden neurons), P stages passed, U units.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.analysis.probes import activations, stage_names, walk
+from ngc_jax.data import NOTHING
+from ngc_jax.data.batches import Batch
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.nn.synapse import Heard, Synapse, intercept
+
+Array = jax.Array
+Params = dict[str, Any]
+SITES = {"attention_out": "attention", "down": "exchange"}  # by the names of their synapses
+Written = tuple[str, str]  # a stage passed, "core 1, round 2", and a site
+Change = Callable[[Written, Array], Array]  # of what neurons write [B, T, N]
+
+
+class Unit(NamedTuple):
+    """Neighbouring neurons that write at one site of a stage: a group, a head or one neuron."""
+
+    place: str  # "core 1, round 2"
+    site: str  # "attention" or "exchange"
+    first: int
+    size: int
+    name: str  # "group 3"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.site}, {self.place}"
+
+
+class Said(NamedTuple):
+    """What the stream at a place says of the next token, by the logit lens."""
+
+    nats: Array  # [B, T] of the token that came
+    divergence: Array  # [B, T] KL from the model's own output, nats
+    top: Array  # [B, T] the likeliest token
+    share: Array  # [B, T] its probability
+
+
+def logit_lens(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str, Said]:
+    """What is said at each place, as if the model ended there (nostalgebraist, 2020).
+
+    softmax(W norm(x_l)) with the model's own last norm and matrix of logits W. One place after the
+    other is read, so that memory is that of two outputs [B, T, V].
+    """
+    found = activations(model, params, batch)
+    last = jax.nn.log_softmax(model.unembed(params, next(reversed(found.values()))))
+
+    def read(x: Array) -> Said:
+        logs = jax.nn.log_softmax(model.unembed(params, x))
+        divergence = jnp.sum(jnp.exp(last) * (last - logs), axis=-1)
+        return Said(
+            _nats(logs, batch.targets), divergence, jnp.argmax(logs, -1), jnp.exp(jnp.max(logs, -1))
+        )
+
+    said = jax.lax.map(read, jnp.stack([*found.values()]))
+    return OrderedDict(
+        (name, jax.tree.map(lambda a, i=i: a[i], said)) for i, name in enumerate(found)
+    )
+
+
+def _nats(logs: Array, targets: Array) -> Array:
+    """Nats [B, T] of the targets, 0 where nothing is asked, of log probabilities [B, T, V]."""
+    nats = -jnp.take_along_axis(logs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets == NOTHING, 0, nats)
+
+
+class Attribution(NamedTuple):
+    """The terms of a logit, by token: they sum to it."""
+
+    embedding: Array  # [B, T]
+    written: dict[Written, Array]  # [B, T, N] of each neuron that writes
+
+
+def attribution(
+    model: Decoder, params: Params, batch: Batch, tokens: Array, centred: bool = False
+) -> Attribution:
+    """How much of the logit of `tokens` [B, T] each neuron writes directly, and the embedding.
+
+    centred: of the logit less the mean of all V, which is what a probability depends on.
+
+    Neuron j of weights w_j and activity a_j gives a_j w_j . (c g / rms(x_L) u), u the column of the
+    logit's matrix, g the last norm's scale, x_L the last stream, and c [D] what a loop leaves of
+    what was written before: keep^(R - r) of round r, keep^R + drive (1 + ... + keep^(R - 1)) of all
+    before the loop. The norm's length is held, as in direct logit attribution (Elhage et al. 2021).
+    ValueError where the stream is no sum: `message_activation`, `state_activation`.
+    """
+    s = model.shape
+    for field in ("message_activation", "state_activation"):
+        if getattr(s, field) is not None:
+            told = "what neurons write is no sum then; None is"
+            raise ValueError(f"model.{field}={getattr(s, field)!r}: {told}")
+    embedded, left = model.embed(params, batch), _left(model, params)
+    last = model.stream(params, embedded, batch.segments)[0].astype(jnp.float32)
+    matrix = params["unembed"].T if "unembed" in params else params["embed"]
+    matrix = matrix - jnp.mean(matrix, axis=0) if centred else matrix
+    length = jax.lax.rsqrt(jnp.mean(jnp.square(last), -1, keepdims=True) + s.norm_epsilon)
+    towards = matrix[tokens] * params["norm"]["scale"] * length  # [B, T, D]
+    written: dict[Written, Array] = {}
+
+    def give(at: Written, one: Heard) -> None:
+        act, x = opened(one), one.x
+        written[at] = x * jax.vjp(act, x)[1](left[at[0]] * towards)[0]
+
+    run_with(model, params, batch, give)
+    return Attribution(jnp.sum(left["embedding"] * embedded * towards, -1), written)
+
+
+def _left(model: Decoder, params: Params) -> dict[str, Array]:
+    """What is left in the last stream of what is written at a stage, by channel: [D]."""
+    s, one = model.shape, jnp.ones(model.shape.width)
+    if not s.core:
+        return dict.fromkeys(["embedding", *stage_names(s)], one)
+    keep, drive = model.scales(params)
+    powers = [keep**n for n in range(s.rounds + 1)]
+    before = powers[-1] + drive * sum(powers[:-1])
+    left = {"embedding": before}
+    for name in stage_names(s):
+        stack, _, turn = name.partition(", round ")
+        kind = stack.partition(" ")[0]
+        left[name] = {"prelude": before, "coda": one}.get(kind, powers[s.rounds - int(turn or 0)])
+    return left
+
+
+def opened(one: Heard) -> Callable[[Array], Array]:
+    """A synapse that was called, as a function of x [B, T, N]: what it writes [B, T, D]."""
+    states = {"params": one.synapse.variables["params"]}
+    unbound = one.synapse.clone(parent=None, name=None)
+    act: Any = unbound.apply(states, one.members, method=Synapse.opened)
+    return lambda x: act(x)[..., 0, :]
+
+
+def run_with(
+    model: Decoder, params: Params, batch: Batch, at_site: Callable[[Written, Heard], Any]
+) -> Array:
+    """The last stream [B, T, D], where at_site(written, heard) may return what a site writes."""
+    names, last = iter(stage_names(model.shape)), [model.embed(params, batch)]
+
+    def keep(_: Any, x: Array) -> None:
+        last[0] = x
+
+    def visit(run: Callable[..., Any], x: Array, route: Array | None) -> tuple[Array, None]:
+        place = next(names)
+
+        def listen(one: Heard) -> Array | None:
+            site = SITES.get(str(one.synapse.name))
+            return None if site is None else at_site((place, site), one)
+
+        with intercept(listen):
+            x = run(x, route)[0]
+        keep(None, x)
+        return x, None
+
+    walk(model, params, batch, visit, keep)
+    return last[0]
+
+
+def changed(model: Decoder, params: Params, batch: Batch, change: Change) -> Array:
+    """Logits [B, T, V] where change(written, a) is what neurons write in the place of a [B, T, N].
+
+    A change of nothing, a -> a, gives the model's own. Silencing, patching from another run and
+    clipping are such changes.
+    """
+
+    def write(at: Written, one: Heard) -> Array:
+        return opened(one)(change(at, one.x))[..., None, :]
+
+    return model.unembed(params, run_with(model, params, batch, write))
+
+
+def activity(model: Decoder, params: Params, batch: Batch) -> dict[Written, Array]:
+    """What neurons write, a [B, T, N], at each site of each stage."""
+    found: dict[Written, Array] = {}
+    run_with(model, params, batch, lambda at, one: found.update({at: one.x}))
+    return found
+
+
+def units(model: Decoder, what: str = "group") -> list[Unit]:
+    """Every group, head or stage's site of a model, in a token's order. ValueError: another."""
+    s = model.shape
+    most = {"attention": s.heads * s.head_size, "exchange": s.hidden}
+    counts = {
+        "group": {"attention": s.groups, "exchange": s.groups},
+        "head": {"attention": s.heads},
+        "site": {"attention": 1, "exchange": 1},
+        "neuron": most,
+    }
+    if what not in counts:
+        raise ValueError(f"what={what!r}: must be one of {', '.join(counts)}")
+    return [
+        Unit(place, site, i * most[site] // n, most[site] // n, f"{what} {i}" if n > 1 else "all")
+        for place in stage_names(s)
+        for site, n in counts[what].items()
+        for i in range(n)
+    ]
+
+
+def means(model: Decoder, params: Params, batch: Batch) -> dict[Written, Array]:
+    """The mean activity of each neuron over a batch, [N], to silence units with."""
+    return {at: jnp.mean(a, axis=(0, 1)) for at, a in activity(model, params, batch).items()}
+
+
+def silenced_nats(
+    model: Decoder, params: Params, batch: Batch, silent: list[Unit], fill: dict[Written, Array]
+) -> Iterator[np.ndarray]:
+    """Nats [B, T] of a batch with nothing silenced, then with each unit by itself.
+
+    A silent neuron writes `fill` [N] (`means`; or zeros) in the place of its activity: mean and
+    zero ablation. One program is compiled, whatever the number of units.
+    """
+    number = {place: i for i, place in enumerate(stage_names(model.shape))}
+    sites = [*SITES.values()]
+
+    @jax.jit
+    def nats(params: Params, fill: Any, batch: Batch, unit: tuple[Array, ...]) -> Array:
+        place, site, first, count = unit
+
+        def change(at: Written, a: Array) -> Array:
+            here = (place == number[at[0]]) & (site == sites.index(at[1]))
+            neurons = jnp.arange(a.shape[-1])
+            off = here & (neurons >= first) & (neurons < first + count)
+            return jnp.where(off, fill[at].astype(a.dtype), a)
+
+        logs = jax.nn.log_softmax(changed(model, params, batch, change))
+        return _nats(logs, batch.targets)
+
+    fill_of = {at: jnp.asarray(one) for at, one in fill.items()}
+    for one in [None, *silent]:
+        at = (-1, 0, 0, 0)
+        if one is not None:
+            at = (number[one.place], sites.index(one.site), one.first, one.size)
+        yield np.asarray(nats(params, fill_of, batch, tuple(map(jnp.int32, at))))

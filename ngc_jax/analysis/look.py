@@ -1,0 +1,60 @@
+"""All that the page of the lens shows of a trained model, measured.
+
+For: which instruments, on which text. Not for: the instruments (`lens.py`, `excitation.py`), or
+the page (`lens_page.py`).
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngc_jax.analysis import excitation, lens
+from ngc_jax.analysis.lens_page import Looked
+from ngc_jax.data.batches import Batch
+from ngc_jax.data.tokenizer import Tokenizer
+from ngc_jax.nn.decoder import Decoder
+from ngc_jax.runtime.output import come, doing
+
+
+def look(
+    model: Decoder,
+    params: dict[str, Any],
+    batch: Batch,
+    rest: Iterable[tuple[Batch, np.ndarray]],
+    count: int,
+    tokenizer: Tokenizer,
+) -> Looked:
+    """The lens on a batch [B, T], and what excites groups in `count` batches and which rows count.
+
+    Raises ValueError for a model whose logits are no sum (`lens.attribution`).
+    """
+    groups, classes = lens.units(model), excitation.class_of_tokens(tokenizer)
+    batch = jax.tree.map(jnp.asarray, batch)
+    with doing("reading each place"):
+        said = jax.jit(lens.logit_lens, static_argnums=0)(model, params, batch)
+        found = jax.jit(partial(lens.attribution, centred=True), static_argnums=0)(
+            model, params, batch, batch.targets
+        )
+    parts = [found.written[u.place, u.site][..., u.first : u.first + u.size] for u in groups]
+    written = np.array([float(jnp.mean(jnp.sum(part, axis=-1))) for part in parts])
+    with doing("silencing groups"):
+        fill = jax.jit(lens.means, static_argnums=0)(model, params, batch)
+        nats = []
+        for i, one in enumerate(lens.silenced_nats(model, params, batch, groups, fill)):
+            nats.append(one)
+            come(i, len(groups))
+    with doing("looking for what excites groups"):
+
+        def shown() -> Iterator[tuple[Batch, np.ndarray]]:
+            for i, one in enumerate(rest):
+                come(i, count)
+                yield one
+
+        excited = excitation.excitation(model, params, groups, shown(), classes)
+    added = np.stack(nats[1:]) - nats[0]
+    targets = classes[np.maximum(np.asarray(batch.targets), 0)]
+    return Looked(said, np.asarray(batch.inputs), groups, added, targets, written, excited)

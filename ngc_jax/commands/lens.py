@@ -1,0 +1,56 @@
+"""Look into a trained model by the lens: `ngc lens --workdir=DIR`, one page for a browser.
+
+For: what is said at each stage and round, what groups are for, write and are excited by. Not for:
+the model as a dynamical system (`stability.py`).
+"""
+
+from ngc_jax.commands.arguments import PLACES, command, held_out, opened, page_folder, parser, read
+from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.fields import Field
+from ngc_jax.runtime.files import expand
+
+OPTIONS = (
+    Field("sequences", 16, "windows to silence groups on", "[2, inf)"),
+    Field("windows", 0, "windows to look for excitation in; 0: all held-out text", "[0, inf)"),
+)
+
+
+def main() -> None:
+    """Looks and writes the page."""
+    arguments, where = parser(__doc__, *OPTIONS, *PLACES), "of the page; default: DIR/lens"
+    arguments.add_argument("--out", type=expand, help=f"directory {where}")
+    args = read(arguments)
+    import numpy as np
+
+    from ngc_jax.analysis import lens_page
+    from ngc_jax.analysis.look import look
+    from ngc_jax.analysis.page import describe, unwritable
+    from ngc_jax.data.batches import held_out_batches
+
+    trained = opened(args)
+    decoder, config = trained.decoder, trained.config
+    if config.data.task:
+        raise UserError(f"data.task={config.data.task!r}: the lens reads models of text")
+    batch, held = held_out(trained, args.sequences), trained.data().validation
+    limit = min(args.windows or len(held), len(held))
+    size = min(config.eval.batch_size, limit)
+    rest = held_out_batches(held, batch_size=size, limit=limit)
+    out = page_folder(args, "lens")
+    try:
+        found = look(decoder, trained.params, batch, rest, -(-limit // size), trained.tokenizer)
+    except ValueError as error:
+        raise UserError(f"--workdir={args.workdir}: {error}") from error
+    tokens = f"{batch.inputs.size:,} held-out tokens, {len(batch.inputs)} windows"
+    about = f"{describe(config)} Checkpoint of update {trained.step:,}, silenced on {tokens}."
+    try:
+        title = f"Lens on {args.workdir.resolve().name}, step {trained.step}"
+        lens_page.write(out, found, trained.tokenizer, title, about)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    for place, said in found.said.items():
+        print(f"{place:24} {np.mean(np.asarray(said.nats)):.4f} nats per token")
+    print(f"wrote {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    command(main, goes_on=True)
