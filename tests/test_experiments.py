@@ -1,10 +1,13 @@
 """What the studies compute from their runs, on made-up runs whose answer is known."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from conftest import ROOT, python
 
 from experiments import (
+    domains,
     early_warning,
     method_drawing,
     protocols,
@@ -228,3 +231,24 @@ with watch.watching():
     assert "subprocess.Popen" in seen[3]
     assert "socket.connect" in seen[4]
     assert seen[5:] == ["KeyError 'a traceback'", "read"]
+
+
+def test_texts_of_domains_share_no_line_between_calibration_and_test(tmp_path, monkeypatch, capsys):
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "B").write_text("second\n")
+    (tmp_path / "law" / "A").write_text("first\n")
+    (tmp_path / "law" / "C").symlink_to(tmp_path / "law" / "A")
+    (tmp_path / "verse.txt").write_text("".join(f"line {i}\n" for i in range(30)))
+    line = ["domains", f"--verse={tmp_path / 'verse.txt'}", f"--law={tmp_path / 'law'}"]
+    monkeypatch.setattr("sys.argv", [*line, f"--out={tmp_path / 'texts'}"])
+    domains.main()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "texts").iterdir()}
+    assert made["law2.txt"] == b"first\nsecond\n"
+    assert made["verse.txt"] + made["verse2.txt"] == (tmp_path / "verse.txt").read_bytes()
+    assert made["verse2.txt"] == b"line 27\nline 28\nline 29\n"
+    assert len(made["code.txt"]) > 10 * len(made["code2.txt"]) > 10**6
+    said = capsys.readouterr().out
+    assert all(hashlib.sha256(text).hexdigest() in said for text in made.values())
+    monkeypatch.setattr("sys.argv", [*line[:2], f"--law={tmp_path / 'texts' / 'none'}"])
+    with pytest.raises(OSError, match="none"):
+        domains.main()

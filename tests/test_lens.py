@@ -1,6 +1,7 @@
 """The lens: sums are exact, no change changes nothing, all instruments find what was planted."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,29 @@ def test_every_instrument_finds_the_group_that_was_planted():
     np.testing.assert_array_equal(classes[found.context[mine, :, excitation.BEFORE]], digit)
 
 
+def test_a_patch_restores_what_its_place_and_token_decide():
+    model, params = planted()
+    prompt, other = (Batch(jnp.asarray([[*text]], jnp.int32)) for text in (b"ab7", b"abc"))
+    found = run(lens.patching, model, params, prompt, other)
+    assert chr(found.right).isdigit()
+    # There is no attention: only the last token's own stream decides, at every place.
+    np.testing.assert_allclose(found.restored, [[0, 0, 1]] * 2, atol=1e-6)
+
+    model, params = built("loop")
+    prompt, other = (Batch(batch().inputs[i : i + 1]) for i in (0, 1))
+    found = run(lens.patching, model, params, prompt, other)
+    assert found.restored.shape == (1 + len(stage_names(model.shape)), 6)
+    np.testing.assert_allclose(found.restored[-1], [0, 0, 0, 0, 0, 1], atol=1e-5)
+    # By hand: the embedding of the last token alone.
+    mixed = Batch(other.inputs.at[0, 5].set(prompt.inputs[0, 5]))
+    apart = [
+        float(logits[0, -1, found.right] - logits[0, -1, found.wrong])
+        for logits in (jax.jit(model.apply)(params, one)[0] for one in (prompt, other, mixed))
+    ]
+    share = (apart[2] - apart[1]) / (apart[0] - apart[1])
+    assert found.restored[0, 5] == pytest.approx(share, rel=1e-3, abs=1e-4)
+
+
 def test_labels_drawn_by_lot_are_told_from_chance_as_often_as_the_interval_says():
     rng, counts = np.random.default_rng(3), np.zeros((400, excitation.BINS, 2), np.int64)
     for unit in counts:
@@ -222,6 +246,12 @@ def test_the_command_writes_a_page_that_needs_nothing_but_itself(
         assert f"<h2>{title}</h2>" in page
     assert "http" not in page.replace("https://", "")
     assert f"wrote {home / 'lens' / 'index.html'}" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--prompt=ab", "--other=abc"])
+    with pytest.raises(UserError, match="have 3 and 4 tokens: must have as many"):
+        command.main()
+    monkeypatch.setattr("sys.argv", [*sys.argv[:-1], "--other=ab"])
+    with pytest.raises(UserError, match=r"are both followed by '.*': give one after which"):
+        command.main()
     monkeypatch.setattr("sys.argv", ["lens", f"--workdir={home}", "--sequences=1"])
     with pytest.raises(UserError, match="--sequences=1: must be 2 or more"):
         command.main()

@@ -144,9 +144,16 @@ def opened(one: Heard) -> Callable[[Array], Array]:
 
 
 def run_with(
-    model: Decoder, params: Params, batch: Batch, at_site: Callable[[Written, Heard], Any]
+    model: Decoder,
+    params: Params,
+    batch: Batch,
+    at_site: Callable[[Written, Heard], Any] = lambda at, one: None,
+    after: Callable[[str, Array], Array] = lambda place, x: x,
 ) -> Array:
-    """The last stream [B, T, D], where at_site(written, heard) may return what a site writes."""
+    """The last stream [B, T, D], where at_site(written, heard) may return what a site writes.
+
+    after(place, x) is what goes on in the place of the stream x [B, T, D] after a stage.
+    """
     names, last = iter(stage_names(model.shape)), [model.embed(params, batch)]
 
     def keep(_: Any, x: Array) -> None:
@@ -160,7 +167,7 @@ def run_with(
             return None if site is None else at_site((place, site), one)
 
         with intercept(listen):
-            x = run(x, route)[0]
+            x = after(place, run(x, route)[0])
         keep(None, x)
         return x, None
 
@@ -179,6 +186,48 @@ def changed(model: Decoder, params: Params, batch: Batch, change: Change) -> Arr
         return opened(one)(change(at, one.x))[..., None, :]
 
     return model.unembed(params, run_with(model, params, batch, write))
+
+
+class Patched(NamedTuple):
+    """What streams of one prompt restore in a run on another. T tokens; P: embedding and stages."""
+
+    restored: Array  # [P, T] share of the difference of logits that is restored; 1: all
+    right: Array  # [] the token that the model says after the first prompt
+    wrong: Array  # [] and after the other one
+
+
+def patching(model: Decoder, params: Params, prompt: Batch, other: Batch) -> Patched:
+    """Activation patching between two prompts of as many tokens, [1, T] each (arXiv 2202.05262).
+
+    In a run on `other` the stream after a place is that of `prompt`, at one token alone. With
+    d = logit(right) - logit(wrong) after the last token, it restores (d - d_other) / (d_prompt -
+    d_other); nan where both prompts are followed by the same token.
+    """
+    names, length = stage_names(model.shape), prompt.inputs.shape[1]
+    kept = activations(model, params, prompt)
+    ends = [model.apply(params, one)[0][0, -1] for one in (prompt, other)]
+    right, wrong = (jnp.argmax(logits) for logits in ends)
+
+    def apart(logits: Array) -> Array:
+        return logits[..., right] - logits[..., wrong]
+
+    def run(at: tuple[Array, Array]) -> Array:
+        number, token = at
+
+        def after(place: str, x: Array) -> Array:
+            here = (jnp.arange(length) == token) & (number == names.index(place))
+            return jnp.where(here[None, :, None], kept[place], x)
+
+        last = run_with(model, params, other, after=after)
+        return apart(model.unembed(params, last[:, -1:])[0, 0])
+
+    swapped = jnp.where(jnp.eye(length, dtype=bool), prompt.inputs, other.inputs)
+    first = apart(model.apply(params, Batch(swapped))[0][:, -1])
+    pairs = jnp.meshgrid(jnp.arange(len(names)), jnp.arange(length), indexing="ij")
+    rest = jax.lax.map(run, tuple(one.reshape(-1) for one in pairs)).reshape(-1, length)
+    low, high = apart(ends[1]), apart(ends[0])
+    restored = (jnp.concatenate([first[None], rest]) - low) / (high - low)
+    return Patched(restored, right, wrong)
 
 
 def activity(model: Decoder, params: Params, batch: Batch) -> dict[Written, Array]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ngc_jax.analysis.excitation import BEFORE, CLASSES, Excitation
-from ngc_jax.analysis.lens import Said, Unit
+from ngc_jax.analysis.lens import Patched, Said, Unit
 from ngc_jax.analysis.stability import interval
 from ngc_jax.data.tokenizer import Tokenizer
 from ngc_jax.report import page
@@ -32,10 +32,27 @@ class Looked(NamedTuple):
     excited: Excitation
 
 
-def write(out: pathlib.Path, looked: Looked, tokenizer: Tokenizer, title: str, about: str) -> None:
+class Prompts(NamedTuple):
+    """Two prompts [T] of as many tokens, and what the first restores in the second."""
+
+    tokens: np.ndarray
+    other: np.ndarray
+    places: list[str]  # of `patched`
+    patched: Patched
+
+
+def write(
+    out: pathlib.Path,
+    looked: Looked,
+    prompts: Prompts | None,
+    tokenizer: Tokenizer,
+    title: str,
+    about: str,
+) -> None:
     """Writes OUT/index.html. Raises OSError."""
-    blocks = [paragraph(about), *_said(looked, tokenizer), *_for(looked)]
-    blocks += _excited(looked, tokenizer)
+    blocks = [paragraph(about), *_said(looked, tokenizer)]
+    blocks += _patched(prompts, tokenizer) if prompts else []
+    blocks += [*_for(looked), *_excited(looked, tokenizer)]
     page.write(out, "index", title, blocks, markdown=False)
 
 
@@ -85,6 +102,30 @@ def _said(looked: Looked, tokenizer: Tokenizer) -> list[Block]:
         table(head, rows, caption),
         grid(["read", *columns], shades, words),
     ]
+
+
+def _patched(prompts: Prompts, tokenizer: Tokenizer) -> list[Block]:
+    patched = prompts.patched
+    own, others = ([spelt(tokenizer, t[None]) for t in of] for of in prompts[:2])
+    right, wrong = (spelt(tokenizer, np.asarray(t)[None]) for t in (patched.right, patched.wrong))
+    columns = [a if a == b else f"{b}→{a}" for a, b in zip(own, others, strict=True)]
+    rows = [
+        (
+            place,
+            [
+                Shade(f"{x:.2f}", x, f"{place}, token {t + 1} ({columns[t]}): {x:.3f} restored")
+                for t, x in enumerate(map(float, row))
+            ],
+        )
+        for place, row in zip(prompts.places, np.asarray(patched.restored), strict=True)
+    ]
+    caption = (
+        f"After the first prompt the model says {right!r}, after the other one {wrong!r}. In a "
+        "run on the other prompt the stream of one token, after one place, is replaced by that of "
+        "the first prompt. A cell says how much of the difference of the two logits this restores: "
+        "1 is all, 0 nothing. So one sees at which token and place the deciding fact stands."
+    )
+    return [heading("Where two prompts part"), grid(["patched", *columns], rows, caption)]
 
 
 def _for(looked: Looked) -> list[Block]:
