@@ -27,6 +27,7 @@ class Looked(NamedTuple):
     tokens: np.ndarray  # [B, T] read there
     units: list[Unit]
     added: np.ndarray  # [U, B, T] nats that silence of a unit adds
+    whole: np.ndarray  # [sites, B, T] and of all groups of a site, in the same order
     targets: np.ndarray  # [B, T] classes of what is to be said
     written: np.ndarray  # [U] mean share of the right token's logit, centred
     excited: Excitation
@@ -142,11 +143,16 @@ def _for(looked: Looked) -> list[Block]:
         share = float(looked.written[i])
         shade = Shade(f"{share:.2f}", share / loudest, f"{told}{share:+.3f} of the right logit")
         wrote.setdefault(row, []).append(shade)
+    whole = interval(looked.whole.mean(2).T)
+    for row, middle, least, greatest in zip(silence, *whole, strict=True):
+        told = f"all groups, {row}: {middle:+.4f} nats, {least:+.4f} to {greatest:+.4f}"
+        silence[row].append(Shade(f"{middle:.3f}", float(middle) / most, told))
     head = ["stage and site", *(f"group {i}" for i in range(groups))]
     one = (
         "Nats per token that are added if a group writes its mean activity in place of its own "
         "there (mean ablation; 95% intervals by sequences are in the text of hover). Groups of "
-        "attention are of the channels that heads give, of exchange of hidden neurons."
+        "attention are of the channels that heads give, of exchange of hidden neurons. All: what "
+        "the site is worth; more than the sum of a row where groups stand in for one another."
     )
     two = (
         "What a group adds by itself to the logit of the token that came, less the mean of all "
@@ -168,7 +174,7 @@ def _for(looked: Looked) -> list[Block]:
     )
     return [
         heading("What groups are for"),
-        grid(head, [*silence.items()], one),
+        grid([*head, "all"], [*silence.items()], one),
         grid(["group", *(CLASSES[c] for c in used)], shades, three),
         heading("What groups write to the output"),
         grid(head, [*wrote.items()], two),

@@ -32,7 +32,8 @@ def look(
 
     Raises ValueError for a model whose logits are no sum (`lens.attribution`).
     """
-    groups, classes = lens.units(model), excitation.class_of_tokens(tokenizer)
+    groups, sites = lens.units(model), lens.units(model, "site")
+    classes = excitation.class_of_tokens(tokenizer)
     batch = jax.tree.map(jnp.asarray, batch)
     with doing("reading each place"):
         said = jax.jit(lens.logit_lens, static_argnums=0)(model, params, batch)
@@ -44,9 +45,10 @@ def look(
     with doing("silencing groups"):
         fill = jax.jit(lens.means, static_argnums=0)(model, params, batch)
         nats = []
-        for i, one in enumerate(lens.silenced_nats(model, params, batch, groups, fill)):
+        silent = [*groups, *sites]
+        for i, one in enumerate(lens.silenced_nats(model, params, batch, silent, fill)):
             nats.append(one)
-            come(i, len(groups))
+            come(i, len(silent))
     with doing("looking for what excites groups"):
 
         def shown() -> Iterator[tuple[Batch, np.ndarray]]:
@@ -55,6 +57,7 @@ def look(
                 yield one
 
         excited = excitation.excitation(model, params, groups, shown(), classes)
-    added = np.stack(nats[1:]) - nats[0]
+    added, whole = np.split(np.stack(nats[1:]) - nats[0], [len(groups)])
     targets = classes[np.maximum(np.asarray(batch.targets), 0)]
-    return Looked(said, np.asarray(batch.inputs), groups, added, targets, written, excited)
+    tokens = np.asarray(batch.inputs)
+    return Looked(said, tokens, groups, added, whole, targets, written, excited)
