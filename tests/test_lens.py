@@ -85,6 +85,22 @@ def test_the_lens_reads_the_output_at_the_last_place_and_the_embedding_at_the_fi
     np.testing.assert_allclose(said["embedding"].divergence, both, rtol=1e-4, atol=1e-6)
 
 
+def test_the_tuned_lens_begins_as_the_logit_lens_and_comes_nearer_to_the_output():
+    model, params = built("loop")
+    said = run(lens.logit_lens, model, params, batch())
+    assert [*said] == lens.places(model)
+    size = len(said), model.shape.width
+    same = lens.Maps(jnp.tile(jnp.eye(size[1]), (size[0], 1, 1)), jnp.zeros(size))
+    begun = run(lens.logit_lens, model, params, batch(), same)
+    maps = lens.tuned_lens(model, params, [batch()] * 30, rate=3e-3)
+    tuned = run(lens.logit_lens, model, params, batch(), maps)
+    for place in said:
+        np.testing.assert_allclose(begun[place].nats, said[place].nats, rtol=1e-5)
+        before, after = (float(jnp.mean(of[place].divergence)) for of in (said, tuned))
+        assert after < 0.8 * before or after < 0.01
+    np.testing.assert_allclose(maps.shift[-1], 0, atol=0.02)  # the output is itself
+
+
 def test_silence_of_one_unit_is_that_unit_written_by_hand():
     model, params = built("loop")
     silent = [one for one in lens.units(model) if one.place == "core 1, round 2"]

@@ -8,12 +8,13 @@ N neurons that write at a site (channels of heads, or hidden neurons), P stages 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ngc_jax.analysis.probes import activations, stage_names, walk
 from ngc_jax.data import NOTHING
@@ -50,26 +51,85 @@ class Said(NamedTuple):
     share: Array  # [B, T] its probability
 
 
-def logit_lens(model: Decoder, params: Params, batch: Batch) -> OrderedDict[str, Said]:
+class Maps(NamedTuple):
+    """An affine map of the stream at each place, x A + b: A [places, D, D] and b [places, D]."""
+
+    matrix: Array
+    shift: Array
+
+
+def places(model: Decoder) -> list[str]:
+    """The names of all places, in order."""
+    s, stages = model.shape, iter(stage_names(model.shape))
+    found = ["embedding", *(next(stages) for _ in range(s.prelude))]
+    for turn in range(s.rounds if s.core else 0):
+        found += [*(next(stages) for _ in range(s.core)), f"round {turn + 1}"]
+    return [*found, *stages]
+
+
+def logit_lens(
+    model: Decoder, params: Params, batch: Batch, maps: Maps | None = None
+) -> OrderedDict[str, Said]:
     """What is said at each place, as if the model ended there (nostalgebraist, 2020).
 
-    softmax(W norm(x_l)) with the model's own last norm and matrix of logits W. One place after the
-    other is read, so that memory is that of two outputs [B, T, V].
+    softmax(W norm(x_l)) with the model's own last norm and matrix of logits W; with `maps` (of
+    `tuned_lens`) of x_l A_l + b_l. One place after the other is read, so that memory is that of two
+    outputs [B, T, V].
     """
     found = activations(model, params, batch)
     last = jax.nn.log_softmax(model.unembed(params, next(reversed(found.values()))))
 
-    def read(x: Array) -> Said:
-        logs = jax.nn.log_softmax(model.unembed(params, x))
-        divergence = jnp.sum(jnp.exp(last) * (last - logs), axis=-1)
+    def read(given: tuple[Array, Maps | None]) -> Said:
+        logs = _read(model, params, *given)
+        divergence = _divergence(last, logs)
         return Said(
             _nats(logs, batch.targets), divergence, jnp.argmax(logs, -1), jnp.exp(jnp.max(logs, -1))
         )
 
-    said = jax.lax.map(read, jnp.stack([*found.values()]))
+    said = jax.lax.map(read, (jnp.stack([*found.values()]), maps))
     return OrderedDict(
         (name, jax.tree.map(lambda a, i=i: a[i], said)) for i, name in enumerate(found)
     )
+
+
+def tuned_lens(
+    model: Decoder, params: Params, batches: Iterable[Batch], rate: float = 1e-3
+) -> Maps:
+    """Maps with which each place says best what the output says (arXiv 2303.08112).
+
+    They begin as the identity; each batch is one update by Adam of the sum over places of
+    KL(softmax(W norm(x_L)), softmax(W norm(x_l A_l + b_l))), the mean over tokens.
+    """
+    optimizer, width, count = optax.adam(rate), model.shape.width, len(places(model))
+    maps = Maps(jnp.tile(jnp.eye(width), (count, 1, 1)), jnp.zeros((count, width)))
+
+    @jax.jit
+    def update(maps: Maps, state: Any, batch: Batch) -> tuple[Maps, Any]:
+        streams = jnp.stack([*activations(model, params, batch).values()])
+        last = jax.nn.log_softmax(model.unembed(params, streams[-1]))
+
+        @jax.checkpoint
+        def far(given: tuple[Array, Maps]) -> Array:
+            return jnp.mean(_divergence(last, _read(model, params, *given)))
+
+        grads = jax.grad(lambda maps: jnp.sum(jax.lax.map(far, (streams, maps))))(maps)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(maps, updates), state
+
+    state = optimizer.init(maps)
+    for batch in batches:
+        maps, state = update(maps, state, batch)
+    return maps
+
+
+def _read(model: Decoder, params: Params, x: Array, maps: Maps | None) -> Array:
+    """Log probabilities [B, T, V] that a stream at one place gives, mapped or as it is."""
+    return jax.nn.log_softmax(model.unembed(params, x if maps is None else x @ maps[0] + maps[1]))
+
+
+def _divergence(last: Array, logs: Array) -> Array:
+    """KL [B, T] of log probabilities [B, T, V] of the output from others."""
+    return jnp.sum(jnp.exp(last) * (last - logs), axis=-1)
 
 
 def _nats(logs: Array, targets: Array) -> Array:

@@ -24,6 +24,7 @@ class Looked(NamedTuple):
     """What was measured of a model. Axes: B sequences, T tokens, U units."""
 
     said: dict[str, Said]  # by place, of the first sequences
+    tuned: dict[str, Said]  # the same by the tuned lens
     tokens: np.ndarray  # [B, T] read there
     units: list[Unit]
     added: np.ndarray  # [U, B, T] nats that silence of a unit adds
@@ -69,13 +70,16 @@ def _said(looked: Looked, tokenizer: Tokenizer) -> list[Block]:
         mean, low, high = interval(np.asarray(said.nats).mean(1))
         same = np.mean(np.asarray(said.top) == np.asarray([*looked.said.values()][-1].top))
         rows.append([place, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"])
-        rows[-1] += [f"{np.asarray(said.divergence).mean():.3f}", f"{100 * same:.0f}%"]
-    head = ["place", "nats per token", "95% interval", "nats from the output", "same token"]
+        far = (np.asarray(of[place].divergence).mean() for of in (looked.said, looked.tuned))
+        rows[-1] += [*(f"{nats:.3f}" for nats in far), f"{100 * same:.0f}%"]
+    head = ["place", "nats per token", "95% interval", "nats from the output", "tuned"]
+    head += ["same token"]
     caption = (
         "What the model would say if it ended at each place: its stream there is read by the last "
         "norm and the matrix of logits. Nats per token: the loss of that. Nats from the output: "
-        "the divergence KL of the model's own output from it. Same token: how often its likeliest "
-        "token is that of the output."
+        "the divergence KL of the model's own output from it; tuned: after an affine map of the "
+        "stream that was learned on other text: what the place knows, in whatever basis. Same "
+        "token: how often its likeliest token is that of the output."
     )
     read = looked.tokens[0][:SHOWN]
     columns = [spelt(tokenizer, token[None]) for token in read]

@@ -24,11 +24,14 @@ def look(
     model: Decoder,
     params: dict[str, Any],
     batch: Batch,
+    tuning: Iterable[Batch],
     rest: Iterable[tuple[Batch, np.ndarray]],
     count: int,
     tokenizer: Tokenizer,
 ) -> Looked:
     """The lens on a batch [B, T], and what excites groups in `count` batches and which rows count.
+
+    tuning: batches of other text, on which the lens is tuned.
 
     Raises ValueError for a model whose logits are no sum (`lens.attribution`).
     """
@@ -36,7 +39,9 @@ def look(
     classes = excitation.class_of_tokens(tokenizer)
     batch = jax.tree.map(jnp.asarray, batch)
     with doing("reading each place"):
-        said = jax.jit(lens.logit_lens, static_argnums=0)(model, params, batch)
+        read = jax.jit(lens.logit_lens, static_argnums=0)
+        said = read(model, params, batch)
+        tuned = read(model, params, batch, lens.tuned_lens(model, params, tuning))
         found = jax.jit(partial(lens.attribution, centred=True), static_argnums=0)(
             model, params, batch, batch.targets
         )
@@ -60,4 +65,4 @@ def look(
     added, whole = np.split(np.stack(nats[1:]) - nats[0], [len(groups)])
     targets = classes[np.maximum(np.asarray(batch.targets), 0)]
     tokens = np.asarray(batch.inputs)
-    return Looked(said, tokens, groups, added, whole, targets, written, excited)
+    return Looked(said, tuned, tokens, groups, added, whole, targets, written, excited)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ngc_jax.analysis.lens_page import Prompts
     from ngc_jax.training.load import Trained
 
+TUNING = 64  # updates of the tuned lens
 OPTIONS = (
     Field("sequences", 16, "windows to silence groups on", "[2, inf)"),
     Field("windows", 0, "windows to look for excitation in; 0: all held-out text", "[0, inf)"),
@@ -43,10 +44,14 @@ def main() -> None:
     batch, held = held_out(trained, args.sequences), trained.data().validation
     limit = min(args.windows or len(held), len(held))
     size = min(config.eval.batch_size, limit)
-    rest = held_out_batches(held, batch_size=size, limit=limit)
+    rest, count = held_out_batches(held, batch_size=size, limit=limit), -(-limit // size)
+    examples = trained.data().train
+    chosen = min(len(examples), TUNING * config.eval.batch_size)
+    how = {"batch_size": min(chosen, config.eval.batch_size), "limit": chosen}
+    tuning = (one for one, _ in held_out_batches(examples, **how))
     out = page_folder(args, "lens")
     try:
-        found = look(decoder, trained.params, batch, rest, -(-limit // size), trained.tokenizer)
+        found = look(decoder, trained.params, batch, tuning, rest, count, trained.tokenizer)
     except ValueError as error:
         raise UserError(f"--workdir={args.workdir}: {error}") from error
     tokens = f"{batch.inputs.size:,} held-out tokens, {len(batch.inputs)} windows"
