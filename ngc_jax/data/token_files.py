@@ -26,6 +26,7 @@ BATCH = 1 << 22  # bytes that are encoded at once
 PART = 64  # batches that one process makes while others make others
 SAVED = 5.0  # seconds between two places from which a killed preparation goes on
 SPLITS = ("train", "validation")
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError)  # a journal may be
 
 Pieces = list[tuple[str, bool, bytes]]  # (file, whether a document begins, bytes)
 
@@ -141,7 +142,7 @@ class TokenFiles:
             if not made.whole:
                 print(f"going on with the tokens in {home}", flush=True)
             return made
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        except DAMAGED:
             for name in self.names:
                 (home / f"{name}.bin").write_bytes(b"")
             return Made(0, {name: [0, 0] for name in self.names})
@@ -165,9 +166,11 @@ class TokenFiles:
 
     def _waited_for(self, number: int) -> bool:
         """Whether another process has made a part, once it is no longer at it."""
-        with _claimed(self.parts / str(number), wait=True) as home, contextlib.suppress(OSError):
-            return home is not None and _journal(home).whole
-        return False
+        with _claimed(self.parts / str(number), wait=True) as home:
+            try:
+                return home is not None and _journal(home).whole
+            except DAMAGED:  # of one that was killed early, there is none
+                return False
 
 
 def name_of(split: str, part: int) -> str:
