@@ -941,6 +941,26 @@ def test_processes_share_a_preparation_and_its_tokens_are_those_of_one(
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+def test_a_process_that_comes_as_the_tokens_are_done_makes_none_of_them(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(make_text(2000))
+    mixed = corpora.open_corpora(settings(tmp_path, path=str(tmp_path / "a.txt")), tmp_path)
+    (building := tmp_path / ".tokens.part").mkdir()
+    writer, helper = (token_files.TokenFiles(mixed, Bytes(), building) for _ in range(2))
+    claimed, encode, encoded = token_files._claimed, Bytes.encode_all, []
+    monkeypatch.setattr(Bytes, "encode_all", lambda *of: encoded.append(1) or encode(*of))
+
+    def late(home):
+        monkeypatch.setattr(token_files, "_claimed", claimed)
+        writer.write()
+        return claimed(home)
+
+    monkeypatch.setattr(token_files, "_claimed", late)
+    helper.help()
+    assert len(encoded) == 1
+    assert (building / "meta.json").exists()
+    assert not helper.parts.exists()
+
+
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(make_text(2000))
     write = token_files.TokenFiles.write

@@ -84,20 +84,20 @@ class TokenFiles:
         advance, count, others = Advance("making tokens", size), 0, list[int]()
         batches = enumerate(_batches(self.mixed, self.tokenizer.cuts, self.wanted))
         for number, part in itertools.groupby(batches, lambda one: one[0] // PART):
-            if self._done:
-                break
-            count = number + 1
             with _claimed(self.parts / str(number)) as home:
+                made = self._begun(home) if home else Made(PART, {})
+                if self._done:  # and so this part may be gone: whoever is done removes them
+                    break
+                count = number + 1
                 if home is None:
                     others.append(number)
-                self._make_part(home, (batch for _, batch in part), advance)
+                self._make_part(home, made, (batch for _, batch in part), advance)
         return count, others
 
     def _make_part(
-        self, home: pathlib.Path | None, batches: Iterable[Pieces], advance: Advance
+        self, home: pathlib.Path | None, made: Made, batches: Iterable[Pieces], advance: Advance
     ) -> None:
         """Makes what is missing of a part; None: it is another's, and its text is passed over."""
-        made = self._begun(home) if home else Made(PART, {})
         saved = time.monotonic()
         for number, batch in enumerate(batches):
             passed = number < made.batches
