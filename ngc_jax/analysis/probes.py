@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.core.communicate import advance
+from ngc_jax.core.delays import late
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.core.rules import GATES, RULES, SignalRule, States, signal_rule, transmit
 from ngc_jax.data.batches import Batch
@@ -304,13 +305,23 @@ def _loudness(heard: Heard, groups: int) -> Array:
     # [speaker, token, G, n]: one group speaks, the others are still.
     alone = (jnp.eye(groups)[:, None, :, None] * tokens).reshape(groups, -1, x.shape[-1])
 
+    def at_ears(signals: Array) -> Array:
+        if not part.delays.tokens:
+            return signals
+        kernel = synapse.variables["params"].get(part.taps, part.delays.kernel(part.dim))
+        by_token = signals.reshape(groups, *x.shape[:-1], *signals.shape[2:])
+        each = jax.vmap(lambda said: late(said, kernel, heard.segments)[0])
+        return each(by_token).reshape(signals.shape)
+
     def one(pre: States, post: States) -> Array:
-        if part.activation is None:
+        if part.activation is None and not part.delays.tokens:
             got = transmit(part.how, alone, pre, post)  # [speaker, token, n_out]
         else:
             rule = signal_rule(part.how)
             signals = rule.send(alone, pre)
-            got = rule.receive(signals * GATES[part.activation](jnp.sum(signals, axis=0)), post)
+            if part.activation is not None:
+                signals = signals * GATES[part.activation](jnp.sum(signals, axis=0))
+            got = rule.receive(at_ears(signals), post)
         got = got.reshape(*got.shape[:2], groups, -1)
         return jnp.mean(jnp.square(got), axis=(1, 3)).T
 

@@ -19,6 +19,7 @@ from ngc_jax.dynamics import lyapunov, measures
 from ngc_jax.nn import sharing, stacks
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.shape import ModelShape
+from ngc_jax.nn.synapse import SynapsePart
 from ngc_jax.runtime.output import doing
 
 Array = jax.Array
@@ -218,10 +219,12 @@ def of_synapses(
 
     def stage(parts: Any, senders: tuple[int, ...], states: dict[str, Params]) -> Array:
         def member(pre: Params, post: Params) -> Array:
-            return measure([(one.how, pre[one.name], post[one.name]) for one in parts])
+            sides = ((one, pre[one.name], post[one.name]) for one in parts)
+            return measure([alone for side in sides for alone in _by_delay(*side, states)])
 
-        pre = {name: sharing.spread(senders, part.get("pre", ())) for name, part in states.items()}
-        post = {name: part.get("post", part.get("weight")) for name, part in states.items()}
+        own = {one.name: states[one.name] for one in parts}
+        pre = {name: sharing.spread(senders, part.get("pre", ())) for name, part in own.items()}
+        post = {name: part.get("post", part.get("weight")) for name, part in own.items()}
         return jax.vmap(member)(pre, post)
 
     @partial(jax.jit, static_argnums=(0, 1))
@@ -241,6 +244,17 @@ def of_synapses(
                     of = found.setdefault(f"{name} {number + i + 1}", {})
                     of |= zip(joined or members, measured, strict=True)
     return found
+
+
+def _by_delay(part: SynapsePart, pre: Any, post: Any, states: Params) -> list[Part]:
+    """A part as one for each delay, which make W together: to late ears differences may add up."""
+    if not part.delays.tokens:
+        return [(part.how, pre, post)]
+    fixed = part.delays.kernel((post if part.place == "dense" else pre).shape[-1])
+    kernel = states.get(part.taps, fixed[fixed.any(axis=1)])
+    if part.place == "dense":
+        return [(part.how, pre, post * share) for share in kernel]
+    return [(part.how, pre * share, post) for share in kernel]
 
 
 def _senders(shape: ModelShape, synapse: str, count: int) -> tuple[int, ...]:

@@ -103,9 +103,10 @@ def problems(model: Decoder, params: Params, means: Sums) -> Iterator[dict[str, 
 
 def _dense(trained: Trained) -> Decoder:
     model = trained.decoder
-    if model.shape.rule != "dense" or model.shape.core:
-        what = f"model.rule={model.shape.rule!r} with model.core={model.shape.core}"
-        raise UserError(f"{what}: only a dense model without a loop is converted")
+    s = model.shape
+    if s.rule != "dense" or s.core or s.delays:
+        what = f"model.rule={s.rule!r} with model.core={s.core}, model.delays={s.delays!r}"
+        raise UserError(f"{what}: only a dense model without a loop or delays is converted")
     return model
 
 

@@ -22,7 +22,7 @@ SIZES = {
 }
 # Ours that have one value in every model of this family
 FIXED = {"model.kind": "decoder", "model.rule": "dense", "model.groups": 1, "model.core": 0}
-FIXED |= {"model.coda": 0, "model.exchange_activation": "silu"}
+FIXED |= {"model.coda": 0, "model.exchange_activation": "silu", "model.delays": ""}
 # Ours of a converted model, beside its model.rule and model.ranks
 CONVERTED = {"model.p_intra": 0, "model.form": "signals", "model.match": ""}
 FACTORED = "ngc_"  # before the model_type of a folder that has factors of matrices

@@ -39,6 +39,7 @@ def export_torch(trained: Trained, folder: str) -> None:
     shape, params = trained.decoder.shape, trained.decoder.expand_shared(trained.params)
     need(config.iteration.rounds != "marked", "iteration.rounds", f"another, as 'fixed', {where}")
     need(not shape.gates, "model.gates", f"False {where}")
+    need(not shape.delays, "model.delays", f"'' {where}")
     wants = f"'none' {where}, since weights would depend on the signal"
     need(shape.message_activation is None, "model.message_activation", wants)
     able = ", ".join(map(repr, ACTIVATIONS))

@@ -24,6 +24,7 @@ from ngc_jax.nn.model import LanguageModel, Maybe, Pair, Params, end_info, init_
 from ngc_jax.nn.params import STAGES, combine, describe, drop_states, stacked
 from ngc_jax.nn.shape import ModelShape
 from ngc_jax.nn.sharing import spread, take
+from ngc_jax.nn.synapse import PAST
 
 Array = jax.Array
 Where = tuple[Maybe, Maybe]  # segments [B, T] and positions [T]
@@ -157,18 +158,36 @@ class Decoder(LanguageModel):
         return stacks.restack(s, own, lambda stack, rows: combine(stack, take(shared, rows)))
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Params:
-        """A key-value cache, of each stage apart, rounds in front; ValueError if not causal."""
+        """A key-value cache, of each stage apart, rounds in front; ValueError if not causal.
+
+        Under `delays`, with what each synapse said at the last tokens, as far as it will be heard.
+        """
         s = self.shape
         if not s.causal:
             raise ValueError("causal=False: such a model reads all at once, and has no cache")
 
         def caches(stages: int, *leading: int) -> tuple[Params, ...]:
             shape = (*leading, batch, length, s.kv_heads or s.heads, s.head_size)
-            zeros = functools.partial(jnp.zeros, shape, dtype)  # each apart: a step may donate them
-            return tuple({"key": zeros(), "value": zeros()} for _ in range(stages))
+            zeros = functools.partial(jnp.zeros, dtype=dtype)  # each apart: a step may donate them
+
+            def empty() -> Params:
+                told = self._past(batch, route=bool(leading) and s.route == "start")
+                past = jax.tree.map(lambda said: zeros((*leading, *said.shape)), told)
+                return {"key": zeros(shape), "value": zeros(shape)} | past
+
+            return tuple(empty() for _ in range(stages))
 
         core = caches(s.core, s.rounds)
         return {"prelude": caches(s.prelude), "core": core, "coda": caches(s.coda)}
+
+    def _past(self, batch: int, route: bool) -> Params:
+        """The shapes of what a stage's synapses remember: {PAST: ...}; {} without `delays`."""
+        if not self.shape.delays:
+            return {}
+        x, at, key = jnp.zeros((batch, 1, self.shape.width)), jnp.arange(1), jax.random.key(0)
+        given = x, at, None, None, x if route else None
+        made = jax.eval_shape(lambda: self.stage(0).init(key, *given))
+        return {name: shapes for name, shapes in made.items() if name == PAST}
 
     def generated(self) -> dict[str, dict[str, int]]:
         s = self.shape
@@ -247,8 +266,13 @@ class Decoder(LanguageModel):
         weights, rngs = stacks.unkeyed(weights)
         weights = gathered(weights, lambda: self._info[number if self.shape.apart else 0])
         segments, at = where
-        given = x, at, segments, cache, route
-        return self.stage(number).apply({"params": weights}, *given, rngs=rngs)
+        run = functools.partial(self.stage(number).apply, rngs=rngs)
+        if cache is None or PAST not in cache:
+            return run({"params": weights}, x, at, segments, cache, route)
+        own = {name: kept for name, kept in cache.items() if name != PAST}
+        variables = {"params": weights, PAST: cache[PAST]}
+        (x, own), past = run(variables, x, at, segments, own, route, mutable=[PAST])
+        return x, own | past
 
     @property
     def kept(self) -> Callable[..., bool]:

@@ -89,13 +89,19 @@ class NGCLayer(nn.Module, kw_only=True):
     channels: int = 4
     wiring_seed: int = 0
     init_rank: int = 0  # of weights at the start, a multiple of groups; 0: as drawn
+    delays: str = ""  # in tokens, of ports 0, 1, ... between groups: "0,1" (`core/delays.py`)
     form: str = "weights"  # makes each W; "signals", faster where ports are few, does not
     gain: float = 1.0  # standard deviation of the result at the start, for unit-variance inputs
     rewired: bool = False  # whether `ngc_jax.train` trains: else the wiring may not change
     joined: tuple[Joined, ...] = ()  # a rank for each member of its synapses, in place of `ports`
 
     def read(
-        self, sizes: dict[str, int], senders: tuple[int, ...], *sources: Source, **more: Any
+        self,
+        sizes: dict[str, int],
+        senders: tuple[int, ...],
+        segments: Maybe,
+        *sources: Source,
+        **more: Any,
     ) -> list[Array]:
         """What members of these sizes hear, [..., size] each; a source is x and who reads it.
 
@@ -104,7 +110,8 @@ class NGCLayer(nn.Module, kw_only=True):
         n_in, heard = sources[0][0].shape[-1], dict[str, Array]()
         for one in (one for one in self.joined if one.members[0] in sizes):
             own = [sizes[name] for name in one.members]
-            y = self.synapse(n_in, sum(own), one, name=one.name, **more)(sources[0][0])
+            ask = self.synapse(n_in, sum(own), one, name=one.name, **more)
+            y = ask(sources[0][0], None, segments)
             parts = jnp.split(y[..., 0, :], np.cumsum(own)[:-1], axis=-1)
             heard |= dict(zip(one.members, parts, strict=True))
         for _, alike in itertools.groupby(() if heard else sizes, sizes.__getitem__):
@@ -115,7 +122,8 @@ class NGCLayer(nn.Module, kw_only=True):
             for x, names in sources:
                 chosen = tuple(i for i, name in enumerate(fan) if name in names)
                 if chosen:
-                    y = ask(x) if len(chosen) == len(fan) else ask(x, chosen)
+                    some = None if len(chosen) == len(fan) else chosen
+                    y = ask(x, some, segments)
                     heard |= dict(zip((fan[i] for i in chosen), members_of(y), strict=True))
         return [heard[name] for name in sizes]
 
@@ -174,10 +182,10 @@ class NGCDense(NGCLayer):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, segments: Maybe = None) -> Array:
         synapse = self.synapse(x.shape[-1], self.features, gain=self.gain)
         nn.share_scope(self, synapse)
-        y = synapse(x)[..., 0, :]
+        y = synapse(x, None, segments)[..., 0, :]
         if self.use_bias:
             y = y + declare_scale(self, "bias", nn.initializers.zeros, self.features)
         return y
@@ -218,7 +226,7 @@ class NGCAttention(NGCLayer):
         head, heads = self._head(x.shape[-1]), (self.heads, self.kv_heads or self.heads)
         sizes = {"query": heads[0] * head, "key": heads[1] * head, "value": heads[1] * head}
         sources = [(x, QKV)] if route is None else [(route, QKV[:2]), (x, QKV[2:])]
-        made = self.read(sizes, self.senders, *sources)
+        made = self.read(sizes, self.senders, segments, *sources)
         if self.qkv_bias:
             zero = nn.initializers.zeros
             biased = zip(sizes, made, strict=True)
@@ -250,7 +258,7 @@ class NGCAttention(NGCLayer):
             mixed = Gates(self.groups, name="attention_gates")(x, mixed)
         out = {"attention out": x.shape[-1]}
         how: Any = {"gain": self.gain, "split": "in"}
-        return self.read(out, (0,), (mixed, tuple(out)), **how)[0], cache
+        return self.read(out, (0,), segments, (mixed, tuple(out)), **how)[0], cache
 
     def _head(self, width: int) -> int:
         """The channels of a head; ValueError where they do not go with the groups."""
@@ -276,17 +284,17 @@ class NGCMLP(NGCLayer):
     senders: tuple[int, ...] = (0, 1)  # whose send states gate and up have
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, segments: Maybe = None) -> Array:
         self.one_of("activation", [*GATES, None])
         sizes = {"gate": self.hidden, "up": self.hidden}
-        gate, value = self.read(sizes, self.senders, (x, tuple(sizes)))
+        gate, value = self.read(sizes, self.senders, segments, (x, tuple(sizes)))
         if x.ndim == 3:
             gate, value = (constrain(y, "window", None, "group") for y in (gate, value))
         said = activate(gate, self.activation) * value
         if self.gates:
             said = Gates(self.groups, name="exchange_gates")(x, said)
         down: Any = {"gain": self.gain, "split": "in"}
-        return self.read({"down": x.shape[-1]}, (0,), (said, ("down",)), **down)[0]
+        return self.read({"down": x.shape[-1]}, (0,), segments, (said, ("down",)), **down)[0]
 
 
 class Stage(nn.Module):
@@ -314,7 +322,7 @@ class Stage(nn.Module):
         own = shared_fields(NGCMLP, s) | joined
         mlp = NGCMLP(activation=s.exchange_activation, senders=s.shared.of("gate_up"), **own)
         nn.share_scope(self, mlp)
-        heard = mlp(RMSNorm(epsilon=s.norm_epsilon, name="exchange_norm")(x))
+        heard = mlp(RMSNorm(epsilon=s.norm_epsilon, name="exchange_norm")(x), segments)
         return constrain(x + drop(heard), *s.stream_axes), cache
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ngc_jax import nn
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
+from ngc_jax.core.delays import parse as parse_delays
 from ngc_jax.core.rules import GATES, RULES, SignalRule, rules_between_groups
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
 from ngc_jax.data.tasks import both_ways
@@ -139,6 +140,7 @@ def _check_decoder(config: Any, need: Need) -> None:
     wants = "'', 'linear:2' or such as 'llama3:8,1,4,8192'"
     need(_scales(m.rope_scaling), "model.rope_scaling", wants)
     _check_ranks(config, need)
+    _check_delays(config, need)
     need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1")
     need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", "1.0 where model.qk_norm=False")
 
@@ -177,6 +179,23 @@ def _check_ranks(config: Any, need: Need) -> None:
             most = size[0] * size[1] * (one.rank > 0)
             named = f"of {one.name} in stage {number} with at most {most} single synapses"
             need(one.singles <= most, "model.ranks", named)
+
+
+def _check_delays(config: Any, need: Need) -> None:
+    m = config.model
+    try:
+        delays = parse_delays(m.delays).tokens
+    except ValueError as error:
+        raise UserError(f"model.delays={m.delays!r}: {error}") from error
+    if not delays:
+        return
+    wants = f"of less than data.context={config.data.context} tokens, for instance '0,1'"
+    need(max(delays) < config.data.context, "model.delays", wants)
+    able = m.rule == "dense" or isinstance(RULES.get(m.rule), SignalRule)
+    need(able and m.rule != "leaders", "model.delays", f"'' where model.rule={m.rule!r}")
+    wants = "'' where model.wiring is dynamic: a new edge is scored by what is heard at once"
+    need(m.wiring not in DYNAMIC, "model.delays", wants)
+    need(not m.ranks, "model.delays", "'' where model.ranks is given, of a model without delays")
 
 
 def _check_recurrent(config: Any, need: Need) -> None:
@@ -220,7 +239,16 @@ _GROUPS = (
 )
 _HEADS = (
     *("heads", "kv_heads", "head_width", "gates", "qk_norm", "qk_gain", "qkv_bias", "rope_base"),
-    *("rope_scaling", "norm_epsilon", "tied", "ranks", "keep", "route", "state_activation"),
+    *(
+        "delays",
+        "rope_scaling",
+        "norm_epsilon",
+        "tied",
+        "ranks",
+        "keep",
+        "route",
+        "state_activation",
+    ),
 )
 MODELS: dict[str, ModelKind] = {
     "decoder": ModelKind(_shaped("Decoder"), (*_GROUPS, *_HEADS), _check_decoder, stages=True),
@@ -255,6 +283,8 @@ MODEL = Section("model",
     Field("sharing", "none", "what shares send states: of 'qkv', 'gate_up', 'depth2', 'depth3', "
           "sets such as 'query+key' or '1+2', and 'readers', with commas between"),
     Field("init_rank", 0, "greatest rank of weights at the start; 0 = as drawn", "[0, inf)"),
+    Field("delays", "", "tokens by which ports 0, 1, ... are late, in turn: '0,1'; 'taps:4' = "
+          "learned, of 4 tokens; '' = none"),
     Field("exchange_activation", "silu", "activation of the MLP's gate", lambda: ("none", *GATES)),
     Field("gates", False, "whether a token sets how much each group sends; these shares sum to 1"),
     Field("qk_norm", True, "whether queries and keys are normalised in each head"),

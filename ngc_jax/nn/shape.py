@@ -5,6 +5,7 @@ For: sizes and the parts of a synapse. Not for: parameters (`layers.py`), refusa
 
 import dataclasses
 
+from ngc_jax.core.delays import parse as parse_delays
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.rules.generated import Singles
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS
@@ -35,6 +36,7 @@ class ModelShape:
     channels: int = 4
     wiring_seed: int = 0
     init_rank: int = 0
+    delays: str = ""
     sharing: str = "none"
     exchange_activation: str | None = "silu"
     gates: bool = False
@@ -84,7 +86,8 @@ class ModelShape:
         """The summands of a synapse from n_in to n_out neurons; `own`: as `model.ranks` says."""
         rank, singles = (own.rank, own.singles) if own else (None, 0)
         if self.rule == "dense" or rank == 0:
-            return (SynapsePart("dense", "block", 1, 0, None, kinds=self.init_rank),)
+            late = parse_delays(self.delays)
+            return (SynapsePart("dense", "block", 1, 0, None, None, self.init_rank, late),)
         parts, kinds = [], self.init_rank // self.groups
         if self.p_intra > 0:
             # From this size on the states of one side are one-hot: a dense block.
@@ -92,7 +95,8 @@ class ModelShape:
             parts.append(SynapsePart("intra", rule, self.groups, self.p_intra, None, None, kinds))
         if self.has_messages:
             dim = 1 if self.wiring == "dynamic_ports" else rank or self.p_inter
-            how = (dim, self.message_activation, self.wired, kinds)
+            late = parse_delays(self.delays)
+            how = (dim, self.message_activation, self.wired, kinds, late)
             parts.append(SynapsePart("inter", self.rule, self.groups, *how))
         if singles:
             places = Singles(n_in, n_out)
