@@ -66,4 +66,4 @@ def late(
             same = (segments == before).reshape(*segments.shape, *(1,) * (signal.ndim - 2))
             then = jnp.where(same, then, 0)
         heard = heard + jnp.asarray(share, signal.dtype) * then
-    return heard, said[:, count:]
+    return heard, said[:, count:].astype(past.dtype)

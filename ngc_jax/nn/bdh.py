@@ -10,16 +10,20 @@ R_t the rotation by position t (base 2^16):
         a_t = n(sum over u < t of (R_t s_t . R_u s_u) x_u)
         x = n(x + n((s * relu(a W_v)) W_d))               over the neurons of all heads
     logits = x U
+With `delays` (`core/delays.py`), of which the published model has none, what W_e, W_v and W_d read
+is late, channel by channel, as in a dense decoder.
 Axes: B batch, T tokens, D width, H heads, N neurons of a head, L layers, V vocabulary.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from ngc_jax.core import attention
+from ngc_jax.core.delays import late, parse
 from ngc_jax.core.params import ParamInfo
 from ngc_jax.nn.layers import rms_normalize
 from ngc_jax.nn.mesh import constrain
@@ -40,12 +44,15 @@ class BDHShape:
     heads: int = 4
     layers: int = 6  # times that the one layer runs
     remat: bool = False  # recompute each layer for the gradient
+    delays: str = ""  # in tokens, of channels 0, 1, ... that a matrix reads, in turn: "0,1"
     stream_axes: ClassVar[tuple[str | None, ...]] = ("window", None, None)
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
             wants = f"must be an even number of neurons for each of {self.heads} heads"
             raise ValueError(f"hidden={self.hidden}: {wants}")
+        if parse(self.delays).learned:
+            raise ValueError(f"delays={self.delays!r}: must be fixed, such as '0,1'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +79,17 @@ class BDH(LanguageModel):
         outward = {"weight": ParamInfo("matrix", ("channel", None), matrix=-2)}
         return {"encoder": inward, "encoder_v": inward, "decoder": outward, **end_info()}
 
-    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Array:
-        """Attention's state before the first token: [L, B, H, N, D], for any `length`."""
+    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> tuple[Any, Params]:
+        """Attention's state before the first token, [L, B, H, N, D], for any `length`.
+
+        With it, under `delays`, what each matrix read at the last tokens: [L, B, tokens, ...].
+        """
         s = self.shape
-        return jnp.zeros((s.layers, batch, s.heads, s.hidden // s.heads, s.width), dtype)
+        zeros, read = partial(jnp.zeros, dtype=dtype), (s.heads, s.hidden // s.heads)
+        sizes = {"encoder": (s.width,), "encoder_v": (s.heads, s.width), "decoder": read}
+        tokens = max(parse(s.delays).tokens, default=0)
+        past = {n: zeros((s.layers, batch, tokens, *size)) for n, size in sizes.items() if tokens}
+        return zeros((s.layers, batch, *read, s.width)), past
 
     def forward(
         self, params: Params, x: Array, at: Array, segments: Maybe, cache: Any, last: bool = False
@@ -88,14 +102,27 @@ class BDH(LanguageModel):
         decoder = constrain(params["decoder"]["weight"], "group", None)
         decoder = decoder.reshape(s.heads, -1, s.width)
 
-        def layer(x: Array, state: Array | None) -> tuple[Array, Array | None]:
-            active = jax.nn.relu(jnp.einsum("btd,hdn->bhtn", x, encoder))
+        delays = parse(s.delays)
+
+        def layer(x: Array, kept: tuple[Array, Params] | None) -> tuple[Array, Any]:
+            (state, past), after = kept or (None, {}), {}
+
+            def hear(name: str, said: Array, axis: int = 1) -> Array:
+                if not delays.tokens:
+                    return said
+                kernel, by_token = delays.kernel(said.shape[-1]), jnp.moveaxis(said, axis, 1)
+                heard, after[name] = late(by_token, kernel, segments, past.get(name))
+                return jnp.moveaxis(heard, 1, axis)
+
+            active = jax.nn.relu(jnp.einsum("btd,hdn->bhtn", hear("encoder", x), encoder))
             active = constrain(active, "window", "group", None, None)
             read = attention.rotate_neighbours(active, at, ROTARY_BASE)
             mixed, state = attention.attend_linearly(read, x, mask, state)
-            gated = active * jax.nn.relu(jnp.einsum("bhtd,hdn->bhtn", normalise(mixed), encoder_v))
-            said = constrain(jnp.einsum("bhtn,hnd->btd", gated, decoder), "window", None, None)
-            return normalise(x + normalise(said)), state
+            mixed = hear("encoder_v", normalise(mixed), axis=2)
+            gated = active * jax.nn.relu(jnp.einsum("bhtd,hdn->bhtn", mixed, encoder_v))
+            said = jnp.einsum("bhtn,hnd->btd", hear("decoder", gated, axis=2), decoder)
+            said = constrain(said, "window", None, None)
+            return normalise(x + normalise(said)), kept and (state, after)
 
         if s.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)

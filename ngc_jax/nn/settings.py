@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ngc_jax import nn
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
+from ngc_jax.core.delays import Delays
 from ngc_jax.core.delays import parse as parse_delays
 from ngc_jax.core.rules import GATES, RULES, SignalRule, rules_between_groups
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
@@ -73,7 +74,8 @@ def _bdh(config: Any, vocab: int) -> "LanguageModel":
     from ngc_jax.nn.bdh import BDH, BDHShape
 
     m = config.model
-    return BDH(BDHShape(vocab, m.width, m.hidden, m.heads, m.rounds, m.remat != "none"))
+    sizes = m.width, m.hidden, m.heads, m.rounds, m.remat != "none"
+    return BDH(BDHShape(vocab, *sizes, m.delays))
 
 
 def _check(config: Any, need: Need) -> None:
@@ -181,16 +183,21 @@ def _check_ranks(config: Any, need: Need) -> None:
             need(one.singles <= most, "model.ranks", named)
 
 
+def _delays(config: Any, need: Need) -> Delays:
+    try:
+        delays = parse_delays(config.model.delays)
+    except ValueError as error:
+        raise UserError(f"model.delays={config.model.delays!r}: {error}") from error
+    fits = max(delays.tokens, default=0) < config.data.context
+    wants = f"of less than data.context={config.data.context} tokens, for instance '0,1'"
+    need(fits, "model.delays", wants)
+    return delays
+
+
 def _check_delays(config: Any, need: Need) -> None:
     m = config.model
-    try:
-        delays = parse_delays(m.delays).tokens
-    except ValueError as error:
-        raise UserError(f"model.delays={m.delays!r}: {error}") from error
-    if not delays:
+    if not _delays(config, need).tokens:
         return
-    wants = f"of less than data.context={config.data.context} tokens, for instance '0,1'"
-    need(max(delays) < config.data.context, "model.delays", wants)
     able = m.rule == "dense" or isinstance(RULES.get(m.rule), SignalRule)
     need(able and m.rule != "leaders", "model.delays", f"'' where model.rule={m.rule!r}")
     wants = "'' where model.wiring is dynamic: a new edge is scored by what is heard at once"
@@ -214,6 +221,8 @@ def _check_bdh(config: Any, need: Need) -> None:
     m, unit = config.model, 2 * config.model.heads  # rotary positions turn pairs of neurons
     wants = f"a multiple of 2 model.heads = {unit}, for instance {_nearest(m.hidden, unit)}"
     need(m.hidden % unit == 0, "model.hidden", wants)
+    learned = _delays(config, need).learned
+    need(not learned, "model.delays", "fixed, such as '0,1', where model.kind='bdh'")
 
 
 def _nearest(size: int, unit: int) -> int:
@@ -253,7 +262,7 @@ _HEADS = (
 MODELS: dict[str, ModelKind] = {
     "decoder": ModelKind(_shaped("Decoder"), (*_GROUPS, *_HEADS), _check_decoder, stages=True),
     "recurrent": ModelKind(_shaped("Recurrent"), (*_GROUPS, "chunk"), _check_recurrent),
-    "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat"), _check_bdh),
+    "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat", "delays"), _check_bdh),
 }
 KIND = Field("kind", "decoder", "'recurrent' = cells, not attention; 'bdh' = a baseline", MODELS)
 # fmt: off

@@ -173,7 +173,7 @@ class Synapse(nn.Module):
         each = jax.vmap(lambda signal, past: late(signal, kernel, rows, past))
         heard, last = each(by_token, past)
         if self.is_mutable_collection(PAST):
-            self.put_variable(PAST, name, last if past is None else last.astype(past.dtype))
+            self.put_variable(PAST, name, last)
         return heard.reshape(said.shape)
 
     def _init_part(self, key: Array, part: SynapsePart, scale: float, who: Array) -> dict[str, Any]:
