@@ -7,6 +7,7 @@ import pytest
 from conftest import WHOLE, drawn
 
 from ngc_jax.analysis import stability
+from ngc_jax.analysis.probes import _loudness
 from ngc_jax.config import base, make_model, model_shape, validate
 from ngc_jax.core.delays import late, parse
 from ngc_jax.core.rules import GATES, weights
@@ -14,7 +15,7 @@ from ngc_jax.count import forward_flops
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn import NGCDense
 from ngc_jax.nn.bdh import BDH, BDHShape
-from ngc_jax.nn.synapse import Synapse
+from ngc_jax.nn.synapse import Heard, Synapse
 from ngc_jax.runtime.errors import UserError
 
 LOOP = {"prelude": 0, "coda": 0}
@@ -161,6 +162,24 @@ def test_the_bound_on_gain_holds_where_late_and_early_differences_add_up():
     alone = np.linalg.norm(weights("addressed", states["pre"], states["post"]), 2)
     bound = stability.gain_bounds(model, params)["core 1"]["down"]
     assert 1.9 * alone < norm <= bound
+
+
+def test_traffic_is_what_is_heard_of_the_same_document():
+    parts = model_shape(settings(delays="1"), 50).parts(16, 16)
+    late, prompt = (
+        Synapse(of, 16, 16, "signals") for of in (parts, (parts[1]._replace(delays=parse("")),))
+    )
+    x, segments = (
+        jax.random.normal(jax.random.key(0), (2, 6, 16)),
+        jnp.arange(6) // 3 * jnp.ones((2, 1), int),
+    )
+    params = jax.jit(late.init)(jax.random.key(1), x)["params"]
+    found = _loudness(Heard(late.bind({"params": params}), (0,), x, x, segments), 4)
+    before = jnp.roll(x, 1, axis=1).at[:, ::3].set(0)
+    of = {"params": {parts[1].name: params[parts[1].name]}}
+    np.testing.assert_allclose(
+        found, _loudness(Heard(prompt.bind(of), (0,), before, x), 4), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("delays", ["0,x", "taps:1", "-1", "0, 1", "learned"])

@@ -4,12 +4,15 @@ between groups.
 
 # ruff: noqa: E501 (a program of XLA)
 
+import functools
 import re
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK, batch_of, python
+from conftest import QUICK, batch_of, drawn, python
 from jax.sharding import AbstractMesh
 
 from configs import ngc_base
@@ -40,6 +43,7 @@ SMALL = {
 }
 MODELS = {
     "addressed": {
+        "model.delays": "taps:2",
         "model.dropout": 0.1,
         "model.state_dropout": 0.05,
         "train.label_smoothing": 0.1,
@@ -155,6 +159,42 @@ def count_signals():
     print("counted")
 
 
+def crossings(hlo):
+    """The collectives of a compiled program, and those that its first result waits for."""
+    line = re.compile(r"^ +(ROOT )?(%[\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:,|$)", re.M)
+    lines = line.findall(hlo.split("ENTRY")[1])
+    found = {name: (kind, re.findall(r"%[\w.-]+", args)) for _, name, kind, args in lines}
+    waits, left = set(), next(found[name][1][:1] for root, name, *_ in lines if root)
+    while left:
+        waits.add(name := left.pop())
+        left += {*found[name][1]} - waits
+    moving = {name: kind for name, (kind, _) in found.items() if kind.startswith("all-")}
+    return Counter(moving.values()), Counter(moving[name] for name in moving if name in waits)
+
+
+def decode_late():
+    """Groups on eight devices: where all ports are late, no logit waits for a signal of its token."""
+    for delays, late in (("1", 4), ("0,1", 0)):
+        config = settings(**{"model.delays": delays, "model.p_inter": 2})
+        model, mesh = make_model(config, 50), mesh_of(1, 1, 8)
+        params, x, seen = drawn(model), jnp.arange(12).reshape(2, 6), []
+        place = functools.partial(meshes.abstract_param, mesh)
+        places = meshes.shardings(jax.tree.map(place, params, model.param_info()))
+        for own, on in ((params, mesh_of(*ONE)), (jax.device_put(params, places), mesh)):
+            cache = jax.jit(meshes.with_mesh(on, functools.partial(model.init_cache, 2, 6)))()
+            step = jax.jit(meshes.with_mesh(on, model.decode))
+            step = step.lower(own, x[:, :1], cache, 0).compile()
+            for t in range(6):
+                logits, cache = step(own, x[:, t : t + 1], cache, t)
+            seen.append(logits)
+        np.testing.assert_allclose(*seen, rtol=1e-4, atol=1e-4)
+        moved, waited = crossings(step.as_text())
+        assert moved["all-to-all"] == 4, "of each synapse"
+        assert waited["all-to-all"] == 4 - late, delays
+        assert waited["all-reduce"] == 3, "a scalar for each norm"
+    print("late")
+
+
 def compile_base():
     config = ngc_base.get_config()
     config.mesh.fsdp, config.mesh.group = 8, 8
@@ -178,7 +218,7 @@ def compile_base():
 def test_losses_checkpoints_and_traffic_on_many_devices(tmp_path):
     script = (
         "import sys, pathlib; sys.path.insert(0, 'tests'); import test_mesh as t\n"
-        f"t.compare_meshes(pathlib.Path({str(tmp_path)!r})); t.count_signals(); t.compile_base()"
+        f"t.compare_meshes(pathlib.Path({str(tmp_path)!r})); t.count_signals(); t.decode_late(); t.compile_base()"
     )
     done = python("-c", script, XLA_FLAGS=f"--xla_force_host_platform_device_count=64 {QUICK}")
     said = done.stdout.splitlines()
@@ -189,6 +229,7 @@ def test_losses_checkpoints_and_traffic_on_many_devices(tmp_path):
         "bdh equal",
         "restored",
         "counted",
+        "late",
         "compiled",
     ]
     assert [line for line in said if line in wanted] == wanted, done.stdout + done.stderr

@@ -293,7 +293,8 @@ def test_killed_at_random_ends_where_an_unbroken_run_ends(tiny_flags, tmp_path):
     """A short form of `python -m experiments.chaos`."""
     from experiments.chaos import campaign
 
-    assert campaign(tmp_path, tiny_flags, 1, ("kill",), 0) == {"kill": 1}
+    flags = [*tiny_flags, "--config.model.delays=taps:2"]
+    assert campaign(tmp_path, flags, 1, ("kill",), 0) == {"kill": 1}
 
 
 @pytest.mark.slow

@@ -170,8 +170,9 @@ class Decoder(LanguageModel):
             shape = (*leading, batch, length, s.kv_heads or s.heads, s.head_size)
             zeros = functools.partial(jnp.zeros, dtype=dtype)  # each apart: a step may donate them
 
+            told = self._past(batch, route=bool(leading) and s.route == "start")
+
             def empty() -> Params:
-                told = self._past(batch, route=bool(leading) and s.route == "start")
                 past = jax.tree.map(lambda said: zeros((*leading, *said.shape)), told)
                 return {"key": zeros(shape), "value": zeros(shape)} | past
 

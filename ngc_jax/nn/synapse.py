@@ -27,7 +27,7 @@ from ngc_jax.nn.params import declare, stacked
 from ngc_jax.nn.sharing import leaders, spread, take
 
 Array = jax.Array
-PAST = "past"  # a collection: what was said at the last tokens, for who decodes token by token
+PAST = "past"  # the collection of what synapses said at the last tokens, for decoding
 
 
 class SynapsePart(NamedTuple):
@@ -216,7 +216,7 @@ class Heard(NamedTuple):
     members: tuple[int, ...]  # of the fan
     x: Array  # [..., n_in]
     y: Array  # [..., members, n_out]
-    segments: Array | None  # of its tokens, [...]
+    segments: Array | None = None  # the documents of its tokens, [...]
 
 
 @contextmanager
