@@ -208,7 +208,13 @@ def test_what_no_delay_can_act_on_is_refused(fields, message):
         validate(config)
 
 
-def test_a_layer_alone_says_that_it_wants_tokens():
+def test_a_layer_alone_refuses_by_name():
+    for layer, message in (
+        (NGCDense(16, rule="tanh", delays="1"), "rule='tanh': must be one of .* with delays='1'"),
+        (NGCDense(16, delays="one"), "delays='one': must be '', tokens such as '0,1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, 24)))
     layer = NGCDense(16, groups=4, delays="0,1")
     with pytest.raises(ValueError, match=r"x: shape \[24\]; must be \[..., tokens, 24\]"):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros(24))

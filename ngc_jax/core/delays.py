@@ -37,7 +37,8 @@ def parse(text: str) -> Delays:
     if found := re.fullmatch(r"taps:([2-9]|[1-9]\d{1,3})", text):
         return Delays(tuple(range(int(found[1]))), learned=True)
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
-        raise ValueError("must be '', tokens such as '0,1', or 'taps:4', a learned kernel")
+        wants = "must be '', tokens such as '0,1', or 'taps:4', a learned kernel"
+        raise ValueError(f"delays={text!r}: {wants}")
     tokens = tuple(map(int, text.split(",")))
     return Delays(tokens if any(tokens) else ())
 

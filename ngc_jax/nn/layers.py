@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ngc_jax.core import attention
 from ngc_jax.core.params import ParamInfo
-from ngc_jax.core.rules import GATES, activate, rules_between_groups, signal_rule
+from ngc_jax.core.rules import GATES, activate, rules_between_groups, rules_with_delays, signal_rule
 from ngc_jax.core.rules.base import per_group
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
 from ngc_jax.nn.mesh import constrain
@@ -145,6 +145,8 @@ class NGCLayer(nn.Module, kw_only=True):
     def _check(self, wiring: str, n_in: int, n_out: int) -> None:
         self.one_of("rule", rules_between_groups())
         self.one_of("form", ["weights", "signals"])
+        if self.delays:
+            self.one_of("rule", rules_with_delays(), f" with delays={self.delays!r}")
         if self.rule == "dense":
             return
         per_group(self.groups, n_in, n_out)

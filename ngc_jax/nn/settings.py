@@ -14,7 +14,7 @@ from ngc_jax import nn
 from ngc_jax.core.communicate import STATE_ACTIVATIONS
 from ngc_jax.core.delays import Delays
 from ngc_jax.core.delays import parse as parse_delays
-from ngc_jax.core.rules import GATES, RULES, SignalRule, rules_between_groups
+from ngc_jax.core.rules import GATES, RULES, SignalRule, rules_between_groups, rules_with_delays
 from ngc_jax.core.wiring import DYNAMIC, WIRINGS, channel_counts
 from ngc_jax.data.tasks import both_ways
 from ngc_jax.nn.ranks import parse as parse_ranks
@@ -187,7 +187,7 @@ def _delays(config: Any, need: Need) -> Delays:
     try:
         delays = parse_delays(config.model.delays)
     except ValueError as error:
-        raise UserError(f"model.delays={config.model.delays!r}: {error}") from error
+        raise UserError(f"model.{error}") from error
     fits = max(delays.tokens, default=0) < config.data.context
     wants = f"of less than data.context={config.data.context} tokens, for instance '0,1'"
     need(fits, "model.delays", wants)
@@ -198,8 +198,9 @@ def _check_delays(config: Any, need: Need) -> None:
     m = config.model
     if not _delays(config, need).tokens:
         return
-    able = m.rule == "dense" or isinstance(RULES.get(m.rule), SignalRule)
-    need(able and m.rule != "leaders", "model.delays", f"'' where model.rule={m.rule!r}")
+    able = rules_with_delays()
+    wants = f"'' where model.rule={m.rule!r} is none of {', '.join(able)}"
+    need(m.rule in able, "model.delays", wants)
     wants = "'' where model.wiring is dynamic: a new edge is scored by what is heard at once"
     need(m.wiring not in DYNAMIC, "model.delays", wants)
     need(not m.ranks, "model.delays", "'' where model.ranks is given, of a model without delays")

@@ -48,6 +48,12 @@ def rules_between_groups() -> tuple[str, ...]:
     return (*(name for name, rule in RULES.items() if not rule.inside), "none", "dense")
 
 
+def rules_with_delays() -> tuple[str, ...]:
+    """The values of `model.rule` under which something may be late: not what "leaders" say."""
+    able = (n for n, rule in RULES.items() if isinstance(rule, SignalRule) and not rule.inside)
+    return (*(name for name in able if name != "leaders"), "dense")
+
+
 def transmit(
     rule: str | Rule, x: Array, pre: States, post: States, activation: str | None = None
 ) -> Array:

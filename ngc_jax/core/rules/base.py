@@ -73,7 +73,10 @@ class Rule(abc.ABC):
 
 
 class SignalRule(Rule):
-    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T."""
+    """A rule whose weights act without being formed: receive(send(x)) is x @ W.T.
+
+    The last axis of a signal counts its numbers, as that of pre does where it may be late.
+    """
 
     # For each axis of a signal behind those of x, "group" if it is of groups that send, else None.
     spoken: ClassVar[tuple[str | None, ...]]
