@@ -249,16 +249,8 @@ _GROUPS = (
 )
 _HEADS = (
     *("heads", "kv_heads", "head_width", "gates", "qk_norm", "qk_gain", "qkv_bias", "rope_base"),
-    *(
-        "delays",
-        "rope_scaling",
-        "norm_epsilon",
-        "tied",
-        "ranks",
-        "keep",
-        "route",
-        "state_activation",
-    ),
+    *("rope_scaling", "norm_epsilon", "tied", "ranks", "keep", "route", "state_activation"),
+    "delays",
 )
 MODELS: dict[str, ModelKind] = {
     "decoder": ModelKind(_shaped("Decoder"), (*_GROUPS, *_HEADS), _check_decoder, stages=True),
