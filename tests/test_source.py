@@ -163,7 +163,7 @@ def test_fields_of_published_configs():
         **{"model.head_width": 0, "model.rope_base": 100_000.0, "model.rope_scaling": ""},
         **{"model.norm_epsilon": 1e-5, "model.tied": True, "model.qkv_bias": False},
         **{"model.qk_norm": False, "model.attend": 0, "data.tokenizer": "given"},
-        **{"data.vocab_size": 64, "data.context": 128},
+        **{"data.vocab_size": 64, "data.context": 128, "model.delays": ""},
     }
     assert fields["llama3"]["model.rope_scaling"] == "llama3:4,1,4,64"
     assert fields["llama3"]["model.kv_heads"] == 0
