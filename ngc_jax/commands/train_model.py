@@ -10,13 +10,14 @@ For: the command, which `launch.py` is too. Not for: training itself (`training/
 
 import sys
 
-from ngc_jax.runtime import output, preemption
+from ngc_jax.runtime import allocation, output, preemption
 
 
 def main(about: str | None = __doc__) -> None:
     """Trains as the command line asks, and ends with one of the exit codes above."""
     preemption.end_at_ctrl_c("interrupted: the same command continues from the last checkpoint")
     output.begin(goes_on=True)
+    allocation.keep_freed()
     # Only now, since these imports take seconds.
     from absl import flags, logging
 

@@ -250,7 +250,7 @@ class Decoder(LanguageModel):
 
         if cache is None and not self.shape.apart:
             body = jax.checkpoint(body, prevent_cse=False, policy=self.kept)
-            return jax.lax.scan(body, x, (stages, None))
+            return jax.lax.scan(body, x, (stages, None), unroll=self.written_out)
         apart = stages if isinstance(stages, tuple) else stacks.stages_of(stages)
         after = []
         for number, layer in enumerate(zip(apart, cache or [None] * len(apart), strict=True)):
@@ -274,6 +274,14 @@ class Decoder(LanguageModel):
         variables = {"params": weights, PAST: cache[PAST]}
         (x, own), past = run(variables, x, at, segments, own, route, mutable=[PAST])
         return x, own | past
+
+    @property
+    def written_out(self) -> int:
+        """How many stages of a stack are written out in its loop: a CPU would copy what it keeps.
+
+        That may take more memory, which remat="stages" spares.
+        """
+        return 4 if jax.default_backend() == "cpu" and self.shape.remat != "stages" else 1
 
     @property
     def kept(self) -> Callable[..., bool]:

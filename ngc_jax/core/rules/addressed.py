@@ -5,13 +5,15 @@ For: states under the wirings of `wiring.py` and `rewiring.py`. Not for: the oth
 """
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ngc_jax.core.rules.base import Sides, SignalRule, States, normal, per_group
-from ngc_jax.core.rules.signal import merge, read, split, square
+from ngc_jax.core.rules.signal import FEW, merge, read, split, square
 from ngc_jax.core.wiring import Wiring, carry, slots_of
 
 Array = jax.Array
@@ -44,7 +46,9 @@ class Addressed(SignalRule):
         said = split(x, pre.shape[0])
         if self.wiring is None:
             return jnp.moveaxis(jnp.einsum("h...i,higp->h...gp", said, pre), 0, -3)
-        return _overheard(said, np.array(self.wiring), pre)
+        if math.prod(said.shape[1:-1]) < FEW or not self.even:
+            return _overheard(said, np.array(self.wiring), pre)
+        return _spoken(said, np.array(self.wiring), pre)
 
     def receive(self, signal: Array, post: States) -> Array:
         return _heard(jnp.moveaxis(signal, -2 if self.wiring is None else -3, 0), post)
@@ -55,6 +59,12 @@ class Addressed(SignalRule):
             return pre, post
         slots = slots_of(jnp.array(self.wiring), len(self.wiring))
         return carry(pre, slots).swapaxes(-4, -2), carry(post, slots)
+
+    @functools.cached_property
+    def even(self) -> bool:
+        """Whether each group is heard by as many as it hears, so that speakers can be a batch."""
+        wiring = np.array(self.wiring)
+        return bool(np.all(np.bincount(wiring.ravel(), minlength=len(wiring)) == wiring.shape[1]))
 
     def weights(self, pre: States, post: States) -> Array:
         if self.wiring is None:
@@ -119,3 +129,14 @@ def _heard(by_reader: Array, post: Array) -> Array:
 def _overheard(said: Array, speakers: Array | np.ndarray, pre: Array) -> Array:
     """Signals [..., G, k, p] of x [G, ..., n] from speakers [G, k], by the listeners' states."""
     return jnp.einsum("gs...i,gisp->...gsp", said[speakers], pre)
+
+
+def _spoken(said: Array, speakers: np.ndarray, pre: Array) -> Array:
+    """As `_overheard`, by speakers that each have k listeners: x is not copied for each of them."""
+    groups, k = speakers.shape
+    slots = np.argsort(speakers, axis=None, kind="stable")  # (g, s), by speaker and listener
+    by_slot = jnp.moveaxis(pre, 2, 1).reshape(groups * k, *pre.shape[1::2])
+    by_speaker = by_slot[slots].reshape(groups, k, *by_slot.shape[1:])
+    signal = jnp.einsum("h...i,hjip->hj...p", said, by_speaker)
+    signal = signal.reshape(groups * k, *signal.shape[2:])[np.argsort(slots)]
+    return jnp.moveaxis(signal.reshape(groups, k, *signal.shape[1:]), (0, 1), (-3, -2))
