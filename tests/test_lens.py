@@ -26,6 +26,8 @@ MODELS = {
     "signals": {"model.form": "signals", "model.coda": 1},
     "no coda": {"model.prelude": 1, "model.drive": False},
     "gates": {"model.gates": True, "model.prelude": 1, "model.core": 0},
+    "late": {"model.delays": "taps:3", "model.coda": 1, "model.core": 0},
+    "late loop": {"model.delays": "0,2", "model.p_inter": 2},
     "dense, tied": {"model.rule": "dense", "model.tied": True, "model.coda": 1},
 }
 
@@ -40,7 +42,8 @@ def built(name):
 
 def batch(rows=2, length=6):
     tokens = np.random.default_rng(0).integers(0, 40, (rows, length + 1)).astype(np.int32)
-    return Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
+    documents = jnp.arange(length) // 4 * jnp.ones((rows, 1), int)
+    return Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), documents)
 
 
 def run(function, model, params, *given, **fields):

@@ -20,7 +20,7 @@ from ngc_jax.analysis.probes import activations, stage_names, walk
 from ngc_jax.data import NOTHING
 from ngc_jax.data.batches import Batch
 from ngc_jax.nn.decoder import Decoder
-from ngc_jax.nn.synapse import Heard, Synapse, intercept
+from ngc_jax.nn.synapse import Heard, intercept
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -156,6 +156,7 @@ def attribution(
     logit's matrix, g the last norm's scale, x_L the last stream, and c [D] what a loop leaves of
     what was written before: keep^(R - r) of round r, keep^R + drive (1 + ... + keep^(R - 1)) of all
     before the loop. The norm's length is held, as in direct logit attribution (Elhage et al. 2021).
+    What is heard late (`model.delays`) is a term of the token that hears it.
     ValueError where the stream is no sum: `message_activation`, `state_activation`.
     """
     s = model.shape
@@ -172,11 +173,24 @@ def attribution(
     written: dict[Written, Array] = {}
 
     def give(at: Written, one: Heard) -> None:
-        act, x = opened(one), one.x
-        written[at] = x * jax.vjp(act, x)[1](left[at[0]] * towards)[0]
+        written[at] = _by_listener(one, left[at[0]] * towards)
 
     run_with(model, params, batch, give)
     return Attribution(jnp.sum(left["embedding"] * embedded * towards, -1), written)
+
+
+def _by_listener(one: Heard, towards: Array) -> Array:
+    """a_j w_j . towards of each neuron [B, T, N], at the tokens t that hear it, towards [B, T, D].
+
+    Of K tokens behind one another, each hears some of what a neuron says; of each K-th, one does.
+    """
+    back, at = jax.vjp(opened(one), one.x)[1], jnp.arange(one.x.shape[1])
+    reach, found = 1 + one.synapse.longest, jnp.zeros_like(one.x)
+    for first in range(reach):
+        heard = jnp.where((at % reach == first)[:, None], towards, 0)
+        late = at + (first - at) % reach
+        found = found.at[:, late].add(one.x * back(heard)[0], mode="drop")
+    return found
 
 
 def _left(model: Decoder, params: Params) -> dict[str, Array]:
@@ -199,8 +213,11 @@ def opened(one: Heard) -> Callable[[Array], Array]:
     """A synapse that was called, as a function of x [B, T, N]: what it writes [B, T, D]."""
     states = {"params": one.synapse.variables["params"]}
     unbound = one.synapse.clone(parent=None, name=None)
-    act: Any = unbound.apply(states, one.members, method=Synapse.opened)
-    return lambda x: act(x)[..., 0, :]
+
+    def act(synapse: Any, x: Array) -> Array:  # not its `__call__`, which is listened to
+        return synapse.opened(one.members)(x, one.segments)[..., 0, :]
+
+    return lambda x: jnp.asarray(unbound.apply(states, x, method=act))
 
 
 def run_with(

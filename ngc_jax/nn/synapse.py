@@ -83,6 +83,11 @@ class Synapse(nn.Module):
     gain: float = 1.0
     split: str = "out"  # or "in": the side of a dense synapse that is split over devices
 
+    @property
+    def longest(self) -> int:
+        """The longest delay of a signal, in tokens."""
+        return max((d for part in self.parts for d in part.delays.tokens), default=0)
+
     def __call__(
         self, x: Array, members: tuple[int, ...] | None = None, segments: Array | None = None
     ) -> Array:
