@@ -5,6 +5,7 @@ seed and step.
 import gzip
 import importlib.metadata
 import io
+import json
 
 import numpy as np
 import pytest
@@ -132,12 +133,14 @@ def test_faults_are_named_and_counted(tmp_path):
     (home / "cut.png").write_bytes(whole[: len(whole) // 2])
     (home / "none.png").write_bytes(b"")
     (home / "notes.txt").write_text("no image")
+    (home / "out.png").symlink_to(tmp_path.parent / "elsewhere.png")
     Image.fromarray(PIXELS[0].astype(np.uint16) * 257).save(home / "wide.png")
     Image.fromarray(np.repeat(PIXELS[:1, ..., None], 3, -1)[0]).save(home / "colour.png")
     _, train, _, _, told = load_images(data(tmp_path))
     assert "2 damaged, left out (cut.png, notes.txt)" in told
     assert "1 empty, left out (none.png)" in told
     assert "1 of 16 bits made bytes" in told
+    assert "1 links that lead out, left out (out.png)" in told
     assert len(train) == 10
     alike = (train.part.pixels[..., 0] == PIXELS[0]).all(axis=(1, 2))
     assert alike.sum() == 3, "as a byte, in 16 bits, and in colours"
@@ -198,9 +201,11 @@ def test_labels_are_kept_with_a_run(tmp_path):
     again = load_tokenizer(tmp_path, data())
     assert (again.symbols, again.serialised) == (("a", "b"), labels.serialised)
     np.testing.assert_array_equal(again.normalise(PIXELS[..., None]).shape, (12, 8, 8, 1))
-    (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
-        load_tokenizer(tmp_path, data())
+    told = json.loads(labels.serialised)
+    for spoilt in ([], told | {"spread": [0.0]}, told | {"mean": [0, 0]}, told | {"classes": [1]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spoilt))
+        with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
+            load_tokenizer(tmp_path, data())
 
 
 # ---- What training changes -----------------------------------------------------------------------

@@ -2,21 +2,34 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICK, TINY, drawn, launch
+from PIL import Image
 
+from ngc_jax.commands import evaluate, export, lens, predict
+from ngc_jax.commands.arguments import command
 from ngc_jax.config import base, make_model, named
 from ngc_jax.data.batches import Batch, abstract_batch
+from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.vision import patches
 from ngc_jax.runtime.checkpoint import digest
+from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.metrics import TIMES, read_rows
 from ngc_jax.training import loop
+from ngc_jax.training.classification import (
+    Predicted,
+    calibration_error,
+    confusion,
+    negative_log_likelihood,
+)
 from ngc_jax.training.load import load
 from ngc_jax.training.match_size import cost, prepare
+from ngc_jax.training.traffic import compile_update
 
 DRAW = np.random.default_rng(1)
 AUGMENTED = {"data.flip": True, "data.shift": 1, "data.crop": 0.8, "data.cutout": 2}
@@ -161,3 +174,89 @@ def test_the_shapes_of_a_batch_are_known_before_there_are_images(images):
     config = settings(images)
     assert abstract_batch(config.data, 4) == batch_like(load_data(config.data).train, 4)
     assert dataclasses.replace(make_model(config, 3).shape, rounds=3).tokens == 16
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+
+def test_measures_of_classification_are_those_of_their_formulas():
+    shares = DRAW.dirichlet(np.ones(4) / 2, 500).astype(np.float32)
+    found = Predicted(shares, DRAW.integers(0, 4, 500).astype(np.int32))
+    right = [row.argmax() == of for row, of in zip(shares, found.classes, strict=True)]
+    off = 0.0
+    for low in np.arange(15) / 15:
+        inside = [i for i, row in enumerate(shares) if low < row.max() <= low + 1 / 15]
+        if inside:
+            gaps = np.mean([right[i] for i in inside]), np.mean([shares[i].max() for i in inside])
+            off += len(inside) / 500 * abs(gaps[0] - gaps[1])
+    assert calibration_error(found) == pytest.approx(off, abs=1e-5)
+    nats = [-np.log(row[of]) for row, of in zip(shares, found.classes, strict=True)]
+    assert negative_log_likelihood(found) == pytest.approx(np.mean(nats), rel=1e-5)
+    table = np.zeros((4, 4), int)
+    for row, of in zip(shares, found.classes, strict=True):
+        table[of, row.argmax()] += 1
+    np.testing.assert_array_equal(confusion(found), table)
+
+
+def run_command(monkeypatch, capsys, module, *argv):
+    monkeypatch.setattr("sys.argv", ["command", *map(str, argv)])
+    command(module.main)
+    return capsys.readouterr().out
+
+
+def test_evaluation_tells_what_is_taken_for_what(whole, images, monkeypatch, capsys):
+    flags = f"--workdir={whole}", f"--data_path={images}"
+    said = run_command(monkeypatch, capsys, evaluate, *flags)
+    accuracy = read_rows(whole)[-1]["final/accuracy"]
+    assert f"accuracy                                 {accuracy:.6f}" in said
+    assert f"accuracy {accuracy:.2%}, " in said
+    assert "(95%, Wilson), " in said
+    loss = float(re.search(r"^loss +(\S+)", said, re.M)[1])
+    assert float(re.search(r"log-likelihood (\S+)", said)[1]) == pytest.approx(loss, abs=1e-4)
+    rows = said[said.index("is, said to be") :].splitlines()[1:4]
+    table = np.array([[int(n) for n in row.split()[1:]] for row in rows])
+    assert table.sum() == 9
+    assert np.trace(table) / 9 == pytest.approx(accuracy)
+
+
+def test_files_of_any_size_are_named(whole, tmp_path, monkeypatch, capsys):
+    bright = np.full((50, 90, 3), 180, np.uint8)
+    Image.fromarray(bright).save(tmp_path / "bright.jpg")
+    Image.fromarray(bright // 3).save(tmp_path / "dark.png")
+    files = [tmp_path / "bright.jpg", tmp_path / "dark.png"]
+    said = run_command(monkeypatch, capsys, predict, f"--workdir={whole}", "--top=2", *files)
+    assert re.fullmatch(r".*bright.jpg: 1 .*%, \d .*%\n.*dark.png: 0 .*%, \d .*%\n", said)
+    said = run_command(monkeypatch, capsys, predict, f"--workdir={whole}", "--json", *files)
+    told = [json.loads(line) for line in said.splitlines()]
+    assert [max(one["classes"], key=one["classes"].get) for one in told] == ["1", "0"]
+    assert sum(told[0]["classes"].values()) == pytest.approx(1, abs=1e-5)
+    (tmp_path / "none.png").write_text("none")
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, capsys, predict, f"--workdir={whole}", tmp_path / "none.png")
+    assert "none.png: must be an image" in capsys.readouterr().err
+
+
+def test_what_is_for_text_says_so(whole, monkeypatch, capsys):
+    for ask in (load(whole).encode, load(whole).generate):
+        with pytest.raises(UserError, match="holds a model of images: encode is for models of"):
+            ask("text")
+    for module in (export, lens):
+        with pytest.raises(SystemExit):
+            run_command(
+                monkeypatch,
+                capsys,
+                module,
+                f"--workdir={whole}",
+                *["--to=/nowhere"] * (module is export),
+            )
+        assert "is for models of text" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_large_config_compiles():
+    config = named("vision_base")
+    config.model.prelude = config.model.coda = 1  # stages of a stack are compiled once
+    config.mesh.data = 1
+    prepare(config)
+    memory = compile_update(config, meshes.single_device()).memory_analysis()
+    assert memory.argument_size_in_bytes > 4 * 3 * 32 * 32 * 512

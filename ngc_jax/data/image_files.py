@@ -275,6 +275,9 @@ def _of_folders(place: pathlib.Path, inside: Iterable[pathlib.Path], fit: Fit) -
         pixels, labels = [], []
         for path in paths:
             for file in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
+                if not file.resolve().is_relative_to(place.resolve()):
+                    fit.note("links that lead out, left out", file=file.name)
+                    continue
                 image = fit.file(file) if file.is_file() else None
                 if image is not None:
                     pixels.append(image)

@@ -6,6 +6,7 @@ For: bytes, tokens of others, symbols of tasks, and the way to any. Not for: byt
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -103,7 +104,13 @@ def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
     with _refusing(file, config.tokenizer):
         if images:
             told = files.read_json(file, LARGEST)
-            return Labels(told["classes"], told["mean"], told["spread"])
+            names, moments = told["classes"], [told["mean"], told["spread"]]
+            fits = all(len(of) == config.colours and all(map(math.isfinite, of)) for of in moments)
+            if not (
+                fits and min(moments[1]) > 0 and names and all(isinstance(n, str) for n in names)
+            ):
+                raise ValueError(f"its classes are not those of data.colours={config.colours}")
+            return Labels(names, *moments)
         if config.task:
             symbols = Symbols(TASKS[config.task].symbols)
             if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:
