@@ -15,7 +15,7 @@ def get_config():
     config.model.kind, config.model.patch = "vision", 2
     config.model.width, config.model.hidden, config.model.groups, config.model.heads = 32, 64, 4, 4
     config.train.steps, config.train.batch_size, config.train.warmup_steps = 2000, 64, 50
-    config.train.ema, config.train.log_every = 0.99, 100
+    config.train.label_smoothing, config.train.ema, config.train.log_every = 0.1, 0.99, 100
     config.eval.every, config.eval.windows, config.eval.batch_size = 500, 0, 120
     config.checkpoint.every_steps = 500
     config.stability.every = 0

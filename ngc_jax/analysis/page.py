@@ -101,7 +101,8 @@ def labels(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[int, str]:
 def describe(config: Any) -> str:
     """A run's model, its sizes and its updates, in three sentences."""
     m, i, t = config.model, config.iteration, config.train
-    form = {"recurrent": "recurrent model", "bdh": "BDH (arXiv 2509.26507)"}.get(m.kind, m.kind)
+    forms = {"recurrent": "recurrent model", "bdh": "BDH (arXiv 2509.26507)"}
+    form = (forms | {"vision": "model of images"}).get(m.kind, m.kind)
     drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
     sizes = f"{m.heads} heads; stages: {m.prelude}, then {m.core} in {m.rounds} rounds{drawn}"
     others = {"recurrent": f"{m.core} cells in {m.rounds} rounds a token"}

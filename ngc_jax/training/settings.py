@@ -77,7 +77,9 @@ def _check_train(config: Any, need: Need) -> None:
     wants = "False where train.hang_minutes is 0"
     need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", wants)
     stages = kind_of(config).stages and not has_loop(config) and config.data.kind == "text"
-    wants = "'outputs' where the model has no stages, repeats them (model.core), or sees images"
+    wants = (
+        "'outputs' where the model sees images, has no stages or repeats them (model.kind, core)"
+    )
     need(stages or t.imitate == "outputs", "train.imitate", wants)
     wants = "a work directory where train.imitate='stages', which trains neither end of a model"
     need(t.imitate != "stages" or t.init_from != "", "train.init_from", wants)
