@@ -248,7 +248,18 @@ def test_two_axes_of_an_array_cannot_go_to_the_same_devices():
 
 
 # what no neuron has for itself
-WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs", "hears"}
+WHOLE = {
+    "scale",
+    "leak",
+    "drive",
+    "map",
+    "bias",
+    "gain",
+    "offset",
+    "ns_coeffs",
+    "hears",
+    "position",
+}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +271,7 @@ WHOLE = {"scale", "leak", "drive", "map", "bias", "gain", "offset", "ns_coeffs",
         {"model.rule": "metric", "model.p_intra": 2},
         {"model.rule": "riemannian"},
         {"model.rule": "broadcast"},
+        {"data.kind": "images", "model.kind": "vision"},
         MODELS["dense"],
         MODELS["bdh"],
     ],

@@ -13,7 +13,8 @@ import numpy as np
 
 from ngc_jax.analysis import captions, figures
 from ngc_jax.analysis.stability import Headline, Measured, headlines
-from ngc_jax.data.tokenizer import Tokenizer
+from ngc_jax.data.settings import counted
+from ngc_jax.data.tokenizer import Labels, Tokenizer
 from ngc_jax.report import page
 from ngc_jax.report.blocks import Block, heading, paragraph, table
 from ngc_jax.report.figures import figure
@@ -58,7 +59,12 @@ def _figures(measured: Measured, tokenizer: Tokenizer) -> Iterator[Block]:
     between = 0.6 + 5.2 / columns * rows
     no_messages = "" if stages else NO_MESSAGES
     no_drive = "" if panels else "the model has neither a loop nor messages."
-    paths = partial(figures.paths, labels=labels(measured.tokens[0], tokenizer))
+    if isinstance(tokenizer, Labels):
+        chosen = np.linspace(0, measured.moves.shape[1], SHOWN).round().astype(int)
+        named = {at: f"patch {at}" for at in np.unique(chosen).tolist()}
+    else:
+        named = labels(measured.tokens[0], tokenizer)
+    paths = partial(figures.paths, labels=named)
     parts: list[tuple[str, str, float, Any, str]] = [
         ("spectrum", "Lyapunov exponents", exponents, figures.spectrum, ""),
         ("rounds", "Contraction by round", 3.8, figures.rounds, no_rounds),
@@ -95,11 +101,14 @@ def labels(tokens: np.ndarray, tokenizer: Tokenizer) -> dict[int, str]:
 def describe(config: Any) -> str:
     """A run's model, its sizes and its updates, in three sentences."""
     m, i, t = config.model, config.iteration, config.train
-    form = {"recurrent": "recurrent model", "bdh": "BDH (arXiv 2509.26507)"}.get(m.kind, m.kind)
+    forms = {"recurrent": "recurrent model", "bdh": "BDH (arXiv 2509.26507)"}
+    form = (forms | {"vision": "model of images"}).get(m.kind, m.kind)
     drawn = "" if i.rounds == "fixed" else f" ({i.low} to {i.high} in training, {i.rounds})"
     sizes = f"{m.heads} heads; stages: {m.prelude}, then {m.core} in {m.rounds} rounds{drawn}"
     others = {"recurrent": f"{m.core} cells in {m.rounds} rounds a token"}
     others["bdh"] = f"{m.heads} heads; one layer, {m.rounds} times"
+    unit, each = counted(config.data)
+    batch = unit if unit == "images" else f"windows of {each} {unit}"
     what = f"a dense {form}, for comparison"
     if m.kind != "bdh" and m.rule != "dense":
         intra = f"up to {m.p_intra} numbers a neuron" if m.p_intra else "none"
@@ -111,7 +120,7 @@ def describe(config: Any) -> str:
     return (
         f"A model trained from scratch, {what}. Width {m.width}, hidden {m.hidden}, "
         f"{others.get(m.kind, f'{sizes}, then {m.coda}')}. Trained for {t.steps:,} updates of "
-        f"{t.batch_size} windows of {config.data.context} tokens."
+        f"{t.batch_size} {batch}."
     )
 
 

@@ -115,7 +115,7 @@ def run_stage(
     **how: Any,
 ) -> Any:
     """What the module of a stage, counted in its stack, returns for a stream at its positions."""
-    stage, at = layers.Stage(shape, number), jnp.arange(x.shape[1])
+    stage, at = layers.Stage(shape, number), shape.positions(x.shape[1])
     return stage.apply({"params": weights}, x, at, batch.segments, route=route, **how)
 
 

@@ -44,6 +44,7 @@ def main() -> None:
 
     mesh = mesh_of(args.mesh)
     teacher = opened(args, mesh)
+    teacher.needs_text("conversion")
     batch = examples(teacher, args.text.split(",") if args.text else [], args.tokens)
     home = files.place(args.calibration or args.workdir / "calibration")
     home.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ def main() -> None:
     trained, standalone = load(args.workdir, args.step), args.form in ("torch", "stablehlo")
     if standalone and args.dtype != "float32":
         raise UserError(f"--dtype={args.dtype}: must be 'float32' where --form={args.form!r}")
+    trained.needs_text("export")
     now("writing")
     converted, factored = standalone or bool(trained.decoder.shape.apart), args.form == "factored"
     if factored and not converted:

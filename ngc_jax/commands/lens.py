@@ -38,6 +38,7 @@ def main() -> None:
 
     trained = opened(args)
     decoder, config = trained.decoder, trained.config
+    trained.needs_text("the lens")
     if config.data.task:
         raise UserError(f"data.task={config.data.task!r}: the lens reads models of text")
     prompts = _prompts(trained, args.prompt, args.other) if args.prompt or args.other else None

@@ -51,7 +51,7 @@ def main() -> None:
     how["rounds"], trained = rounds_of(args), opened(args)
     data = trained.config.data
     if not data.task:
-        raise UserError(f"--workdir={args.workdir} holds a model of text, with data.task=''")
+        raise UserError(f"--workdir={args.workdir} holds a model of {data.kind}, with data.task=''")
     asked = difficulties(args.difficulties, data)
     about = f"trained on {data.low} to {data.high} {TASKS[data.task].unit}"
     print(f"{args.workdir}, step {trained.step}: {data.task}, {about}")

@@ -24,19 +24,21 @@ def main() -> None:
     args = read(arguments)
     from ngc_jax.analysis import page
     from ngc_jax.analysis.stability import measure
+    from ngc_jax.nn.settings import tokens_of
 
     matplotlib()
     trained = opened(args)
-    config, decoder, context = trained.config, trained.decoder, trained.config.data.context
+    config, decoder, context = trained.config, trained.decoder, tokens_of(trained.config)
     batch = held_out(trained, args.sequences)
     if context < LEAST_TOKENS:
         more = f"measures along tokens need a run with {LEAST_TOKENS} or more"
-        raise UserError(f"data.context={context}: {more}")
+        raise UserError(f"{context} tokens of an example (data.context, model.patch): {more}")
     out = page_folder(args, "stability")  # before minutes are spent on measuring
     with doing("measuring"):
         measured = measure(decoder, trained.params, batch, args.rounds)
     count = len(batch.inputs)
-    tokens = f"{batch.inputs.size:,} tokens of held-out text: {count} windows of {context}"
+    what = "images" if config.data.kind == "images" else "windows of text"
+    tokens = f"{count * context:,} tokens of held-out data: {count} {what} of {context}"
     about = f"Checkpoint of update {trained.step:,}, measured on {tokens}, evenly spread."
     about = f"{page.describe(config)} {about}"
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"

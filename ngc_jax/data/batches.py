@@ -6,7 +6,7 @@ For: what a batch is, and a process's rows of it. Not for: where batches go (`nn
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -22,9 +22,9 @@ Rows = Sequence[int] | None  # of a batch; None: all
 class Batch:
     """What a model reads and what is asked of it. An example is the same without the axis B.
 
-    inputs: what the model's `embed` reads, for a language model tokens int32 [B, T]. targets: int32
-    [B, T], NOTHING where nothing is asked. segments: int32 [B, T], documents numbered, where a
-    token sees its own alone; None: it sees all.
+    inputs: what the model's `embed` reads, for a language model tokens int32 [B, T], of images
+    float32 [B, S, S, C]. targets: int32 [B, T], NOTHING where nothing is asked; of images [B, 1].
+    segments: int32 [B, T], documents numbered, where a token sees its own alone; None: it sees all.
     """
 
     inputs: Any
@@ -38,6 +38,13 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
+
+
+@runtime_checkable
+class Varying(Examples, Protocol):
+    """Examples that training changes at random, each time that it takes one."""
+
+    def vary(self, example: Batch, rng: np.random.Generator) -> Batch: ...
 
 
 class Windows:
@@ -133,6 +140,15 @@ def token_batch(rows: int, context: int, segmented: bool = False) -> Batch:
     return Batch(shape, shape, shape if segmented else None)
 
 
+def abstract_batch(data: Any, rows: int, segmented: bool = False) -> Batch:
+    """The shapes of a batch of `config.data`, for what is compiled before there are any."""
+    if data.kind == "text":
+        return token_batch(rows, data.context, segmented)
+    shape = rows, data.image_size, data.image_size, data.colours
+    of = jax.ShapeDtypeStruct
+    return Batch(of(shape, np.float32), of((rows, 1), np.int32))
+
+
 def batch_like(examples: Examples, rows: int) -> Batch:
     """The shapes of a batch of so many of these examples."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape), a.dtype), examples[0])
@@ -145,6 +161,7 @@ def train_batches(
 
     Row r of step s is example s * batch_size + r of endless epochs, each a permutation of all
     examples drawn from (seed, epoch). Of a mixture each part has epochs of its own, and its `turn`.
+    What changes an example (`Varying`) follows from seed, step and row.
     """
     import grain  # a third of a second, which only batches need
 
@@ -154,6 +171,9 @@ def train_batches(
     seeds = [(seed + i) % 2**32 for i in range(len(parts))]
     sources = map(grain.MapDataset.source, parts)
     epochs = [of.seed(own).shuffle().repeat() for of, own in zip(sources, seeds, strict=True)]
+    for i, of in enumerate(parts):
+        if isinstance(of, Varying):
+            epochs[i] = epochs[i].random_map(of.vary)
     wanted = range(batch_size) if rows is None else rows
 
     def example(index: int) -> Batch:

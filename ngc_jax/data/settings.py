@@ -13,8 +13,30 @@ from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 OUTSIDE = ("path", "validation_path", "tokenizer_path", "tfds_name", "tfds_data_dir", "cache_dir")
 
 
+# fields that images read as well as text does, and that they alone read
+SHARED = (
+    *("kind", "path", "validation_path", "validation_fraction", "cache_dir"),
+    *("tfds_name", "tfds_data_dir", "train_split", "validation_split"),
+)
+IMAGES = (
+    *("image_size", "colours", "resize", "split_seed"),
+    *("flip", "shift", "crop", "cutout", "mixup"),
+)
+
+
+def _unread(config: Any) -> dict[str, str]:
+    images = config.data.kind == "images"
+    names = [f.name for f in DATA.fields if f.name not in SHARED and (f.name in IMAGES) != images]
+    return dict.fromkeys(names, f"data.kind={config.data.kind!r}")
+
+
 def _check(config: Any, need: Need) -> None:
     d = config.data
+    need(d.colours in (1, 3), "data.colours", "1 or 3")
+    need(d.shift < d.image_size, "data.shift", f"less than data.image_size={d.image_size}")
+    need(d.cutout <= d.image_size, "data.cutout", f"at most data.image_size={d.image_size}")
+    both = d.kind == "images" and d.path and d.tfds_name
+    need(not both, "data.tfds_name", "'' where data.path names images")
     enough = d.tokenizer != "bpe" or d.vocab_size >= 258
     need(enough, "data.vocab_size", "258 or more where data.tokenizer='bpe', for instance 4096")
     need(bool(d.path) or not d.validation_path, "data.validation_path", "'' without data.path")
@@ -45,6 +67,11 @@ def _check(config: Any, need: Need) -> None:
     need(d.low >= task.lowest, "data.low", f"{task.lowest} or more ({task.unit}) {where}")
     need(d.high <= task.highest, "data.high", f"at most {task.highest} ({task.unit}) {where}")
     need(d.low <= d.high, "data.low", f"at most data.high={d.high}")
+
+
+def counted(data: Any) -> tuple[str, int]:
+    """What a run counts of its data, "tokens" or "images", and how many an example has."""
+    return ("images", 1) if data.kind == "images" else ("tokens", data.context)
 
 
 def special_names(data: Any) -> list[str]:
@@ -91,7 +118,8 @@ def withhold(
 
 # fmt: off
 DATA = Section("data",
-    "What the model learns: a text, or the problems of a reasoning task (docs/tasks.md).", [
+    "What the model learns: a text, the problems of a reasoning task (docs/tasks.md), or images.", [
+    Field("kind", "text", "'images' = classes of images (docs/vision.md)", ("text", "images")),
     Field("task", "", "reasoning task to learn; '' = a text", lambda: ("", *TASKS)),
     Field("low", 1, "least difficulty of a problem; docs/tasks.md says what it counts"),
     Field("high", 10, "greatest difficulty; its longest problem must fit into context"),
@@ -123,5 +151,15 @@ DATA = Section("data",
           "'best-fit' = whole documents", ("stream", "best-fit")),
     Field("isolate_documents", False, "whether a token attends to its own document only"),
     Field("cache_dir", "", "folder of prepared text and tokens; '' = ~/.cache/ngc_jax"),
-], _check)
+    Field("image_size", 8, "of an image's side", "[1, 4096]", "pixels"),
+    Field("colours", 1, "numbers of a pixel: 1 = grey, 3 = RGB", "[1, 3]", "colours"),
+    Field("resize", False, "whether images of other sizes are scaled and their middle is cut out"),
+    Field("split_seed", 0, "seed of the images held out, where none are given", SEEDS),
+    Field("flip", False, "whether half of the images to train on are mirrored"),
+    Field("shift", 0, "by which they are moved at most, each way", "[0, inf)", "pixels"),
+    Field("crop", 1.0, "least side, over the whole, of a square that is cut out and scaled up",
+          "(0, 1]"),
+    Field("cutout", 0, "side of a square that is blotted out; 0 = none", "[0, inf)", "pixels"),
+    Field("mixup", 0.0, "Beta(a, a) of the shares of two images in one; 0 = off", "[0, inf)"),
+], _check, _unread)
 # fmt: on

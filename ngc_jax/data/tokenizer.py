@@ -6,6 +6,7 @@ For: bytes, tokens of others, symbols of tasks, and the way to any. Not for: byt
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class Ids:
 class Symbols:
     """The alphabet of a task: its problems are tokens, so nothing is encoded."""
 
-    mark, lengths = NOTHING, None
+    mark, lengths, score = NOTHING, None, "exact"  # what the share of examples solved is called
 
     def __init__(self, symbols: Sequence[str]):
         self.symbols, self.vocab = tuple(symbols), len(symbols)
@@ -75,15 +76,41 @@ class Symbols:
         return " ".join(self.symbols[token] for token in tokens).encode()
 
 
+class Labels(Symbols):
+    """The classes of images, and how these are normalised, by the images that were trained on."""
+
+    score = "accuracy"
+
+    def __init__(self, names: Sequence[str], mean: Sequence[float], spread: Sequence[float]):
+        super().__init__(names)
+        self.mean, self.spread = (np.array(of, np.float32) for of in (mean, spread))
+        told = {"classes": self.symbols, "mean": [*mean], "spread": [*spread]}
+        self.serialised = json.dumps(told)
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """Bytes [..., C] as float32 of mean 0 and standard deviation 1 in training."""
+        return (pixels.astype(np.float32) / 255 - self.mean) / self.spread
+
+
 Tokenizer = Bytes | BPE | Ids | Symbols  # `Given` is a BPE
 
 
 def load_tokenizer(home: files.Path, config: Any) -> Tokenizer:
     """The tokenizer of `config.data`, as a directory keeps it. Raises UserError for another."""
-    if not config.task and config.tokenizer in ("bytes", "tokens"):
+    images = config.kind == "images"
+    if not (config.task or images) and config.tokenizer in ("bytes", "tokens"):
         return Bytes() if config.tokenizer == "bytes" else Ids(config.vocab_size)
     file = home / "tokenizer.json"
     with _refusing(file, config.tokenizer):
+        if images:
+            told = files.read_json(file, LARGEST)
+            names, moments = told["classes"], [told["mean"], told["spread"]]
+            fits = all(len(of) == config.colours and all(map(math.isfinite, of)) for of in moments)
+            if not (
+                fits and min(moments[1]) > 0 and names and all(isinstance(n, str) for n in names)
+            ):
+                raise ValueError(f"its classes are not those of data.colours={config.colours}")
+            return Labels(names, *moments)
         if config.task:
             symbols = Symbols(TASKS[config.task].symbols)
             if files.read_json(file, LARGEST) != {"symbols": [*symbols.symbols]}:

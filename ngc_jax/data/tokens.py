@@ -1,4 +1,4 @@
-"""`load_data`, which gives a run what it learns from: windows of tokens, or problems.
+"""`load_data`, which gives a run what it learns from: windows of tokens, problems, or images.
 
 For: which corpora and tokenizer `config.data` asks for. Not for: tokenizers (`tokenizer.py`), how
 tokens are made (`token_files.py`), batches (`batches.py`).
@@ -18,6 +18,7 @@ from ngc_jax.data.batches import Examples, Mixture, Windows
 from ngc_jax.data.byte_pairs import BPE
 from ngc_jax.data.corpus import Corpus
 from ngc_jax.data.given import Given
+from ngc_jax.data.images import load_images
 from ngc_jax.data.packing import Packed
 from ngc_jax.data.settings import special_names
 from ngc_jax.data.tasks import TASKS, boundary
@@ -39,7 +40,7 @@ from ngc_jax.runtime.metrics import amount
 
 
 class Data(NamedTuple):
-    """What a run learns from, and what is held out: text in windows, or problems."""
+    """What a run learns from, and what is held out: text in windows, problems, or images."""
 
     tokenizer: Tokenizer
     train: Examples
@@ -49,7 +50,12 @@ class Data(NamedTuple):
 
 
 def most_tokens(config: Any) -> int:
-    """The vocabulary of `config.data` at most: a BPE learned on little text has fewer tokens."""
+    """The vocabulary of `config.data` at most: a BPE learned on little text has fewer tokens.
+
+    Of images, whose classes are known when they are read, ten.
+    """
+    if config.kind == "images":
+        return 10
     if config.task:
         return len(TASKS[config.task].symbols)
     return Bytes.vocab if config.tokenizer == "bytes" else int(config.vocab_size)
@@ -65,6 +71,8 @@ def load_data(config: Any, mark: int | None = None, tokenizer: BPE | None = None
 
     tokenizer: the one to use in place of a new one; needed where data.tokenizer='given'.
     """
+    if config.kind == "images":
+        return Data(*load_images(config))
     if not config.task:
         return _text(config, mark, tokenizer)
     held_out = max(1, round(config.validation_fraction * config.problems))

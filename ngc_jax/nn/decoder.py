@@ -50,7 +50,7 @@ class Decoder(LanguageModel):
         # All stages at once: a program that draws each stack by itself compiles 3 times as long.
         counts = ((prelude, s.prelude), (core, s.core), (coda, s.coda))
         keys = jnp.concatenate([jax.random.split(k, count) for k, count in counts])
-        rest = init_ends(s, embed, unembed)
+        rest = self.init_ends(embed, unembed)
         if s.apart:
             drawn = [self.stage(i).init(k, x, jnp.arange(1))["params"] for i, k in enumerate(keys)]
             return rest | {"prelude": stacks.numbered(drawn)}
@@ -61,9 +61,17 @@ class Decoder(LanguageModel):
             rest["core"] |= {"drive": jnp.full(s.width, 1 - s.keep)} if s.drive else {}
         return stacks.arrange(s, stages, self.stage_info, rest, take)
 
+    def init_ends(self, embed: Array, unembed: Array) -> Params:
+        """What there is beside the stages, "embed", "norm" and "unembed", from two keys."""
+        return init_ends(self.shape, embed, unembed)
+
+    def end_info(self) -> Params:
+        """The records of "embed" and "unembed"."""
+        return end_info(self.shape.tied)
+
     def param_info(self) -> Params:
         s, scale = self.shape, ParamInfo("scale", (None,))
-        rest: Params = {"norm": {"scale": scale}, **end_info(s.tied)}
+        rest: Params = {"norm": {"scale": scale}, **self.end_info()}
         if s.core:
             rest["core"] = {"leak": scale, **({"drive": scale} if s.drive else {})}
         if s.apart:
@@ -90,7 +98,11 @@ class Decoder(LanguageModel):
         """Logits [B, T, V] in float32 of the stream [B, T, D] after the last stage."""
         s = self.shape
         x = jnp.asarray(RMSNorm(epsilon=s.norm_epsilon).apply({"params": params["norm"]}, x))
-        return unembed(constrain(x, *s.stream_axes), params)
+        return unembed(constrain(self.read(x), *s.stream_axes), params)
+
+    def read(self, x: Array) -> Array:
+        """What logits are made of, of the last norm's [B, T, D]: here all."""
+        return x
 
     def apply(self, params: Params, batch: Batch, record: bool = False) -> Pair:
         """Logits [B, T, V] in float32, and the rounds' stability records [R] if asked for."""
@@ -101,7 +113,7 @@ class Decoder(LanguageModel):
     def dropped(self, params: Params, key: Array) -> Params:
         s = self.shape
         params = drop_states(params, self.param_info(), s.state_dropout, key)
-        if not s.dropout:
+        if not (s.dropout or s.stochastic_depth):
             return params
         keys = jax.random.split(jax.random.fold_in(key, STAGES), s.prelude + s.core + s.coda)
         # In each round of a loop the same (arXiv 1512.05287).
@@ -241,7 +253,7 @@ class Decoder(LanguageModel):
         stages, (segments, at) = stacks.get_stack(params, name), where
         if stages is None:
             return x, cache
-        at = jnp.arange(x.shape[1]) if at is None else at
+        at = self.shape.positions(x.shape[1]) if at is None else at
         if segments is not None:
             chex.assert_shape(segments, x.shape[:2])
 

@@ -310,7 +310,10 @@ class Stage(nn.Module):
         self, x: Array, at: Array, segments: Maybe = None, cache: Any = None, route: Maybe = None
     ) -> Pair:
         s = self.shape
-        drop = nn.Dropout(s.dropout, deterministic=not self.has_rng(KEY))
+        still = not self.has_rng(KEY)
+        some = nn.Dropout(s.dropout, deterministic=still)
+        # of an example all that a branch adds (stochastic depth, arXiv 1603.09382)
+        whole = nn.Dropout(s.stochastic_depth, broadcast_dims=(1, 2), deterministic=still)
         joined: dict[str, Any] = {"ports": s.p_inter, "intra": s.p_intra, "rewired": True}
         joined["gain"] = (2 * s.depth) ** -0.5  # the 2 depth branches together add unit variance
         joined["joined"] = s.apart[self.number] if s.apart else ()
@@ -320,12 +323,12 @@ class Stage(nn.Module):
         norm = RMSNorm(epsilon=s.norm_epsilon, name="attention_norm")
         asked = None if route is None else norm(route)
         heard, cache = attention_layer.attend(norm(x), at, segments, cache, asked)
-        x = constrain(x + drop(heard), *s.stream_axes)
+        x = constrain(x + whole(some(heard)), *s.stream_axes)
         own = shared_fields(NGCMLP, s) | joined
         mlp = NGCMLP(activation=s.exchange_activation, senders=s.shared.of("gate_up"), **own)
         nn.share_scope(self, mlp)
         heard = mlp(RMSNorm(epsilon=s.norm_epsilon, name="exchange_norm")(x), segments)
-        return constrain(x + drop(heard), *s.stream_axes), cache
+        return constrain(x + whole(some(heard)), *s.stream_axes), cache
 
 
 def shared_fields(of: type, source: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class ModelKind:
     reads: tuple[str, ...]  # the fields of `config.model` that may differ from their defaults
     check: Callable[[Any, Need], None] = lambda config, need: None  # refuses values together
     stages: bool = False  # make returns a `Decoder`, on which iteration, rewire and stability act
+    data: str = "text"  # what it reads, a value of `data.kind`
 
 
 def kind_of(config: Any) -> ModelKind:
@@ -57,10 +58,23 @@ def head_counts(model: Any) -> list[int]:
     return [n for n in fits if model.head_width or model.width % (2 * n) == 0]
 
 
+def sees_both_ways(config: Any) -> bool:
+    """Whether a token sees those after it too: of an image, or as a task wants it."""
+    return config.data.kind == "images" or both_ways(config.data.task)
+
+
+def tokens_of(config: Any) -> int:
+    """Tokens of an example: of a window, or of an image."""
+    data, m = config.data, config.model
+    if data.kind == "text":
+        return int(data.context)
+    return int((data.image_size // m.patch) ** 2 + (m.readout == "class"))
+
+
 def model_shape(config: Any, vocab: int) -> "nn.ModelShape":
     """The shape of a decoder or recurrent model for a vocabulary."""
-    values = {**config.model.to_dict(), "vocab": vocab, "causal": not both_ways(config.data.task)}
-    values["context"] = config.model.attend or config.data.context
+    values = {**config.model.to_dict(), "vocab": vocab, "causal": not sees_both_ways(config)}
+    values["context"] = config.model.attend or tokens_of(config)
     for name in ("message_activation", "exchange_activation", "state_activation"):
         values[name] = None if values[name] == "none" else values[name]
     return nn.ModelShape(**{f.name: values[f.name] for f in dataclasses.fields(nn.ModelShape)})
@@ -78,8 +92,19 @@ def _bdh(config: Any, vocab: int) -> "LanguageModel":
     return BDH(BDHShape(vocab, *sizes, m.delays))
 
 
+def _vision(config: Any, vocab: int) -> "LanguageModel":
+    from ngc_jax.nn.vision import Vision, VisionShape
+
+    own = {name: config.data[name] for name in ("image_size", "colours")}
+    own |= {name: config.model[name] for name in ("patch", "readout")}
+    return Vision(VisionShape(**vars(model_shape(config, vocab)), **own))
+
+
 def _check(config: Any, need: Need) -> None:
     kind, task = MODELS[config.model.kind], config.data.task
+    able = " or ".join(repr(n) for n, kind in MODELS.items() if kind.data == config.data.kind)
+    fits = kind.data == config.data.kind
+    need(fits, "model.kind", f"{able} where data.kind={config.data.kind!r}")
     two_way = " or ".join(repr(name) for name, kind in MODELS.items() if kind.stages)
     wants = f"{two_way} where data.task={task!r} lets tokens attend both ways"
     need(kind.stages or not both_ways(task), "model.kind", wants)
@@ -145,6 +170,15 @@ def _check_decoder(config: Any, need: Need) -> None:
     _check_delays(config, need)
     need(not m.gates or m.groups > 1, "model.gates", "False where model.groups is 1")
     need(m.qk_norm or m.qk_gain == 1, "model.qk_gain", "1.0 where model.qk_norm=False")
+
+
+def _check_vision(config: Any, need: Need) -> None:
+    size, patch = config.data.image_size, config.model.patch
+    fits = [n for n in range(1, size + 1) if size % n == 0]
+    near = min(fits, key=lambda n: abs(n - patch))
+    wants = f"a divisor of data.image_size={size}, for instance {near}"
+    need(patch in fits, "model.patch", wants)
+    _check_decoder(config, need)
 
 
 def _scales(scaling: str) -> bool:
@@ -250,14 +284,22 @@ _GROUPS = (
 _HEADS = (
     *("heads", "kv_heads", "head_width", "gates", "qk_norm", "qk_gain", "qkv_bias", "rope_base"),
     *("rope_scaling", "norm_epsilon", "tied", "ranks", "keep", "route", "state_activation"),
-    "delays",
+    *("delays", "stochastic_depth"),
 )
+_OF_TEXT = ("attend", "rope_base", "rope_scaling", "tied", "delays")  # of a row of tokens
+_VISION = tuple(name for name in (*_GROUPS, *_HEADS, "patch", "readout") if name not in _OF_TEXT)
 MODELS: dict[str, ModelKind] = {
     "decoder": ModelKind(_shaped("Decoder"), (*_GROUPS, *_HEADS), _check_decoder, stages=True),
     "recurrent": ModelKind(_shaped("Recurrent"), (*_GROUPS, "chunk"), _check_recurrent),
+    "vision": ModelKind(_vision, _VISION, _check_vision, stages=True, data="images"),
     "bdh": ModelKind(_bdh, ("width", "hidden", "heads", "rounds", "remat", "delays"), _check_bdh),
 }
-KIND = Field("kind", "decoder", "'recurrent' = cells, not attention; 'bdh' = a baseline", MODELS)
+KIND = Field(
+    "kind",
+    "decoder",
+    "'recurrent' = cells, not attention; 'vision' = patches of images; 'bdh' = a baseline",
+    MODELS,
+)
 # fmt: off
 MODEL = Section("model",
     "What is trained. Each kind of model reads some of these fields and refuses the others.", [
@@ -310,6 +352,10 @@ MODEL = Section("model",
     Field("remat", "rounds", "what the gradient computes again", ("none", "rounds", "stages")),
     Field("dropout", 0.0, "part of what attention, MLP or cell add that is left out", "[0, 1)"),
     Field("state_dropout", 0.0, "part of the numbers of neurons' states that are 0", "[0, 1)"),
+    Field("stochastic_depth", 0.0, "part of examples that a stage's branch leaves out", "[0, 1)"),
+    Field("patch", 2, "of a patch's side, a divisor of data.image_size", "[1, inf)", "pixels"),
+    Field("readout", "mean", "what classes are read from: all patches, or a token of its own",
+          ("mean", "class")),
     Field("chunk", 0, "tokens that gradients go back by; 0 = a window", "[0, inf)", "tokens"),
 ], _check, _unread)
 # fmt: on

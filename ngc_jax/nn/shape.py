@@ -5,6 +5,9 @@ For: sizes and the parts of a synapse. Not for: parameters (`layers.py`), refusa
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from ngc_jax.core.delays import parse as parse_delays
 from ngc_jax.core.rules.addressed import Addressed, Rewirable
 from ngc_jax.core.rules.generated import Singles
@@ -60,6 +63,7 @@ class ModelShape:
     chunk: int = 0
     dropout: float = 0.0
     state_dropout: float = 0.0
+    stochastic_depth: float = 0.0
     ranks: str = ""
 
     @property
@@ -112,6 +116,10 @@ class ModelShape:
             )
             for name, fan in self.fans(number).items()
         }
+
+    def positions(self, tokens: int) -> jax.Array:
+        """Where so many tokens are, for rotary positions and the reach of attention: [T]."""
+        return jnp.arange(tokens)
 
     @property
     def head_size(self) -> int:

@@ -130,7 +130,7 @@ class Followed:
     def summary(self) -> dict[str, Any]:
         """The run in a line of a table."""
         steps, step, state = self.setting("train", "steps"), self.last("step"), self.state()
-        pace = self.last("tokens_per_second") if state.startswith("running") else 0
+        pace = max(map(self.last, metrics.SPEEDS)) if state.startswith("running") else 0
         pace = pace if 1e-3 < pace < 1e15 else 0
         held_out = self.curves.get("eval/loss", ((), ()))[1]
         return {
@@ -147,8 +147,10 @@ class Followed:
         }
 
     def tokens(self) -> float:
-        """Tokens of an update; 0 where that is not known."""
-        return self.setting("train", "batch_size") * self.setting("data", "context")
+        """Tokens, or images, of an update; 0 where that is not known."""
+        images = "images_per_second" in self.curves
+        each = 1 if images else self.setting("data", "context")
+        return self.setting("train", "batch_size") * each
 
     def detail(self) -> dict[str, Any]:
         """Its curves, thinned, its events and samples, and tokens and FLOPs of an update."""

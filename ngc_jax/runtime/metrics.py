@@ -22,7 +22,8 @@ from ngc_jax.runtime.trackers import Trackers
 Row = dict[str, Any]
 LARGEST = 1 << 32  # bytes of metrics.jsonl that are read
 BITE = 1 << 23  # of which as many at once, where it is followed
-TIMES = ("seconds", "tokens_per_second", "mfu")  # the only values that repeating a run changes
+SPEEDS = {"tokens_per_second": "tokens/s", "images_per_second": "images/s"}
+TIMES = ("seconds", *SPEEDS, "mfu")  # the only values that repeating a run changes
 
 
 def read_rows(workdir: files.Path) -> list[Row]:
@@ -216,11 +217,11 @@ class Progress:
         self.steps, self.live = steps, bool(sys.stdout and sys.stdout.isatty())
 
     def show(self, step: int, loss: float, speed: Row, seconds_per_step: float) -> None:
-        """Shows an update; `speed` has "tokens_per_second", and "mfu" where a peak is known."""
+        """Shows an update; `speed` has one of SPEEDS, and "mfu" where a peak is known."""
         left = duration(seconds_per_step * (self.steps - step))
         mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
-        pace = f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
-        line = f"step {step}/{self.steps}  loss {loss:.4f}  {pace}  ETA {left}"
+        pace = next(f"{speed[name]:,.0f} {unit}" for name, unit in SPEEDS.items() if name in speed)
+        line = f"step {step}/{self.steps}  loss {loss:.4f}  {pace}{mfu}  ETA {left}"
         if self.live:
             output.now(line)
         self.say(line, "" if self.live else "\n")

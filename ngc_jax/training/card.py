@@ -11,6 +11,7 @@ import jax
 
 from ngc_jax.analysis.page import describe
 from ngc_jax.count import Parameters
+from ngc_jax.data.settings import counted
 from ngc_jax.report.blocks import heading, listing, table, to_markdown
 from ngc_jax.runtime.errors import plain
 from ngc_jax.runtime.files import Path, write_durably
@@ -21,6 +22,7 @@ HELD_OUT = {
     "final/loss": "loss, all that was held out (nats per target)",
     "final/bits_per_byte": "bits per byte, whole held-out text",
     "final/exact": "share of held-out problems solved",
+    "final/accuracy": "accuracy, all held-out images",
 }
 
 
@@ -28,7 +30,8 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     """Writes DIR/card.md; `data` says what they are, `generated` counts weights of a forward."""
     rows = read_rows(workdir)
     last, t, task = latest(rows), config.train, config.data.task
-    seen = last["step"] * t.batch_size * config.data.context
+    unit, each = counted(config.data)
+    seen = last["step"] * t.batch_size * each
     measures = HELD_OUT | {name: name for name in sorted(last) if name.startswith("stability/")}
     shown = [[said, _number(last[name])] for name, said in measures.items() if name in last]
     curve = [f"{_number(r['eval/loss'])} at {r['step']}" for r in rows if "eval/loss" in r]
@@ -39,6 +42,9 @@ def write(workdir: Path, config: Any, data: str, stored: Parameters, generated: 
     limits = "Trained on this unfiltered text alone: it continues text, and states no facts."
     if task:
         use, limits = f"solve --workdir={home}", "Trained on this task alone; it knows no other."
+    if unit == "images":
+        use = f"predict --workdir={home} image.png"
+        limits = "It names one of its classes for any image, also for one of none of them."
     lines = [
         f"python -m ngc_jax.{use}",
         f"python -m ngc_jax.evaluate --workdir={home}{_places(config.data)}",
@@ -54,9 +60,9 @@ Parameters: {stored.total:,} stored, {stored.matrices:,} of them in matrices and
 {stored.embeddings:,} in embeddings; {generated:,} weights are generated in a forward pass.
 
 **Data.** {to_markdown(data)}.
-Tokens: {to_markdown(task or config.data.tokenizer)}.
+{f"Tokens: {to_markdown(task or config.data.tokenizer)}." if unit == "tokens" else ""}
 
-**How.** {amount(seen)} tokens, {t.optimizer}, peak learning rate {t.learning_rate:g} (neuron states
+**How.** {amount(seen)} {unit}, {t.optimizer}, peak learning rate {t.learning_rate:g} (neuron states
 {t.state_learning_rate:g}), {t.schedule}, weight decay {t.weight_decay:g}, {t.compute_dtype}, seed
 {config.seed}.
 {duration(last["seconds"])} of training on {jax.device_count()} x {jax.devices()[0].device_kind}

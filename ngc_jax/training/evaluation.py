@@ -21,6 +21,7 @@ from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
+from ngc_jax.nn.settings import tokens_of
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.output import come
 from ngc_jax.training.rounds import Apply, mark_of, marked
@@ -53,7 +54,8 @@ def compile_eval(
     model: LanguageModel, config: Any, mesh: Mesh, data: Data, settle: Apply | None = None
 ) -> Step:
     """The jitted evaluation of one batch on a mesh; `settle`, if given, replaces `model.apply`."""
-    step = make_eval_step(model, config.train, data.tokenizer.lengths, settle)
+    of = data.tokenizer
+    step = make_eval_step(model, config.train, of.lengths, settle, getattr(of, "score", ""))
     return jax.jit(meshes.with_mesh(mesh, step), out_shardings=meshes.replicated(mesh))
 
 
@@ -63,7 +65,8 @@ def held_out(
     """Means over `limit` examples (0: all, and every token of a text once), by the sums of `step`.
 
     "loss": nats per target. "bits_per_byte": of text, comparable over tokenizers. "exact": share of
-    problems with every answer right. "rounds" per target: of a loop that runs until it settles.
+    problems with every answer right; "accuracy": of images whose class is. "rounds" per target: of
+    a loop that runs until it settles.
     """
     rows, total = meshes.local_batch_rows(mesh, batch_size), Counter[str]()
     examples = examples if limit else filled(examples)
@@ -74,8 +77,9 @@ def held_out(
         total.update(jax.tree.map(float, jax.device_get(sums)))
         come(number, count)
     means = {"loss": total["nats"] / total["targets"]}
-    if "problems" in total:
-        means["exact"] = total["solved"] / total["problems"]
+    score = next((name for name in ("exact", "accuracy") if name in total), "")
+    if score:
+        means[score] = total[score] / total["examples"]
     elif total["bytes"]:  # none are known of tokens of others
         means["bits_per_byte"] = total["nats"] / math.log(2) / total["bytes"]
     if "rounds" in total:
@@ -86,7 +90,7 @@ def held_out(
 def compile_watch(model: Decoder, config: Any, mesh: Mesh, data: Data) -> Watch:
     """The measures of `config.stability`, means over held-out windows, each counted as often."""
     parts, available = mesh.size // mesh.shape["group"], len(data.validation)
-    wanted = -(-config.stability.tokens // (config.data.context * parts)) * parts
+    wanted = -(-config.stability.tokens // (tokens_of(config) * parts)) * parts
     count = min(wanted, available // parts * parts) or math.lcm(available, parts)
     spread = np.linspace(0, available - 1, count).round().astype(int)
     chosen = spread if count <= available else np.arange(count) % available

@@ -89,6 +89,12 @@ class Trained:
             raise UserError(f"model.kind={self.config.model.kind!r} has no stages; 'decoder' has")
         return self.model
 
+    def needs_text(self, what: str) -> None:
+        """Raises UserError for a model of images, of which this cannot be asked."""
+        if self.config.data.kind != "text":
+            told = f"--workdir={self.workdir} holds a model of images: {what} is for models of text"
+            raise UserError(f"{told}; ask ngc predict, evaluate or stability")
+
     def data(self) -> Data:
         """The data trained on and held out. Raises UserError: changed since, or `withheld`."""
         if self.withheld:
@@ -155,6 +161,12 @@ class Trained:
         of_bytes = np.sum(nats) / (np.sum(length) or math.nan) / math.log(2)
         return Loss(float(np.mean(nats)), float(of_bytes))
 
+    def classify(self, pixels: np.ndarray) -> np.ndarray:
+        """Probabilities [B, V] of the classes `tokenizer.symbols` of images, uint8 [B, S, S, C]."""
+        batch = Batch(self.tokenizer.normalise(pixels))  # type: ignore[union-attr]
+        logits = _logits(self.apply, self.params, batch, self.config.train.compute_dtype)
+        return np.asarray(jax.nn.softmax(logits[:, 0]))
+
     def activations(self, text: Text) -> dict[str, Array]:
         """The stream [T, D], or [B, T, D], after the embedding, each stage and round, by name."""
         found: dict[str, Array] = self._ask(partial(_activations, self.decoder, self.params), text)
@@ -191,6 +203,7 @@ class Trained:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The tokens of a document that begins with this text, its mark included: [T] int32."""
+        self.needs_text("encode")
         if isinstance(self.tokenizer, Symbols):
             task = self.config.data.task
             raise UserError(f"a model of data.task={task!r} reads no text: ask ngc_jax.solve")

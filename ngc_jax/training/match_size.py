@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ngc_jax import count
 from ngc_jax.config import SECTIONS, config_names, make_model, named, validate
 from ngc_jax.core.rules import RULES
-from ngc_jax.data.batches import token_batch
+from ngc_jax.data.batches import Batch, abstract_batch
 from ngc_jax.nn.settings import MATCHED, kind_of
 from ngc_jax.runtime.errors import UserError
 from ngc_jax.runtime.fields import check_fields
@@ -29,7 +29,7 @@ def prepare(config: ConfigDict) -> None:
     """Checks a config, sets the sizes that `model.match` asks for, and checks what comes of it.
 
     The share, "dense_small:0.25", is of the parameters in matrices; with ":flops" of the matrix
-    products of a forward pass over a window. `model.match_by` names the size that is set; "width"
+    products of a forward pass over an example. `model.match_by` names the size that is set; "width"
     scales hidden with it, which then takes up the rest. UserError unless some come within 1%.
     """
     check_fields(config, SECTIONS)
@@ -48,7 +48,8 @@ def _resolve(config: ConfigDict) -> None:
     work = config.copy_and_resolve_references()
     m, unit = work.model, _unit(work)
     reference, share, what = _read(m.match)
-    reference.data.context = config.data.context
+    for name in ("context", "image_size", "colours"):
+        reference.data[name] = config.data[name]
     target, ratio = share * cost(reference, what), m.hidden / m.width
 
     def sized(field: str, size: int) -> tuple[ConfigDict, float]:
@@ -90,7 +91,7 @@ def _nearest(at: Callable[[int], tuple[ConfigDict, float]]) -> tuple[ConfigDict,
 
 
 def cost(config: ConfigDict, what: str = "parameters") -> int:
-    """Parameters in matrices, or FLOPs of a forward pass over one window in its cheaper form."""
+    """Parameters in matrices, or FLOPs of a forward pass over one example in its cheaper form."""
     model: Any = make_model(config, VOCAB)
     rules = tuple(RULES.values())
     if what == "parameters":
@@ -99,7 +100,7 @@ def cost(config: ConfigDict, what: str = "parameters") -> int:
     forms = ["weights"] + ["signals"] * ("form" in kind_of(config).reads)
     for formed.model.form in forms:
         model = make_model(formed, VOCAB)
-        found.append(_flops(model, rules, config.data.context))
+        found.append(_flops(model, rules, abstract_batch(config.data, 1)))
     return min(found)
 
 
@@ -111,8 +112,8 @@ def _matrices(model: Any, rules: tuple[Any, ...]) -> int:
 
 
 @functools.cache
-def _flops(model: Any, rules: tuple[Any, ...], context: int) -> int:
-    return count.forward_flops(model.apply, _traced(model, rules), token_batch(1, context))
+def _flops(model: Any, rules: tuple[Any, ...], batch: Batch) -> int:
+    return count.forward_flops(model.apply, _traced(model, rules), batch)
 
 
 @functools.cache

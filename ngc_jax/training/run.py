@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from ngc_jax import count
 from ngc_jax.config import make_model
 from ngc_jax.data.batches import train_batches
+from ngc_jax.data.settings import counted
 from ngc_jax.data.tokens import Data
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.runtime import checkpoint, files, metrics, multihost, preemption, watchdog
@@ -167,7 +168,8 @@ class Run:
         self.logged, self.broken = at, row["train/bad_in_a_row"]
         if self.broken or at == 1 or at % train.log_every == 0 or at == train.steps:
             per_step = self.clock.lap(at)
-            speed = {"tokens_per_second": train.batch_size * self.config.data.context / per_step}
+            unit, each = counted(self.config.data)
+            speed = {f"{unit}_per_second": train.batch_size * each / per_step}
             if self.peak:
                 speed["mfu"] = self.do.flops / per_step / (self.peak * self.mesh.size)
             self.metrics.write({"step": at, **row, **speed, "seconds": self.clock.seconds()})

@@ -9,8 +9,7 @@ import jax
 
 from ngc_jax.core.rewiring import REGROW
 from ngc_jax.core.wiring import DYNAMIC
-from ngc_jax.data.tasks import both_ways
-from ngc_jax.nn.settings import NO_LOOP, has_loop, kind_of
+from ngc_jax.nn.settings import NO_LOOP, has_loop, kind_of, sees_both_ways
 from ngc_jax.runtime.fields import SEEDS, Field, Need, Section
 from ngc_jax.runtime.profiler import traceable
 
@@ -55,9 +54,10 @@ def _unread_iteration(config: Any) -> dict[str, str]:
 
 
 def _check_iteration(config: Any, need: Need) -> None:
-    i, m, task = config.iteration, config.model, config.data.task
-    wants = f"another where data.task={task!r} lets tokens attend both ways, for instance 'fixed'"
-    need(i.rounds != "marked" or not both_ways(task), "iteration.rounds", wants)
+    i, m, data = config.iteration, config.model, config.data
+    of = f"data.task={data.task!r}" if data.task else f"data.kind={data.kind!r}"
+    wants = f"another where {of} lets tokens attend both ways, for instance 'fixed'"
+    need(i.rounds != "marked" or not sees_both_ways(config), "iteration.rounds", wants)
     most, of = m.rounds, f"model.rounds={m.rounds}"
     if i.rounds != "fixed":
         most, of = i.high, f"iteration.high={i.high}"
@@ -76,8 +76,10 @@ def _check_train(config: Any, need: Need) -> None:
     need(t.warmup_steps < t.steps, "train.warmup_steps", wants)
     wants = "False where train.hang_minutes is 0"
     need(t.hang_minutes > 0 or not t.hang_exit, "train.hang_exit", wants)
-    stages = kind_of(config).stages and not has_loop(config)
-    wants = "'outputs' where the model has no stages or repeats them (model.kind, core)"
+    stages = kind_of(config).stages and not has_loop(config) and config.data.kind == "text"
+    wants = (
+        "'outputs' where the model sees images, has no stages or repeats them (model.kind, core)"
+    )
     need(stages or t.imitate == "outputs", "train.imitate", wants)
     wants = "a work directory where train.imitate='stages', which trains neither end of a model"
     need(t.imitate != "stages" or t.init_from != "", "train.init_from", wants)
@@ -95,9 +97,10 @@ def _unread_train(config: Any) -> dict[str, str]:
 
 
 def _check_eval(config: Any, need: Need) -> None:
-    task = config.data.task
-    wants = f"0 where data.task={task!r}, whose models read no text"
-    need(not config.eval.sample or not task, "eval.sample", wants)
+    data = config.data
+    of = f"data.task={data.task!r}" if data.task else f"data.kind={data.kind!r}"
+    wants = f"0 where {of}, whose models read no text"
+    need(not config.eval.sample or not (data.task or data.kind != "text"), "eval.sample", wants)
 
 
 def _unread_eval(config: Any) -> dict[str, str]:

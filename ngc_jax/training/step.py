@@ -238,12 +238,17 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, config: Any, lengths: np.ndarray | None, settle: Apply | None = None
+    model: LanguageModel,
+    config: Any,
+    lengths: np.ndarray | None,
+    settle: Apply | None = None,
+    score: str = "exact",
 ) -> Callable[[Tree, Batch, Array], Scalars]:
     """(params, batch, real [B] bool) -> sums over a batch: nats and targets.
 
-    Of text, whose tokens have `lengths`, also bytes; of problems, how many there are, and are
-    solved; where `settle` (`Decoder.settle`, `rounds.marked`) replaces `model.apply`, rounds.
+    Of text, whose tokens have `lengths`, also bytes; of problems and images, how many there are,
+    and as `score` how many are solved; where `settle` (`Decoder.settle`, `rounds.marked`) replaces
+    `model.apply`, rounds.
     """
 
     def step(params: Tree, batch: Batch, real: Array) -> Scalars:
@@ -256,7 +261,7 @@ def make_eval_step(
             sums["rounds"] = jnp.sum(rounds * counts)
         if lengths is None:
             right = jnp.sum(solved(logits, targets) & real)
-            return sums | {"problems": jnp.sum(real), "solved": right}
+            return sums | {"examples": jnp.sum(real), score: right}
         return sums | {"bytes": jnp.sum(jnp.asarray(lengths)[targets] * counts)}
 
     return step

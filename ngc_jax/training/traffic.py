@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 from ngc_jax import count
 from ngc_jax.config import base, make_model, model_shape
-from ngc_jax.data.batches import token_batch
+from ngc_jax.data.batches import abstract_batch
 from ngc_jax.data.tokens import most_tokens, segmented
 from ngc_jax.nn import mesh as meshes
 from ngc_jax.nn.decoder import Decoder
 from ngc_jax.nn.model import LanguageModel
-from ngc_jax.nn.settings import head_counts, kind_of
+from ngc_jax.nn.settings import head_counts, kind_of, tokens_of
 from ngc_jax.report.blocks import aligned
 from ngc_jax.runtime.metrics import amount
 from ngc_jax.training import rounds, stability_metrics, step
@@ -98,7 +98,7 @@ def _abstract(config: ConfigDict, mesh: Mesh, windows: int) -> tuple[LanguageMod
     """The model, and the shapes and places of its state and of a batch."""
     model = make_model(config, most_tokens(config.data))
     data, mark = config.data, rounds.mark_of(config)
-    batch = token_batch(windows, data.context, segmented(data, mark))
+    batch = abstract_batch(data, windows, segmented(data, mark))
     return model, step.abstract_state(model, config.train, mesh), meshes.abstract_batch(mesh, batch)
 
 
@@ -127,7 +127,7 @@ def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
 def costs(config: ConfigDict, mesh: Mesh) -> Costs:
     """Bytes that a device sends a token, [in a forward pass, in an update]; bytes that it holds."""
     forward, update = compile_forward(config, mesh), compile_update(config, mesh)
-    tokens = config.train.batch_size * config.data.context / (mesh.size / mesh.shape["group"])
+    tokens = config.train.batch_size * tokens_of(config) / (mesh.size / mesh.shape["group"])
     part, whole = wire_bytes(forward.as_text()), wire_bytes(update.as_text())
     of_part = tokens / config.train.accumulation
     sent = {kind: [part[kind] / of_part, whole[kind] / tokens] for kind in KINDS}
