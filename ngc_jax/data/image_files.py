@@ -12,6 +12,7 @@ import math
 import pathlib
 import re
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -184,8 +185,8 @@ def read_images(config: Any, path: str, fit: Fit) -> Found:
                 found = read(files)
                 return _of_arrays(found, fit, path, _names(place, files))
         return _of_folders(place, inside, fit)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"data.path={path!r} cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"the images of {path!r} cannot be read: {error}") from error
 
 
 def _named(arrays: Arrays) -> dict[tuple[str, str], np.ndarray]:
