@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ngc_jax.data import stored
-from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.errors import UserError, plain
 from ngc_jax.runtime.files import expand
 
 # what an array or a folder is called -> its part
@@ -65,7 +65,7 @@ class Fit:
     def note(self, what: str, count: int = 1, file: str = "") -> None:
         """Counts what was done, and keeps the names of the first files."""
         self.counts[what] += count
-        self.files.setdefault(what, []).extend([file] * bool(file))
+        self.files.setdefault(what, []).extend([plain(file)] * bool(file))
 
     @property
     def told(self) -> str:
