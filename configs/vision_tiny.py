@@ -2,7 +2,9 @@
 
     python launch.py --config=configs/vision_tiny.py
 
-28,560 parameters, 27,392 of them in matrices. It needs pip install 'ngc_jax[vision]'.
+28,560 parameters, 27,392 of them in matrices. It needs pip install 'ngc_jax[vision]'. 98.2% of the
+held-out images are right, the mean of five seeds (97.8% to 98.9%, docs/vision.md), after 80 to 90
+seconds of processor time.
 """
 
 from ngc_jax.config import base

@@ -170,6 +170,19 @@ def test_arrays_that_are_no_images_are_refused(arrays, fault, tmp_path):
         load_images(data(tmp_path / "a.npz"))
 
 
+def test_damaged_files_of_arrays_are_named(tmp_path):
+    as_idx(tmp_path, packed=True)
+    np.savez(tmp_path / "a.npz", images=PIXELS, labels=CLASSES)
+    for name in ("a.npz", "train-images-idx3-ubyte.gz"):
+        file = tmp_path / name
+        file.write_bytes(file.read_bytes()[:-40])
+        place = file if name == "a.npz" else tmp_path
+        with pytest.raises(UserError, match=r"the images of '.*' cannot be read: "):
+            load_images(data(place))
+    with pytest.raises(UserError, match=r"the images of '.*nowhere' cannot be read: .*No such"):
+        load_images(data(tmp_path / "nowhere"))
+
+
 def test_brightness_of_any_type_becomes_bytes(tmp_path):
     types = {"float": PIXELS / 255, "bits": PIXELS.astype(np.uint16) * 257, "ints": PIXELS * 1}
     for name, images in types.items():

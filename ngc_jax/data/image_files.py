@@ -12,6 +12,7 @@ import math
 import pathlib
 import re
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ngc_jax.data import stored
-from ngc_jax.runtime.errors import UserError
+from ngc_jax.runtime.errors import UserError, plain
 from ngc_jax.runtime.files import expand
 
 # what an array or a folder is called -> its part
@@ -64,7 +65,7 @@ class Fit:
     def note(self, what: str, count: int = 1, file: str = "") -> None:
         """Counts what was done, and keeps the names of the first files."""
         self.counts[what] += count
-        self.files.setdefault(what, []).extend([file] * bool(file))
+        self.files.setdefault(what, []).extend([plain(file)] * bool(file))
 
     @property
     def told(self) -> str:
@@ -184,8 +185,8 @@ def read_images(config: Any, path: str, fit: Fit) -> Found:
                 found = read(files)
                 return _of_arrays(found, fit, path, _names(place, files))
         return _of_folders(place, inside, fit)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"data.path={path!r} cannot be read: {error}") from error
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"the images of {path!r} cannot be read: {error}") from error
 
 
 def _named(arrays: Arrays) -> dict[tuple[str, str], np.ndarray]:

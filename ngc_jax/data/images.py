@@ -89,7 +89,8 @@ def resampled(
     at = np.where(abs(at - near) < 0.5, near, at)  # inside of the outermost pixel
     rows, columns = np.maximum(0, 1 - abs(at[..., None] - np.arange(size))).astype(np.float32)
     columns = columns[::-1] if flip else columns
-    return np.einsum("ih,jw,hwc->ijc", rows, columns, x - outside, optimize=True) + outside
+    moved = (rows @ (x - outside).reshape(size, -1)).reshape(x.shape)
+    return columns @ moved + outside
 
 
 def load_images(config: Any) -> tuple[Labels, Images, Images, str, str]:

@@ -102,10 +102,10 @@ def _vision(config: Any, vocab: int) -> "LanguageModel":
 
 def _check(config: Any, need: Need) -> None:
     kind, task = MODELS[config.model.kind], config.data.task
-    able = " or ".join(repr(n) for n, kind in MODELS.items() if kind.data == config.data.kind)
-    fits = kind.data == config.data.kind
-    need(fits, "model.kind", f"{able} where data.kind={config.data.kind!r}")
-    two_way = " or ".join(repr(name) for name, kind in MODELS.items() if kind.stages)
+    able = {name: kind for name, kind in MODELS.items() if kind.data == config.data.kind}
+    wants = f"{' or '.join(map(repr, able))} where data.kind={config.data.kind!r}"
+    need(config.model.kind in able, "model.kind", wants)
+    two_way = " or ".join(repr(name) for name, kind in able.items() if kind.stages)
     wants = f"{two_way} where data.task={task!r} lets tokens attend both ways"
     need(kind.stages or not both_ways(task), "model.kind", wants)
     m, sizes = config.model, [n for n in MATCHED if n in kind.reads]
