@@ -4,6 +4,7 @@ function of the step.
 
 import base64
 import concurrent.futures
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -858,6 +859,20 @@ def test_a_folder_that_another_process_removes_before_it_is_opened_is_made_again
     home = cache.entry(tmp_path / "cache", "a", lambda home: (home / "x").write_text("x"))
     assert (home / "x").read_text() == "x"
     assert made.count(tmp_path / "cache" / ".a.part") == 2
+
+
+def test_nobody_helps_to_make_what_is_made(tmp_path, monkeypatch):
+    home, helped = cache.entry(tmp_path, "a", lambda home: (home / "x").write_text("x")), []
+
+    def held(handle, how):
+        if how & fcntl.LOCK_NB:  # by one that found the entry made as it began to make it
+            raise BlockingIOError
+
+    monkeypatch.setattr(cache.fcntl, "flock", held)
+    for expected in ([], [tmp_path / ".a.part"]):
+        with cache._alone(tmp_path / ".a.part", home, helped.append):
+            assert helped == expected
+        cache.files.remove(home)
 
 
 @pytest.mark.parametrize("damage", [False, True])

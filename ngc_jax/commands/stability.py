@@ -37,8 +37,8 @@ def main() -> None:
     with doing("measuring"):
         measured = measure(decoder, trained.params, batch, args.rounds)
     count = len(batch.inputs)
-    what = "images" if config.data.kind == "images" else "windows of text"
-    tokens = f"{count * context:,} tokens of held-out data: {count} {what} of {context}"
+    what, each = ("images",) * 2 if config.data.kind == "images" else ("text", "windows")
+    tokens = f"{count * context:,} tokens of held-out {what}: {count} {each} of {context}"
     about = f"Checkpoint of update {trained.step:,}, measured on {tokens}, evenly spread."
     about = f"{page.describe(config)} {about}"
     title = f"Stability of {args.workdir.resolve().name}, step {trained.step}"

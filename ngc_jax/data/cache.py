@@ -76,7 +76,8 @@ def _alone(part: Path, home: Path, assist: Build) -> Iterator[Path | None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for the process that makes {home}", flush=True)
-                assist(part)
+                if _fault(home):  # else that one only removes the folder, in which nothing is made
+                    assist(part)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError:
                 yield None

@@ -114,6 +114,8 @@ def dense_of(config: ConfigDict, width: int = 0) -> ConfigDict:
     dense.update({name: fresh[name] for name in ("model", "iteration", "rewire", "stability")})
     m, given = dense.model, config.model
     m.update({name: given[name] for name in KEPT if name in reads})
+    if kind_of(config).data == "images":
+        m.kind, m.patch, m.readout = given.kind, given.patch, given.readout
     m.rule, m.prelude, m.core, m.coda = "dense", layers(config), 0, 0
     if width:
         unit = m.groups if "groups" in reads else 2 * m.heads
