@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import logging
 
-from ngc_jax.runtime import allocation, output
+from ngc_jax.runtime import output
 from ngc_jax.runtime.errors import UserError, fail, of_machine
 from ngc_jax.runtime.fields import LARGEST, Field
 from ngc_jax.runtime.files import Path, place
@@ -166,8 +166,6 @@ def held_out(trained: "Trained", most: int) -> "Batch":
 def command(main: Callable[[], None], goes_on: bool = False) -> None:
     """Runs a command; a UserError becomes one line and exit code 2. goes_on: see `output.begin`."""
     output.begin(goes_on)
-    if goes_on:
-        allocation.keep_freed()
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     logging.set_verbosity(logging.ERROR)
     try:
